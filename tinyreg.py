@@ -1,0 +1,2371 @@
+#!/usr/bin/env python3
+"""tinyreg: a container registry in one file, for machines that no network reaches.
+
+    python3 tinyreg.py                         serve ./registry on http://127.0.0.1:5000
+    python3 tinyreg.py serve --listen :5000    serve it to the network (anyone may pull)
+    python3 tinyreg.py ls                      what it holds
+    python3 tinyreg.py rm NAME:TAG             delete a tag
+
+Python 3.6 or newer and its standard library; Linux, macOS, the BSDs.
+
+The storage directory is CNCF Distribution's (registry:2 and registry:3 open it as it is), and beside it
+one folder of our own, whose content can be lost without losing an image:
+
+    ROOT/docker/registry/v2/
+        blobs/sha256/ab/abcd…/data                                 the bytes of every blob and manifest
+        repositories/NAME/_layers/sha256/abcd…/link                "NAME has this blob"
+        repositories/NAME/_manifests/revisions/sha256/abcd…/link   "NAME has this manifest"
+        repositories/NAME/_manifests/tags/TAG/current/link         what TAG means now
+        repositories/NAME/_manifests/tags/TAG/index/sha256/…/link  what it has ever meant
+        repositories/NAME/_uploads/UUID/data, startedat            uploads under way
+    ROOT/tinyreg/
+        scratch/                    files being written, folders being deleted
+        lock, lock.turnstile        pushes share it, deletions take it alone
+        referrers/NAME/_index       which manifest is about which other; made anew when missing
+
+One request:
+
+    socket -> Connection -> Request -> dispatch: match ROUTES, check access -> handler -> Registry
+    socket <- Connection <- Response <- dispatch (RegistryError and OSError become a Response here, and only here)
+
+The rooms of this file; each uses the ones above it and none below:
+
+    1 Constants   2 Errors   3 Values   4 Files   5 Registry   6 Directory   10 Access   11 Observation
+    12 API   13 Page   14 Server   15 Commands          (7 Archive, 8 Remote and 9 Copy have their place here)
+"""
+
+import argparse
+import collections
+import contextlib
+import email.utils
+import errno
+import fcntl
+import hashlib
+import http
+import io
+import itertools
+import json
+import logging
+import os
+import re
+import selectors
+import shutil
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import urllib.parse
+import uuid
+
+__version__ = "0.1"
+
+# ---------------------------------------------------------------------------------------------------------
+# 1  Constants
+#
+# Media types, limits (each with its reason) and the grammar of names. Nothing here does anything.
+# ---------------------------------------------------------------------------------------------------------
+
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+DOCKER_SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+prettyjws"
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+OCI_ARTIFACT = "application/vnd.oci.artifact.manifest.v1+json"  # left out of OCI 1.1, but ORAS 0.15 to 1.0 pushed it
+IMAGE_TYPES = (DOCKER_MANIFEST, OCI_MANIFEST)
+INDEX_TYPES = (DOCKER_LIST, OCI_INDEX)
+MANIFEST_TYPES = IMAGE_TYPES + INDEX_TYPES + (OCI_ARTIFACT,)
+OCTET_STREAM = "application/octet-stream"
+JSON = "application/json"
+
+# What clients send as the Content-Type of a manifest when they mean nothing by it (curl, scripts).
+VAGUE_TYPES = ("", JSON, OCTET_STREAM, "application/x-www-form-urlencoded", "text/plain")
+
+# Layers that may live elsewhere: Windows base layers and others that may not be handed on.
+FOREIGN_LAYER_TYPES = re.compile(
+    r"application/vnd\.(docker\.image\.rootfs\.foreign\.|oci\.image\.layer\.nondistributable\.).*")
+
+MAX_MANIFEST = 4 << 20       # bytes; the specification wants 4 MB to pass, Distribution refuses more than 4 MiB
+MAX_NAME = 255               # characters; what clients accept, and what a file name may have
+MAX_REQUEST_LINE = 8 << 10   # bytes; a PUT of a manifest with ten tags of 128 characters needs 2 KiB
+MAX_HEAD = 64 << 10          # bytes, request line and header block; bearer tokens can take 16 KiB
+MAX_CHUNK_LINE = 1 << 10     # bytes; a chunk's size line with its extensions, which nobody sends
+MAX_DRAIN = 256 << 10        # bytes of a refused body that are read, to keep the connection
+MAX_LINGER = 64 << 20        # bytes read off a connection that is to be closed, so that the answer arrives
+COPY_BUFFER = 1 << 20        # bytes taken from a client between two writes to the disk
+HASHED_SESSIONS = 1024       # upload sessions whose hash is kept in memory; others are read again at their end
+PAGE_SIZE = 1000             # entries in one page of the catalog or of referrers, and the most that n may ask for
+
+TICK = 5.0                   # seconds; how often a waiting connection looks at its time limits
+IDLE_LIMIT = 60.0            # seconds that a kept connection may wait for its next request
+HEAD_LIMIT = 20.0            # seconds from a request's first byte to the end of its header block
+LINGER_LIMIT = 5.0           # seconds to read what a refused client is still sending
+PACE_WINDOW = 30.0           # seconds in which a body, in or out, must move …
+PACE_BYTES = 30 << 10        # … so many bytes: 1 KiB a second
+
+# The grammar of distribution-spec, "Pulling manifests"; the name's is Docker's reference grammar as well.
+NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
+TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
+DIGEST = re.compile(r"(?:sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})")
+DIGEST_SHAPE = re.compile(r"[a-z0-9]+(?:[+._-][a-z0-9]+)*:[a-zA-Z0-9=_-]+")
+ALGORITHMS = ("sha256", "sha512")
+
+logger = logging.getLogger("tinyreg")
+
+# ---------------------------------------------------------------------------------------------------------
+# 2  Errors
+#
+# One type, one table. What a client may be told is raised as RegistryError, from parser and store alike;
+# any other OSError means that the host failed, and the rest are bugs.
+# ---------------------------------------------------------------------------------------------------------
+
+ERRORS = {  # OCI code (distribution-spec, "Error Codes"): (HTTP status, default message)
+    "BLOB_UNKNOWN":          (404, "blob unknown to registry"),
+    "BLOB_UPLOAD_INVALID":   (400, "blob upload invalid"),
+    "BLOB_UPLOAD_UNKNOWN":   (404, "blob upload unknown to registry"),
+    "DIGEST_INVALID":        (400, "provided digest did not match uploaded content"),
+    "MANIFEST_BLOB_UNKNOWN": (400, "manifest references a manifest or blob unknown to registry"),
+    "MANIFEST_INVALID":      (400, "manifest invalid"),
+    "MANIFEST_UNKNOWN":      (404, "manifest unknown to registry"),
+    "NAME_INVALID":          (400, "invalid repository name"),
+    "NAME_UNKNOWN":          (404, "repository name not known to registry"),
+    "SIZE_INVALID":          (400, "provided length did not match content length"),
+    "UNAUTHORIZED":          (401, "authentication required"),
+    "DENIED":                (403, "requested access to the resource is denied"),
+    "UNSUPPORTED":           (405, "the operation is unsupported"),
+    "TOOMANYREQUESTS":       (429, "too many requests"),
+    # Distribution's, for what the specification has no code for.
+    "RANGE_INVALID":         (416, "the range does not fit what is there"),
+    "UNAVAILABLE":           (503, "the registry can't do this at the moment"),
+    "UNKNOWN":               (500, "the registry failed; its log says why"),
+}
+
+# What the host may run out of while it stores something, and what the client is told: (status, message).
+# The client may try again later, and docker does so by itself; 507 is "Insufficient Storage".
+HOST_FAILURES = {
+    errno.ENOSPC: (507, "the store is full: no space left on the registry's disk"),
+    errno.EDQUOT: (507, "the store is full: the registry's disk quota is used up"),
+    errno.EFBIG:  (507, "the store is full: the blob is larger than a file may be on the registry's disk"),
+    errno.EROFS:  (503, "the registry's disk is read-only"),
+    errno.EIO:    (503, "the registry's disk failed"),
+    errno.EMFILE: (503, "the registry has too many files open"),
+    errno.ENFILE: (503, "the registry's host has too many files open"),
+}
+
+
+class RegistryError(Exception):
+    """A refusal in the client's terms: an OCI error code, its HTTP status, a message and details.
+
+    Each detail makes an entry of its own in the answer's list of errors, as MANIFEST_BLOB_UNKNOWN wants it.
+    """
+
+    def __init__(self, code, *details, message=None, status=None, headers=()):
+        default_status, default_message = ERRORS[code]
+        self.code = code
+        self.details = details
+        self.message = message or default_message
+        self.status = status or default_status
+        self.headers = list(headers)
+        super().__init__(": ".join([self.message] + [str(detail) for detail in details]))
+
+    def body(self):
+        """The JSON that distribution-spec's "Error Codes" prescribes, as bytes."""
+        entries = [{"code": self.code, "message": self.message, "detail": detail} for detail in self.details]
+        return to_json({"errors": entries or [{"code": self.code, "message": self.message}]})
+
+
+class ClientLeft(Exception):
+    """The client closed its connection, or moved too slowly, in the middle of a request or an answer."""
+
+
+def to_json(value):
+    """The value as one line of JSON, in bytes."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
+
+# ---------------------------------------------------------------------------------------------------------
+# 3  Values
+#
+# Digest, name, tag, reference, byte range, manifest and what it refers to. Most of the rules are here, and
+# no I/O: text goes in, a checked value or a RegistryError comes out.
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Digest(str):
+    """A checked digest. The string is what the wire, the manifests and the link files carry: `sha256:abcd…`."""
+
+    __slots__ = ()
+
+    @property
+    def algorithm(self):
+        return self[:6]  # both algorithms have names of six letters
+
+    @property
+    def encoded(self):
+        return self[7:]
+
+    @classmethod
+    def of(cls, content, algorithm="sha256"):
+        """The digest of these bytes."""
+        return cls("%s:%s" % (algorithm, hashlib.new(algorithm, content).hexdigest()))
+
+
+def parse_digest(text):
+    """Raises DIGEST_INVALID; the message tells an unknown algorithm from a malformed digest."""
+    if DIGEST.fullmatch(text):
+        return Digest(text)
+    if DIGEST_SHAPE.fullmatch(text) and text.split(":")[0] not in ALGORITHMS:
+        raise RegistryError("DIGEST_INVALID", text[:200], message="unsupported digest algorithm; use sha256 or sha512")
+    raise RegistryError("DIGEST_INVALID", text[:200], message="invalid digest")
+
+
+def parse_algorithm(text):
+    """Raises DIGEST_INVALID for an algorithm other than sha256 and sha512."""
+    if text not in ALGORITHMS:
+        raise RegistryError("DIGEST_INVALID", text[:200], message="unsupported digest algorithm; use sha256 or sha512")
+    return text
+
+
+def parse_name(text):
+    """Raises NAME_INVALID."""
+    if len(text) > MAX_NAME:
+        raise RegistryError("NAME_INVALID", text[:MAX_NAME] + "…", message="repository name longer than 255 characters")
+    if not NAME.fullmatch(text):
+        raise RegistryError("NAME_INVALID", text, message="invalid repository name: components of lower-case letters "
+                            "and digits, joined by single separators . _ __ or -, with / between them")
+    return text
+
+
+def parse_tag(text):
+    """Raises MANIFEST_INVALID: the specification has no code of its own for a tag."""
+    if not TAG.fullmatch(text):
+        raise RegistryError("MANIFEST_INVALID", text[:200], message="invalid tag: at most 128 letters, digits, "
+                            "underscores, full stops and hyphens, the first no full stop or hyphen")
+    return text
+
+
+def parse_reference(text):
+    """A tag (str) or a Digest. Raises DIGEST_INVALID, MANIFEST_INVALID."""
+    return parse_digest(text) if ":" in text else parse_tag(text)
+
+
+def parse_session_id(text):
+    """Upload sessions have UUIDs, ours and Distribution's. Raises BLOB_UPLOAD_UNKNOWN."""
+    if not re.fullmatch(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", text):
+        raise RegistryError("BLOB_UPLOAD_UNKNOWN", text[:200])
+    return text
+
+
+def parse_count(text):
+    """The `n` of a listing: a whole number, 0 or more. Raises UNSUPPORTED with status 400."""
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise RegistryError("UNSUPPORTED", text[:200], message="n must be a whole number, 0 or more", status=400)
+    return int(text)
+
+
+def split_image(text):
+    """NAME[:TAG|@DIGEST] as (name, reference); the reference is None where there is none.
+
+    Raises NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID.
+    """
+    name, at, digest = text.partition("@")
+    if at:
+        return parse_name(name), parse_digest(digest)
+    name, colon, tag = text.partition(":")
+    return parse_name(name), parse_tag(tag) if colon else None
+
+
+def parse_range(header, size):
+    """The one byte range that a GET asks for, as (offset, length), or None for the whole.
+
+    RFC 9110, 14.2: what is no `bytes` range is ignored, and so are several ranges at once; a last position past
+    the end is cut to it. An empty blob is always sent whole (as Go's servers do). Raises RANGE_INVALID where
+    nothing of the range is there.
+    """
+    match = re.fullmatch(r"bytes=[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*", header)
+    if not match or match.group(1, 2) == ("", "") or not size:
+        return None
+    first, last = match.groups()
+    if not first:
+        length = min(int(last), size)
+        start = size - length
+    else:
+        start = int(first)
+        length = min(int(last) + 1 if last else size, size) - start
+    if length <= 0:  # past the end, or FIRST behind LAST, which a server "MAY ignore or reject"
+        raise RegistryError("RANGE_INVALID", header, headers=[("Content-Range", "bytes */%d" % size)])
+    return start, length
+
+
+def parse_content_range(header):
+    """The (first, last) of an uploaded chunk. Accepts the specification's `0-99` and HTTP's `bytes 0-99/*`, which
+    regclient and older clients send. Raises RANGE_INVALID."""
+    match = re.fullmatch(r"(?:bytes[ =])?[ \t]*([0-9]{1,18})-([0-9]{1,18})(?:/(?:[0-9]{1,18}|\*))?", header)
+    if not match or int(match.group(2)) < int(match.group(1)):
+        raise RegistryError("RANGE_INVALID", header[:200], message="Content-Range must be FIRST-LAST, in bytes")
+    return int(match.group(1)), int(match.group(2))
+
+
+class Descriptor(collections.namedtuple("Descriptor", "media_type digest size foreign")):
+    """What a manifest refers to; `foreign` content may live elsewhere (RFC: OCI image-spec, descriptor.md)."""
+
+    __slots__ = ()
+
+
+def parse_descriptor(value):
+    """Raises MANIFEST_INVALID, DIGEST_INVALID."""
+    if not isinstance(value, dict):
+        raise RegistryError("MANIFEST_INVALID", message="a descriptor must be a JSON object")
+    media_type, digest, size = value.get("mediaType", ""), value.get("digest"), value.get("size")
+    if not isinstance(media_type, str) or not isinstance(digest, str):
+        raise RegistryError("MANIFEST_INVALID", message="a descriptor needs a mediaType and a digest, both strings")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise RegistryError("MANIFEST_INVALID", digest, message="a descriptor's size must be a number, 0 or more")
+    foreign = bool(value.get("urls")) or FOREIGN_LAYER_TYPES.fullmatch(media_type) is not None
+    return Descriptor(media_type, parse_digest(digest), size, foreign)
+
+
+def _parse_json_number(text):
+    """JSON integers of thousands of digits would take Python minutes, and nothing here has more than 18."""
+    if len(text) > 20:
+        raise ValueError("a number of %d digits" % len(text))
+    return int(text)
+
+
+def _refuse_json_constant(text):
+    raise ValueError(text + " is not JSON")
+
+
+def load_json(content):
+    """The JSON object in these bytes. Raises ValueError with a reason, however deep or odd the text is."""
+    try:
+        value = json.loads(content.decode("utf-8"), parse_int=_parse_json_number,
+                           parse_constant=_refuse_json_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply")
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+class Manifest:
+    """The bytes of a manifest, and what they say. Made by parse_manifest, or unchecked by a store that holds it."""
+
+    def __init__(self, content, digest):
+        self.content = content
+        self.digest = digest
+        try:
+            self.document = load_json(content)
+        except ValueError as error:
+            raise RegistryError("MANIFEST_INVALID", digest, message="not a manifest: %s" % error)
+
+    @property
+    def media_type(self):
+        """What the content declares itself, else what its shape shows; "" where it is no manifest.
+
+        The layout on disk has no place for a Content-Type, so Distribution and we read it from the content.
+        """
+        declared = self.document.get("mediaType")
+        if isinstance(declared, str) and declared:
+            return declared
+        if "fsLayers" in self.document or self.document.get("schemaVersion") == 1:
+            return DOCKER_SCHEMA1
+        if "manifests" in self.document:
+            return OCI_INDEX
+        return OCI_MANIFEST if "config" in self.document or "layers" in self.document else ""
+
+    def _descriptors(self, field):
+        values = self.document.get(field) or []
+        if not isinstance(values, list):
+            raise RegistryError("MANIFEST_INVALID", message="%s must be a list" % field)
+        return [parse_descriptor(value) for value in values]
+
+    @property
+    def blobs(self):
+        """Descriptors of the config, the layers, and an artifact manifest's blobs, in the manifest's order."""
+        config = self.document.get("config")
+        found = [parse_descriptor(config)] if config is not None else []
+        return found + self._descriptors("layers") + self._descriptors("blobs")
+
+    @property
+    def manifests(self):
+        """Descriptors of an index's children: manifests, but layers in an index that BuildKit exported as cache."""
+        return self._descriptors("manifests")
+
+    @property
+    def subject(self):
+        """Digest of the manifest that this one is about, or None."""
+        subject = self.document.get("subject")
+        return parse_descriptor(subject).digest if subject is not None else None
+
+    @property
+    def artifact_type(self):
+        """As referrers lists want it: an image's falls back to its config's type. None where there is none."""
+        declared = self.document.get("artifactType")
+        config = self.document.get("config")
+        if declared or not isinstance(config, dict):
+            return declared or None
+        return config.get("mediaType")
+
+    def referrer(self):
+        """The descriptor of this manifest in a list of referrers (distribution-spec, "Listing Referrers")."""
+        entry = {"mediaType": self.media_type, "digest": self.digest, "size": len(self.content)}
+        if self.artifact_type:
+            entry["artifactType"] = self.artifact_type
+        if self.document.get("annotations"):
+            entry["annotations"] = self.document["annotations"]
+        return entry
+
+
+def parse_manifest(content, content_type="", digest=None):
+    """A pushed manifest, checked: JSON, a type that is known and is the one announced, well-formed descriptors.
+
+    `digest` is the one it was pushed by, if any. Raises MANIFEST_INVALID, DIGEST_INVALID.
+    """
+    manifest = Manifest(content, Digest.of(content, digest.algorithm if digest else "sha256"))
+    if digest and manifest.digest != digest:
+        raise RegistryError("DIGEST_INVALID", {"wanted": digest, "got": manifest.digest})
+    media_type = manifest.media_type
+    if media_type.startswith("application/vnd.docker.distribution.manifest.v1+"):
+        raise RegistryError("MANIFEST_INVALID", message="Docker image manifest schema 1 is not accepted (Docker gave it "
+                            "up in 2020); push with Docker 1.10 or newer, or convert it with skopeo copy --format v2s2")
+    if media_type not in MANIFEST_TYPES:
+        raise RegistryError("MANIFEST_INVALID", media_type, message="not a manifest type that this registry knows; "
+                            "artifacts go into an OCI image manifest with an artifactType")
+    announced = content_type.partition(";")[0].strip().lower()
+    if announced not in VAGUE_TYPES and announced != media_type:
+        raise RegistryError("MANIFEST_INVALID", {"Content-Type": announced, "mediaType": media_type},
+                            message="the Content-Type announces another type than the manifest has")
+    _check_shape(manifest)
+    return manifest
+
+
+def _check_shape(manifest):
+    """What else a manifest must be. A document that is an index and an image at once is refused: clients would not
+    agree on what it says (CVE-2021-41190)."""
+    document = manifest.document
+    is_index = manifest.media_type in INDEX_TYPES
+    if "manifests" in document and not is_index or is_index and ("config" in document or "layers" in document):
+        raise RegistryError("MANIFEST_INVALID", message="a manifest can't be an index and an image at once")
+    if manifest.media_type in IMAGE_TYPES and not isinstance(document.get("config"), dict):
+        raise RegistryError("MANIFEST_INVALID", message="an image manifest needs a config")
+    if document.get("schemaVersion", 2) != 2:
+        raise RegistryError("MANIFEST_INVALID", message="schemaVersion must be 2")
+    if not isinstance(document.get("annotations") or {}, dict):
+        raise RegistryError("MANIFEST_INVALID", message="annotations must be an object")
+    if not isinstance(document.get("artifactType") or "", str):
+        raise RegistryError("MANIFEST_INVALID", message="artifactType must be a string")
+    # Reading them checks them.
+    return manifest.blobs, manifest.manifests, manifest.subject
+
+# ---------------------------------------------------------------------------------------------------------
+# 4  Files
+#
+# The one durable write: bytes into a scratch file, fsync, rename, fsync of the folder and of every folder that
+# had to be made. After a crash a name is there with all its bytes, or not there. And the lock that lets
+# many pushes run at once and a deletion alone. Knows nothing of registries.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def sync_directory(path):
+    """Make the names in a folder durable. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directories(path):
+    """Make a folder and its missing parents, each durable before the next is made. Raises OSError.
+
+    A folder that is there already may have been made a moment ago by a process that has not come to its fsync,
+    so its parent is synced all the same; on a clean folder that costs some 50 microseconds.
+    """
+    try:
+        os.mkdir(path)
+    except FileNotFoundError:
+        make_directories(os.path.dirname(path))
+        return make_directories(path)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+    sync_directory(os.path.dirname(path))
+
+
+def read_file(path, limit=MAX_MANIFEST):
+    """The first `limit` bytes of a file, or None where there is no such file. Raises OSError."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(limit)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def list_directory(path):
+    """The names in a folder in ASCII order, or [] where there is no such folder. Raises OSError."""
+    try:
+        return sorted(os.listdir(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+class Files:
+    """Durable writes and deletions by way of a scratch folder, which must lie on the same file system."""
+
+    def __init__(self, scratch):
+        self.scratch = scratch
+
+    def scratch_path(self):
+        return os.path.join(self.scratch, uuid.uuid4().hex)
+
+    def write(self, path, content):
+        """Put a small file in place, whole and durable. One that has this content already is left. Raises OSError."""
+        if read_file(path, len(content) + 1) == content:
+            return sync_directory(os.path.dirname(path))
+        temporary = self.scratch_path()
+        try:
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            self.publish(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+    def publish(self, temporary, path):
+        """Give a file that is written and synced its name, durably; a file of that name is replaced. Raises OSError."""
+        directory = os.path.dirname(path)
+        while True:
+            make_directories(directory)
+            try:
+                os.rename(temporary, path)
+                break
+            except FileNotFoundError:
+                if os.path.isdir(directory) and not os.path.exists(temporary):
+                    raise
+                # A deletion took the folder away between the two calls: make it again.
+        sync_directory(directory)
+
+    def remove(self, path):
+        """Take away a file or a folder with all in it, at once and durably. Raises OSError, FileNotFoundError."""
+        grave = self.scratch_path()
+        os.rename(path, grave)
+        sync_directory(os.path.dirname(path))
+        if os.path.isdir(grave):
+            shutil.rmtree(grave, ignore_errors=True)
+        else:
+            os.unlink(grave)
+
+
+class SharedLock:
+    """A lock between processes: many may share it, or one has it alone.
+
+    flock gives no turns: under a steady stream of sharers one who wants it alone would wait for ever. So everyone
+    passes a turnstile first, and who wants it alone stands in the turnstile until the sharers inside have left.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.turnstile = path + ".turnstile"
+
+    @contextlib.contextmanager
+    def _held(self, how):
+        with open(self.path, "ab") as lock:
+            with open(self.turnstile, "ab") as turnstile:
+                fcntl.flock(turnstile, fcntl.LOCK_EX)
+                fcntl.flock(lock, how)
+            yield  # closing a file gives up its lock, and so does a kill -9
+
+    def shared(self):
+        return self._held(fcntl.LOCK_SH)
+
+    def alone(self):
+        return self._held(fcntl.LOCK_EX)
+
+# ---------------------------------------------------------------------------------------------------------
+# 5  Registry
+#
+# The interface that the API and the commands speak to. A directory implements it; an archive and another
+# registry will. Whoever implements the reading half only is a read-only registry.
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Blob:
+    """A blob, or a part of it, as a slice of an open file: what sendfile wants, and what an archive can give too.
+
+    Who gets it closes it (`with`)."""
+
+    def __init__(self, file, offset, length):
+        self.file = file
+        self.offset = offset
+        self.length = length
+
+    def part(self, offset, length):
+        """The same open file, narrowed to a part of this slice."""
+        return Blob(self.file, self.offset + offset, length)
+
+    def read(self, limit=MAX_MANIFEST):
+        """The content from its start, at most `limit` bytes."""
+        return os.pread(self.file.fileno(), min(self.length, limit), self.offset)
+
+    def close(self):
+        self.file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+
+class Registry:
+    """Repositories of manifests and blobs. Methods that write raise UNSUPPORTED unless a subclass has them.
+
+    Names, tags and digests that come in are parsed values. What iterates yields in ASCII order, from after `last`.
+    """
+
+    def repositories(self, last=""):
+        """Yield the names of the repositories that have held a manifest."""
+        raise NotImplementedError
+
+    def tags(self, name, last=""):
+        """Yield the tags of a repository. Raises NAME_UNKNOWN, before the first one."""
+        raise NotImplementedError
+
+    def resolve(self, name, tag):
+        """The Digest that a tag points to. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+        raise NotImplementedError
+
+    def manifest(self, name, digest):
+        """The Manifest of this digest, its content checked against it. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+        raise NotImplementedError
+
+    def open_blob(self, name, digest):
+        """An open Blob. Raises NAME_UNKNOWN, BLOB_UNKNOWN."""
+        raise NotImplementedError
+
+    def referrers(self, name, subject, last=""):
+        """Yield the Manifests whose subject is this digest, in the order of their digests; none is no error."""
+        raise NotImplementedError
+
+    def digests(self, name=None):
+        """Yield the digest of every blob and manifest held, or held by one repository."""
+        raise NotImplementedError
+
+    def start_upload(self, name, algorithm="sha256"):
+        """A new UploadSession; `algorithm` is what its digest will be of, if the client has said so."""
+        raise RegistryError("UNSUPPORTED", message="this registry is read-only")
+
+    def find_upload(self, name, session_id):
+        """The UploadSession of this id. Raises BLOB_UPLOAD_UNKNOWN."""
+        raise RegistryError("BLOB_UPLOAD_UNKNOWN", session_id)
+
+    def mount(self, name, digest, source=None):
+        """Give a repository a blob that `source` has (or any, if None). False where there is no such blob."""
+        raise RegistryError("UNSUPPORTED", message="this registry is read-only")
+
+    def put_manifest(self, name, manifest, tags=()):
+        """Store a manifest and let the tags point to it. Raises MANIFEST_BLOB_UNKNOWN."""
+        raise RegistryError("UNSUPPORTED", message="this registry is read-only")
+
+    def delete_tag(self, name, tag):
+        """Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+        raise RegistryError("UNSUPPORTED", message="this registry is read-only")
+
+    def delete_manifest(self, name, digest):
+        """Delete a manifest and all tags that point to it. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+        raise RegistryError("UNSUPPORTED", message="this registry is read-only")
+
+    def delete_blob(self, name, digest):
+        """Raises NAME_UNKNOWN, BLOB_UNKNOWN."""
+        raise RegistryError("UNSUPPORTED", message="this registry is read-only")
+
+
+class UploadSession:
+    """A blob on its way in: append, then commit or cancel. `id` names it, `offset` is how many bytes it has."""
+
+    def append(self, body, start=None):
+        """Add what `body` gives (a file's readinto). Raises RANGE_INVALID unless `start`, if given, is the offset."""
+        raise NotImplementedError
+
+    def commit(self, digest):
+        """Make it a blob of the repository. Raises DIGEST_INVALID, and forgets the bytes, if they have another."""
+        raise NotImplementedError
+
+    def cancel(self):
+        """Forget the session and its bytes."""
+        raise NotImplementedError
+
+# ---------------------------------------------------------------------------------------------------------
+# 6  Directory
+#
+# The store: CNCF Distribution's file system layout under ROOT/docker/registry/v2, every path of it. The order of
+# writes is: content before link, link before tag; deletions go the other way. So a crash leaves at worst content
+# that nothing refers to. What another program left damaged counts as missing, is logged, and is mended by the
+# next push of it. Knows nothing of HTTP.
+# ---------------------------------------------------------------------------------------------------------
+
+EMPTY_DIGESTS = tuple(Digest.of(b"", algorithm) for algorithm in ALGORITHMS)
+
+
+class Directory(Registry):
+    """A store in a directory. Several processes may have it open at once.
+
+    `sparse` takes image manifests whose blobs are missing. Without `create`, a root that is no store yet is an
+    error. Raises OSError.
+    """
+
+    def __init__(self, root, sparse=False, create=True):
+        self.root = os.path.abspath(root)
+        self.sparse = sparse
+        self.tree = os.path.join(self.root, "docker", "registry", "v2")
+        self.own = os.path.join(self.root, "tinyreg")
+        scratch = os.path.join(self.own, "scratch")
+        if create:
+            for path in (os.path.join(self.tree, "blobs"), os.path.join(self.tree, "repositories"), scratch):
+                make_directories(path)
+        elif not os.path.isdir(self.tree):
+            raise FileNotFoundError(errno.ENOENT, "no registry is stored here", self.root)
+        self.files = Files(scratch)
+        self.lock = SharedLock(os.path.join(self.own, "lock"))
+        self.hashes = SessionHashes()
+
+    # Paths
+
+    def blob_path(self, digest):
+        return os.path.join(self.tree, "blobs", digest.algorithm, digest.encoded[:2], digest.encoded, "data")
+
+    def repository_path(self, name):
+        return os.path.join(self.tree, "repositories", name)
+
+    def layer_path(self, name, digest):
+        return os.path.join(self.repository_path(name), "_layers", digest.algorithm, digest.encoded)
+
+    def revision_path(self, name, digest):
+        return os.path.join(self.repository_path(name), "_manifests", "revisions", digest.algorithm, digest.encoded)
+
+    def tag_path(self, name, tag):
+        return os.path.join(self.repository_path(name), "_manifests", "tags", tag)
+
+    # Links
+
+    def _read_link(self, folder):
+        """The Digest that a folder's link names, or None; a damaged link is logged and counts as missing.
+
+        It may differ from the path: for a blob pushed by its sha512, Distribution links to the sha256 it stored.
+        """
+        content = read_file(os.path.join(folder, "link"), 200)
+        if content is None:
+            return None
+        try:
+            return parse_digest(content.decode("ascii"))
+        except (UnicodeDecodeError, RegistryError):
+            logger.warning("damaged link, taken as missing: %s/link", folder)
+            return None
+
+    def _write_link(self, folder, digest):
+        self.files.write(os.path.join(folder, "link"), digest.encode("ascii"))
+
+    def _open_data(self, digest):
+        """The open file with a blob's bytes, or None; an empty file that should not be is logged and missing."""
+        path = self.blob_path(digest)
+        try:
+            file = open(path, "rb", buffering=0)
+        except (FileNotFoundError, NotADirectoryError):
+            logger.warning("something links to a blob that is missing: %s", digest)
+            return None
+        if os.fstat(file.fileno()).st_size == 0 and digest not in EMPTY_DIGESTS:
+            logger.warning("damaged blob (empty), taken as missing: %s", path)
+            file.close()
+            return None
+        return file
+
+    # Reading
+
+    def _unknown(self, name, code, detail):
+        """The error for something that is not there: NAME_UNKNOWN where the whole repository isn't."""
+        if os.path.isdir(self.repository_path(name)):
+            return RegistryError(code, detail)
+        return RegistryError("NAME_UNKNOWN", name)
+
+    def repositories(self, last=""):
+        return self._walk(os.path.join(self.tree, "repositories"), "", last)
+
+    def _walk(self, path, prefix, last):
+        """Yield the repositories below a folder. `a` sorts before `a-b`, and that before `a/b`: so a folder stands
+        in the order twice, as a repository under its name and as what it contains under its name and a slash."""
+        steps = []
+        for entry in list_directory(path):
+            if entry[0] not in "._":
+                steps += [prefix + entry, prefix + entry + "/"]
+        for step in sorted(steps):
+            folder = os.path.join(path, step[len(prefix):].rstrip("/"))
+            if not step.endswith("/"):
+                if step > last and NAME.fullmatch(step) and os.path.isdir(os.path.join(folder, "_manifests")):
+                    yield step
+            elif step > last or last.startswith(step):
+                for name in self._walk(folder, step, last):
+                    yield name
+
+    def tags(self, name, last=""):
+        manifests = os.path.join(self.repository_path(name), "_manifests")
+        if not os.path.isdir(manifests):
+            raise RegistryError("NAME_UNKNOWN", name)
+        tags = list_directory(os.path.join(manifests, "tags"))
+        return (tag for tag in tags if tag > last and TAG.fullmatch(tag) and self._is_tag(name, tag))
+
+    def _is_tag(self, name, tag):
+        """Whether the tag's link has something in it; less work than reading it, for ten thousand tags."""
+        try:
+            return os.stat(os.path.join(self.tag_path(name, tag), "current", "link")).st_size > 0
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def resolve(self, name, tag):
+        digest = self._read_link(os.path.join(self.tag_path(name, tag), "current"))
+        if digest is None:
+            raise self._unknown(name, "MANIFEST_UNKNOWN", tag)
+        return digest
+
+    def manifest(self, name, digest):
+        if self._read_link(self.revision_path(name, digest)) is None:
+            raise self._unknown(name, "MANIFEST_UNKNOWN", digest)
+        content = read_file(self.blob_path(digest), MAX_MANIFEST + 1)
+        if content is None or Digest.of(content, digest.algorithm) != digest:
+            logger.warning("damaged manifest, taken as missing: %s in %s", digest, name)
+            raise RegistryError("MANIFEST_UNKNOWN", digest)
+        return Manifest(content, digest)
+
+    def open_blob(self, name, digest):
+        target = self._read_link(self.layer_path(name, digest))
+        file = self._open_data(target) if target else None
+        if file is None:
+            raise self._unknown(name, "BLOB_UNKNOWN", digest)
+        return Blob(file, 0, os.fstat(file.fileno()).st_size)
+
+    def digests(self, name=None):
+        if name is None:
+            for algorithm in ALGORITHMS:
+                top = os.path.join(self.tree, "blobs", algorithm)
+                for shard in list_directory(top):
+                    for encoded in list_directory(os.path.join(top, shard)):
+                        if os.path.isfile(os.path.join(top, shard, encoded, "data")):
+                            yield Digest("%s:%s" % (algorithm, encoded))
+        else:
+            found = set(self._revisions(name))
+            for digest in self._linked(os.path.join(self.repository_path(name), "_layers")):
+                found.add(digest)
+            for digest in sorted(found):
+                yield digest
+
+    def _linked(self, top):
+        """Yield the digests whose folders below _layers or revisions have a link."""
+        for algorithm in ALGORITHMS:
+            for encoded in list_directory(os.path.join(top, algorithm)):
+                digest = "%s:%s" % (algorithm, encoded)
+                if DIGEST.fullmatch(digest) and self._read_link(os.path.join(top, algorithm, encoded)):
+                    yield Digest(digest)
+
+    def _revisions(self, name):
+        return self._linked(os.path.join(self.repository_path(name), "_manifests", "revisions"))
+
+    # Referrers
+
+    def referrers(self, name, subject, last=""):
+        for digest in sorted(self._indexed_referrers(name).get(subject, ())):
+            if digest > last:
+                try:
+                    yield self.manifest(name, Digest(digest))
+                except RegistryError:
+                    pass  # deleted since it was indexed
+
+    def _indexed_referrers(self, name):
+        """{subject: set of digests} for all manifests of a repository.
+
+        A manifest's subject never changes, so the index only grows: a line `DIGEST SUBJECT` (or `-`) for each that
+        has been looked at, whoever stored it. Those without a line are looked at now. It can't be wrong, only
+        short; so it needs no fsync and no lock, and a line that a crash cut off is written again.
+        """
+        path = os.path.join(self.own, "referrers", name, "_index")
+        known = {}
+        for line in (read_file(path, -1) or b"").decode("ascii", "replace").splitlines():
+            digest, _, subject = line.partition(" ")
+            if DIGEST.fullmatch(digest) and (subject == "-" or DIGEST.fullmatch(subject)):
+                known[digest] = subject
+        fresh = {digest: self._subject_of(name, digest) for digest in self._revisions(name) if digest not in known}
+        if fresh:
+            with contextlib.suppress(OSError):  # a full disk costs time here, not the answer
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "ab") as file:
+                    file.write("".join("\n%s %s\n" % item for item in fresh.items() if item[1]).encode("ascii"))
+        by_subject = {}
+        for digest, subject in itertools.chain(known.items(), fresh.items()):
+            by_subject.setdefault(subject, set()).add(digest)
+        return by_subject
+
+    def _subject_of(self, name, digest):
+        """The subject of a stored manifest, `-` where it has none, None where the manifest can't be read now."""
+        try:
+            return self.manifest(name, digest).subject or "-"
+        except RegistryError as error:
+            return None if error.code == "MANIFEST_UNKNOWN" else "-"
+
+    # Writing
+
+    def start_upload(self, name, algorithm="sha256"):
+        session = DirectoryUpload(self, name, str(uuid.uuid4()))
+        make_directories(self.repository_path(name))  # links will be below it
+        os.makedirs(session.folder)
+        with open(os.path.join(session.folder, "startedat"), "w") as file:
+            file.write(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+        open(session.path, "xb").close()
+        self.hashes.start(session.id, algorithm)
+        return session
+
+    def find_upload(self, name, session_id):
+        session = DirectoryUpload(self, name, session_id)
+        session.measure()
+        return session
+
+    def publish_blob(self, name, temporary, digest):
+        """Rename a file that is checked and synced to its place among the blobs, and link the repository to it.
+
+        A blob that is there already is replaced: that costs nothing, and mends it if it was damaged.
+        """
+        with self.lock.shared():
+            self.files.publish(temporary, self.blob_path(digest))
+            self._write_link(self.layer_path(name, digest), digest)
+
+    def mount(self, name, digest, source=None):
+        with self.lock.shared():
+            target = self._read_link(self.layer_path(source, digest)) if source else digest
+            if target is None or not os.path.isfile(self.blob_path(target)):
+                return False
+            file = self._open_data(target)
+            if file is None:
+                return False
+            file.close()
+            self._write_link(self.layer_path(name, digest), target)
+        return True
+
+    def put_manifest(self, name, manifest, tags=()):
+        with self.lock.shared():
+            if not self.sparse:
+                missing = [blob.digest for blob in manifest.blobs if not blob.foreign and not self._has(name, blob)]
+                if missing:
+                    raise RegistryError("MANIFEST_BLOB_UNKNOWN", *sorted(set(missing)))
+            self.files.write(self.blob_path(manifest.digest), manifest.content)
+            self._write_link(self.revision_path(name, manifest.digest), manifest.digest)
+            for tag in tags:
+                folder = self.tag_path(name, tag)
+                self._write_link(os.path.join(folder, "index", manifest.digest.algorithm, manifest.digest.encoded),
+                                 manifest.digest)
+                self._write_link(os.path.join(folder, "current"), manifest.digest)
+
+    def _has(self, name, descriptor):
+        """Whether the repository has the blob that a manifest describes. A size that differs is either a mistake of
+        the manifest's maker, who may keep it, or a sign of damage, which reading the blob tells."""
+        try:
+            with self.open_blob(name, descriptor.digest) as blob:
+                if blob.length == descriptor.size:
+                    return True
+                hasher = hashlib.new(descriptor.digest.algorithm)
+                update_hash(hasher, blob.file, 0)
+        except RegistryError:
+            return self._read_link(self.revision_path(name, descriptor.digest)) is not None
+        if hasher.hexdigest() == descriptor.digest.encoded:
+            return True
+        logger.warning("damaged blob, taken as missing: %s", self.blob_path(descriptor.digest))
+        return False
+
+    # Deleting
+
+    def delete_tag(self, name, tag):
+        with self.lock.alone():
+            self.resolve(name, tag)
+            self.files.remove(self.tag_path(name, tag))
+
+    def delete_manifest(self, name, digest):
+        with self.lock.alone():
+            if self._read_link(self.revision_path(name, digest)) is None:
+                raise self._unknown(name, "MANIFEST_UNKNOWN", digest)
+            for tag in self.tags(name):
+                if self._read_link(os.path.join(self.tag_path(name, tag), "current")) == digest:
+                    self.files.remove(self.tag_path(name, tag))
+            self.files.remove(self.revision_path(name, digest))
+
+    def delete_blob(self, name, digest):
+        with self.lock.alone():
+            if self._read_link(self.layer_path(name, digest)) is None:
+                raise self._unknown(name, "BLOB_UNKNOWN", digest)
+            self.files.remove(self.layer_path(name, digest))
+
+
+def update_hash(hasher, file, offset):
+    """Feed a file's bytes from an offset on to a hasher; returns the offset of the file's end. Raises OSError."""
+    while True:
+        block = os.pread(file.fileno(), COPY_BUFFER, offset)
+        if not block:
+            return offset
+        hasher.update(block)
+        offset += len(block)
+
+
+class SessionHash:
+    """The hash of an upload's first `offset` bytes."""
+
+    def __init__(self, algorithm):
+        self.algorithm = algorithm
+        self.hasher = hashlib.new(algorithm)
+        self.offset = 0
+
+    def update(self, block, offset):
+        """Add a block that was written at this offset. After a gap (another process wrote) this does nothing more."""
+        if offset == self.offset:
+            self.hasher.update(block)
+            self.offset += len(block)
+
+
+class SessionHashes:
+    """What this process knows of the hashes of uploads under way. Only a saving: the files are the truth, and a
+    session that is not here, or not as far as its file, is read again when it is committed."""
+
+    def __init__(self):
+        self.hashes = collections.OrderedDict()
+        self.mutex = threading.Lock()
+
+    def start(self, session_id, algorithm):
+        with self.mutex:
+            self.hashes[session_id] = SessionHash(algorithm)
+            while len(self.hashes) > HASHED_SESSIONS:
+                self.hashes.popitem(last=False)
+
+    def get(self, session_id, algorithm=None):
+        """The hash so far; a new one where there is none, or only one of another algorithm."""
+        with self.mutex:
+            found = self.hashes.get(session_id)
+        if found is None or algorithm not in (None, found.algorithm):
+            return SessionHash(algorithm or "sha256")
+        return found
+
+    def forget(self, session_id):
+        with self.mutex:
+            self.hashes.pop(session_id, None)
+
+
+class DirectoryUpload(UploadSession):
+    """An upload session: the file _uploads/ID/data, whose size is its offset.
+
+    Two requests may write to one session, when a client has lost its connection and we have not noticed yet. So
+    each block is written under the file's lock, and only if the file ends where its writer believes, and is still
+    the session's: the second request to write goes on, the first one fails. No lock is held while a client sends.
+    """
+
+    def __init__(self, store, name, session_id):
+        self.store = store
+        self.name = name
+        self.id = session_id
+        self.folder = os.path.join(store.repository_path(name), "_uploads", session_id)
+        self.path = os.path.join(self.folder, "data")
+        self.offset = 0
+
+    def _unknown(self):
+        return RegistryError("BLOB_UPLOAD_UNKNOWN", self.id)
+
+    def _misplaced(self):
+        return RegistryError("RANGE_INVALID", {"offset": self.offset}, message="the chunk must begin at the offset")
+
+    def measure(self):
+        """Read the offset from the file. Raises BLOB_UPLOAD_UNKNOWN."""
+        try:
+            self.offset = os.stat(self.path).st_size
+        except FileNotFoundError:
+            raise self._unknown()
+
+    @contextlib.contextmanager
+    def _open(self):
+        try:
+            file = open(self.path, "a+b", buffering=0, opener=lambda path, flags: os.open(path, flags & ~os.O_CREAT))
+        except FileNotFoundError:
+            raise self._unknown()
+        with file:
+            yield file
+
+    @contextlib.contextmanager
+    def _locked(self, file):
+        """The session's file to ourselves. Raises BLOB_UPLOAD_UNKNOWN if it became a blob, or nothing, meanwhile."""
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            try:
+                if not os.path.samestat(os.stat(self.path), os.fstat(file.fileno())):
+                    raise self._unknown()
+            except FileNotFoundError:
+                raise self._unknown()
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+    def append(self, body, start=None):
+        with self._open() as file:
+            self.offset = os.fstat(file.fileno()).st_size
+            if start not in (None, self.offset):
+                raise self._misplaced()
+            buffer = memoryview(bytearray(COPY_BUFFER))
+            filled = len(buffer)
+            while filled == len(buffer):
+                filled = 0
+                try:
+                    while filled < len(buffer):
+                        count = body.readinto(buffer[filled:])
+                        if not count:
+                            break
+                        filled += count
+                finally:  # what came before a client left is kept: it may come back for the rest
+                    self._write(file, buffer[:filled])
+
+    def _write(self, file, block):
+        with self._locked(file):
+            if os.fstat(file.fileno()).st_size != self.offset:
+                self.measure()
+                raise self._misplaced()
+            known = self.store.hashes.get(self.id)
+            try:
+                while block:
+                    count = file.write(block)
+                    known.update(block[:count], self.offset)
+                    self.offset += count
+                    block = block[count:]
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    self.cancel()  # a full disk needs the space more than the client needs half a blob
+                raise
+
+    def commit(self, digest):
+        with self._open() as file, self._locked(file):
+            known = self.store.hashes.get(self.id, digest.algorithm)
+            known.offset = update_hash(known.hasher, file, known.offset)
+            try:
+                if known.hasher.hexdigest() != digest.encoded:
+                    raise RegistryError("DIGEST_INVALID", {"wanted": digest, "got": "%s:%s" % (
+                        digest.algorithm, known.hasher.hexdigest()), "size": known.offset})
+                os.fsync(file.fileno())
+                self.store.publish_blob(self.name, self.path, digest)
+            except BaseException:
+                # Wrong bytes are of no use; and after a failed fsync the kernel may have dropped them, and a
+                # second fsync would not say so.
+                self.cancel()
+                raise
+        self.cancel()
+
+    def cancel(self):
+        self.store.hashes.forget(self.id)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+# ---------------------------------------------------------------------------------------------------------
+# 10  Access
+#
+# Who may do what. Each level includes the ones below it.
+# ---------------------------------------------------------------------------------------------------------
+
+LEVELS = ("none", "pull", "push", "admin")
+NEEDED = {"pull": "pull", "push": "push", "delete": "admin"}  # what a route wants to do: the level that may
+IN_WORDS = {"none": "do nothing", "pull": "pull", "push": "pull and push", "admin": "pull, push and delete"}
+
+
+class Access:
+    """The rules of one registry: so far one level for all clients, who are anonymous."""
+
+    def __init__(self, anonymous):
+        self.anonymous = anonymous
+
+    def check(self, action):
+        """Raises DENIED, with what would allow it: docker prints the message, and stops at a 403."""
+        needed = NEEDED[action]
+        if LEVELS.index(self.anonymous) < LEVELS.index(needed):
+            raise RegistryError("DENIED", message="this registry lets clients %s only; whoever runs it can allow more "
+                                "with: tinyreg.py serve --anonymous %s" % (IN_WORDS[self.anonymous], needed))
+
+# ---------------------------------------------------------------------------------------------------------
+# 11  Observation
+#
+# One line a request on stderr, and what went wrong. Damage and failures come through Python's logging.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def timestamp():
+    """Now, in UTC, as logs have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def start_logging():
+    """Send warnings and errors to stderr, with the time first."""
+    handler = logging.StreamHandler(sys.stderr)
+    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    logger.addHandler(handler)
+
+
+def log_request(client, method, target, status, length, seconds):
+    """One line, written at once so that threads don't mix theirs. A log that can't be written stops nobody."""
+    line = "%s %s %s %s %d %d %.1fms\n" % (timestamp(), client, method, target, status, length, seconds * 1000)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(line)
+
+# ---------------------------------------------------------------------------------------------------------
+# 12  API
+#
+# The endpoints of distribution-spec, each a handler from a Request to a Response, and the table that finds it.
+# A handler writes nothing itself, so it runs in a test without a socket, and a late failure can still choose the
+# status. Locations are relative: right behind any proxy, and what oras and crane want.
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Request:
+    """One request: the method, the decoded path, the query, the headers (names in lower case, values of repeated
+    ones joined by commas: docker sends its Accept in six lines) and the body, a file to read from once."""
+
+    def __init__(self, method, target, headers=None, body=None):
+        path, _, query = re.sub(r"^https?://[^/]*", "", target).partition("?")
+        self.method = method
+        self.path = urllib.parse.unquote(path)
+        self.query = urllib.parse.parse_qs(query, keep_blank_values=True)
+        self.headers = headers or {}
+        self.body = body or io.BytesIO()
+
+    def get(self, parameter, default=None):
+        """The (last) value of a query parameter."""
+        return self.query.get(parameter, [default])[-1]
+
+    def header(self, name, default=""):
+        return self.headers.get(name, default)
+
+    @property
+    def content_length(self):
+        """Of the body, or None where it is not known beforehand."""
+        length = self.headers.get("content-length")
+        return int(length) if length is not None else None
+
+    def read_body(self, limit):
+        """The whole body, or its first `limit` + 1 bytes if it is longer."""
+        content = bytearray(limit + 1)
+        filled = 0
+        while filled <= limit:
+            count = self.body.readinto(memoryview(content)[filled:])
+            if not count:
+                break
+            filled += count
+        return bytes(content[:filled])
+
+
+class Response:
+    """A status, headers and a body: bytes, or a Blob that is sent and closed."""
+
+    def __init__(self, status, headers=(), body=b""):
+        self.status = status
+        self.headers = list(headers)
+        self.body = body
+
+    @property
+    def length(self):
+        return len(self.body) if isinstance(self.body, bytes) else self.body.length
+
+    @classmethod
+    def of_json(cls, value, headers=(), content_type=JSON):
+        return cls(200, [("Content-Type", content_type)] + list(headers), to_json(value))
+
+    @classmethod
+    def of_error(cls, error):
+        return cls(error.status, [("Content-Type", JSON)] + error.headers, error.body())
+
+
+def etag_matches(header, digest):
+    """Whether an If-None-Match header names this digest's ETag (RFC 9110, 13.1.2)."""
+    tags = [tag.strip() for tag in header.split(",")]
+    return "*" in tags or '"%s"' % digest in tags or 'W/"%s"' % digest in tags
+
+
+def content_headers(digest, content_type):
+    """What every answer with a blob or manifest carries. The digest is in the algorithm that the client asked with:
+    containerd compares it to the letter."""
+    return [("Content-Type", content_type), ("Docker-Content-Digest", digest), ("ETag", '"%s"' % digest)]
+
+
+def take_page(entries, count):
+    """The first `count` of an iterator, and whether there are more."""
+    page = list(itertools.islice(entries, count + 1))
+    return page[:count], len(page) > count
+
+
+def next_link(path, **query):
+    """A Link header to the next page (RFC 8288), relative."""
+    return [("Link", '<%s?%s>; rel="next"' % (path, urllib.parse.urlencode(query)))]
+
+
+# Handlers: determining support, content discovery
+
+def get_base(registry, access, request):
+    """That this is a registry (end-1). What docker login and every client's first request asks."""
+    return Response.of_json({})
+
+
+def get_catalog(registry, access, request):
+    """The names of the repositories, in pages. Distribution's, not in the specification; crane and pages use it."""
+    count = min(parse_count(request.get("n", str(PAGE_SIZE))), PAGE_SIZE)
+    names, more = take_page(registry.repositories(request.get("last", "")), count)
+    link = next_link("/v2/_catalog", n=count, last=names[-1]) if more and names else []
+    return Response.of_json({"repositories": names}, link)
+
+
+def get_tags(registry, access, request, name):
+    """The tags of a repository (end-8a, end-8b): all of them, unless the client asks for pages. Raises NAME_UNKNOWN."""
+    tags = registry.tags(name, request.get("last", ""))
+    if request.get("n") is None:
+        return Response.of_json({"name": name, "tags": list(tags)})
+    count = parse_count(request.get("n"))
+    tags, more = take_page(tags, min(count, sys.maxsize - 1))
+    link = next_link("/v2/%s/tags/list" % name, n=count, last=tags[-1]) if more and tags else []
+    return Response.of_json({"name": name, "tags": tags}, link)
+
+
+def get_referrers(registry, access, request, name, digest):
+    """The manifests that are about another (end-12a, end-12b), as an index, in pages that stay below the size of a
+    manifest. An unknown repository has none: oras asks before its first push, and takes a 404 for "unsupported"."""
+    wanted = request.get("artifactType")
+    count = min(parse_count(request.get("n", str(PAGE_SIZE))), PAGE_SIZE)
+    entries, size, more = [], 0, False
+    for manifest in registry.referrers(name, digest, request.get("last", "")):
+        entry = manifest.referrer()
+        if wanted is not None and entry.get("artifactType") != wanted:
+            continue
+        size += len(to_json(entry))
+        more = len(entries) >= count or entries != [] and size > MAX_MANIFEST - 1000
+        if more:
+            break
+        entries.append(entry)
+    headers = [("OCI-Filters-Applied", "artifactType")] if wanted is not None else []
+    if more and entries:
+        query = {"artifactType": wanted} if wanted is not None else {}
+        headers += next_link("/v2/%s/referrers/%s" % (name, digest), n=count, last=entries[-1]["digest"], **query)
+    index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
+    return Response.of_json(index, headers, content_type=OCI_INDEX)  # no charset: oras compares it to the letter
+
+
+# Handlers: manifests
+
+def get_manifest(registry, access, request, name, reference):
+    """A manifest as it was pushed, whatever Accept says (end-3). Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+    digest = reference if isinstance(reference, Digest) else registry.resolve(name, reference)
+    manifest = registry.manifest(name, digest)
+    headers = content_headers(digest, manifest.media_type)
+    if etag_matches(request.header("if-none-match"), digest):
+        return Response(304, headers)
+    return Response(200, headers, manifest.content)
+
+
+def put_manifest(registry, access, request, name, reference):
+    """Store a manifest under a tag (end-7a), or under its digest and any tags (end-7b).
+
+    Raises MANIFEST_INVALID, MANIFEST_BLOB_UNKNOWN, DIGEST_INVALID."""
+    by_digest = isinstance(reference, Digest)
+    tags = [parse_tag(tag) for tag in request.query.get("tag", ())] if by_digest else [reference]
+    content = request.read_body(MAX_MANIFEST)
+    if len(content) > MAX_MANIFEST:
+        raise RegistryError("MANIFEST_INVALID", message="a manifest may have at most 4 MiB", status=413)
+    manifest = parse_manifest(content, request.header("content-type"), reference if by_digest else None)
+    registry.put_manifest(name, manifest, tags)
+    headers = [("Location", "/v2/%s/manifests/%s" % (name, manifest.digest)), ("Docker-Content-Digest", manifest.digest)]
+    if manifest.subject:
+        headers.append(("OCI-Subject", manifest.subject))
+    if by_digest and tags:
+        headers.append(("OCI-Tag", ", ".join(tags)))
+    return Response(201, headers)
+
+
+def delete_manifest(registry, access, request, name, reference):
+    """Delete a tag, or a manifest with all tags that point to it (end-9). Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+    if isinstance(reference, Digest):
+        registry.delete_manifest(name, reference)
+    else:
+        registry.delete_tag(name, reference)
+    return Response(202)
+
+
+# Handlers: blobs
+
+def get_blob(registry, access, request, name, digest):
+    """A blob, or the one range asked for (end-2). Raises NAME_UNKNOWN, BLOB_UNKNOWN, RANGE_INVALID."""
+    headers = content_headers(digest, OCTET_STREAM) + [("Accept-Ranges", "bytes")]
+    blob = registry.open_blob(name, digest)
+    try:
+        if etag_matches(request.header("if-none-match"), digest):
+            blob.close()
+            return Response(304, headers)
+        wanted = None
+        if request.method == "GET" and request.header("if-range", '"%s"' % digest) == '"%s"' % digest:
+            wanted = parse_range(request.header("range"), blob.length)
+    except RegistryError:
+        blob.close()
+        raise
+    if wanted is None:
+        return Response(200, headers, blob)
+    start, length = wanted
+    headers.append(("Content-Range", "bytes %d-%d/%d" % (start, start + length - 1, blob.length)))
+    return Response(206, headers, blob.part(start, length))
+
+
+def delete_blob(registry, access, request, name, digest):
+    """Take a blob from a repository (end-10). Raises NAME_UNKNOWN, BLOB_UNKNOWN."""
+    registry.delete_blob(name, digest)
+    return Response(202)
+
+
+# Handlers: uploads
+
+def upload_headers(session):
+    """Where an upload stands. `Range: 0-0` is an empty one's: docker's client can't read `0--1`."""
+    location = "/v2/%s/blobs/uploads/%s" % (session.name, session.id)
+    return [("Location", location), ("Range", "0-%d" % max(session.offset - 1, 0)), ("Docker-Upload-UUID", session.id)]
+
+
+def created_blob(name, digest):
+    return Response(201, [("Location", "/v2/%s/blobs/%s" % (name, digest)), ("Docker-Content-Digest", digest)])
+
+
+def start_upload(registry, access, request, name):
+    """Begin an upload (end-4a, end-4c), mount a blob instead (end-11), or take it whole (end-4b).
+
+    Without `from`, a mount takes the blob from wherever it is. Raises DIGEST_INVALID, NAME_INVALID."""
+    mount, whole = request.get("mount"), request.get("digest")
+    if mount is not None:
+        digest, source = parse_digest(mount), request.get("from")
+        access.check("pull")
+        if registry.mount(name, digest, parse_name(source) if source else None):
+            return created_blob(name, digest)
+    if whole is not None:
+        digest = parse_digest(whole)
+        session = registry.start_upload(name, digest.algorithm)
+        try:
+            receive(session, request)
+        except BaseException:
+            session.cancel()  # the client has no Location to go on with
+            raise
+        session.commit(digest)
+        return created_blob(name, digest)
+    session = registry.start_upload(name, parse_algorithm(request.get("digest-algorithm", "sha256")))
+    return Response(202, upload_headers(session))
+
+
+def receive(session, request):
+    """Append the request's body to a session, at the place that its Content-Range names, if it has one.
+
+    Raises RANGE_INVALID, with the headers that tell the client where to go on; SIZE_INVALID."""
+    placed = request.header("content-range")
+    first, last = parse_content_range(placed) if placed else (None, None)
+    if placed and request.content_length not in (None, last - first + 1):
+        raise RegistryError("SIZE_INVALID", {"Content-Range": placed, "Content-Length": request.content_length})
+    try:
+        session.append(request.body, first)
+    except RegistryError as error:
+        if error.code == "RANGE_INVALID":
+            error.headers += upload_headers(session)
+        raise
+    if placed and session.offset != last + 1:
+        raise RegistryError("SIZE_INVALID", {"Content-Range": placed, "offset": session.offset})
+
+
+def get_upload(registry, access, request, name, session):
+    """How far an upload is (end-13). Raises BLOB_UPLOAD_UNKNOWN."""
+    return Response(204, upload_headers(registry.find_upload(name, session)))
+
+
+def append_to_upload(registry, access, request, name, session):
+    """Take a chunk (end-5). Raises BLOB_UPLOAD_UNKNOWN, RANGE_INVALID, SIZE_INVALID."""
+    upload = registry.find_upload(name, session)
+    receive(upload, request)
+    return Response(202, upload_headers(upload))
+
+
+def finish_upload(registry, access, request, name, session):
+    """Take the last chunk, if there is one, and make the upload a blob (end-6).
+
+    Raises BLOB_UPLOAD_UNKNOWN, RANGE_INVALID, SIZE_INVALID, DIGEST_INVALID."""
+    upload = registry.find_upload(name, session)
+    digest = parse_digest(request.get("digest") or "")
+    receive(upload, request)
+    upload.commit(digest)
+    return created_blob(name, digest)
+
+
+def cancel_upload(registry, access, request, name, session):
+    """Forget an upload (end-14). Raises BLOB_UPLOAD_UNKNOWN."""
+    registry.find_upload(name, session).cancel()
+    return Response(204)
+
+
+# Routes: {placeholders} are loose shapes with strict parsers, so that `/v2/Bad/tags/list` is NAME_INVALID.
+
+SHAPES = {"name": ".+", "reference": "[^/]+", "digest": "[^/]+", "session": "[^/]+"}
+PARSERS = {"name": parse_name, "reference": parse_reference, "digest": parse_digest, "session": parse_session_id}
+
+
+def compile_routes(rows):
+    """[(pattern, {method: (action, handler)})], in the order in which they are tried."""
+    paths = collections.OrderedDict()
+    for methods, path, action, handler in rows:
+        for method in methods.split():
+            paths.setdefault(path, {})[method] = (action, handler)
+    return [(re.compile(re.sub(r"{(\w+)}", lambda match: "(?P<%s>%s)" % (match.group(1), SHAPES[match.group(1)]), path)),
+             handlers) for path, handlers in paths.items()]
+
+
+ROUTES = compile_routes([
+    # methods    path                                 action    handler                      in distribution-spec
+    ("GET HEAD", "/v2/?",                             "pull",   get_base),                 # end-1
+    ("GET HEAD", "/v2/_catalog",                      "pull",   get_catalog),
+    ("GET HEAD", "/v2/{name}/tags/list",              "pull",   get_tags),                 # end-8
+    ("GET HEAD", "/v2/{name}/referrers/{digest}",     "pull",   get_referrers),            # end-12
+    ("GET HEAD", "/v2/{name}/manifests/{reference}",  "pull",   get_manifest),             # end-3
+    ("PUT",      "/v2/{name}/manifests/{reference}",  "push",   put_manifest),             # end-7
+    ("DELETE",   "/v2/{name}/manifests/{reference}",  "delete", delete_manifest),          # end-9
+    ("POST",     "/v2/{name}/blobs/uploads/?",        "push",   start_upload),             # end-4, end-11
+    ("GET HEAD", "/v2/{name}/blobs/uploads/{session}", "push",  get_upload),               # end-13
+    ("PATCH",    "/v2/{name}/blobs/uploads/{session}", "push",  append_to_upload),         # end-5
+    ("PUT",      "/v2/{name}/blobs/uploads/{session}", "push",  finish_upload),            # end-6
+    ("DELETE",   "/v2/{name}/blobs/uploads/{session}", "push",  cancel_upload),            # end-14
+    ("GET HEAD", "/v2/{name}/blobs/{digest}",         "pull",   get_blob),                 # end-2
+    ("DELETE",   "/v2/{name}/blobs/{digest}",         "delete", delete_blob),              # end-10
+])
+
+
+def answer(registry, access, request):
+    """Find the handler of a request and call it. Raises RegistryError, OSError, ClientLeft."""
+    for pattern, handlers in ROUTES:
+        match = pattern.fullmatch(request.path)
+        if match:
+            break
+    else:
+        return Response(404, [("Content-Type", "text/plain")], b"404: nothing here; the registry is at /v2/\n")
+    if request.method not in handlers:
+        raise RegistryError("UNSUPPORTED", request.method, headers=[("Allow", ", ".join(handlers))])
+    action, handler = handlers[request.method]
+    access.check(action)
+    found = {key: PARSERS[key](value) for key, value in match.groupdict().items()}
+    return handler(registry, access, request, **found)
+
+
+def dispatch(registry, access, request):
+    """The Response to a Request, whatever happens; only ClientLeft passes through."""
+    try:
+        return answer(registry, access, request)
+    except RegistryError as error:
+        return Response.of_error(error)
+    except ClientLeft:
+        raise
+    except OSError as error:
+        logger.error("%s %s: %s", request.method, request.path, error)
+        status, message = HOST_FAILURES.get(error.errno, (500, None))
+        return Response.of_error(RegistryError("UNAVAILABLE" if message else "UNKNOWN", message=message, status=status))
+    except Exception:  # a bug: the log gets the traceback, the client a 500
+        logger.exception("%s %s", request.method, request.path)
+        return Response.of_error(RegistryError("UNKNOWN"))
+
+# ---------------------------------------------------------------------------------------------------------
+# 13  Page
+#
+# What a person sees who opens the registry in a browser.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def get_page(registry, access, request):
+    """A few words, so that nobody takes the registry for a broken web site."""
+    host = request.header("host", "HOST")
+    text = ("This is a container registry (tinyreg %s). Clients speak to it at /v2/.\n\n"
+            "    docker pull %s/NAME:TAG\n\nThe repositories: /v2/_catalog\n" % (__version__, host))
+    return Response(200, [("Content-Type", "text/plain; charset=utf-8")], text.encode())
+
+
+ROUTES += compile_routes([
+    ("GET HEAD", "/", "pull", get_page),
+])
+
+# ---------------------------------------------------------------------------------------------------------
+# 14  Server
+#
+# Sockets: HTTP/1.1 as RFC 9112 has it, and not a bit looser, because what two parsers read differently is how
+# requests are smuggled. One thread a connection; all limits on time and size. Knows no rule of registries.
+# ---------------------------------------------------------------------------------------------------------
+
+REQUEST_LINE = re.compile(rb"([A-Z]{1,32}) ([!-~]+) HTTP/(1\.[01])")
+HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
+BARE_NEWLINE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
+TLS_HANDSHAKE = b"\x16"  # the first byte of a client that speaks TLS
+
+
+def bad_request(message, status=400):
+    """The error for what is not HTTP, or not HTTP that we take. The connection is closed after it."""
+    return RegistryError("UNSUPPORTED", message=message, status=status)
+
+
+def parse_head(head):
+    """(method, target, version, headers) of a request's head, which ends with its empty line. Raises RegistryError."""
+    lines = head[:-4].split(b"\r\n")
+    if len(lines[0]) > MAX_REQUEST_LINE:
+        raise bad_request("the request line is longer than 8 KiB", 414)
+    if BARE_NEWLINE.search(head):
+        raise bad_request("lines must end with CR LF")
+    match = REQUEST_LINE.fullmatch(lines[0])
+    if not match:
+        raise bad_request("not an HTTP/1.1 request line")
+    headers = {}
+    for line in lines[1:]:
+        field = HEADER_LINE.fullmatch(line)
+        if not field:
+            raise bad_request("malformed header line")
+        name, value = field.group(1).decode().lower(), field.group(2).decode("latin-1")
+        if name in headers:
+            if name in ("content-length", "host", "transfer-encoding", "content-range", "authorization"):
+                raise bad_request("more than one %s" % name)
+            value = headers[name] + ", " + value
+        headers[name] = value
+    method, target, version = (part.decode() for part in match.groups())
+    check_framing(version, headers)
+    return method, target, version, headers
+
+
+def check_framing(version, headers):
+    """Refuse what leaves open where a request ends, or whom it is for. Raises RegistryError."""
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):
+        raise bad_request("Content-Length must be one number")
+    if coding is not None and (length is not None or version != "1.1"):
+        raise bad_request("Transfer-Encoding goes neither with Content-Length nor with HTTP/1.0")
+    if coding is not None and coding.lower() != "chunked":
+        raise bad_request("no Transfer-Encoding but chunked", 501)
+    if version == "1.1" and "host" not in headers:
+        raise bad_request("no Host header")
+    if headers.get("expect", "100-continue").lower() != "100-continue":
+        raise bad_request("no expectation but 100-continue", 417)
+
+
+class Pace:
+    """Cuts clients that let us wait: at least 1 KiB a second, over 30 seconds of waiting for them."""
+
+    def __init__(self):
+        self.waited = 0.0
+        self.moved = 0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Around a system call that the client can hold up; it ends after TICK seconds at the latest."""
+        start = time.monotonic()
+        try:
+            yield
+        except BlockingIOError:
+            pass
+        self.waited += time.monotonic() - start
+        if self.waited > PACE_WINDOW:
+            if self.moved < PACE_BYTES:
+                raise ClientLeft("too slow")
+            self.waited, self.moved = 0.0, 0
+
+
+class Incoming:
+    """What a client sends: its socket behind a buffer. A socket that yields nothing for TICK seconds raises
+    BlockingIOError (SO_RCVTIMEO does that with one system call a read; Python's own time-outs take two)."""
+
+    def __init__(self, sock):
+        self.sock = sock
+        self.buffer = b""
+        self.pace = Pace()
+
+    def read_head(self):
+        """All up to the empty line after a header block; None if the client closes, or is idle for too long, or
+        begins with a TLS handshake. Raises RegistryError, ClientLeft."""
+        began, first, searched = time.monotonic(), None, 0
+        while True:
+            while self.buffer.startswith(b"\r\n"):
+                self.buffer = self.buffer[2:]  # RFC 9112, 2.2: empty lines before a request
+            if self.buffer:
+                first = first or time.monotonic()
+                end = self.buffer.find(b"\r\n\r\n", max(searched - 3, 0))
+                if end >= 0 and end + 4 <= MAX_HEAD:
+                    head, self.buffer = self.buffer[:end + 4], self.buffer[end + 4:]
+                    return head
+                self._check_unfinished(first)
+                searched = len(self.buffer)
+            elif time.monotonic() - began > IDLE_LIMIT:
+                return None
+            try:
+                received = self.sock.recv(MAX_HEAD)
+            except BlockingIOError:
+                continue
+            if not received:
+                if self.buffer:
+                    raise ClientLeft("left in the middle of a request")
+                return None
+            self.buffer += received
+
+    def _check_unfinished(self, first):
+        """Refuse a head that has taken too long, is too long, or will never end as it should."""
+        if self.buffer.startswith(TLS_HANDSHAKE):
+            # Go's clients say "server gave HTTP response to HTTPS client" to this, and those that were told that
+            # the registry is insecure fall back to HTTP: to an answer that begins with HTTP/, no other.
+            raise RegistryError("UNSUPPORTED", message="this is an HTTP port, not an HTTPS one", status=400)
+        if len(self.buffer) > MAX_HEAD:
+            raise bad_request("the header block is longer than 64 KiB", 431)
+        if len(self.buffer) > MAX_REQUEST_LINE and b"\r\n" not in self.buffer[:MAX_REQUEST_LINE + 2]:
+            raise bad_request("the request line is longer than 8 KiB", 414)
+        if BARE_NEWLINE.search(self.buffer):
+            raise bad_request("lines must end with CR LF")
+        if time.monotonic() - first > HEAD_LIMIT:
+            raise bad_request("the request took longer than 20 seconds to arrive", 408)
+
+    def readinto(self, view):
+        """At least one byte of the body, unless `view` has no room. Raises ClientLeft."""
+        if self.buffer:
+            count = min(len(self.buffer), len(view))
+            view[:count], self.buffer = self.buffer[:count], self.buffer[count:]
+            return count
+        count = None
+        while count is None:
+            with self.pace.waiting():
+                count = self.sock.recv_into(view)
+        if not count and len(view):
+            raise ClientLeft("left in the middle of a body")
+        self.pace.moved += count
+        return count
+
+    def read_line(self, limit):
+        """A line that ends with CR LF, without it. Raises RegistryError, ClientLeft."""
+        end = self.buffer.find(b"\n")
+        while end < 0 and len(self.buffer) <= limit + 2:
+            block = memoryview(bytearray(MAX_HEAD))
+            held, self.buffer = self.buffer, b""
+            self.buffer = held + bytes(block[:self.readinto(block)])
+            end = self.buffer.find(b"\n")
+        if end < 0 or end > limit + 1:
+            raise bad_request("a line of a chunked body is too long")
+        line, self.buffer = self.buffer[:end + 1], self.buffer[end + 1:]
+        if not line.endswith(b"\r\n"):
+            raise bad_request("lines must end with CR LF")
+        return line[:-2]
+
+
+class Body:
+    """The body of a request, with its length known or in chunks. `finished` once its end has been read."""
+
+    def __init__(self, incoming, length, chunked, go_on=None):
+        self.incoming = incoming
+        self.left = length       # bytes of the body, or of the present chunk
+        self.chunked = chunked
+        self.go_on = go_on       # called before the first read: sends 100 Continue to a client that waits for it
+        self.began = False
+        self.finished = not chunked and length == 0
+
+    def readinto(self, view):
+        """Some bytes of the body, 0 at its end. Raises RegistryError for malformed chunks, ClientLeft."""
+        if self.finished:
+            return 0
+        if self.go_on:
+            self.go_on()
+            self.go_on = None
+        if self.chunked and not self.left:
+            self._next_chunk()
+            if self.finished:
+                return 0
+        count = self.incoming.readinto(view[:self.left])
+        self.left -= count
+        self.finished = not self.chunked and not self.left
+        return count
+
+    def _next_chunk(self):
+        if self.began and self.incoming.read_line(0) != b"":
+            raise bad_request("a chunk is longer than it says")
+        self.began = True
+        match = CHUNK_LINE.fullmatch(self.incoming.read_line(MAX_CHUNK_LINE))
+        if not match:
+            raise bad_request("malformed chunk")
+        self.left = int(match.group(1), 16)
+        if not self.left:
+            budget = MAX_HEAD
+            trailer = b"-"
+            while trailer:  # nobody needs trailers, so they are dropped
+                trailer = self.incoming.read_line(budget)
+                budget = max(budget - len(trailer), 0)
+            self.finished = True
+
+    def drain(self):
+        """Read to the end, if that is near and the client does not wait for a 100; whether it was."""
+        view = memoryview(bytearray(1 << 16))
+        budget = MAX_DRAIN
+        while not self.finished and budget > 0 and not self.go_on and (self.chunked or self.left <= budget):
+            budget -= max(self.readinto(view), 1)
+        return self.finished
+
+
+class Connection:
+    """One client's connection: request after request, in a thread of its own."""
+
+    def __init__(self, server, sock, address):
+        self.server = server
+        self.sock = sock
+        self.client = address[0][7:] if address[0].startswith("::ffff:") else address[0]
+        self.idle = True
+        self.incoming = Incoming(sock)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        tick = struct.pack("ll", int(TICK), 0)
+        sock.setblocking(True)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
+
+    def run(self):
+        try:
+            while self._serve_one():
+                pass
+        except (ClientLeft, ConnectionError):
+            pass
+        except OSError as error:
+            logger.warning("%s: %s", self.client, error)
+        except Exception:
+            logger.exception("%s: connection ended", self.client)
+        finally:
+            self.sock.close()
+            self.server.forget(self)
+
+    def _serve_one(self):
+        """Read a request, answer it; whether the connection can take another."""
+        try:
+            head = self.incoming.read_head()
+            if head is None:
+                return False
+            self.idle = False
+            method, target, version, headers = parse_head(head)
+        except RegistryError as error:
+            self._send(Response.of_error(error), "GET", version="1.0" if error.status == 400 else "1.1", keep=False)
+            self._linger()
+            return False
+        started = time.monotonic()
+        chunked = "transfer-encoding" in headers
+        waits = version == "1.1" and "expect" in headers
+        body = Body(self.incoming, int(headers.get("content-length", 0)), chunked, self._go_on if waits else None)
+        response = dispatch(self.server.registry, self.server.access, Request(method, target, headers, body))
+        try:
+            keep = self._keep(version, headers) and self._drained(body)
+            self._send(response, method, version, keep)
+        finally:
+            if not isinstance(response.body, bytes):
+                response.body.close()
+        self.server.log(self.client, method, target, response.status, response.length, time.monotonic() - started)
+        if not keep and not body.finished:
+            self._linger()
+        self.idle = True
+        return keep
+
+    def _go_on(self):
+        self._send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _keep(self, version, headers):
+        """Whether the client and we want to go on with this connection."""
+        wishes = [wish.strip().lower() for wish in headers.get("connection", "").split(",")]
+        wanted = "keep-alive" in wishes if version == "1.0" else "close" not in wishes
+        return wanted and not self.server.stopping
+
+    def _drained(self, body):
+        """Whether the next request can be found, after a body that the handler may not have read to its end."""
+        try:
+            return body.drain()
+        except RegistryError:
+            return False
+
+    def _send(self, response, method, version, keep):
+        head = ["HTTP/%s %d %s" % (version, response.status, REASONS.get(response.status, "Unknown"))]
+        head += ["%s: %s" % header for header in response.headers]
+        head += ["Docker-Distribution-Api-Version: registry/2.0", "Date: " + email.utils.formatdate(usegmt=True)]
+        if response.status not in (204, 304):
+            head.append("Content-Length: %d" % response.length)
+        if not keep or version == "1.0":
+            head.append("Connection: " + ("keep-alive" if keep else "close"))
+        head = "\r\n".join(head + ["", ""]).encode("latin-1")
+        if method == "HEAD" or response.status in (204, 304):
+            self._send_all(head)
+        elif isinstance(response.body, bytes):
+            self._send_all(head + response.body)
+        else:
+            self._send_all(head)
+            self._send_blob(response.body)
+
+    def _send_all(self, content):
+        view, pace = memoryview(content), Pace()
+        while view:
+            with pace.waiting():
+                count = self.sock.send(view)
+                pace.moved += count
+                view = view[count:]
+
+    def _send_blob(self, blob):
+        """Let the kernel copy a file to the socket. Raises OSError, ClientLeft."""
+        offset, end, pace = blob.offset, blob.offset + blob.length, Pace()
+        while offset < end:
+            with pace.waiting():
+                count = os.sendfile(self.sock.fileno(), blob.file.fileno(), offset, min(end - offset, 1 << 30))
+                if not count:
+                    raise OSError(errno.EIO, "a blob became shorter while it was sent")
+                pace.moved += count
+                offset += count
+
+    def _linger(self):
+        """Close in order: a client that is still sending would lose our answer to a reset otherwise."""
+        deadline, left = time.monotonic() + LINGER_LIMIT, MAX_LINGER
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+            while left > 0 and time.monotonic() < deadline:
+                try:
+                    received = len(self.sock.recv(1 << 16))
+                except BlockingIOError:
+                    continue
+                if not received:
+                    break
+                left -= received
+
+    def close_if_idle(self):
+        """Wake a connection that waits for a next request, to end it."""
+        if self.idle:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RD)
+
+
+REASONS = {status.value: status.phrase for status in http.HTTPStatus}
+
+
+def parse_listen(text):
+    """[HOST]:PORT as (host, port); no host means every address. Raises ValueError."""
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.%\w]+)\]|([^:\[\]]*)):([0-9]{1,5})", text)
+    if not match or int(match.group(3)) > 65535:
+        raise ValueError("%r is no address: write HOST:PORT or :PORT, for example 127.0.0.1:5000 or :5000" % text)
+    return match.group(1) or match.group(2) or "", int(match.group(3))
+
+
+def open_listeners(host, port):
+    """Listening sockets for an address; "" is every IPv4 and IPv6 address. Raises OSError."""
+    if not host:
+        with contextlib.suppress(OSError):
+            return [_listen(socket.AF_INET6, ("::", port), dual=True)]
+        return [_listen(socket.AF_INET, ("0.0.0.0", port))]
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return [_listen(family, address) for family, address in sorted({(entry[0], entry[4]) for entry in found})]
+
+
+def _listen(family, address, dual=False):
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if dual else 1)
+        sock.bind(address)
+        sock.listen(1024)
+        sock.setblocking(False)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+class Server:
+    """Accepts connections until it is told to stop, and then lets running transfers end."""
+
+    def __init__(self, listeners, registry, access, log=log_request, drain=30.0):
+        self.listeners = listeners
+        self.registry = registry
+        self.access = access
+        self.log = log
+        self.drain = drain
+        self.stopping = False
+        self.connections = set()
+        self.changed = threading.Condition()
+
+    def run(self):
+        """Serve until stop(). Returns how many connections had to be cut."""
+        threading.stack_size(8 << 20)  # virtual; room for deeply nested JSON where the C library's default is small
+        with selectors.DefaultSelector() as selector:
+            for listener in self.listeners:
+                selector.register(listener, selectors.EVENT_READ)
+            while not self.stopping:
+                for key, _ in selector.select(1.0):
+                    self._accept(key.fileobj)
+        return self._finish()
+
+    def stop(self):
+        """Ask run() to return; may be called by a signal handler."""
+        self.stopping = True
+
+    def _accept(self, listener):
+        try:
+            sock, address = listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError as error:  # out of file descriptors: those who are served will give theirs back
+            logger.error("can't accept a connection: %s", error)
+            time.sleep(0.05)
+            return
+        try:
+            connection = Connection(self, sock, address)
+            with self.changed:
+                self.connections.add(connection)
+            threading.Thread(target=connection.run, daemon=True).start()
+        except (OSError, RuntimeError) as error:  # the client is gone already, or no thread is to be had
+            logger.warning("%s: %s", address[0], error)
+            sock.close()
+
+    def forget(self, connection):
+        with self.changed:
+            self.connections.discard(connection)
+            self.changed.notify_all()
+
+    def _finish(self):
+        for listener in self.listeners:
+            listener.close()
+        deadline = time.monotonic() + self.drain
+        with self.changed:
+            while self.connections and time.monotonic() < deadline:
+                for connection in self.connections:
+                    connection.close_if_idle()
+                self.changed.wait(0.1)
+            return len(self.connections)
+
+# ---------------------------------------------------------------------------------------------------------
+# 15  Commands
+#
+# The command line. A command prints what it reports on stdout; what went wrong is one line on stderr and exit
+# status 1 (2 for a wrong command line).
+# ---------------------------------------------------------------------------------------------------------
+
+
+class CommandError(Exception):
+    """What the user is told, in one line that says what to do."""
+
+
+def open_store(options, create=False):
+    """The Directory at --root. Raises CommandError."""
+    try:
+        return Directory(options.root, sparse=getattr(options, "sparse", False), create=create)
+    except FileNotFoundError as error:
+        if create:
+            raise CommandError("can't make %s: %s" % (options.root, error.strerror))
+        raise CommandError("no registry is stored in %s; name its directory with --root" % os.path.abspath(options.root))
+    except OSError as error:
+        raise CommandError("can't use %s as the store: %s; choose another directory with --root"
+                           % (os.path.abspath(options.root), error.strerror))
+
+
+def serve(options):
+    """Serve the store until a signal ends it."""
+    start_logging()
+    store = open_store(options, create=True)
+    check_writable(store)
+    listeners = listen_everywhere(options.listen)
+    local = all(is_loopback(listener) for listener in listeners)
+    access = Access(options.anonymous or ("admin" if local else "pull"))
+    server = Server(listeners, store, access, log=drop_request if options.quiet else log_request, drain=options.drain)
+
+    def on_signal(number, frame):
+        if server.stopping and number == signal.SIGINT:
+            os._exit(130)  # the second Ctrl-C: now
+        server.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    print(banner(store, listeners, access, local), flush=True)
+    cut = server.run()
+    if cut:
+        logger.warning("stopped; %d transfers did not end within %g s (--drain) and were cut", cut, options.drain)
+    return 0
+
+
+def check_writable(store):
+    """Raises CommandError if nothing can be stored; better now than at the first push."""
+    try:
+        probe = store.files.scratch_path()
+        store.files.write(probe, b"")
+        os.unlink(probe)
+    except OSError as error:
+        raise CommandError("can't write to %s: %s; choose another directory with --root" % (store.root, error.strerror))
+
+
+def listen_everywhere(addresses):
+    """Raises CommandError, with what to do about a port that is taken."""
+    listeners = []
+    for host, port in addresses:
+        try:
+            listeners += open_listeners(host, port)
+        except OSError as error:
+            where = "%s:%d" % (host, port)
+            advice = {errno.EADDRINUSE: "is in use: another program, or another tinyreg, listens there; stop it or "
+                      "choose another port with --listen %s:%d" % (host, port + 1 if port < 65535 else 5000),
+                      errno.EACCES: "is for root only; choose a port above 1023 with --listen",
+                      errno.EADDRNOTAVAIL: "is no address of this machine; --listen :%d is all of them" % port}
+            raise CommandError("%s %s" % (where, advice.get(error.errno, "can't be listened on: %s" % error.strerror)))
+    return listeners
+
+
+def is_loopback(listener):
+    host = listener.getsockname()[0]
+    return host.startswith("127.") or host == "::1"
+
+
+def drop_request(*anything):
+    """The log of a server that was told to be --quiet."""
+
+
+def banner(store, listeners, access, local):
+    """What serve says first: where it listens and stores, who may do what, and two commands to try."""
+    urls, ports = [], []
+    for listener in listeners:
+        host, port = listener.getsockname()[:2]
+        everywhere = host in ("::", "0.0.0.0")
+        ports.append("%s:%d" % ("localhost" if local else socket.gethostname() if everywhere else host, port))
+        urls.append("http://%s:%d%s" % ("[%s]" % host if ":" in host else host, port,
+                                        " (every address of this machine)" if everywhere else ""))
+    reach = "whoever is on this machine" if local else "whoever can reach it"
+    return "\n".join([
+        "tinyreg %s" % __version__,
+        "  listens on  " + ", ".join(urls),
+        "  stores in   " + store.root,
+        "  access      %s may %s%s" % (reach, IN_WORDS[access.anonymous], "" if access.anonymous == "admin" else
+                                       " (change it with --anonymous)"),
+        "  try         docker tag alpine %s/alpine && docker push %s/alpine" % (ports[0], ports[0]),
+        "              docker pull %s/alpine" % ports[0],
+        "  Ctrl-C ends it.",
+    ])
+
+
+def describe(registry, name, digest):
+    """What ls tells about a manifest: digest, mediaType, platforms, size in bytes of all that is there of it, and how
+    many children are missing (of an index that was copied for some platforms only)."""
+    manifest = registry.manifest(name, digest)
+    found = {"digest": digest, "mediaType": manifest.media_type, "platforms": [], "size": len(manifest.content),
+             "missing": 0}
+    for child in manifest.manifests:
+        try:
+            part = describe(registry, name, child.digest)
+        except RegistryError:
+            found["missing"] += 1
+            continue
+        found["platforms"] += [entry for entry in part["platforms"] if entry not in found["platforms"]]
+        found["size"] += part["size"]
+    for blob in manifest.blobs:
+        found["size"] += blob.size
+    if manifest.media_type in IMAGE_TYPES:
+        found["platforms"] = [platform_of(registry, name, manifest)]
+    return found
+
+
+def platform_of(registry, name, manifest):
+    """OS/ARCHITECTURE[/VARIANT] from an image's config, or the artifact's type, or `-`."""
+    try:
+        with registry.open_blob(name, manifest.blobs[0].digest) as blob:
+            config = load_json(blob.read())
+        return "/".join(str(config[key]) for key in ("os", "architecture", "variant") if config.get(key)) or "-"
+    except (RegistryError, ValueError):
+        return manifest.artifact_type or "-"
+
+
+def list_store(options):
+    """The repositories; the tags of one; or, with --digests, every blob."""
+    store = open_store(options)
+    name = parse_name(options.repository) if options.repository else None
+    if options.digests:
+        rows = [[digest] for digest in store.digests(name)]
+        report = [row[0] for row in rows]
+    elif name is None:
+        rows = [[repository] for repository in store.repositories()]
+        report = [row[0] for row in rows]
+    else:
+        report = []
+        for tag in store.tags(name):
+            try:
+                report.append(dict(describe(store, name, store.resolve(name, tag)), tag=tag))
+            except RegistryError as error:
+                report.append({"tag": tag, "error": str(error)})
+        rows = [["TAG", "SIZE", "PLATFORMS", "DIGEST"]] + [tag_row(entry) for entry in report]
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_table(rows)
+    return 0
+
+
+def tag_row(entry):
+    """One line of `ls REPOSITORY`."""
+    if "error" in entry:
+        return [entry["tag"], "-", "-", entry["error"]]
+    missing = " (%d not here)" % entry["missing"] if entry["missing"] else ""
+    return [entry["tag"], in_units(entry["size"]), ",".join(entry["platforms"]) + missing, entry["digest"]]
+
+
+def in_units(size):
+    """A number of bytes for people: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size /= 1024.0
+    else:
+        unit = "TiB"
+    return "%d B" % size if unit == "B" else "%.1f %s" % (size, unit)
+
+
+def print_table(rows):
+    """Columns, each as wide as its widest entry."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def remove(options):
+    """Delete tags (NAME:TAG) and manifests (NAME@DIGEST). The bytes stay until garbage is collected."""
+    store = open_store(options)
+    done = []
+    for image in options.images:
+        name, reference = split_image(image)
+        if reference is None:
+            raise CommandError("%s: say which tag (%s:TAG) or manifest (%s@DIGEST) to delete" % (image, name, name))
+        try:
+            if isinstance(reference, Digest):
+                store.delete_manifest(name, reference)
+            else:
+                store.delete_tag(name, reference)
+        except RegistryError as error:
+            raise CommandError("%s: %s%s" % (image, error.message, already(done)))
+        done.append(image)
+        if not options.quiet and not options.json:
+            print("deleted " + image)
+    if options.json:
+        print(json.dumps({"deleted": done}, indent=2))
+    return 0
+
+
+def already(done):
+    """The end of an error line for a command that did a part of its work."""
+    return " (deleted before it: %s)" % ", ".join(done) if done else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, with exit status 2."""
+
+    def error(self, message):
+        self.exit(2, "%s: %s (see %s --help)\n" % (self.prog, message, self.prog))
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the examples as they are."""
+
+
+def seconds(text):
+    """A time on the command line: 30, 30s, 5m, 24h, 7d. In seconds. Raises ArgumentTypeError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError("%r is no time: write for example 30s, 5m or 24h" % text)
+    return float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
+
+
+def address(text):
+    """An address on the command line. Raises ArgumentTypeError."""
+    try:
+        return parse_listen(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error))
+
+
+def add_command(commands, function, name, purpose, examples):
+    """A subcommand with the options that all of them have."""
+    parser = commands.add_parser(name, description=purpose, help=purpose[0].lower() + purpose[1:].rstrip("."),
+                                 epilog="examples:\n" + examples, formatter_class=HelpFormatter)
+    parser.set_defaults(function=function)
+    parser.add_argument("--root", metavar="DIR", default=os.environ.get("TINYREG_ROOT", "./registry"),
+                        help="directory of the store (TINYREG_ROOT)")
+    parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
+    return parser
+
+
+def from_environment(parser, name, **settings):
+    """An option of serve, which TINYREG_<OPTION> sets as well. Raises SystemExit for a wrong value there."""
+    variable = "TINYREG_" + name.lstrip("-").replace("-", "_").upper()
+    value = os.environ.get(variable)
+    settings["help"] += " (%s)" % variable
+    if value and settings.get("action") == "store_true":
+        settings["default"] = value.lower() not in ("0", "no", "false")
+    elif value and settings.get("action") == "append":
+        settings["default"] = [parser_value(parser, variable, settings["type"], word) for word in value.split()]
+    elif value:
+        settings["default"] = parser_value(parser, variable, settings.get("type", str), value)
+    parser.add_argument(name, **settings)
+
+
+def parser_value(parser, variable, convert, text):
+    """A value from the environment, converted as on the command line."""
+    try:
+        return convert(text)
+    except argparse.ArgumentTypeError as error:
+        parser.error("%s: %s" % (variable, error))
+
+
+def build_parser():
+    parser = Parser(prog="tinyreg.py", formatter_class=HelpFormatter, description="A container registry in one file.",
+                    epilog="examples:\n  python3 tinyreg.py                        serve ./registry on 127.0.0.1:5000\n"
+                    "  python3 tinyreg.py serve --listen :5000   serve it to the network\n"
+                    "  python3 tinyreg.py serve --help           the options of a command\n")
+    parser.add_argument("--version", action="version", version="tinyreg " + __version__)
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
+    command = add_command(commands, serve, "serve", "Serve the store (what tinyreg.py does without a command).",
+                          "  tinyreg.py serve\n  tinyreg.py serve --root /srv/registry --listen :5000 --anonymous push\n")
+    from_environment(command, "--listen", metavar="[HOST]:PORT", type=address, action="append",
+                     help="address to listen on; :5000 is every address; may be repeated "
+                     "(default: 127.0.0.1:5000, which Docker trusts without TLS)")
+    from_environment(command, "--anonymous", metavar="LEVEL", choices=LEVELS,
+                     help="what clients may do: none, pull, push or admin, which deletes "
+                     "(default: admin if only this machine can reach it, else pull)")
+    from_environment(command, "--sparse", action="store_true", default=False,
+                     help="take image manifests whose blobs are missing (pulls of such an image fail)")
+    from_environment(command, "--drain", metavar="TIME", type=seconds, default=30.0,
+                     help="how long running transfers may take to end after SIGTERM")
+    command = add_command(commands, list_store, "ls", "List repositories, or the tags of one.",
+                          "  tinyreg.py ls\n  tinyreg.py ls docker.io/library/alpine\n"
+                          "  tinyreg.py ls --digests > have.txt\n")
+    command.add_argument("repository", metavar="REPOSITORY", nargs="?", help="list its tags, sizes and platforms")
+    command.add_argument("--digests", action="store_true", help="list every blob held instead")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command = add_command(commands, remove, "rm", "Delete tags and manifests.",
+                          "  tinyreg.py rm alpine:3.19\n  tinyreg.py rm alpine@sha256:0123...\n")
+    command.add_argument("images", metavar="IMAGE", nargs="+", help="NAME:TAG deletes the tag; NAME@DIGEST deletes the "
+                         "manifest and every tag that points to it")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def main(argv=None):
+    """Run one command; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version"):
+        arguments.insert(0, "serve")
+    options = build_parser().parse_args(arguments)
+    if options.command == "serve":
+        options.listen = options.listen or [("127.0.0.1", 5000)]
+    try:
+        return options.function(options)
+    except (CommandError, RegistryError) as error:
+        message = str(error)
+    except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        message = "%s: %s" % (error.filename or "tinyreg", error.strerror or error)
+    print("tinyreg: " + message, file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
