@@ -180,8 +180,8 @@ class ClientLeft(Exception):
 
 
 def to_json(value):
-    """The value as one line of JSON, in bytes."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
+    """The value as one line of JSON, in bytes; ASCII, so that stray surrogates can't make it invalid UTF-8."""
+    return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
 
 # ---------------------------------------------------------------------------------------------------------
 # 3  Values
@@ -332,6 +332,14 @@ def _parse_json_number(text):
     return int(text)
 
 
+def _parse_json_float(text):
+    """1e999 would become Infinity, which no JSON parser reads back."""
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError("a number out of range")
+    return value
+
+
 def _refuse_json_constant(text):
     raise ValueError(text + " is not JSON")
 
@@ -340,7 +348,7 @@ def load_json(content):
     """The JSON object in these bytes. Raises ValueError with a reason, however deep or odd the text is."""
     try:
         value = json.loads(content.decode("utf-8"), parse_int=_parse_json_number,
-                           parse_constant=_refuse_json_constant)
+                           parse_float=_parse_json_float, parse_constant=_refuse_json_constant)
     except RecursionError:
         raise ValueError("nested too deeply")
     if not isinstance(value, dict):
@@ -375,7 +383,9 @@ class Manifest:
         return OCI_MANIFEST if "config" in self.document or "layers" in self.document else ""
 
     def _descriptors(self, field):
-        values = self.document.get(field) or []
+        values = self.document.get(field)
+        if values is None:
+            return []
         if not isinstance(values, list):
             raise RegistryError("MANIFEST_INVALID", message="%s must be a list" % field)
         return [parse_descriptor(value) for value in values]
@@ -451,8 +461,10 @@ def _check_shape(manifest):
         raise RegistryError("MANIFEST_INVALID", message="an image manifest needs a config")
     if document.get("schemaVersion", 2) != 2:
         raise RegistryError("MANIFEST_INVALID", message="schemaVersion must be 2")
-    if not isinstance(document.get("annotations") or {}, dict):
-        raise RegistryError("MANIFEST_INVALID", message="annotations must be an object")
+    annotations = document.get("annotations")
+    if annotations is not None and not (isinstance(annotations, dict)
+                                        and all(isinstance(value, str) for value in annotations.values())):
+        raise RegistryError("MANIFEST_INVALID", message="annotations must be an object whose values are strings")
     if not isinstance(document.get("artifactType") or "", str):
         raise RegistryError("MANIFEST_INVALID", message="artifactType must be a string")
     # Reading them checks them.
@@ -596,16 +608,25 @@ class SharedLock:
 class Blob:
     """A blob, or a part of it, as a slice of an open file: what sendfile wants, and what an archive can give too.
 
-    Who gets it closes it (`with`)."""
+    Who gets it closes it (`with`). A subclass whose bytes lie in no single file (another registry's, an archive's in
+    several parts) has `file` None and its own `readinto`, `part` and `close`: it is read in order, once."""
 
     def __init__(self, file, offset, length):
         self.file = file
         self.offset = offset
         self.length = length
+        self.position = 0  # of readinto, in the slice
 
     def part(self, offset, length):
         """The same open file, narrowed to a part of this slice."""
         return Blob(self.file, self.offset + offset, length)
+
+    def readinto(self, view):
+        """The next bytes of the slice, 0 at its end: what UploadSession.append wants. Raises OSError."""
+        block = os.pread(self.file.fileno(), min(len(view), self.length - self.position), self.offset + self.position)
+        view[:len(block)] = block
+        self.position += len(block)
+        return len(block)
 
     def read(self, limit=MAX_MANIFEST):
         """The content from its start, at most `limit` bytes."""
@@ -662,6 +683,18 @@ class Registry:
     def find_upload(self, name, session_id):
         """The UploadSession of this id. Raises BLOB_UPLOAD_UNKNOWN."""
         raise RegistryError("BLOB_UPLOAD_UNKNOWN", session_id)
+
+    def resume_upload(self, name, digest):
+        """The UploadSession in which an earlier put_blob of this digest was interrupted, or a new one."""
+        return self.start_upload(name, digest.algorithm)
+
+    def put_blob(self, name, digest, open_from):
+        """Store the blob that `open_from(offset)` opens, as a Blob from that byte on; goes on where an earlier attempt
+        ended, also in another process. Raises DIGEST_INVALID, and what `open_from` raises."""
+        session = self.resume_upload(name, digest)
+        with open_from(session.offset) as blob:
+            session.append(blob, session.offset)
+        session.commit(digest)
 
     def mount(self, name, digest, source=None):
         """Give a repository a blob that `source` has (or any, if None). False where there is no such blob."""
@@ -915,10 +948,10 @@ class Directory(Registry):
 
     # Writing
 
-    def start_upload(self, name, algorithm="sha256"):
-        session = DirectoryUpload(self, name, str(uuid.uuid4()))
+    def start_upload(self, name, algorithm="sha256", session_id=None):
+        session = DirectoryUpload(self, name, session_id or str(uuid.uuid4()))
         make_directories(self.repository_path(name))  # links will be below it
-        os.makedirs(session.folder)
+        os.makedirs(session.folder, exist_ok=session_id is not None)
         with open(os.path.join(session.folder, "startedat"), "w") as file:
             file.write(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         open(session.path, "xb").close()
@@ -929,6 +962,13 @@ class Directory(Registry):
         session = DirectoryUpload(self, name, session_id)
         session.measure()
         return session
+
+    def resume_upload(self, name, digest):
+        session_id = str(uuid.uuid5(uuid.NAMESPACE_URL, digest))
+        try:
+            return self.find_upload(name, session_id)
+        except RegistryError:
+            return self.start_upload(name, digest.algorithm, session_id)
 
     def publish_blob(self, name, temporary, digest):
         """Rename a file that is checked and synced to its place among the blobs, and link the repository to it.
@@ -1163,6 +1203,18 @@ class DirectoryUpload(UploadSession):
     def cancel(self):
         self.store.hashes.forget(self.id)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+# ---------------------------------------------------------------------------------------------------------
+# 7  Archive
+# ---------------------------------------------------------------------------------------------------------
+
+# ---------------------------------------------------------------------------------------------------------
+# 8  Remote
+# ---------------------------------------------------------------------------------------------------------
+
+# ---------------------------------------------------------------------------------------------------------
+# 9  Copy
+# ---------------------------------------------------------------------------------------------------------
 
 # ---------------------------------------------------------------------------------------------------------
 # 10  Access
