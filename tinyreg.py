@@ -21,6 +21,7 @@ one folder of our own, whose content can be lost without losing an image:
     ROOT/tinyreg/
         scratch/                    files being written, folders being deleted
         lock, lock.turnstile        pushes share it, deletions take it alone
+        lock.changes                eight bytes that differ after every change, for what workers keep in memory
         referrers/NAME/_index       which manifest is about which other; made anew when missing
 
 One request:
@@ -36,19 +37,21 @@ The rooms of this file; each uses the ones above it and none below:
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import email.utils
 import errno
 import fcntl
 import hashlib
+import hmac
 import http
 import io
 import itertools
 import json
 import logging
+import mmap
 import os
 import re
-import selectors
 import shutil
 import signal
 import socket
@@ -93,11 +96,15 @@ MAX_HEAD = 64 << 10          # bytes, request line and header block; bearer toke
 MAX_CHUNK_LINE = 1 << 10     # bytes; a chunk's size line with its extensions, which nobody sends
 MAX_DRAIN = 256 << 10        # bytes of a refused body that are read, to keep the connection
 MAX_LINGER = 64 << 20        # bytes read off a connection that is to be closed, so that the answer arrives
-COPY_BUFFER = 1 << 20        # bytes taken from a client between two writes to the disk
+COPY_BUFFER = 512 << 10      # bytes taken from a client between two writes to the disk
+SMALL_BLOB = 64 << 10        # bytes; a blob up to this goes out in one write with its headers, and may be cached
+MAX_CACHED = 16 << 20        # bytes of answers that one worker keeps
 HASHED_SESSIONS = 1024       # upload sessions whose hash is kept in memory; others are read again at their end
 PAGE_SIZE = 1000             # entries in one page of the catalog or of referrers, and the most that n may ask for
 
 TICK = 5.0                   # seconds; how often a waiting connection looks at its time limits
+CACHED_FOR = 1.0             # seconds that an answer may be repeated; so a token's end or a new rule counts by then
+SPARE_THREADS = 16           # threads that wait for a connection, per listening socket; more end with theirs
 IDLE_LIMIT = 60.0            # seconds that a kept connection may wait for its next request
 HEAD_LIMIT = 20.0            # seconds from a request's first byte to the end of its header block
 LINGER_LIMIT = 5.0           # seconds to read what a refused client is still sending
@@ -522,6 +529,39 @@ def list_directory(path):
         return []
 
 
+class Behind:
+    """A second thread for one call at a time, for instance a write while the next block arrives.
+
+    The thread is made with the first call. Leaving the `with` waits for the last one."""
+
+    def __init__(self):
+        self.pool = None
+        self.pending = None
+
+    def run(self, function, *arguments):
+        """Wait for the call before, then start this one. Raises what the call before raised."""
+        self.wait()
+        if self.pool is None:
+            self.pool = concurrent.futures.ThreadPoolExecutor(1)
+        self.pending = self.pool.submit(function, *arguments)
+
+    def wait(self):
+        """Raises what the last call raised, once."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        try:
+            self.wait()
+        finally:
+            if self.pool:
+                self.pool.shutdown()
+
+
 class Files:
     """Durable writes and deletions by way of a scratch folder, which must lie on the same file system."""
 
@@ -572,8 +612,39 @@ class Files:
             os.unlink(grave)
 
 
+class ChangeMark:
+    """Eight bytes that all processes of a store share in memory: another value after each change.
+
+    Random, not counted: of two processes that count at once, one would take back the other's change. Who cached
+    something under a value that is still there knows that nothing has changed since.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.shared = None
+
+    def open(self):
+        """Make the file and map it, unless that is done. Raises OSError."""
+        if self.shared is None:
+            with open(self.path, "a+b", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size < 8:
+                    file.write(os.urandom(8))  # not truncated to 8: on a full disk nothing could fill such a hole
+                self.shared = mmap.mmap(file.fileno(), 8)
+
+    def value(self):
+        """The eight bytes, or None where the file can't be had: on a read-only disk."""
+        try:
+            self.open()
+        except OSError:
+            return None
+        return self.shared[:]
+
+    def change(self):
+        self.shared[:] = os.urandom(8)
+
+
 class SharedLock:
-    """A lock between processes: many may share it, or one has it alone.
+    """A lock between processes: many may share it, or one has it alone. Giving it up changes the mark.
 
     flock gives no turns: under a steady stream of sharers one who wants it alone would wait for ever. So everyone
     passes a turnstile first, and who wants it alone stands in the turnstile until the sharers inside have left.
@@ -582,14 +653,19 @@ class SharedLock:
     def __init__(self, path):
         self.path = path
         self.turnstile = path + ".turnstile"
+        self.mark = ChangeMark(path + ".changes")
 
     @contextlib.contextmanager
     def _held(self, how):
+        self.mark.open()  # now, so that it can't fail when something has been changed
         with open(self.path, "ab") as lock:
             with open(self.turnstile, "ab") as turnstile:
                 fcntl.flock(turnstile, fcntl.LOCK_EX)
                 fcntl.flock(lock, how)
-            yield  # closing a file gives up its lock, and so does a kill -9
+            try:
+                yield  # closing a file gives up its lock, and so does a kill -9
+            finally:
+                self.mark.change()
 
     def shared(self):
         return self._held(fcntl.LOCK_SH)
@@ -647,6 +723,10 @@ class Registry:
 
     Names, tags and digests that come in are parsed values. What iterates yields in ASCII order, from after `last`.
     """
+
+    def version(self):
+        """A value that differs after every change, for answers that are kept; None if nothing may be kept."""
+        return None
 
     def repositories(self, last=""):
         """Yield the names of the repositories that have held a manifest."""
@@ -718,7 +798,14 @@ class Registry:
 
 
 class UploadSession:
-    """A blob on its way in: append, then commit or cancel. `id` names it, `offset` is how many bytes it has."""
+    """A blob on its way in: append, then commit or cancel. `id` names it, `offset` is how many bytes it has.
+
+    `state` is a text that helps whoever finds the session again, and gives it to `restore`; "" if there is none."""
+
+    state = ""
+
+    def restore(self, state):
+        """Use what `state` was when the session was last seen, if it can be trusted."""
 
     def append(self, body, start=None):
         """Add what `body` gives (a file's readinto). Raises RANGE_INVALID unless `start`, if given, is the offset."""
@@ -765,6 +852,7 @@ class Directory(Registry):
         self.files = Files(scratch)
         self.lock = SharedLock(os.path.join(self.own, "lock"))
         self.hashes = SessionHashes()
+        self.key = os.urandom(32)  # signs the states of upload sessions; worker processes inherit it
 
     # Paths
 
@@ -817,6 +905,9 @@ class Directory(Registry):
         return file
 
     # Reading
+
+    def version(self):
+        return self.lock.mark.value()
 
     def _unknown(self, name, code, detail):
         """The error for something that is not there: NAME_UNKNOWN where the whole repository isn't."""
@@ -955,7 +1046,7 @@ class Directory(Registry):
         with open(os.path.join(session.folder, "startedat"), "w") as file:
             file.write(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         open(session.path, "xb").close()
-        self.hashes.start(session.id, algorithm)
+        self.hashes.keep(session.id, SessionHash(algorithm))
         return session
 
     def find_upload(self, name, session_id):
@@ -965,6 +1056,7 @@ class Directory(Registry):
 
     def resume_upload(self, name, digest):
         session_id = str(uuid.uuid5(uuid.NAMESPACE_URL, digest))
+        self.hashes.forget(session_id)  # the id may have had other bytes, which another process cancelled
         try:
             return self.find_upload(name, session_id)
         except RegistryError:
@@ -1063,10 +1155,21 @@ class SessionHash:
         self.offset = 0
 
     def update(self, block, offset):
-        """Add a block that was written at this offset. After a gap (another process wrote) this does nothing more."""
+        """Add the block at this offset. After a gap (another process wrote) this does nothing more."""
         if offset == self.offset:
             self.hasher.update(block)
             self.offset += len(block)
+
+    def sum(self, size):
+        """`SIZE:ALGORITHM:ENCODED`, of the first SIZE bytes; "" if that is not what has been hashed."""
+        return "%d:%s:%s" % (size, self.algorithm, self.hasher.hexdigest()) if size == self.offset else ""
+
+    def finish(self, file, size):
+        """The sum of a whole file, of which what has not been hashed yet is read. Raises OSError."""
+        if self.offset > size:  # a write failed behind a block that was hashed
+            self.__init__(self.algorithm)
+        self.offset = update_hash(self.hasher, file, self.offset)
+        return self.sum(self.offset)
 
 
 class SessionHashes:
@@ -1077,16 +1180,17 @@ class SessionHashes:
         self.hashes = collections.OrderedDict()
         self.mutex = threading.Lock()
 
-    def start(self, session_id, algorithm):
+    def keep(self, session_id, known):
         with self.mutex:
-            self.hashes[session_id] = SessionHash(algorithm)
+            self.hashes[session_id] = known
             while len(self.hashes) > HASHED_SESSIONS:
                 self.hashes.popitem(last=False)
 
-    def get(self, session_id, algorithm=None):
-        """The hash so far; a new one where there is none, or only one of another algorithm."""
+    def take(self, session_id, algorithm=None):
+        """The hash so far, which is the caller's alone until it is kept again; a new one where there is none, or only
+        one of another algorithm."""
         with self.mutex:
-            found = self.hashes.get(session_id)
+            found = self.hashes.pop(session_id, None)
         if found is None or algorithm not in (None, found.algorithm):
             return SessionHash(algorithm or "sha256")
         return found
@@ -1111,6 +1215,22 @@ class DirectoryUpload(UploadSession):
         self.folder = os.path.join(store.repository_path(name), "_uploads", session_id)
         self.path = os.path.join(self.folder, "data")
         self.offset = 0
+        self.sum = ""  # SessionHash.sum of the bytes so far, where it is known
+        self.intact = True  # whether all that this request hashed has been written
+
+    @property
+    def state(self):
+        """The sum, signed. The client carries it to the process that commits, which need not read the file again."""
+        return "%s:%s" % (self.sum, self._signature(self.sum)) if self.sum else ""
+
+    def restore(self, state):
+        """Take a state that this server gave; any other is ignored: after a restart the bytes may have been lost."""
+        found, _, signature = state.rpartition(":")
+        if hmac.compare_digest(signature.encode(), self._signature(found).encode()):
+            self.sum = found
+
+    def _signature(self, text):
+        return hmac.new(self.store.key, ("%s %s" % (self.id, text)).encode(), "sha256").hexdigest()
 
     def _unknown(self):
         return RegistryError("BLOB_UPLOAD_UNKNOWN", self.id)
@@ -1149,35 +1269,48 @@ class DirectoryUpload(UploadSession):
             fcntl.flock(file, fcntl.LOCK_UN)
 
     def append(self, body, start=None):
-        with self._open() as file:
+        with self._open() as file, Behind() as writer:
             self.offset = os.fstat(file.fileno()).st_size
             if start not in (None, self.offset):
                 raise self._misplaced()
-            buffer = memoryview(bytearray(COPY_BUFFER))
-            filled = len(buffer)
-            while filled == len(buffer):
-                filled = 0
-                try:
-                    while filled < len(buffer):
-                        count = body.readinto(buffer[filled:])
-                        if not count:
-                            break
-                        filled += count
-                finally:  # what came before a client left is kept: it may come back for the rest
-                    self._write(file, buffer[:filled])
+            known, offset, buffers = self.store.hashes.take(self.id), self.offset, []
+            try:
+                more = True
+                while more:
+                    # Two buffers in turn: one is filled and hashed while the other is written.
+                    buffers.insert(0, buffers.pop() if len(buffers) > 1 else memoryview(bytearray(COPY_BUFFER)))
+                    filled = 0
+                    try:
+                        while more and filled < COPY_BUFFER:
+                            count = body.readinto(buffers[0][filled:])
+                            more, filled = count > 0, filled + count
+                    finally:  # what came before a client left is kept: it may come back for the rest
+                        block = buffers[0][:filled]
+                        known.update(block, offset)
+                        offset += filled
+                        if more:
+                            writer.run(self._write, file, block)
+                        else:
+                            writer.wait()
+                            self._write(file, block)
+            finally:
+                writer.wait()
+                if self.intact and known.offset == self.offset:
+                    self.store.hashes.keep(self.id, known)
+                    self.sum = known.sum(self.offset)
 
     def _write(self, file, block):
         with self._locked(file):
+            self.intact = False  # until all is written: what was hashed may not be what the file has
             if os.fstat(file.fileno()).st_size != self.offset:
                 self.measure()
                 raise self._misplaced()
-            known = self.store.hashes.get(self.id)
             try:
                 while block:
                     count = file.write(block)
-                    known.update(block[:count], self.offset)
                     self.offset += count
                     block = block[count:]
+                self.intact = True
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     self.cancel()  # a full disk needs the space more than the client needs half a blob
@@ -1185,12 +1318,12 @@ class DirectoryUpload(UploadSession):
 
     def commit(self, digest):
         with self._open() as file, self._locked(file):
-            known = self.store.hashes.get(self.id, digest.algorithm)
-            known.offset = update_hash(known.hasher, file, known.offset)
             try:
-                if known.hasher.hexdigest() != digest.encoded:
-                    raise RegistryError("DIGEST_INVALID", {"wanted": digest, "got": "%s:%s" % (
-                        digest.algorithm, known.hasher.hexdigest()), "size": known.offset})
+                size = os.fstat(file.fileno()).st_size
+                found = self.sum if self.sum.startswith("%d:%s:" % (size, digest.algorithm)) else \
+                    self.store.hashes.take(self.id, digest.algorithm).finish(file, size)
+                if found != "%d:%s" % (size, digest):
+                    raise RegistryError("DIGEST_INVALID", {"wanted": digest, "got": found.partition(":")[2], "size": size})
                 os.fsync(file.fileno())
                 self.store.publish_blob(self.name, self.path, digest)
             except BaseException:
@@ -1320,6 +1453,7 @@ class Response:
         self.status = status
         self.headers = list(headers)
         self.body = body
+        self.kept = False  # whether the same request may get it again while the registry has not changed
 
     @property
     def length(self):
@@ -1480,6 +1614,8 @@ def delete_blob(registry, access, request, name, digest):
 def upload_headers(session):
     """Where an upload stands. `Range: 0-0` is an empty one's: docker's client can't read `0--1`."""
     location = "/v2/%s/blobs/uploads/%s" % (session.name, session.id)
+    if session.state:
+        location += "?state=" + session.state
     return [("Location", location), ("Range", "0-%d" % max(session.offset - 1, 0)), ("Docker-Upload-UUID", session.id)]
 
 
@@ -1546,6 +1682,7 @@ def finish_upload(registry, access, request, name, session):
 
     Raises BLOB_UPLOAD_UNKNOWN, RANGE_INVALID, SIZE_INVALID, DIGEST_INVALID."""
     upload = registry.find_upload(name, session)
+    upload.restore(request.get("state", ""))
     digest = parse_digest(request.get("digest") or "")
     receive(upload, request)
     upload.commit(digest)
@@ -1606,7 +1743,9 @@ def answer(registry, access, request):
     action, handler = handlers[request.method]
     access.check(action)
     found = {key: PARSERS[key](value) for key, value in match.groupdict().items()}
-    return handler(registry, access, request, **found)
+    response = handler(registry, access, request, **found)
+    response.kept = action == "pull" and request.path.startswith("/v2/")
+    return response
 
 
 def dispatch(registry, access, request):
@@ -1817,7 +1956,7 @@ class Body:
         self.chunked = chunked
         self.go_on = go_on       # called before the first read: sends 100 Continue to a client that waits for it
         self.began = False
-        self.finished = not chunked and length == 0
+        self.untouched = self.finished = not chunked and length == 0
 
     def readinto(self, view):
         """Some bytes of the body, 0 at its end. Raises RegistryError for malformed chunks, ClientLeft."""
@@ -1860,6 +1999,37 @@ class Body:
         return self.finished
 
 
+KeptAnswer = collections.namedtuple("KeptAnswer", "mark content method target status length")
+
+
+class KeptAnswers:
+    """Small answers of this process, by the request's head to the byte: what many clients ask, and one client often,
+    costs two system calls. An answer is right while the registry has not changed, by whomever, since before it was
+    made; and it lasts a second at most, because a password, a token or the Date may not last longer."""
+
+    def __init__(self, registry):
+        self.registry = registry
+        self.answers = {}
+        self.size = 0
+
+    def mark(self):
+        """What an answer that is made from now on may be kept under, until this differs."""
+        version = self.registry.version()
+        return (version, int(time.time() / CACHED_FOR)) if version is not None else None
+
+    def find(self, head):
+        answer = self.answers.get(head)
+        return answer if answer and answer.mark == self.mark() else None
+
+    def put(self, head, answer):
+        if answer.mark is None or len(answer.content) > SMALL_BLOB * 2:
+            return
+        if self.size > MAX_CACHED:
+            self.answers, self.size = {}, 0
+        self.size += len(head) + len(answer.content)
+        self.answers[head] = answer
+
+
 class Connection:
     """One client's connection: request after request, in a thread of its own."""
 
@@ -1887,7 +2057,6 @@ class Connection:
             logger.exception("%s: connection ended", self.client)
         finally:
             self.sock.close()
-            self.server.forget(self)
 
     def _serve_one(self):
         """Read a request, answer it; whether the connection can take another."""
@@ -1895,24 +2064,42 @@ class Connection:
             head = self.incoming.read_head()
             if head is None:
                 return False
+            started = time.monotonic()
             self.idle = False
+            kept = self.server.kept.find(head)
+            if kept and not self.server.stopping:
+                self._send_all(kept.content)
+                self.server.log(self.client, kept.method, kept.target, kept.status, kept.length,
+                                time.monotonic() - started)
+                self.idle = True
+                return True
             method, target, version, headers = parse_head(head)
         except RegistryError as error:
             self._send(Response.of_error(error), "GET", version="1.0" if error.status == 400 else "1.1", keep=False)
             self._linger()
             return False
-        started = time.monotonic()
+        return self._answer(head, method, target, version, headers, started)
+
+    def _answer(self, head, method, target, version, headers, started):
+        """Have a request answered and send the answer; whether the connection can take another."""
         chunked = "transfer-encoding" in headers
         waits = version == "1.1" and "expect" in headers
         body = Body(self.incoming, int(headers.get("content-length", 0)), chunked, self._go_on if waits else None)
+        mark = self.server.kept.mark()
         response = dispatch(self.server.registry, self.server.access, Request(method, target, headers, body))
+        length = response.length
         try:
+            if not isinstance(response.body, bytes) and response.body.file and length <= SMALL_BLOB:
+                blob, response.body = response.body, response.body.read()
+                blob.close()
             keep = self._keep(version, headers) and self._drained(body)
-            self._send(response, method, version, keep)
+            content = self._send(response, method, version, keep)
         finally:
             if not isinstance(response.body, bytes):
                 response.body.close()
-        self.server.log(self.client, method, target, response.status, response.length, time.monotonic() - started)
+        if content and keep and response.kept and response.status == 200 and body.untouched:
+            self.server.kept.put(head, KeptAnswer(mark, content, method, target, response.status, length))
+        self.server.log(self.client, method, target, response.status, length, time.monotonic() - started)
         if not keep and not body.finished:
             self._linger()
         self.idle = True
@@ -1935,6 +2122,7 @@ class Connection:
             return False
 
     def _send(self, response, method, version, keep):
+        """Send an answer; returns all of its bytes, or None if it has a blob. Raises OSError, ClientLeft."""
         head = ["HTTP/%s %d %s" % (version, response.status, REASONS.get(response.status, "Unknown"))]
         head += ["%s: %s" % header for header in response.headers]
         head += ["Docker-Distribution-Api-Version: registry/2.0", "Date: " + email.utils.formatdate(usegmt=True)]
@@ -1942,14 +2130,17 @@ class Connection:
             head.append("Content-Length: %d" % response.length)
         if not keep or version == "1.0":
             head.append("Connection: " + ("keep-alive" if keep else "close"))
-        head = "\r\n".join(head + ["", ""]).encode("latin-1")
+        content = "\r\n".join(head + ["", ""]).encode("latin-1")
         if method == "HEAD" or response.status in (204, 304):
-            self._send_all(head)
+            self._send_all(content)
         elif isinstance(response.body, bytes):
-            self._send_all(head + response.body)
+            content += response.body
+            self._send_all(content)
         else:
-            self._send_all(head)
+            self._send_all(content)
             self._send_blob(response.body)
+            return None
+        return content
 
     def _send_all(self, content):
         view, pace = memoryview(content), Pace()
@@ -2020,7 +2211,9 @@ def _listen(family, address, dual=False):
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if dual else 1)
         sock.bind(address)
         sock.listen(1024)
-        sock.setblocking(False)
+        # accept() returns now and then, to see whether the server stops. A time-out of Python's own would let it wait
+        # in poll(), where every connection wakes the threads of all processes.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 0))
         return sock
     except BaseException:
         sock.close()
@@ -2028,7 +2221,10 @@ def _listen(family, address, dual=False):
 
 
 class Server:
-    """Accepts connections until it is told to stop, and then lets running transfers end."""
+    """One process's threads, which accept connections until they are told to stop.
+
+    A thread waits for a connection, serves it to its end, and waits for the next one; the last that waits makes
+    another before it serves. So a connection costs no thread, and the kernel hands them out among the processes."""
 
     def __init__(self, listeners, registry, access, log=log_request, drain=30.0):
         self.listeners = listeners
@@ -2037,48 +2233,63 @@ class Server:
         self.log = log
         self.drain = drain
         self.stopping = False
+        self.kept = KeptAnswers(registry)
         self.connections = set()
+        self.waiting = collections.Counter()  # threads that wait, by listener
         self.changed = threading.Condition()
 
-    def run(self):
-        """Serve until stop(). Returns how many connections had to be cut."""
+    def start(self):
+        """Begin to accept; returns at once."""
         threading.stack_size(8 << 20)  # virtual; room for deeply nested JSON where the C library's default is small
-        with selectors.DefaultSelector() as selector:
-            for listener in self.listeners:
-                selector.register(listener, selectors.EVENT_READ)
-            while not self.stopping:
-                for key, _ in selector.select(1.0):
-                    self._accept(key.fileobj)
-        return self._finish()
+        for listener in self.listeners:
+            self._wait_for_more(listener)
 
-    def stop(self):
-        """Ask run() to return; may be called by a signal handler."""
-        self.stopping = True
+    def _wait_for_more(self, listener):
+        with self.changed:
+            self.waiting[listener] += 1
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
     def _accept(self, listener):
-        try:
-            sock, address = listener.accept()
-        except (BlockingIOError, ConnectionError):
-            return
-        except OSError as error:  # out of file descriptors: those who are served will give theirs back
-            logger.error("can't accept a connection: %s", error)
-            time.sleep(0.05)
-            return
-        try:
-            connection = Connection(self, sock, address)
+        """What a thread does."""
+        while not self.stopping:
+            try:
+                sock, address = listener.accept()
+            except (BlockingIOError, ConnectionError):
+                continue
+            except OSError as error:  # out of file descriptors: those who are served will give theirs back
+                if not self.stopping:
+                    logger.error("can't accept a connection: %s", error)
+                    time.sleep(0.05)
+                continue
             with self.changed:
-                self.connections.add(connection)
-            threading.Thread(target=connection.run, daemon=True).start()
-        except (OSError, RuntimeError) as error:  # the client is gone already, or no thread is to be had
-            logger.warning("%s: %s", address[0], error)
-            sock.close()
+                self.waiting[listener] -= 1
+                alone = not self.waiting[listener]
+            try:
+                if alone:
+                    self._wait_for_more(listener)
+                self._serve(sock, address)
+            except (OSError, RuntimeError) as error:  # the client is gone already, or no thread is to be had
+                logger.warning("%s: %s", address[0], error)
+                sock.close()
+            with self.changed:
+                if self.waiting[listener] >= SPARE_THREADS:
+                    return
+                self.waiting[listener] += 1
 
-    def forget(self, connection):
+    def _serve(self, sock, address):
+        connection = Connection(self, sock, address)
         with self.changed:
-            self.connections.discard(connection)
-            self.changed.notify_all()
+            self.connections.add(connection)
+        try:
+            connection.run()
+        finally:
+            with self.changed:
+                self.connections.discard(connection)
+                self.changed.notify_all()
 
-    def _finish(self):
+    def stop(self):
+        """Accept nothing more, and let running transfers end; returns how many had to be cut."""
+        self.stopping = True
         for listener in self.listeners:
             listener.close()
         deadline = time.monotonic() + self.drain
@@ -2088,6 +2299,96 @@ class Server:
                     connection.close_if_idle()
                 self.changed.wait(0.1)
             return len(self.connections)
+
+
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}
+
+
+class Supervisor:
+    """Runs each of some functions in a process of its own, and again if it dies, until a signal ends all.
+
+    SIGTERM and Ctrl-C reach the processes as SIGTERM, SIGHUP as itself; the functions get them from next_signal().
+    A second Ctrl-C kills. This process has no threads, so that it can fork at any time, and keeps nothing but the
+    processes' ids: it costs little and has nothing to lose."""
+
+    def __init__(self, functions):
+        self.functions = functions
+        self.running = {}  # process id: its function
+        self.stopping = False
+        self.alive, self.lifeline = os.pipe()  # the processes end when nobody holds the other end any more
+
+    def run(self):
+        """Returns when all have ended; the highest of their exit statuses."""
+        signal.signal(signal.SIGCHLD, lambda *anything: None)  # where it is ignored, it can't be waited for
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        for function in self.functions:
+            self._start(function)
+        status = 0
+        while self.running:
+            number = signal.sigwait(SIGNALS)
+            if number == signal.SIGCHLD:
+                status = max(status, self._reap())
+            elif number == signal.SIGINT and self.stopping:
+                self._tell(signal.SIGKILL)
+                status = 130
+            elif number == signal.SIGHUP:
+                self._tell(number)
+            else:
+                self.stopping = True
+                self._tell(signal.SIGTERM)
+        return status
+
+    def _start(self, function):
+        sys.stdout.flush()
+        process = os.fork()
+        if process:
+            self.running[process] = function
+            return
+        status = 1
+        try:
+            os.close(self.lifeline)
+            threading.Thread(target=self._watch_parent, daemon=True).start()
+            status = function()
+        except Exception:
+            logger.exception("a worker process failed")
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+                logging.shutdown()
+            os._exit(status)
+
+    def _watch_parent(self):
+        os.read(self.alive, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _reap(self):
+        """Collect those who have ended; returns the highest exit status. One that ends unasked is started again."""
+        highest = 0
+        while self.running:
+            process, status = os.waitpid(-1, os.WNOHANG)
+            if not process:
+                break
+            function = self.running.pop(process, None)
+            if function and self.stopping:
+                highest = max(highest, status >> 8)
+            elif function:
+                logger.error("a worker process ended (status %d); starting another", status)
+                time.sleep(0.1)  # if it dies at once, again and again
+                self._start(function)
+        return highest
+
+    def _tell(self, number):
+        for process in self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+
+
+def next_signal():
+    """Wait in a supervised process for SIGTERM or SIGHUP; returns which."""
+    number = signal.SIGINT
+    while number not in (signal.SIGTERM, signal.SIGHUP):  # Ctrl-C reaches all processes; the supervisor tells
+        number = signal.sigwait(SIGNALS)
+    return number
 
 # ---------------------------------------------------------------------------------------------------------
 # 15  Commands
@@ -2122,20 +2423,20 @@ def serve(options):
     listeners = listen_everywhere(options.listen)
     local = all(is_loopback(listener) for listener in listeners)
     access = Access(options.anonymous or ("admin" if local else "pull"))
-    server = Server(listeners, store, access, log=drop_request if options.quiet else log_request, drain=options.drain)
+    log = drop_request if options.quiet else log_request
 
-    def on_signal(number, frame):
-        if server.stopping and number == signal.SIGINT:
-            os._exit(130)  # the second Ctrl-C: now
-        server.stop()
+    def work():
+        server = Server(listeners, store, access, log=log, drain=options.drain)
+        server.start()
+        while next_signal() != signal.SIGTERM:
+            pass
+        cut = server.stop()
+        if cut:
+            logger.warning("stopped; %d transfers did not end within %g s (--drain) and were cut", cut, options.drain)
+        return 0
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
     print(banner(store, listeners, access, local), flush=True)
-    cut = server.run()
-    if cut:
-        logger.warning("stopped; %d transfers did not end within %g s (--drain) and were cut", cut, options.drain)
-    return 0
+    return Supervisor([work] * options.workers).run()
 
 
 def check_writable(store):
@@ -2324,6 +2625,13 @@ def seconds(text):
     return float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
 
 
+def worker_count(text):
+    """A number of processes. Raises ArgumentTypeError."""
+    if not re.fullmatch(r"[1-9][0-9]{0,2}", text):
+        raise argparse.ArgumentTypeError("%r is no number of processes: write 1 to 999" % text)
+    return int(text)
+
+
 def address(text):
     """An address on the command line. Raises ArgumentTypeError."""
     try:
@@ -2382,6 +2690,9 @@ def build_parser():
                      "(default: admin if only this machine can reach it, else pull)")
     from_environment(command, "--sparse", action="store_true", default=False,
                      help="take image manifests whose blobs are missing (pulls of such an image fail)")
+    from_environment(command, "--workers", metavar="N", type=worker_count,
+                     default=min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 4),
+                     help="processes that serve")
     from_environment(command, "--drain", metavar="TIME", type=seconds, default=30.0,
                      help="how long running transfers may take to end after SIGTERM")
     command = add_command(commands, list_store, "ls", "List repositories, or the tags of one.",
