@@ -1,0 +1,321 @@
+"""Hostile input: whatever bytes come in, the answer is below 500, nothing is written outside the store, nobody waits."""
+
+import json
+import os
+import random
+import socket
+import threading
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import samples
+import tinyreg
+from tinyreg import Digest, Directory, Incoming, RegistryError, Request, Response, dispatch, load_json, parse_head
+
+SEED = 20240601
+PATIENCE = 20
+DIGEST = Digest.of(b"layer one")
+HEAD = "%s %s HTTP/1.1\r\nHost: x\r\n%s\r\n"
+
+
+def exchange(server, content, wait=True):
+    """Send bytes, end the sending side, and read all that comes back."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as sock:
+        try:
+            sock.sendall(content)
+            sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # refused before we had sent it all
+        answer = b""
+        while wait:
+            try:
+                block = sock.recv(1 << 16)
+            except ConnectionError:
+                break
+            if not block:
+                break
+            answer += block
+        return answer
+
+
+def statuses(answer):
+    return [int(line.split()[1]) for line in answer.split(b"\r\n") if line.startswith(b"HTTP/1.")]
+
+
+def files_outside(tmp_path):
+    """What lies beside the store and its log."""
+    return sorted(set(os.listdir(str(tmp_path))) - {"registry", "registry.log"})
+
+
+@pytest.fixture
+def filled(start_server, tmp_path):
+    samples.make_image(Directory(str(tmp_path / "registry")), "lib/a")
+    return start_server()
+
+
+# Paths and names
+
+TRICKS = [
+    "/v2/../../etc/passwd", "/v2/..%2f..%2fetc/passwd", "/v2/%2e%2e/manifests/latest", "/v2/a/../../b/manifests/latest",
+    "/v2/lib/a/manifests/..", "/v2/lib/a/manifests/%2e%2e%2f%2e%2e", "/v2/lib/a/manifests/latest%00", "/v2/%00/tags/list",
+    "/v2/lib/a/blobs/sha256:../../../x", "/v2/lib/a/blobs/sha256:" + "a" * 63 + "%2f", "/v2/lib/a/blobs/uploads/..",
+    "/v2/lib/a/blobs/uploads/%2e%2e%2fx", "/v2/lib/_uploads/tags/list", "/v2/_layers/tags/list", "/v2/.git/tags/list",
+    "/v2//tags/list", "//v2/lib/a/tags/list", "/v2/lib/a/tags/list/../list", "/v2/" + "a/" * 3000 + "tags/list",
+    "/v2/" + "a" * 7000 + "/tags/list", "/v2/lib/a/tags/list?n=-1", "/v2/lib/a/tags/list?n=99999999999999999999",
+    "/v2/lib/a/tags/list?n=1&last=%ff%fe", "/v2/_catalog?n=1e9", "/v2/_catalog?last=../../..", "/v2/%ff%fe/tags/list",
+    "/v2/lib/a/referrers/" + DIGEST + "?artifactType=%00&n=0", "/v2/lib/a/referrers/sha256:xyz", "/?a=b", "*", "http://x/v2/",
+    "/v2/lib/a/manifests/latest?ns=../../../etc", "/v2/lib/a/manifests/latest?ns=%00", "/v2/\u00e4/tags/list",
+    "/v2/lib/a/manifests/sha256:" + "0" * 64 + "?tag=" + "&tag=".join(["x"] * 900),
+]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "POST", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"])
+def test_path_tricks(filled, tmp_path, method):
+    for target in TRICKS:
+        for body in ("Content-Length: 0\r\n", "Content-Length: 2\r\n"):
+            answer = exchange(filled, (HEAD % (method, target, body)).encode("utf-8") + b"{}"[:int(body[16:])])
+            assert statuses(answer) and all(status < 500 for status in statuses(answer)), (target, answer)
+    assert files_outside(tmp_path) == []
+    assert "Traceback" not in filled.log()
+
+
+def test_what_a_path_trick_asks_for_is_not_sent(filled):
+    for target in TRICKS:
+        assert b"root:" not in exchange(filled, (HEAD % ("GET", target, "")).encode("utf-8"))
+
+
+# HTTP itself: a table of what two parsers could read differently. Each is refused, and its connection closed, so that
+# the "smuggled" request behind it is not answered.
+
+SMUGGLED = b"GET /v2/_catalog HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("head, status", [
+    (b"POST /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+    (b"POST /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nContent-Length: 4\r\n\r\n", 400),
+    (b"POST /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 4, 4\r\n\r\n", 400),
+    (b"POST /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: +4\r\n\r\n", 400),
+    (b"POST /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: -4\r\n\r\n", 400),
+    (b"POST /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 1_0\r\n\r\n", 400),
+    (b"POST /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 0x4\r\n\r\n", 400),
+    (b"POST /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: \xb2\r\n\r\n", 400),
+    (b"POST /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length:\r\n\r\n", 400),
+    (b"POST /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length : 4\r\n\r\n", 400),
+    (b"POST /v2/ HTTP/1.1\r\nHost: x\r\n Content-Length: 4\r\n\r\n", 400),
+    (b"POST /v2/ HTTP/1.1\r\nHost: x\r\nX: a\r\n folded\r\n\r\n", 400),
+    (b"POST /v2/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked\r\n\r\n", 501),
+    (b"POST /v2/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked, identity\r\n\r\n", 501),
+    (b"POST /v2/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+    (b"POST /v2/ HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+    (b"GET /v2/ HTTP/1.1\nHost: x\n\n", 400),
+    (b"GET /v2/ HTTP/1.1\r\nHost: x\nX: y\r\n\r\n", 400),
+    (b"GET /v2/ HTTP/1.1\r\nHost: x\rX: y\r\n\r\n", 400),
+    (b"GET /v2/ HTTP/1.1\r\nHost: x\x00\r\n\r\n", 400),
+    (b"GET /v2/ HTTP/1.1\r\nHost\x00: x\r\n\r\n", 400),
+    (b"GET /v2/ HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400),
+    (b"GET /v2/ HTTP/1.1\r\n\r\n", 400),
+    (b"GET /v2/ HTTP/2.0\r\nHost: x\r\n\r\n", 400),
+    (b"GET /v2/ HTTP/1.10\r\nHost: x\r\n\r\n", 400),
+    (b"GET  /v2/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    (b"GET /v2/ x HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    (b"get /v2/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    (b"GET /v2/\r\nHost: x\r\n\r\n", 400),
+    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+    (b"GET /v2/ HTTP/1.1\r\nHost: x\r\nExpect: 200-ok\r\n\r\n", 417),
+    (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+    (b"GET /v2/ HTTP/1.1\r\nHost: x\r\n" + b"X-Filler: " + b"a" * 70000 + b"\r\n\r\n", 431),
+    (b"GET /v2/ HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 12000 + b"\r\n", 431),
+])
+def test_a_request_that_can_be_read_in_two_ways_is_refused(server, head, status):
+    answer = exchange(server, head + SMUGGLED)
+    assert statuses(answer) == [status]
+    assert b"repositories" not in answer
+
+
+@pytest.mark.parametrize("chunks", [
+    b"g\r\n", b"-1\r\n", b"+2\r\nab\r\n0\r\n\r\n", b"0x2\r\nab\r\n0\r\n\r\n", b"2\nab\n0\n\n", b"2\r\nabc\r\n0\r\n\r\n",
+    b"2 2\r\nab\r\n0\r\n\r\n", b"\r\n", b" 2\r\nab\r\n0\r\n\r\n", b"ffffffffffffffff\r\n", b"2;" + b"x" * 2000 + b"\r\nab\r\n",
+    b"0\r\n" + b"X: y\r\n" * 20000 + b"\r\n", b"2\r\nab0\r\n\r\n",
+])
+def test_malformed_chunks(server, chunks):
+    location = statuses_and_location(server)
+    head = HEAD % ("PATCH", location, "Transfer-Encoding: chunked\r\n")
+    answer = exchange(server, head.encode() + chunks + SMUGGLED)
+    assert statuses(answer)[:1] == [400]
+    assert b"repositories" not in answer
+
+
+def statuses_and_location(server):
+    answer = exchange(server, (HEAD % ("POST", "/v2/a/blobs/uploads/", "Content-Length: 0\r\n")).encode())
+    return next(line.split(b" ", 1)[1].decode() for line in answer.split(b"\r\n") if line.startswith(b"Location:"))
+
+
+# Generated requests
+
+WORDS = [b"GET", b"PUT", b"POST", b"PATCH", b"HEAD", b"DELETE", b" ", b"/", b"/v2/", b"lib/a", b"/manifests/", b"/blobs/",
+         b"latest", b"uploads/", b"sha256:", b"0" * 64, b"?n=1", b"?digest=", b"%2e%2e", b"HTTP/1.1", b"HTTP/1.0", b"\r\n",
+         b"\n", b"\r\n\r\n", b"Host: x\r\n", b"Content-Length: ", b"5", b"0", b"99999999999999999", b"Transfer-Encoding: chunked\r\n",
+         b"Expect: 100-continue\r\n", b"Content-Range: 0-4\r\n", b"Range: bytes=0-\r\n", b"hello", b"{}", b"\x00", b"\x16\x03",
+         b"\xff", b"5\r\nhello\r\n0\r\n\r\n", b"Connection: close\r\n", b"Accept: */*\r\n", b": ", b"a" * 300]
+GOOD = [(HEAD % ("GET", "/v2/lib/a/manifests/latest", "")).encode(),
+        (HEAD % ("GET", "/v2/lib/a/blobs/" + DIGEST, "Range: bytes=0-3\r\n")).encode(),
+        (HEAD % ("PUT", "/v2/lib/b/manifests/x", "Content-Length: 2\r\nContent-Type: application/json\r\n")).encode() + b"{}",
+        (HEAD % ("POST", "/v2/lib/a/blobs/uploads/?digest=" + DIGEST, "Content-Length: 9\r\n")).encode() + b"layer one",
+        (HEAD % ("DELETE", "/v2/lib/a/manifests/none", "")).encode()]
+
+
+def generated(choice):
+    """A request: words in any order, or a good one with some bytes changed, cut or doubled."""
+    if choice.random() < 0.5:
+        return b"".join(choice.choice(WORDS) for _ in range(choice.randrange(1, 30)))
+    request = bytearray(choice.choice(GOOD))
+    for _ in range(choice.randrange(1, 5)):
+        place = choice.randrange(len(request) + 1)
+        request[place:place + choice.randrange(3)] = choice.choice(WORDS + [b"", bytes([choice.randrange(256)])])
+    return bytes(request)
+
+
+def test_generated_requests(filled, tmp_path):
+    choice = random.Random(SEED)
+    for _ in range(1500):
+        request = generated(choice)
+        answer = exchange(filled, request)
+        assert all(status < 500 or status == 501 for status in statuses(answer)), (request, answer)
+    assert statuses(exchange(filled, GOOD[0])) == [200]
+    assert files_outside(tmp_path) == []
+    assert "Traceback" not in filled.log() and " ERROR " not in filled.log()
+
+
+class Feed:
+    """A socket that gives prepared bytes, in pieces."""
+
+    def __init__(self, content, step):
+        self.content = content
+        self.step = step
+
+    def recv(self, count):
+        piece, self.content = self.content[:min(count, self.step)], self.content[min(count, self.step):]
+        return piece
+
+    def recv_into(self, view):
+        piece = self.recv(len(view))
+        view[:len(piece)] = piece
+        return len(piece)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.sampled_from(WORDS) | st.binary(max_size=20), max_size=25), st.integers(1, 5000))
+def test_heads_are_parsed_or_refused(pieces, step):
+    """And the same whichever way the bytes are cut into packets."""
+    content = b"".join(pieces) + b"\r\n\r\n"
+    found = []
+    for size in (step, 1 << 20):
+        try:
+            head = Incoming(Feed(content, size)).read_head()
+            found.append(head and parse_head(head))
+        except RegistryError as error:
+            found.append(400 <= error.status <= 501)
+        except tinyreg.ClientLeft:
+            found.append("left")
+    assert found[0] == found[1]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=3000), st.lists(st.integers(1, 700), min_size=1, max_size=20), st.integers(1, 900))
+def test_chunked_bodies_arrive_as_they_were(content, sizes, step):
+    """Whatever the chunks and the packets are; and the bytes behind the body are left for the next request."""
+    wire, rest = b"", content
+    for size in sizes:
+        chunk, rest = rest[:size], rest[size:]
+        if chunk:
+            wire += b"%x;x=y\r\n%s\r\n" % (len(chunk), chunk)
+    wire += (b"%X\r\n%s\r\n" % (len(rest), rest) if rest else b"") + b"0\r\nTrailer: x\r\n\r\n"
+    incoming = Incoming(Feed(wire + SMUGGLED, step))
+    body, got, view = tinyreg.Body(incoming, 0, True), b"", memoryview(bytearray(333))
+    while True:
+        count = body.readinto(view)
+        if not count:
+            break
+        got += bytes(view[:count])
+    assert got == content
+    assert incoming.read_head() == SMUGGLED
+
+
+JSON_VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) |
+                           st.sampled_from([DIGEST, "sha256:x", "application/vnd.oci.image.manifest.v1+json"]),
+                           lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
+                               ["mediaType", "digest", "size", "urls", "annotations", "x"]), inner, max_size=4), max_leaves=8)
+FIELDS = ["schemaVersion", "mediaType", "config", "layers", "manifests", "subject", "blobs", "annotations", "artifactType"]
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES, max_size=5), st.booleans())
+def test_generated_manifests(tmp_path, changes, whole):
+    """A manifest is stored, and then listed, described and deleted; or it is refused."""
+    store = Directory(str(tmp_path / "registry"), sparse=True)
+    access = tinyreg.Access("admin")
+    content = json.dumps(dict(samples.image() if whole else {}, **changes)).encode()
+    answers = [dispatch(store, access, Request("PUT", "/v2/a/manifests/x", {}, _Body(content)))]
+    if answers[0].status == 201:
+        digest = dict(answers[0].headers)["Docker-Content-Digest"]
+        subject = store.manifest("a", Digest(digest)).subject
+        answers += [dispatch(store, access, Request(method, target, {})) for method, target in (
+            ("GET", "/v2/a/manifests/x"), ("GET", "/v2/a/referrers/" + (subject or digest)), ("DELETE", "/v2/a/manifests/" + digest))]
+        load_json(answers[2].body)
+    assert all(isinstance(answer, Response) and answer.status < 500 for answer in answers)
+
+
+class _Body:
+    def __init__(self, content):
+        self.content = content
+
+    def readinto(self, view):
+        count = min(len(view), len(self.content))
+        view[:count], self.content = self.content[:count], self.content[count:]
+        return count
+
+
+# Those who make others wait
+
+def test_many_idle_connections_keep_nobody_waiting(server):
+    held = [socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) for _ in range(200)]
+    try:
+        for sock in held[::2]:
+            sock.sendall(b"GET /v2/ HT")  # half of them in the middle of a request
+        done = []
+        threads = [threading.Thread(target=lambda: done.append(statuses(exchange(server, GOOD[4])))) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert done == [[404]] * 20
+    finally:
+        for sock in held:
+            sock.close()
+
+
+def test_a_refused_request_with_a_large_body_gets_its_answer(server):
+    """The client is still sending when it is refused; a reset would lose it the reason."""
+    head = HEAD % ("PUT", "/v2/a/manifests/x", "Content-Length: %d\r\n" % (16 << 20))
+    answer = exchange(server, head.encode() + b"x" * (16 << 20))
+    assert statuses(answer) == [413]
+    assert b"4 MiB" in answer
+
+
+@pytest.mark.parametrize("target, status", [("/v2/Bad/blobs/uploads/", 400), ("/v2/a/blobs/uploads/?digest=x", 400),
+                                            ("/v2/a/blobs/uploads/?mount=x", 400), ("/nothing", 404)])
+def test_an_expectation_is_refused_before_the_body(server, target, status):
+    head = HEAD % ("POST", target, "Content-Length: 1000\r\nExpect: 100-continue\r\n")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as sock:
+        sock.sendall(head.encode())
+        answer = sock.recv(1 << 16)
+    assert statuses(answer) == [status]
+
+
+def test_json_that_is_deep_or_huge_is_refused_quickly(server):
+    for content in (b'{"a":' + b"[" * 2000000, b'{"a":' + b"9" * 4000000 + b"}", b"[" * 4000000, b'{"a":"' + b"\\u0000" * 600000):
+        head = HEAD % ("PUT", "/v2/a/manifests/x", "Content-Length: %d\r\n" % len(content))
+        assert statuses(exchange(server, head.encode() + content)) == [400]
+    assert "Traceback" not in server.log()
