@@ -999,12 +999,25 @@ class Directory(Registry):
     # Referrers
 
     def referrers(self, name, subject, last=""):
-        for digest in sorted(self._indexed_referrers(name).get(subject, ())):
+        found = self._indexed_referrers(name).get(subject, set()) | self._tagged_referrers(name, subject)
+        for digest in sorted(found):
             if digest > last:
                 try:
-                    yield self.manifest(name, Digest(digest))
+                    manifest = self.manifest(name, Digest(digest))
+                    about = manifest.subject or subject
                 except RegistryError:
-                    pass  # deleted since it was indexed
+                    continue  # deleted since it was indexed, or listed and never here
+                if about == subject:
+                    yield manifest
+
+    def _tagged_referrers(self, name, subject):
+        """The digests listed in the index under the tag in which clients keep the referrers of a registry that
+        doesn't (distribution-spec, "Referrers Tag Schema"). Only there does one without a subject count."""
+        try:
+            tag = "%s-%s" % (subject.algorithm, subject.encoded[:64])
+            return {entry.digest for entry in self.manifest(name, self.resolve(name, tag)).manifests}
+        except RegistryError:
+            return set()
 
     def _indexed_referrers(self, name):
         """{subject: set of digests} for all manifests of a repository.
@@ -2308,19 +2321,21 @@ class Supervisor:
     """Runs each of some functions in a process of its own, and again if it dies, until a signal ends all.
 
     SIGTERM and Ctrl-C reach the processes as SIGTERM, SIGHUP as itself; the functions get them from next_signal().
-    A second Ctrl-C kills. This process has no threads, so that it can fork at any time, and keeps nothing but the
-    processes' ids: it costs little and has nothing to lose."""
+    A second Ctrl-C kills. The `listeners` are closed when the end begins: as long as one process has them open, the
+    kernel takes connections that nobody will serve. This process has no threads, so that it can fork at any time, and
+    keeps nothing but the processes' ids: it costs little and has nothing to lose."""
 
-    def __init__(self, functions):
+    def __init__(self, functions, listeners=()):
         self.functions = functions
+        self.listeners = listeners
         self.running = {}  # process id: its function
         self.stopping = False
         self.alive, self.lifeline = os.pipe()  # the processes end when nobody holds the other end any more
+        signal.signal(signal.SIGCHLD, lambda *anything: None)  # where it is ignored, it can't be waited for
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # from now on they wait for run()
 
     def run(self):
         """Returns when all have ended; the highest of their exit statuses."""
-        signal.signal(signal.SIGCHLD, lambda *anything: None)  # where it is ignored, it can't be waited for
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for function in self.functions:
             self._start(function)
         status = 0
@@ -2335,6 +2350,8 @@ class Supervisor:
                 self._tell(number)
             else:
                 self.stopping = True
+                for listener in self.listeners:
+                    listener.close()
                 self._tell(signal.SIGTERM)
         return status
 
@@ -2435,8 +2452,9 @@ def serve(options):
             logger.warning("stopped; %d transfers did not end within %g s (--drain) and were cut", cut, options.drain)
         return 0
 
+    supervisor = Supervisor([work] * options.workers, listeners)
     print(banner(store, listeners, access, local), flush=True)
-    return Supervisor([work] * options.workers).run()
+    return supervisor.run()
 
 
 def check_writable(store):
@@ -2614,7 +2632,18 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and leaves the examples as they are."""
+    """Shows defaults, where there are any, and leaves the examples as they are."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class Repeated(argparse.Action):
+    """An option that may be repeated. What the command line says replaces what the environment said."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [value] if given is self.default else given + [value])
 
 
 def seconds(text):
@@ -2659,18 +2688,23 @@ def from_environment(parser, name, **settings):
     if value and settings.get("action") == "store_true":
         settings["default"] = value.lower() not in ("0", "no", "false")
     elif value and settings.get("action") == "append":
-        settings["default"] = [parser_value(parser, variable, settings["type"], word) for word in value.split()]
+        settings["default"] = [parser_value(parser, variable, word, **settings) for word in value.split()]
     elif value:
-        settings["default"] = parser_value(parser, variable, settings.get("type", str), value)
+        settings["default"] = parser_value(parser, variable, value, **settings)
+    if settings.get("action") == "append":
+        settings["action"] = Repeated
     parser.add_argument(name, **settings)
 
 
-def parser_value(parser, variable, convert, text):
-    """A value from the environment, converted as on the command line."""
+def parser_value(parser, variable, text, type=str, choices=None, **others):
+    """A value from the environment, converted and checked as on the command line."""
     try:
-        return convert(text)
+        value = type(text)
     except argparse.ArgumentTypeError as error:
         parser.error("%s: %s" % (variable, error))
+    if choices and value not in choices:
+        parser.error("%s: %r is none of: %s" % (variable, text, ", ".join(choices)))
+    return value
 
 
 def build_parser():
@@ -2709,6 +2743,19 @@ def build_parser():
     return parser
 
 
+def flush_output():
+    """Write what print() has kept back. What can't be written is dropped, or Python would try again at its very end,
+    and print an error of its own. Raises BrokenPipeError, CommandError."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise CommandError("can't write the output: %s" % error.strerror)
+
+
 def main(argv=None):
     """Run one command; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -2718,14 +2765,18 @@ def main(argv=None):
     if options.command == "serve":
         options.listen = options.listen or [("127.0.0.1", 5000)]
     try:
-        return options.function(options)
+        try:
+            return options.function(options)
+        finally:
+            flush_output()
     except (CommandError, RegistryError) as error:
         message = str(error)
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        message = "%s: %s" % (error.filename or "tinyreg", error.strerror or error)
+        message = ": ".join(filter(None, [error.filename, error.strerror or str(error)]))
     print("tinyreg: " + message, file=sys.stderr)
     return 1
 

@@ -31,19 +31,25 @@ def found_pythons():
 
 
 class Server:
-    """tinyreg.py serving a root, as a process of its own on a free port; `host` is what an image name begins with."""
+    """tinyreg.py serving a root, as a process of its own on a free port; `host` is what an image name begins with.
 
-    def __init__(self, root, *options, python=sys.executable, listen="127.0.0.1:0", environment=None):
+    `limits` replaces constants of the module (IDLE_LIMIT=1), for tests that wait until one is reached."""
+
+    def __init__(self, root, *options, python=sys.executable, listen="127.0.0.1:0", environment=None, **limits):
         self.root = str(root)
         self.options = list(options)
         self.python = python
         self.listen = listen
         self.environment = environment
+        self.program = [TINYREG]
+        if limits:
+            self.program = ["-c", "import sys; sys.path.insert(0, %r); import tinyreg; vars(tinyreg).update(%r); "
+                            "sys.exit(tinyreg.main())" % (os.path.dirname(TINYREG), limits)]
         self.log_path = self.root.rstrip("/") + ".log"
         self.start()
 
     def start(self):
-        command = [self.python, TINYREG, "serve", "--root", self.root, "--listen", self.listen] + self.options
+        command = [self.python] + self.program + ["serve", "--root", self.root, "--listen", self.listen] + self.options
         environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1", **(self.environment or {}))
         with open(self.log_path, "a") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment,

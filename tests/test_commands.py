@@ -1,0 +1,415 @@
+"""Commands: help, exit statuses, what is printed where; and the whole program under every Python found."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from conftest import TINYREG, found_pythons, run_tinyreg
+from samples import CONFIG, image, index, make_image, make_referrer, push_blob, to_manifest
+from tinyreg import OCI_INDEX, OCI_MANIFEST, Digest, Directory, __version__
+
+PYTHONS = found_pythons()
+
+
+def commands():
+    """The commands that --help lists."""
+    listed = run_tinyreg("--help").stdout.split("COMMAND")[2]
+    return re.findall(r"^    ([a-z]+) ", listed, re.MULTILINE)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "registry"
+
+
+@pytest.fixture
+def store(root):
+    return Directory(str(root))
+
+
+@pytest.fixture
+def run(root):
+    """A function that runs a command on the store, and expects this exit status and, if it fails, one line."""
+    def run(command, *arguments, status=0, **settings):
+        done = run_tinyreg(command, "--root", root, *arguments, **settings)
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+        if status:
+            assert len(done.stderr.splitlines()) == 1, done.stderr
+        return done
+    return run
+
+
+# Help and wrong command lines
+
+def test_help():
+    done = run_tinyreg("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "examples:" in done.stdout
+    assert {"serve", "ls", "rm"} <= set(commands())
+    assert run_tinyreg("-h").stdout == done.stdout
+
+
+def test_help_of_each_command():
+    for command in commands():
+        done = run_tinyreg(command, "--help")
+        assert (done.returncode, done.stderr) == (0, "")
+        examples = done.stdout.split("\nexamples:\n")[1]
+        assert re.search(r"^  (python3 )?tinyreg\.py %s\b" % command, examples, re.MULTILINE), command
+        assert "--root" in done.stdout and "(default: ./registry)" in " ".join(done.stdout.split())
+        assert "default: None" not in done.stdout and "default: False" not in done.stdout
+
+
+def test_each_option_of_serve_can_come_from_the_environment():
+    shown = run_tinyreg("serve", "--help").stdout
+    for option in set(re.findall(r"^  (--[a-z-]+)", shown, re.MULTILINE)) - {"--help", "--quiet"}:
+        assert "TINYREG_" + option[2:].replace("-", "_").upper() in shown
+
+
+def test_version():
+    done = run_tinyreg("--version")
+    assert (done.returncode, done.stdout) == (0, "tinyreg %s\n" % __version__)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["no-such-command"], ["serve", "--no-such-option"], ["--no-such-option"], ["serve", "stray", "stray"],
+    ["serve", "--listen", "5000"], ["--listen", "x:99999"], ["serve", "--listen", ":-1"], ["serve", "--listen"],
+    ["serve", "--anonymous", "everyone"], ["serve", "--drain", "soon"], ["serve", "--drain", "-1"],
+    ["serve", "--workers", "0"], ["ls", "--no-such-option"], ["rm"]])
+def test_wrong_command_line(tmp_path, arguments):
+    done = run_tinyreg(*arguments, cwd=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("tinyreg.py")
+    assert os.listdir(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("variable, value", [
+    ("TINYREG_LISTEN", "nowhere"), ("TINYREG_ANONYMOUS", "everyone"), ("TINYREG_DRAIN", "soon"),
+    ("TINYREG_WORKERS", "many")])
+def test_wrong_environment(tmp_path, variable, value):
+    done = run_tinyreg("serve", cwd=str(tmp_path), env=dict(os.environ, **{variable: value}))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1 and variable in done.stderr
+    assert os.listdir(str(tmp_path)) == []
+
+
+# ls
+
+def test_ls_of_nothing(run, store):
+    assert run("ls").stdout == ""
+    assert json.loads(run("ls", "--json").stdout) == []
+    assert run("ls", "--digests").stdout == ""
+
+
+def test_ls(run, store):
+    for name in ("b", "a/b", "a-b", "a"):
+        make_image(store, name)
+    push_blob(store, "only-blobs", b"content")
+    names = ["a", "a-b", "a/b", "b"]
+    assert run("ls").stdout.splitlines() == names
+    assert json.loads(run("ls", "--json").stdout) == names
+
+
+def test_ls_repository(run, store):
+    one = make_image(store, "lab/tools", "1.0")
+    arm = make_image(store, "lab/tools", None, config=b'{"os":"linux","architecture":"arm64","variant":"v8"}')
+    absent = to_manifest(image((b"never pushed",)))
+    store.put_manifest("lab/tools", to_manifest(index(one, arm, absent)), ["multi"])
+    make_image(store, "lab/tools", "helm", (), b"{}", artifactType="application/vnd.cncf.helm")
+    make_referrer(store, "lab/tools", one)
+    size = len(one.content) + len(CONFIG) + 18
+    found = {entry["tag"]: entry for entry in json.loads(run("ls", "lab/tools", "--json").stdout)}
+    assert list(found) == ["1.0", "helm", "multi"]
+    assert found["1.0"] == {"tag": "1.0", "digest": one.digest, "mediaType": OCI_MANIFEST, "missing": 0, "size": size,
+                            "platforms": ["linux/amd64"]}
+    assert found["multi"]["mediaType"] == OCI_INDEX and found["multi"]["missing"] == 1
+    assert found["multi"]["platforms"] == ["linux/amd64", "linux/arm64/v8"]
+    assert found["multi"]["size"] > 2 * size
+    assert len(found["helm"]["platforms"]) == 1
+    lines = [re.split(r"  +", line) for line in run("ls", "lab/tools").stdout.splitlines()]
+    assert lines[0] == ["TAG", "SIZE", "PLATFORMS", "DIGEST"]
+    assert lines[1] == ["1.0", "%d B" % size, "linux/amd64", one.digest]
+    assert lines[3][2] == "linux/amd64,linux/arm64/v8 (1 not here)"
+
+
+def test_ls_of_a_damaged_tag(run, store, root):
+    good = make_image(store, "a", "good")
+    make_image(store, "a", "bad", layers=())
+    bad = to_manifest(image(layers=())).digest
+    path = root / "docker/registry/v2/blobs/sha256" / bad.encoded[:2] / bad.encoded / "data"
+    path.write_bytes(b"")
+    found = {entry["tag"]: entry for entry in json.loads(run("ls", "a", "--json").stdout)}
+    assert found["good"]["digest"] == good.digest and "unknown" in found["bad"]["error"]
+    assert "unknown" in run("ls", "a").stdout.splitlines()[1]
+
+
+def test_ls_digests(run, store):
+    """What `save --have` wants to know: everything held, in one repository or in all."""
+    manifest = make_image(store, "a")
+    other = push_blob(store, "b", b"other", "sha512")
+    of_a = sorted([manifest.digest] + [blob.digest for blob in manifest.blobs])
+    assert run("ls", "a", "--digests").stdout.splitlines() == of_a
+    assert run("ls", "--digests").stdout.splitlines() == of_a + [other]
+    assert json.loads(run("ls", "--digests", "--json").stdout) == of_a + [other]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["nowhere"], "nowhere"), (["Bad"], "Bad"), (["nowhere", "--json"], "nowhere")])
+def test_ls_of_what_is_not_there(run, store, arguments, words):
+    done = run("ls", *arguments, status=1)
+    assert done.stdout == "" and words in done.stderr
+
+
+@pytest.mark.parametrize("command", ["ls", "rm"])
+def test_no_store(run, root, command):
+    done = run(command, "a:b", status=1)
+    assert str(root) in done.stderr and "--root" in done.stderr
+    assert not root.exists()
+
+
+def with_buffers():
+    """The environment, in which Python keeps output back until it is much, or the end."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+def test_the_reader_has_seen_enough(store, root):
+    """`ls | head`: no traceback, whether little was left to print, which is written at the end, or much."""
+    for count in (1, 3000):
+        for name in range(count):
+            (root / "docker/registry/v2/repositories" / ("x" * 60 + str(name)) / "_manifests").mkdir(parents=True,
+                                                                                                    exist_ok=True)
+        process = subprocess.Popen([sys.executable, TINYREG, "ls", "--root", str(root)], env=with_buffers(),
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        with process.stderr:
+            assert process.stderr.read() == b""
+        assert process.wait() == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("count", [1, 3000])
+def test_the_output_can_t_be_written(store, root, count):
+    """`ls --digests > have.txt` on a full disk: a line, and a status that says so."""
+    for name in range(count):
+        (root / "docker/registry/v2/repositories" / ("x" * 60 + str(name)) / "_manifests").mkdir(parents=True)
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, TINYREG, "ls", "--root", str(root)], stdout=full, stderr=subprocess.PIPE,
+                              env=with_buffers())
+    assert done.returncode == 1
+    assert done.stderr in (b"tinyreg: can't write the output: No space left on device\n",
+                           b"tinyreg: No space left on device\n")
+
+
+def test_no_output_at_all(run, store):
+    """`ls >&-`"""
+    make_image(store, "a")
+    assert run("ls", preexec_fn=lambda: os.close(1)).stdout == ""
+
+
+# rm
+
+def test_rm_tag(run, store):
+    manifest = make_image(store, "a", "one")
+    store.put_manifest("a", manifest, ["two"])
+    done = run("rm", "a:one")
+    assert "a:one" in done.stdout and done.stderr == ""
+    assert list(store.tags("a")) == ["two"] and store.manifest("a", manifest.digest)
+
+
+def test_rm_manifest(run, store):
+    manifest = make_image(store, "a", "one")
+    store.put_manifest("a", manifest, ["two"])
+    other = make_image(store, "a", "other", layers=())
+    assert manifest.digest in run("rm", "a@" + manifest.digest).stdout
+    assert list(store.tags("a")) == ["other"] and store.resolve("a", "other") == other.digest
+
+
+def test_rm_several(run, store):
+    manifest = make_image(store, "a/b", "one")
+    store.put_manifest("a/b", manifest, ["two"])
+    done = run("rm", "a/b:one", "a/b:two", "a/b@" + manifest.digest, "--json")
+    assert json.loads(done.stdout) == {"deleted": ["a/b:one", "a/b:two", "a/b@" + manifest.digest]}
+
+
+def test_rm_quiet(run, store):
+    make_image(store, "a", "one")
+    done = run("rm", "--quiet", "a:one")
+    assert (done.stdout, done.stderr) == ("", "")
+    assert list(store.tags("a")) == []
+
+
+@pytest.mark.parametrize("image_name", ["a:nothing", "nowhere:one", "a", "A:one", "a:-x", "a@sha256:short",
+                                        "a@" + Digest.of(b"nothing"), "a:one@" + Digest.of(b"nothing"), ":", "@", ""])
+def test_rm_of_what_is_not_there(run, store, image_name):
+    make_image(store, "a", "one")
+    make_image(store, "a", "kept")
+    done = run("rm", "a:one", image_name, "a:kept", status=1)
+    assert done.stderr.startswith("tinyreg: ")
+    assert "kept" in store.tags("a")
+    if "one" not in store.tags("a"):
+        assert "a:one" in done.stderr or "a:one" in done.stdout
+
+
+# serve
+
+def test_banner(start_server, root):
+    server = start_server()
+    server.stop()
+    assert "http://127.0.0.1:%d" % server.port in server.banner
+    assert str(root) in server.banner
+    assert "pull, push and delete" in server.banner
+    assert "docker push localhost:%d/" % server.port in server.banner
+    assert "docker pull localhost:%d/" % server.port in server.banner
+
+
+@pytest.mark.parametrize("listen, options, words", [
+    (":0", [], "may pull (change it with --anonymous)"),
+    (":0", ["--anonymous", "push"], "may pull and push"),
+    ("127.0.0.1:0", ["--anonymous", "none"], "may do nothing"),
+    ("localhost:0", [], "may pull, push and delete")])
+def test_who_may_do_what(start_server, listen, options, words):
+    server = start_server(None, *options, listen=listen)
+    assert words in server.banner + server.process.stdout.readline() + server.process.stdout.readline()
+    status = fetch(server, "POST", "/v2/a/blobs/uploads/")[0]
+    assert status == (202 if "push" in words else 403)
+
+
+def fetch(server, method, target, body=None):
+    """(status, body) of one request, with a client that knows HTTP."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    try:
+        connection.request(method, target, body)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("arguments", [[], ["serve"], ["--workers", "1"]])
+def test_serve_is_what_it_does_without_a_command(tmp_path, arguments):
+    environment = dict(os.environ, TINYREG_LISTEN="127.0.0.1:0", PYTHONDONTWRITEBYTECODE="1")
+    process = subprocess.Popen([sys.executable, TINYREG] + arguments, cwd=str(tmp_path), env=environment,
+                               stdout=subprocess.PIPE, universal_newlines=True)
+    try:
+        while "Ctrl-C" not in process.stdout.readline():
+            assert process.poll() is None
+        assert sorted(os.listdir(str(tmp_path))) == ["registry"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+        process.stdout.close()
+
+
+def test_environment(start_server, tmp_path):
+    content = json.dumps(image((b"never pushed",), b"never pushed either"))
+    server = start_server(tmp_path / "one", environment={"TINYREG_SPARSE": "1", "TINYREG_ANONYMOUS": "push"})
+    assert fetch(server, "PUT", "/v2/a/manifests/latest", content)[0] == 201
+    assert fetch(server, "DELETE", "/v2/a/manifests/latest")[0] == 403
+    server = start_server(tmp_path / "two", environment={"TINYREG_SPARSE": "0"})
+    assert fetch(server, "PUT", "/v2/a/manifests/latest", content)[0] == 400
+    environment = dict(os.environ, TINYREG_ROOT=str(tmp_path / "one"))
+    assert run_tinyreg("ls", env=environment).stdout == "a\n"
+
+
+def test_the_command_line_counts_more_than_the_environment(start_server, tmp_path):
+    server = start_server(None, "--anonymous", "none", environment={
+        "TINYREG_ANONYMOUS": "admin", "TINYREG_ROOT": str(tmp_path / "elsewhere"),
+        "TINYREG_LISTEN": "192.0.2.1:1 192.0.2.2:2"})  # no addresses of this machine
+    assert fetch(server, "GET", "/v2/")[0] == 403
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_several_addresses(start_server):
+    server = start_server(None, "--listen", "127.0.0.1:0")
+    ports = re.findall(r"127\.0\.0\.1:(\d+)", server.banner.split("listens on")[1].splitlines()[0])
+    assert len(set(ports)) == 2
+    for server.port in map(int, ports):
+        assert fetch(server, "GET", "/v2/")[0] == 200
+
+
+def test_port_in_use(server, run):
+    done = run("serve", "--listen", server.host, status=1)
+    assert done.stdout == "" and server.host in done.stderr and "in use" in done.stderr and "--listen" in done.stderr
+
+
+def test_address_of_another_machine(run):
+    done = run("serve", "--listen", "192.0.2.1:5000", status=1)
+    assert "192.0.2.1:5000 is no address of this machine" in done.stderr
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/dev/null/below", "tree"])
+def test_a_root_that_can_t_be_one(tmp_path, place):
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "docker").write_bytes(b"a file in the way")
+    done = run_tinyreg("serve", "--root", tmp_path / place, "--listen", "127.0.0.1:0")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1 and place in done.stderr and "--root" in done.stderr
+
+
+def test_a_root_that_may_not_be_written():
+    """As another user, where the tests run as root."""
+    def become_nobody():
+        if os.getuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+
+    def may_run(python):
+        try:
+            return run_tinyreg("--version", python=python, preexec_fn=become_nobody).returncode == 0
+        except PermissionError:
+            return False
+
+    python = next(filter(may_run, ["/usr/bin/python3"] + list(PYTHONS.values())), None)
+    if python is None:
+        pytest.skip("another user may not run any Python here, or not read " + TINYREG)
+    done = run_tinyreg("serve", "--root", "/tinyreg-test", "--listen", "127.0.0.1:0", python=python,
+                       preexec_fn=become_nobody)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "tinyreg: can't use /tinyreg-test as the store: Permission denied; choose another directory " \
+                          "with --root\n"
+
+
+@pytest.mark.parametrize("options, lines", [([], 2), (["--quiet"], 0)])
+def test_a_line_for_each_request(start_server, options, lines):
+    server = start_server(None, *options)
+    fetch(server, "GET", "/v2/nowhere/tags/list")
+    fetch(server, "GET", "/v2/?x=1")
+    server.stop()
+    found = server.log().splitlines()
+    assert len(found) == lines
+    if lines:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ 127\.0\.0\.1 GET /v2/nowhere/tags/list 404 .*", found[0])
+
+
+# Every Python
+
+@pytest.mark.parametrize("python", sorted(PYTHONS), ids=lambda version: "%d.%d" % version)
+def test_each_python(start_server, run, python):
+    """Push, pull, list, delete, end in order; with warnings as errors, so that what goes away is heard of in time."""
+    interpreter = PYTHONS[python]
+    server = start_server(python=interpreter, environment={"PYTHONWARNINGS": "error"})
+    digests = []
+    for content in (CONFIG, b"layer one", b"layer two" * 100000):
+        digests.append(Digest.of(content))
+        assert fetch(server, "POST", "/v2/a/b/blobs/uploads/?digest=" + digests[-1], content)[0] == 201
+    manifest = to_manifest(image((b"layer one", b"layer two" * 100000)))
+    assert fetch(server, "PUT", "/v2/a/b/manifests/latest", manifest.content)[0] == 201
+    assert fetch(server, "GET", "/v2/a/b/manifests/latest") == (200, manifest.content)
+    assert fetch(server, "GET", "/v2/a/b/blobs/" + digests[2]) == (200, b"layer two" * 100000)
+    assert fetch(server, "GET", "/v2/a/b/referrers/" + manifest.digest)[0] == 200
+    assert fetch(server, "GET", "/v2/a/b/blobs/sha256:short")[0] == 400
+    settings = {"python": interpreter, "env": dict(os.environ, PYTHONWARNINGS="error")}
+    found = json.loads(run("ls", "a/b", "--json", **settings).stdout)
+    assert [(entry["tag"], entry["digest"]) for entry in found] == [("latest", manifest.digest)]
+    run("rm", "a/b:latest", **settings)
+    assert fetch(server, "GET", "/v2/a/b/manifests/latest")[0] == 404
+    run("ls", "nowhere", status=1, **settings)
+    assert server.stop() == 0
+    assert "Traceback" not in server.log() and "Warning" not in server.log()
