@@ -444,8 +444,9 @@ def parse_manifest(content, content_type="", digest=None):
         raise RegistryError("DIGEST_INVALID", {"wanted": digest, "got": manifest.digest})
     media_type = manifest.media_type
     if media_type.startswith("application/vnd.docker.distribution.manifest.v1+"):
-        raise RegistryError("MANIFEST_INVALID", message="Docker image manifest schema 1 is not accepted (Docker gave it "
-                            "up in 2020); push with Docker 1.10 or newer, or convert it with skopeo copy --format v2s2")
+        raise RegistryError("MANIFEST_INVALID", message="Docker image manifest schema 1 is not accepted (Docker gave "
+                            "it up in 2020); push with Docker 1.10 or newer, or convert it with "
+                            "skopeo copy --format v2s2")
     if media_type not in MANIFEST_TYPES:
         raise RegistryError("MANIFEST_INVALID", media_type, message="not a manifest type that this registry knows; "
                             "artifacts go into an OCI image manifest with an artifactType")
@@ -983,7 +984,8 @@ class Directory(Registry):
             for digest in self._linked(os.path.join(self.repository_path(name), "_layers")):
                 found.add(digest)
             for digest in sorted(found):
-                yield digest
+                if os.path.isfile(self.blob_path(digest)):  # Distribution's garbage collection leaves links behind
+                    yield digest
 
     def _linked(self, top):
         """Yield the digests whose folders below _layers or revisions have a link."""
@@ -1576,7 +1578,8 @@ def put_manifest(registry, access, request, name, reference):
         raise RegistryError("MANIFEST_INVALID", message="a manifest may have at most 4 MiB", status=413)
     manifest = parse_manifest(content, request.header("content-type"), reference if by_digest else None)
     registry.put_manifest(name, manifest, tags)
-    headers = [("Location", "/v2/%s/manifests/%s" % (name, manifest.digest)), ("Docker-Content-Digest", manifest.digest)]
+    headers = [("Location", "/v2/%s/manifests/%s" % (name, manifest.digest)),
+               ("Docker-Content-Digest", manifest.digest)]
     if manifest.subject:
         headers.append(("OCI-Subject", manifest.subject))
     if by_digest and tags:
@@ -1720,8 +1723,10 @@ def compile_routes(rows):
     for methods, path, action, handler in rows:
         for method in methods.split():
             paths.setdefault(path, {})[method] = (action, handler)
-    return [(re.compile(re.sub(r"{(\w+)}", lambda match: "(?P<%s>%s)" % (match.group(1), SHAPES[match.group(1)]), path)),
-             handlers) for path, handlers in paths.items()]
+    def group(match):
+        return "(?P<%s>%s)" % (match.group(1), SHAPES[match.group(1)])
+
+    return [(re.compile(re.sub(r"{(\w+)}", group, path)), handlers) for path, handlers in paths.items()]
 
 
 ROUTES = compile_routes([
@@ -2426,7 +2431,8 @@ def open_store(options, create=False):
     except FileNotFoundError as error:
         if create:
             raise CommandError("can't make %s: %s" % (options.root, error.strerror))
-        raise CommandError("no registry is stored in %s; name its directory with --root" % os.path.abspath(options.root))
+        raise CommandError("no registry is stored in %s; name its directory with --root"
+                           % os.path.abspath(options.root))
     except OSError as error:
         raise CommandError("can't use %s as the store: %s; choose another directory with --root"
                            % (os.path.abspath(options.root), error.strerror))
@@ -2715,7 +2721,8 @@ def build_parser():
     parser.add_argument("--version", action="version", version="tinyreg " + __version__)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
     command = add_command(commands, serve, "serve", "Serve the store (what tinyreg.py does without a command).",
-                          "  tinyreg.py serve\n  tinyreg.py serve --root /srv/registry --listen :5000 --anonymous push\n")
+                          "  tinyreg.py serve\n"
+                          "  tinyreg.py serve --root /srv/registry --listen :5000 --anonymous push\n")
     from_environment(command, "--listen", metavar="[HOST]:PORT", type=address, action="append",
                      help="address to listen on; :5000 is every address; may be repeated "
                      "(default: 127.0.0.1:5000, which Docker trusts without TLS)")

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytest_plugins = ["engines"]  # real clients, and what they need
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINYREG = os.path.join(os.path.dirname(HERE), "tinyreg.py")
 sys.path.insert(0, os.path.dirname(TINYREG))

@@ -1,0 +1,351 @@
+"""Real clients for the tests: a Docker engine, a containerd, and roots for podman, buildah and skopeo, all private.
+
+Everything they write lies in one folder below /tmp (short, because of Unix sockets' names), and is gone when the
+session of tests ends. Nothing of the machine's own engines, storage or configuration is used.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from samples import descriptor
+from tinyreg import MANIFEST_TYPES, OCI_INDEX, Digest
+
+IN_CI = os.environ.get("CI") == "true"
+BUSYBOX = next((path for path in ("/usr/bin/busybox", "/bin/busybox") if os.path.exists(path)), None)
+LARGE = 100 << 20  # bytes of files in the large root filesystem
+
+
+def unavailable(reason):
+    """Skip the test; but fail it in CI, which installs all clients: nothing may be skipped there unseen."""
+    if IN_CI:
+        pytest.fail(reason + " (and CI=true wants every client)")
+    pytest.skip(reason)
+
+
+def require(*programs):
+    """Skip unless these programs are installed."""
+    missing = [program for program in programs if not shutil.which(program)]
+    if missing:
+        unavailable("not installed: " + ", ".join(missing))
+
+
+def require_root():
+    if os.geteuid() != 0:
+        unavailable("only root can start an engine of its own")
+
+
+def run(*command, ok=True, environment=None, **settings):
+    """Run a client; returns the CompletedProcess, its output and errors together as text. `ok=False`: may fail."""
+    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          universal_newlines=True, env=dict(os.environ, **(environment or {})), **settings)
+    if ok and done.returncode:
+        raise AssertionError("%s\nexit status %d\n%s" % (" ".join(done.args), done.returncode, done.stdout))
+    return done
+
+
+def wait_for(condition, what, process=None, log=None, limit=30):
+    """Wait until `condition()` is true. Raises RuntimeError after `limit` seconds, or when the process has ended."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        if time.monotonic() > deadline or process and process.poll() is not None:
+            text = open(log).read()[-3000:] if log else ""
+            raise RuntimeError("%s did not come up:\n%s" % (what, text))
+        time.sleep(0.05)
+
+
+def unmount_below(folder):
+    """Take away what an engine left mounted (dockerd: its network namespace)."""
+    with open("/proc/self/mountinfo") as mounts:
+        places = [line.split()[4] for line in mounts]
+    for place in reversed(places):
+        if place.startswith(folder + "/"):
+            subprocess.run(["umount", "--lazy", place], check=False)
+
+
+@contextlib.contextmanager
+def private_folder(name):
+    """A folder with a short path; at the end nothing is mounted in it, and it is gone."""
+    folder = tempfile.mkdtemp(prefix="tinyreg-%s-" % name, dir="/tmp")
+    try:
+        yield folder
+    finally:
+        if os.geteuid() == 0:
+            unmount_below(folder)
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def daemon(command, folder, ready):
+    """A program that runs in the background, until SIGTERM (or, if that takes too long, SIGKILL) ends it."""
+    log = os.path.join(folder, os.path.basename(command[0]) + ".log")
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    try:
+        wait_for(ready, command[0], process, log)
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+class Client:
+    """A command with the options and the environment that make it use only what is ours."""
+
+    def __init__(self, *command, environment=None):
+        self.command = command
+        self.environment = environment or {}
+
+    def __call__(self, *arguments, **settings):
+        """Run it; returns what it printed, without the newline at the end."""
+        return self.run(*arguments, **settings).stdout.strip()
+
+    def run(self, *arguments, **settings):
+        return run(*self.command + arguments, environment=self.environment, **settings)
+
+
+class Api:
+    """The registry's HTTP API, as scripts use it."""
+
+    def __init__(self, url):
+        self.url = url + "/v2/"
+
+    def __call__(self, method, path, body=None, **headers):
+        """The (status, headers, body) of an answer, whatever the status."""
+        headers = {key.replace("_", "-"): value for key, value in headers.items()}
+        headers.setdefault("Content-Type", "application/octet-stream")
+        request = urllib.request.Request(self.url + path, body, headers, method=method)
+        try:
+            with urllib.request.urlopen(request) as response:
+                return response.status, response.headers, response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.headers, error.read()
+
+    def digest(self, name, tag):
+        """What a tag points to, or None."""
+        status, headers, _ = self("HEAD", "%s/manifests/%s" % (name, tag), Accept=", ".join(MANIFEST_TYPES))
+        return headers["Docker-Content-Digest"] if status == 200 else None
+
+    def manifest(self, name, reference):
+        return json.loads(self.manifest_bytes(name, reference).decode())
+
+    def manifest_bytes(self, name, reference):
+        """The manifest, or None."""
+        status, _, content = self("GET", "%s/manifests/%s" % (name, reference), Accept=", ".join(MANIFEST_TYPES))
+        return content if status == 200 else None
+
+    def blob(self, name, digest):
+        """The blob, or None."""
+        status, _, content = self("GET", "%s/blobs/%s" % (name, digest))
+        return content if status == 200 else None
+
+    def tags(self, name):
+        return json.loads(self("GET", "%s/tags/list" % name)[2].decode())["tags"]
+
+    def referrers(self, name, digest):
+        """The digests of the manifests about another."""
+        status, headers, content = self("GET", "%s/referrers/%s" % (name, digest))
+        assert (status, headers["Content-Type"]) == (200, OCI_INDEX)
+        return [entry["digest"] for entry in json.loads(content.decode())["manifests"]]
+
+    def put_blob(self, name, content):
+        digest = Digest.of(content)
+        status, _, answer = self("POST", "%s/blobs/uploads/?digest=%s" % (name, digest), content)
+        assert status == 201, answer
+        return digest
+
+    def put_manifest(self, name, document, reference=None):
+        """Push a manifest by its digest or under a tag; returns its descriptor and the answer's headers."""
+        content = json.dumps(document).encode()
+        status, headers, answer = self("PUT", "%s/manifests/%s" % (name, reference or Digest.of(content)), content,
+                                       Content_Type=document["mediaType"])
+        assert status == 201, answer
+        return descriptor(content, document["mediaType"]), headers
+
+
+@contextlib.contextmanager
+def running_containerd(folder):
+    """A containerd of our own, without Kubernetes' part of it; gives its socket's path."""
+    address = os.path.join(folder, "containerd.sock")
+    config = os.path.join(folder, "containerd.toml")
+    with open(config, "w") as file:
+        file.write('version = 2\nroot = "%s/root"\nstate = "%s/state"\n'
+                   'disabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
+                   '[grpc]\n  address = "%s"\n' % (folder, folder, address))
+    probe = ["ctr", "--address", address, "version"]
+    with daemon(["containerd", "--config", config], folder, lambda: run(*probe, ok=False).returncode == 0):
+        yield address
+
+
+@pytest.fixture(scope="session")
+def ctr():
+    """containerd's own client, with a containerd that keeps images as plain folders."""
+    require("ctr", "containerd", "runc")
+    require_root()
+    with private_folder("ctr") as folder, running_containerd(folder) as address:
+        yield Client("ctr", "--address", address, environment={"CONTAINERD_SNAPSHOTTER": "native"})
+
+
+@pytest.fixture(scope="session")
+def docker():
+    """A Docker engine that touches no firewall and no network, and its client."""
+    require("docker", "dockerd", "containerd", "runc")
+    require_root()
+    with private_folder("docker") as folder, running_containerd(folder) as containerd:
+        host = "unix://%s/docker.sock" % folder
+        client = Client("docker", "--config", folder + "/client", "--host", host)
+        with open(folder + "/daemon.json", "w") as file:
+            json.dump({}, file)
+        command = ["dockerd", "--config-file", folder + "/daemon.json", "--containerd", containerd,
+                   "--data-root", folder + "/data", "--exec-root", folder + "/exec", "--host", host,
+                   "--pidfile", folder + "/docker.pid", "--storage-driver", "vfs",
+                   "--iptables=false", "--ip6tables=false", "--bridge", "none"]
+        with daemon(command, folder, lambda: client.run("info", ok=False).returncode == 0):
+            yield client
+
+
+@pytest.fixture(scope="session")
+def containers():
+    """The environment in which podman, buildah and skopeo keep to a folder of their own."""
+    with private_folder("containers") as folder:
+        files = {
+            "storage.conf": '[storage]\ndriver = "vfs"\ngraphroot = "%s/graph"\nrunroot = "%s/run"\n'
+                            % (folder, folder),
+            "registries.conf": "unqualified-search-registries = []\n",
+            "auth.json": "{}\n",
+            # runc, because Debian's crun refuses hybrid cgroups; limits that may be set without CAP_SYS_RESOURCE.
+            "containers.conf": '[engine]\nruntime = "runc"\ncgroup_manager = "cgroupfs"\nevents_logger = "none"\n'
+                               'tmp_dir = "%s/tmp"\nvolume_path = "%s/volumes"\n'
+                               '[network]\nnetwork_config_dir = "%s/networks"\n'
+                               '[containers]\ndefault_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]\n'
+                               % (folder, folder, folder),
+        }
+        for name, content in files.items():
+            with open(os.path.join(folder, name), "w") as file:
+                file.write(content)
+        yield {"CONTAINERS_STORAGE_CONF": folder + "/storage.conf",
+               "CONTAINERS_REGISTRIES_CONF": folder + "/registries.conf",
+               "CONTAINERS_CONF": folder + "/containers.conf", "REGISTRY_AUTH_FILE": folder + "/auth.json"}
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory):
+    """A policy.json that accepts unsigned images; skopeo, podman and buildah refuse to work without any."""
+    path = tmp_path_factory.mktemp("policy") / "policy.json"
+    path.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def skopeo(containers, policy):
+    require("skopeo")
+    return Client("skopeo", "--policy", policy, "--registries-conf", containers["CONTAINERS_REGISTRIES_CONF"],
+                  environment=containers)
+
+
+@pytest.fixture(scope="session")
+def podman(containers):
+    require("podman", "runc")
+    require_root()
+    return Client("podman", environment=containers)
+
+
+@pytest.fixture(scope="session")
+def buildah(containers):
+    require("buildah")
+    require_root()
+    return Client("buildah", environment=containers)
+
+
+@pytest.fixture(scope="session")
+def umoci():
+    require("umoci")
+    require_root()
+    return Client("umoci")
+
+
+@pytest.fixture(scope="session")
+def curl():
+    require("curl")
+    return Client("curl", "--silent", "--show-error", "--fail")
+
+
+def fill_from_usr(folder, size):
+    """Copy the machine's own files (no very large ones), in order, until there are so many bytes of them."""
+    copied = 0
+    for top, folders, names in os.walk("/usr/lib"):
+        folders.sort()
+        for name in sorted(names):
+            if copied >= size:
+                return
+            path = os.path.join(top, name)
+            if os.path.islink(path) or not os.path.isfile(path) or os.path.getsize(path) > size // 10:
+                continue
+            target = folder + path
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            shutil.copyfile(path, target)
+            copied += os.path.getsize(path)
+
+
+def write_checksums(folder):
+    """Put a list into the root filesystem by which a container can check that all its files came through."""
+    lines = []
+    for top, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(top, name)
+            if not os.path.islink(path):
+                with open(path, "rb") as file:
+                    lines.append("%s  %s\n" % (hashlib.sha256(file.read()).hexdigest(), path[len(folder) + 1:]))
+    with open(os.path.join(folder, "checksums"), "w") as file:
+        file.writelines(lines)
+
+
+@contextlib.contextmanager
+def root_filesystem(size):
+    """A folder that a container can run in: Debian's busybox, `size` bytes of files, and /checksums of all of it."""
+    if BUSYBOX is None:
+        unavailable("not installed: busybox-static")
+    with private_folder("root") as folder:
+        for name in ("bin", "etc", "proc", "sys", "dev", "tmp"):
+            os.mkdir(os.path.join(folder, name))
+        shutil.copy(BUSYBOX, folder + "/bin/busybox")
+        for name in ("sh", "sha256sum", "echo"):
+            os.symlink("busybox", os.path.join(folder, "bin", name))
+        with open(folder + "/etc/passwd", "w") as file:
+            file.write("root:x:0:0:root:/:/bin/sh\n")
+        fill_from_usr(folder, size)
+        write_checksums(folder)
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def small_root():
+    with root_filesystem(0) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def large_root():
+    with root_filesystem(LARGE) as folder:
+        yield folder
+
+
+@pytest.fixture(params=["small", "large"])
+def root(request):
+    """Each test with it runs twice: with busybox alone, and with a hundred megabytes beside it."""
+    return request.getfixturevalue(request.param + "_root")
