@@ -37,7 +37,6 @@ The rooms of this file; each uses the ones above it and none below:
 
 import argparse
 import collections
-import concurrent.futures
 import contextlib
 import email.utils
 import errno
@@ -96,7 +95,7 @@ MAX_HEAD = 64 << 10          # bytes, request line and header block; bearer toke
 MAX_CHUNK_LINE = 1 << 10     # bytes; a chunk's size line with its extensions, which nobody sends
 MAX_DRAIN = 256 << 10        # bytes of a refused body that are read, to keep the connection
 MAX_LINGER = 64 << 20        # bytes read off a connection that is to be closed, so that the answer arrives
-COPY_BUFFER = 128 << 10      # bytes taken from a client between two writes to the disk
+COPY_BUFFER = 256 << 10      # bytes taken from a client between two writes to the disk
 SMALL_BLOB = 64 << 10        # bytes; a blob up to this goes out in one write with its headers, and may be cached
 MAX_CACHED = 16 << 20        # bytes of answers that one worker keeps
 HASHED_SESSIONS = 1024       # upload sessions whose hash is kept in memory; others are read again at their end
@@ -533,24 +532,47 @@ def list_directory(path):
 class Behind:
     """A second thread for one call at a time, for instance a write while the next block arrives.
 
-    The thread is made with the first call. Leaving the `with` waits for the last one."""
+    The thread is made with the first call. Leaving the `with` waits for the last one. Two bare locks hand the calls
+    over, for thousands of them a gigabyte: an executor's queue and futures cost as much as the hashing."""
 
     def __init__(self):
-        self.pool = None
-        self.pending = None
+        self.call = None   # what to do next; None ends the thread
+        self.error = None
+        self.busy = False
+        self.thread = None
+        self.given, self.done = threading.Lock(), threading.Lock()
+        self.given.acquire()
+        self.done.acquire()
+
+    def _work(self):
+        while True:
+            self.given.acquire()
+            if self.call is None:
+                return
+            function, arguments = self.call
+            try:
+                function(*arguments)
+            except BaseException as error:
+                self.error = error
+            self.done.release()
 
     def run(self, function, *arguments):
         """Wait for the call before, then start this one. Raises what the call before raised."""
         self.wait()
-        if self.pool is None:
-            self.pool = concurrent.futures.ThreadPoolExecutor(1)
-        self.pending = self.pool.submit(function, *arguments)
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._work, daemon=True)
+            self.thread.start()
+        self.call, self.busy = (function, arguments), True
+        self.given.release()
 
     def wait(self):
         """Raises what the last call raised, once."""
-        pending, self.pending = self.pending, None
-        if pending:
-            pending.result()
+        if self.busy:
+            self.done.acquire()
+            self.busy = False
+        error, self.error = self.error, None
+        if error:
+            raise error
 
     def __enter__(self):
         return self
@@ -559,8 +581,9 @@ class Behind:
         try:
             self.wait()
         finally:
-            if self.pool:
-                self.pool.shutdown()
+            if self.thread:
+                self.call = None
+                self.given.release()
 
 
 class Files:
