@@ -1144,12 +1144,20 @@ class Directory(Registry):
                     return True
                 hasher = hashlib.new(descriptor.digest.algorithm)
                 update_hash(hasher, blob.file, 0)
+                if hasher.hexdigest() == descriptor.digest.encoded:
+                    return True
+                self._empty_damaged(blob.file)
         except RegistryError:
             return self._read_link(self.revision_path(name, descriptor.digest)) is not None
-        if hasher.hexdigest() == descriptor.digest.encoded:
-            return True
-        logger.warning("damaged blob, taken as missing: %s", self.blob_path(descriptor.digest))
         return False
+
+    def _empty_damaged(self, file):
+        """Cut a damaged blob, open as this file, to nothing. Clients don't push a blob that is there, so it would never
+        be mended; an empty one is missing to all (_open_data). A whole one that was pushed meanwhile is left."""
+        logger.warning("damaged blob, taken as missing and emptied; push it again: %s", file.name)
+        with open(file.name, "r+b") as again:
+            if os.path.samestat(os.fstat(again.fileno()), os.fstat(file.fileno())):
+                again.truncate(0)
 
     # Deleting
 

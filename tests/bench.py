@@ -9,7 +9,8 @@ How it measures: in every round each server in turn is started on an empty direc
 work for the same clients, and is stopped; then its directory is deleted, so that the next one writes into the page
 cache that it left. Clients are processes of their own. The figures are medians (least..most) of the rounds; a ratio
 is the median of the rounds' own ratios, because what else the machine does changes from round to round. CPU seconds
-are utime + stime of the server and all its children; memory is the sum of their Pss, looked at every 20 ms.
+are utime + stime of the server and all its children; memory is looked at every 20 ms, and what they share is counted
+once.
 
 Both servers log to a file, as they do by default. docker-registry does not fsync what it is sent; tinyreg does.
 The bare loop is the least that Python can do for a push: receive into 1 MiB, sha256, write; at the end fsync.
@@ -36,13 +37,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.parse
 
 TINYREG, PEER, FLOOR = "tinyreg", "docker-registry", "bare loop"
 PACKAGES = {"wrk": "wrk", "ab": "apache2-utils", "docker-registry": "docker-registry", "openssl": "openssl"}
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 TREE = "docker/registry/v2"
 MIB, GIB = 1 << 20, 1 << 30
+ZEROS = "sha256:49bc20df15e412a64472421e13fe86ff1c5165e18b2afccf160d4dc19fe68a14"  # of 1 GiB of them
 FORK = multiprocessing.get_context("fork")
 
 # What issue 6 wants reached: benchmark, figure, compared with (server, or server and benchmark, or nothing), limit.
@@ -69,8 +70,8 @@ TARGETS = [
 ]
 
 
-class Skip(Exception):
-    """Why a benchmark can't be run for a server."""
+class Failed(Exception):
+    """Why a benchmark has no figures of a server: it can't run there, or went wrong."""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -86,30 +87,21 @@ def bare_loop(root, port):
     while True:
         sock, _ = listener.accept()
         with sock, open(os.path.join(root, "blob"), "wb", buffering=0) as file:
-            hasher, head = hashlib.sha256(), b""
-            while True:
-                block = sock.recv(65536)
-                if not block:
-                    break
-                head += block
-                if b"\r\n\r\n" not in head:
-                    continue
-                head, _, body = head.partition(b"\r\n\r\n")
-                left = int(re.search(rb"content-length: *(\d+)", head, re.I).group(1)) - len(body)
+            hasher, head = hashlib.sha256(), True
+            while head:
+                head, _, body = sock.recv(65536).partition(b"\r\n\r\n")  # the client sends a head in one piece
                 hasher.update(body)
                 file.write(body)
+                left = int((re.findall(rb"Content-Length: (\d+)", head) or [0])[0]) - len(body)
                 while left:
                     count = sock.recv_into(buffer, min(left, MIB))
-                    if not count:
-                        break
                     hasher.update(buffer[:count])
                     file.write(buffer[:count])
-                    left -= count
+                    left = left - count if count else 0
                 if head.startswith(b"PUT"):
                     os.fsync(file.fileno())
                 status = b"201 Created" if head.startswith(b"PUT") else b"202 Accepted"
                 sock.sendall(b"HTTP/1.1 " + status + b"\r\nLocation: /upload\r\nContent-Length: 0\r\n\r\n")
-                head = b""
 
 
 def tree(pid):
@@ -126,17 +118,17 @@ def tree(pid):
     return found
 
 
-def cpu_of(pid):
-    return sum(seconds for _, seconds in tree(pid).values())
-
-
 def memory_of(pid):
-    """MiB of the tree, where what processes share is counted once."""
-    total = 0
+    """MiB of the tree: what each process has alone, and once what they share (the most that one of them shares).
+    The sum of Pss would be less whenever any other Python, or docker-registry, runs on the machine."""
+    alone, shared = 0, [0]
     for entry in tree(pid):
         with contextlib.suppress(OSError), open("/proc/%d/smaps_rollup" % entry) as file:
-            total += sum(map(int, re.findall(r"^Pss: +(\d+)", file.read(), re.M)))
-    return total / 1024.0
+            sizes = {key: int(size) for key, size in re.findall(r"^(\w+): +(\d+)", file.read(), re.M)}
+            own = sizes.get("Private_Clean", 0) + sizes.get("Private_Dirty", 0)
+            alone += own
+            shared.append(sizes.get("Rss", 0) - own)
+    return (alone + max(shared)) / 1024.0
 
 
 class Server:
@@ -170,21 +162,27 @@ class Server:
                 if self.who != FLOOR:
                     client.ask("GET", "/v2/", 200)
                 self.first_answer = time.monotonic() - began
+                client.sock.close()  # the bare loop serves one connection after the other
                 return self
             except ConnectionError:
                 if self.process.poll() is not None or time.monotonic() > began + 60:
                     self.process.kill()
-                    sys.exit("bench: %s does not answer; its log is\n%s" % (self.who, open(self.log).read()[-2000:]))
+                    raise Failed("%s does not answer; its log is\n%s" % (self.who, open(self.log).read()[-2000:]))
                 time.sleep(0.002)
 
     def __exit__(self, *exc_info):
         self.process.send_signal(signal.SIGKILL if self.who == FLOOR else signal.SIGTERM)
-        self.process.wait(timeout=60)
-        if self.own_root:
-            shutil.rmtree(self.root)
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise Failed("it does not end after SIGTERM")
+        finally:
+            if self.own_root:
+                shutil.rmtree(self.root, ignore_errors=True)
 
     def cpu(self):
-        return cpu_of(self.process.pid)
+        return sum(seconds for _, seconds in tree(self.process.pid).values())
 
     def memory(self):
         return memory_of(self.process.pid)
@@ -211,6 +209,11 @@ def write_config(run, root, port, tls=False):
 # ---------------------------------------------------------------------------------------------------------
 # Clients
 # ---------------------------------------------------------------------------------------------------------
+
+def path_of(headers):
+    """The path and query of a Location, which docker-registry sends with its host."""
+    return re.sub("^https?://[^/]*", "", headers["location"])
+
 
 class Client:
     """One kept connection, as thin as Python allows, so that the time measured is the server's."""
@@ -242,16 +245,14 @@ class Client:
             raise RuntimeError("%s, where %d was expected\n%s" % (lines[0], expected, body.decode(errors="replace")))
         return {key.lower(): value for key, _, value in (line.partition(": ") for line in lines[1:])}, body
 
-    def ask(self, method, target, expected, content=b"", **settings):
+    def ask(self, method, target, expected, content=b"", upto=GIB, **settings):
         """One exchange; a body that comes is read and dropped, at most `upto` bytes of it. Returns the headers."""
-        upto = settings.pop("upto", None)
         self.send_head(method, target, len(content), **settings)
         if content:
             self.sock.sendall(content)
         headers, body = self.read_head(expected)
-        left = 0 if method == "HEAD" else int(headers.get("content-length", 0)) - len(body)
-        left = left if upto is None else min(left, upto)
-        buffer = bytearray(min(left, MIB))
+        left = 0 if method == "HEAD" else min(int(headers.get("content-length", 0)), upto) - len(body)
+        buffer = bytearray(max(0, min(left, MIB)))
         while left > 0:
             count = self.sock.recv_into(buffer, min(left, MIB))
             if not count:
@@ -260,19 +261,13 @@ class Client:
         return headers
 
     def start_upload(self, name):
-        return self.target(self.ask("POST", "/v2/%s/blobs/uploads/" % name, 202))
-
-    @staticmethod
-    def target(headers):
-        """The path and query of a Location."""
-        parts = urllib.parse.urlsplit(headers["location"])
-        return parts.path + ("?" + parts.query if parts.query else "")
+        return path_of(self.ask("POST", "/v2/%s/blobs/uploads/" % name, 202))
 
     def push_blob(self, name, digest, content, patch=True):
         """As docker does it: POST, PATCH, PUT; or POST and one PUT."""
         target = self.start_upload(name)
         if patch:
-            target = self.target(self.ask("PATCH", target, 202, content))
+            target = path_of(self.ask("PATCH", target, 202, content))
             content = b""
         self.ask("PUT", target + ("&" if "?" in target else "?") + "digest=" + digest, 201, content)
 
@@ -309,11 +304,11 @@ def make_image(*layers):
 Use = collections.namedtuple("Use", "seconds cpu peak")
 
 
-def measure(server, count, task, *arguments):
-    """Run task(client, number, *arguments) in `count` processes at once; returns the Use until the last has ended."""
+def measure(server, count, task):
+    """Run task(client, number) in `count` processes at once; returns the Use until the last has ended."""
     def run_client(number):
         start.wait(60)
-        task(Client(server), number, *arguments)
+        task(Client(server), number)
         ends.put(time.monotonic())
 
     start, ends = FORK.Barrier(count + 1), FORK.SimpleQueue()
@@ -329,7 +324,7 @@ def measure(server, count, task, *arguments):
         multiprocessing.connection.wait([client.sentinel for client in running], 0.02)
         running = [client for client in running if client.exitcode is None]
     if any(client.exitcode for client in clients):
-        sys.exit("bench: a client of %s failed" % server.who)
+        raise Failed("a client of %s failed" % server.who)
     return Use(max(ends.get() for _ in clients) - began, server.cpu() - cpu, peak)
 
 
@@ -343,7 +338,7 @@ def measure_command(command, log_path):
             time.sleep(0.005)
             pid, process.returncode, used = os.wait4(process.pid, os.WNOHANG)
     if process.returncode:
-        sys.exit("bench: %s failed:\n%s" % (" ".join(command), open(log_path).read()[-2000:]))
+        raise Failed("%s failed:\n%s" % (" ".join(command), open(log_path).read()[-2000:]))
     return Use(time.monotonic() - began, used.ru_utime + used.ru_stime, peak)
 
 
@@ -351,13 +346,13 @@ def measure_requests(server, tool, path):
     """Requests a second of wrk or ab, and the server's CPU microseconds for each."""
     url = "http://127.0.0.1:%d%s" % (server.port, path)
     cpu = server.cpu()
-    shown = subprocess.run(tool + ["-H", "Accept: " + OCI_MANIFEST, url], stdout=subprocess.PIPE, check=True,
+    shown = subprocess.run(tool + ["-H", "Accept: " + OCI_MANIFEST, url], stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT, universal_newlines=True).stdout
     cpu = server.cpu() - cpu
     done = re.search(r"(\d+) requests in|Complete requests: +(\d+)", shown)
     rate = re.search(r"Requests(?:/sec| per second): +([0-9.]+)", shown)
     if not rate or re.search(r"Non-2xx|Socket errors|Failed requests: +[1-9]", shown):
-        sys.exit("bench: %s of %s went wrong:\n%s" % (tool[0], server.who, shown))
+        raise Failed("%s of %s went wrong:\n%s" % (tool[0], server.who, shown))
     return {"requests/s": float(rate.group(1)), "CPU us/request": cpu * 1e6 / int(done.group(1) or done.group(2))}
 
 
@@ -431,7 +426,7 @@ def pull(run, who, tls=False):
 def tls(run, who):
     """The same with TLS. The client's share of the work is as large as the server's, and it has no core of its own."""
     if who == TINYREG and "--tls-cert" not in run.help("serve"):
-        raise Skip("this tinyreg.py has no --tls-cert yet")
+        raise Failed("this tinyreg.py has no --tls-cert yet")
     pull(run, who, tls=True)
 
 
@@ -480,7 +475,7 @@ def memory(run, who):
     """Fifteen pushes and fifteen pulls of 1 GiB: each moves a part of it, then stands still with all others open."""
     def task(client, number):
         if number % 2:
-            client.ask("GET", "/v2/large/blobs/" + run.zeros(), 200, upto=part)
+            client.ask("GET", "/v2/large/blobs/" + ZEROS, 200, upto=part)
         else:
             target = client.start_upload("large")
             client.send_head("PATCH", target, GIB)
@@ -489,9 +484,9 @@ def memory(run, who):
 
     part = run.size // 16
     with Server(run, who) as server:
-        path = write(server.root, blob_path(run.zeros()), b"")
+        path = write(server.root, blob_path(ZEROS), b"")
         os.truncate(path, GIB)
-        link(server.root, "large/_layers/sha256", run.zeros())
+        link(server.root, "large/_layers/sha256", ZEROS)
         run.add("30 transfers of 1 GiB", who, **{"peak MiB": measure(server, 30, task).peak})
 
 
@@ -515,9 +510,9 @@ def list_pages(server, path, expected):
         times.append(time.monotonic() - began)
         entries += len(document.get("tags") or document.get("repositories") or [])
         following = re.match("<([^>]*)>", answer.getheader("Link") or "")
-        path = following and re.sub("^http://[^/]*", "", following.group(1))
+        path = following and path_of({"location": following.group(1)})
     if not expected <= entries <= expected + 1:
-        sys.exit("bench: %s listed %d entries, not %d" % (server.who, entries, expected))
+        raise Failed("%s listed %d entries, not %d" % (server.who, entries, expected))
     return times
 
 
@@ -560,11 +555,11 @@ def growth(run, who):
                    for number in range(count // 10)]
         for name, command in commands.items():
             if who == TINYREG and not run.help(name):
-                run.skipped[name] = "this tinyreg.py has no such command yet"
+                run.failed[name] = "this tinyreg.py has no such command yet"
                 continue
             use = measure_command(command, os.path.join(run.dir, name + ".log"))
             if name == "gc" and any(map(os.path.exists, garbage)):
-                sys.exit("bench: gc of %s left garbage" % who)
+                raise Failed("gc of %s left garbage" % who)
             run.add(bench, who, **{name + " s": use.seconds, name + " CPU s": use.cpu, name + " peak MiB": use.peak})
 
 
@@ -597,16 +592,12 @@ class Run:
         with open(self.certificate, "a") as both, open(self.certificate + ".part") as part:
             both.write(part.read())
         self.figures = collections.OrderedDict()
-        self.skipped = collections.OrderedDict()
+        self.failed = collections.OrderedDict()
 
     def help(self, command):
         """What `tinyreg.py COMMAND --help` says; empty if there is no such command."""
         return subprocess.run(self.tinyreg + [command, "--help"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               universal_newlines=True).stdout
-
-    def zeros(self):
-        """The digest of 1 GiB of zeros, which a file can have without using the disk."""
-        return "sha256:49bc20df15e412a64472421e13fe86ff1c5165e18b2afccf160d4dc19fe68a14"
 
     def add(self, bench, who, **figures):
         for figure, value in figures.items():
@@ -614,7 +605,7 @@ class Run:
             values.setdefault(who, []).append(value)
 
     def warm(self):
-        """Let the kernel touch the memory that the page cache will use: the first touch is slow on a virtual machine."""
+        """Let the kernel touch the memory that the page cache will use: the first touch is slow on virtual ones."""
         path = os.path.join(self.dir, "warm")
         with open(path, "wb", buffering=0) as file:
             for _ in range(3):
@@ -629,8 +620,9 @@ class Run:
                 print("%s, round %d, %s" % (name, number + 1, who), file=sys.stderr, flush=True)
                 try:
                     BENCHES[name](self, who)
-                except Skip as reason:
-                    self.skipped[name + ", " + who] = str(reason)
+                except Failed as reason:
+                    self.failed[name + ", " + who] = str(reason)
+                    servers = [other for other in servers if other != who]  # so that the others' rounds stay in step
 
     def ratios(self, bench, figure, against):
         """tinyreg's value over the other's, round by round; tinyreg's own values where there is no other."""
@@ -668,7 +660,7 @@ def spread(values):
 
 
 def report(run):
-    """Print all figures, then the targets."""
+    """Print all figures, then the targets; write the JSON that was asked for."""
     version = subprocess.run(["docker-registry", "--version"], stdout=subprocess.PIPE, universal_newlines=True).stdout
     print("%d cores, load %.1f, Python %s, %s; %d rounds%s\n"
           % (os.cpu_count(), os.getloadavg()[1], sys.version.split()[0], version.strip(), run.options.rounds,
@@ -680,12 +672,15 @@ def report(run):
         for figure, values in figures.items():
             print((row % ("  " + figure, *(spread(values.get(who)) for who in (TINYREG, PEER, FLOOR)),
                           spread(run.ratios(bench, figure, PEER)))).rstrip())
-    for what, reason in run.skipped.items():
+    for what, reason in run.failed.items():
         print("\nleft out: %s: %s" % (what, reason))
+    if run.options.json:
+        with open(run.options.json, "w") as file:
+            json.dump({"figures": run.figures, "left out": run.failed, "targets": run.judge()}, file, indent=1)
     print("\nreach (issue 6)")
     for what, wanted, values, met in run.judge():
-        verdict = "met" if met else "NOT MET"
-        print("  %-64s %-8s %-26s %s" % (what, wanted, spread(values), verdict if values else "not measured"))
+        verdict = ("met" if met else "NOT MET") if values else "not measured"
+        print("  %-64s %-8s %-26s %s" % (what, wanted, spread(values), verdict))
 
 
 def check_programs():
@@ -698,7 +693,8 @@ def check_programs():
 def main():
     here = os.path.dirname(os.path.abspath(__file__))
     parser = argparse.ArgumentParser(description="tinyreg beside Debian's docker-registry: figures, ratios, targets.",
-                                     epilog="benchmarks: " + ", ".join(BENCHES))
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(
+                                         "%-12s %s" % (name, bench.__doc__) for name, bench in BENCHES.items()))
     parser.add_argument("names", metavar="NAME", nargs="*", help="benchmarks to run (default: all)")
     parser.add_argument("--rounds", metavar="N", type=int, default=5, help="how often (default: 5)")
     parser.add_argument("--quick", action="store_true", help="smaller and shorter; the figures are rougher")
@@ -717,15 +713,15 @@ def main():
     directory = tempfile.mkdtemp(prefix="tinyreg-bench-", dir=options.dir)
     try:
         run = Run(options, directory)
-        run.warm()
-        for name in options.names or BENCHES:
-            run.play(name)
+        try:
+            run.warm()
+            for name in options.names or BENCHES:
+                run.play(name)
+        except KeyboardInterrupt:
+            print("interrupted; this is what there is until here\n", file=sys.stderr)
+        report(run)
     finally:
         shutil.rmtree(directory)
-    report(run)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"figures": run.figures, "skipped": run.skipped, "targets": run.judge()}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -54,14 +54,14 @@ def run(*command, ok=True, environment=None, **settings):
     return done
 
 
-def wait_for(condition, what, process=None, log=None, limit=30):
+def wait_for(condition, what, process=None, log=None, limit=60):
     """Wait until `condition()` is true. Raises RuntimeError after `limit` seconds, or when the process has ended."""
     deadline = time.monotonic() + limit
     while not condition():
         if time.monotonic() > deadline or process and process.poll() is not None:
             text = open(log).read()[-3000:] if log else ""
             raise RuntimeError("%s did not come up:\n%s" % (what, text))
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 def unmount_below(folder):

@@ -676,6 +676,22 @@ def test_a_location_proves_nothing_about_other_bytes(call, part):
     assert (answer.status, answer.code) == (400, "DIGEST_INVALID")
 
 
+def test_a_location_can_t_be_forged(call, store):
+    """Neither a made-up sum nor that of another upload, which the server has signed, lets bytes pass for others; in a
+    worker that has not seen the bytes, and has the key."""
+    worker = Directory(store.root)
+    worker.key = store.key
+    other = check_upload(call("PATCH", begin(call), b"9876543210"), "0-9")
+    claimed = Digest.of(b"9876543210")
+    signed = urllib.parse.parse_qs(urllib.parse.urlsplit(other).query)["state"][0]
+    for state in (signed, "10:%s:%s" % (claimed, "0" * 64), "10:%s:" % claimed, "10:%s" % claimed, "é", ""):
+        location = check_upload(call("PATCH", begin(call), CONTENT), "0-9").split("?")[0]
+        answer = Client(worker)("PUT", "%s?state=%s&digest=%s" % (location, urllib.parse.quote(state), claimed))
+        assert (answer.status, answer.code) == (400, "DIGEST_INVALID")
+        assert call("GET", "/v2/a/b/blobs/" + claimed).status == 404
+    check_created(call, Client(worker)("PUT", by_digest(other, claimed)), claimed, b"9876543210")
+
+
 def test_cancel(call, tmp_path):
     location = begin(call)
     call("PATCH", location, CONTENT)

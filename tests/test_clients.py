@@ -3,13 +3,18 @@
 The containers that are run check every file of their root filesystem against the list of checksums in it.
 """
 
+import glob
 import hashlib
 import json
+import os
 import re
+import signal
+import subprocess
 
 import pytest
 
-from engines import Api, run
+from conftest import found_pythons
+from engines import Api, run, wait_for
 from samples import image
 from tinyreg import OCI_INDEX, OCI_MANIFEST, Digest
 
@@ -200,6 +205,40 @@ def test_skopeo_lists_and_deletes(server, api, skopeo, layout, small_root):
     check_content(api, "doomed", "docker")
 
 
+def test_skopeo_is_told_that_schema_1_is_over(server, skopeo, layout, small_root):
+    done = skopeo.run("copy", "--dest-tls-verify=false", "--format", "v2s1", layout(small_root),
+                      "docker://%s/old:1" % server.host, ok=False)
+    assert done.returncode == 1 and "schema 1 is not accepted" in done.stdout
+
+
+def test_skopeo_pushes_again_after_kill_9(server, api, skopeo, layout, large_root, tmp_path):
+    """The server dies in the middle of a push: the tag is not there; the same push, later, finds nothing in its way."""
+    made, name = "dir:%s" % (tmp_path / "made"), "docker://%s/cut:1" % server.host
+    skopeo("copy", "--dest-decompress", layout(large_root), made)  # so that it compresses while it pushes: that is slow
+    command = [*skopeo.command, "copy", "--dest-tls-verify=false", made, name]
+    uploads = os.path.join(server.root, "docker/registry/v2/repositories/cut/_uploads/*/data")
+    with subprocess.Popen(command, env=dict(os.environ, **skopeo.environment), stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL) as first:
+        wait_for(lambda: any(os.path.getsize(path) for path in glob.glob(uploads)), "an upload", first)
+        server.restart(signal.SIGKILL)
+    assert first.returncode != 0
+    assert api.digest("cut", "1") is None
+    skopeo("copy", "--dest-tls-verify=false", made, name)
+    check_content(api, "cut", "1")
+
+
+@pytest.mark.parametrize("python", [pytest.param(path, id="%d.%d" % version) for version, path in
+                                    sorted(found_pythons().items())])
+def test_skopeo_with_every_python(start_server, skopeo, layout, small_root, tmp_path, python):
+    server = start_server(python=python)
+    made, name = layout(small_root), "docker://%s/any:1" % server.host
+    skopeo("copy", "--dest-tls-verify=false", made, name)
+    back = "oci:%s:1" % (tmp_path / "back")
+    skopeo("copy", "--src-tls-verify=false", name, back)
+    assert skopeo("inspect", "--format", "{{.Digest}}", back) == skopeo("inspect", "--format", "{{.Digest}}", made)
+    assert server.stop() == 0
+
+
 def test_a_client_that_insists_on_tls_says_what_is_wrong(server, skopeo):
     done = skopeo.run("inspect", "docker://%s/any:1" % server.host, ok=False)
     assert "server gave HTTP response to HTTPS client" in done.stdout
@@ -300,11 +339,26 @@ def test_a_signature_is_found(server, api, skopeo, layout, small_root):
     digest = api.digest("signed", "1")
     signature, headers = push_signature(api, "signed", "1")
     assert headers["OCI-Subject"] == digest
-    status, headers, body = api("GET", "signed/referrers/" + digest)
-    assert (status, headers["Content-Type"]) == (200, OCI_INDEX)
-    assert json.loads(body.decode())["manifests"] == [dict(signature, artifactType="application/x.signature")]
+    entry = dict(signature, artifactType="application/x.signature")
+    assert json.loads(api("GET", "signed/referrers/" + digest)[2].decode())["manifests"] == [entry]
     skopeo("delete", "--tls-verify=false", "docker://%s/signed@%s" % (server.host, signature["digest"]))
-    assert json.loads(api("GET", "signed/referrers/" + digest)[2].decode())["manifests"] == []
+    assert api.referrers("signed", digest) == []
+
+
+def test_a_signature_that_travels_by_its_fallback_tag(server, api, skopeo, layout, small_root):
+    """Clients that know no referrers API keep a list of them in a tag. Who copies image and tag has the referrers."""
+    made, name = layout(small_root), "docker://%s/%s:%s"
+    skopeo("copy", "--dest-tls-verify=false", made, name % (server.host, "signed", "1"))
+    digest = api.digest("signed", "1")
+    signature, _ = push_signature(api, "signed", "1")
+    listed = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [signature]}
+    fallback = digest.replace(":", "-")
+    api.put_manifest("signed", listed, fallback)
+    for tag in ("1", fallback):
+        skopeo("copy", "--all", "--preserve-digests", "--src-tls-verify=false", "--dest-tls-verify=false",
+               name % (server.host, "signed", tag), name % (server.host, "copied", tag))
+    assert api.tags("copied") == ["1", fallback]
+    assert api.referrers("copied", digest) == [signature["digest"]]
 
 
 # curl

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -364,24 +365,24 @@ def test_order_of_deletions(store, root, monkeypatch):
     assert gone == ["tags/one", "tags/two", "revisions/sha256/" + manifest.digest.encoded]
 
 
-def steps_of(tmp_path, act):
-    """How many of the STEPS a call takes, after preparing a store of its own for it."""
-    with pytest.MonkeyPatch.context() as patch:
-        store = prepare(tmp_path / "counted")
-        tracer = Tracer(patch, STEPS)
-        act(store)
-    return len(tracer.calls)
-
-
-def prepare(root):
-    store = Directory(str(root))
+def stores(tmp_path, act):
+    """Yield (N, root) for each of the STEPS that a call takes, the root being a fresh copy of the same store."""
+    store = Directory(str(tmp_path / "first"))
     make_image(store, "a", "latest")
     make_image(store, "a", "other", layers=(b"of another image",))
-    return store
+    shutil.copytree(store.root, str(tmp_path / "counted"))
+    with pytest.MonkeyPatch.context() as patch:
+        tracer = Tracer(patch, STEPS)
+        act(Directory(str(tmp_path / "counted"), create=False))
+    assert len(tracer.calls) > 5
+    for step in range(1, len(tracer.calls) + 1):
+        shutil.copytree(store.root, str(tmp_path / str(step)))
+        yield step, tmp_path / str(step)
 
 
 def push_new(store):
-    make_image(store, "a", "latest", layers=(b"layer one", b"new layer"))
+    push_blob(store, "a", b"new layer")
+    store.put_manifest("a", to_manifest(image((b"layer one", b"new layer"))), ["latest"])
 
 
 def delete_image(store):
@@ -410,9 +411,8 @@ def latest(root):
 @pytest.mark.parametrize("act", ACTS, ids=lambda act: act.__name__)
 def test_failure_at_each_step(tmp_path, act):
     """An error of the disk at any system call leaves the old state or the new one, and the next try succeeds."""
-    for step in range(1, steps_of(tmp_path, act) + 1):
-        root = tmp_path / str(step)
-        store = prepare(root)
+    for step, root in stores(tmp_path, act):
+        store = Directory(str(root), create=False)
         with pytest.MonkeyPatch.context() as patch:
             tracer = Tracer(patch, STEPS, fail_at=step)
             try:
@@ -448,9 +448,8 @@ def end_at(step):
 @pytest.mark.parametrize("act", ACTS, ids=lambda act: act.__name__)
 def test_death_at_each_step(tmp_path, act):
     """The process ends at any system call, with no chance to tidy up."""
-    for step in range(1, steps_of(tmp_path, act) + 1):
-        root = tmp_path / str(step)
-        store = prepare(root)
+    for step, root in stores(tmp_path, act):
+        store = Directory(str(root), create=False)
         child = os.fork()
         if not child:
             try:

@@ -259,16 +259,36 @@ def test_sha512_in_docker_registry(distribution, serve, store):
     """What only sha512 names lies where 2.8 finds it, too: it serves it, and its garbage collection keeps it."""
     made = make_image(store, "app", "1", layers=(b"long",), algorithm="sha512")
     make_image(store, "app", "2", layers=(b"short",))
+    push_blob(store, "app", b"mixed", "sha512")
+    mixed = to_manifest(image((b"mixed",), algorithm="sha512"))  # by sha256 itself, its blobs by sha512
+    store.put_manifest("app", mixed, ["3"])
+    assert (made.digest.algorithm, mixed.digest.algorithm) == ("sha512", "sha256")
     with distribution as theirs:
-        assert theirs.digest("app", "1") == made.digest
-        assert theirs.manifest_bytes("app", "1") == made.content
-        for blob in made.blobs:
-            assert Digest.of(theirs.blob("app", blob.digest), "sha512") == blob.digest
+        for tag, manifest in (("1", made), ("3", mixed)):
+            assert theirs.digest("app", tag) == manifest.digest
+            assert theirs.manifest_bytes("app", tag) == manifest.content
+            for blob in manifest.blobs:
+                assert Digest.of(theirs.blob("app", blob.digest), "sha512") == blob.digest
     before = everything(store)
     distribution.collect()
     assert everything(store) == before
     distribution.collect("-m")
     assert everything(store) == before
+
+
+def test_a_blob_that_docker_registry_took_by_its_sha512(distribution, serve):
+    """It stores the bytes by their sha256, and links to them from both: so a link may name another digest."""
+    long = Digest.of(b"taken by sha512", "sha512")
+    with distribution as theirs:
+        location = theirs("POST", "app/blobs/uploads/")[1]["Location"]
+        path = re.sub("^.*/v2/", "", location)
+        assert theirs("PUT", path + "&digest=" + long, b"taken by sha512")[0] == 201
+    ours = serve()
+    status, headers, content = ours("GET", "app/blobs/" + long)
+    assert (status, headers["Docker-Content-Digest"], content) == (200, long, b"taken by sha512")
+    assert ours.blob("app", Digest.of(b"taken by sha512")) == b"taken by sha512"
+    assert ours("POST", "other/blobs/uploads/?from=app&mount=" + long)[0] == 201
+    assert ours.blob("other", long) == b"taken by sha512"
 
 
 # Damage, as registry:2 leaves it after a crash or on a full disk
@@ -307,17 +327,24 @@ def test_damage_opens_and_a_push_mends_it(their_volume, serve, root):
     mend(ours, their_volume, "everything")
 
 
-def test_a_blob_cut_short_is_noticed_by_the_next_push(their_volume, serve, root):
-    """Its length is not the manifest's: the manifest is refused, with the blob's name, until it is pushed again."""
-    store, two = Directory(root), Digest.of(b"two")
-    with open(store.blob_path(two), "r+b") as file:
+def test_a_blob_cut_short_is_noticed_by_the_next_push(start_server, root, skopeo, tmp_path):
+    """Clients don't push a blob that they are told is there. So that push fails, and from then on the blob is missing
+    for all: the next push brings it."""
+    made = make_image(Directory(str(tmp_path / "source")), "app", "1")
+    store, cut = Directory(root), made.blobs[1].digest
+    ours, name = start_server(root), "docker://%s/app:1"
+    source = start_server(tmp_path / "source")
+    command = ["copy", "--preserve-digests", "--src-tls-verify=false", "--dest-tls-verify=false",
+               name % source.host, name % ours.host]
+    skopeo(*command)
+    with open(store.blob_path(cut), "r+b") as file:
         file.truncate(2)
-    ours = serve()
-    manifest = ours.manifest_bytes("app", "1")
-    status, _, answer = ours("PUT", "app/manifests/1", manifest, Content_Type=OCI_MANIFEST)
-    assert (status, json.loads(answer.decode())["errors"][0]["code"]) == (400, "MANIFEST_BLOB_UNKNOWN")
-    assert two in answer.decode()
-    mend(ours, their_volume, "a blob cut short")
+    assert "manifest blob unknown" in skopeo(*command, ok=False)
+    assert "damaged blob" in ours.log()
+    skopeo(*command)
+    api = Api(ours.url)
+    assert api.digest("app", "1") == made.digest
+    assert Digest.of(api.blob("app", cut)) == cut
 
 
 def check_missing(api, digest, what):

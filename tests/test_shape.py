@@ -1,6 +1,7 @@
 """The shape of the file: what design.md and the module's docstring promise about it."""
 
 import ast
+import functools
 import re
 import subprocess
 import symtable
@@ -25,6 +26,7 @@ NEVER = {"Errors": (DISK - {"os"}) | SOCKETS, "Values": DISK | SOCKETS | CLOCK, 
          "Access": SOCKETS, "API": SOCKETS | {"shutil", "fcntl"}, "Page": SOCKETS | {"shutil", "fcntl"}}
 
 
+@functools.lru_cache()
 def rooms():
     """[(first line, number, name)] of the banners."""
     return [(place, int(match.group(1)), match.group(2)) for place, match in
@@ -36,6 +38,7 @@ def room_of(line):
     return max([number for first, number, _ in rooms() if first <= line], default=0)
 
 
+@functools.lru_cache()
 def definitions():
     """{name: line} of what the module defines at its top level, imports excepted."""
     found = {}
@@ -49,15 +52,18 @@ def definitions():
     return found
 
 
+@functools.lru_cache()
 def uses():
-    """Yield (name, line of the function or class) for each global name that a scope below the top level refers to."""
+    """{(name, line of the function or class)} for each global name that a scope below the top level refers to."""
+    found = set()
     tables = symtable.symtable(SOURCE, TINYREG, "exec").get_children()
     while tables:
         table = tables.pop()
         tables += table.get_children()
         for symbol in table.get_symbols():
             if symbol.is_global() and symbol.is_referenced():
-                yield symbol.get_name(), table.get_lineno()
+                found.add((symbol.get_name(), table.get_lineno()))
+    return found
 
 
 def test_rooms_stand_in_their_order():
