@@ -3,6 +3,9 @@
 
     python3 tinyreg.py                         serve ./registry on http://127.0.0.1:5000
     python3 tinyreg.py serve --listen :5000    serve it to the network (anyone may pull)
+    python3 tinyreg.py serve --listen :5000 --tls --users FILE     with HTTPS, and passwords
+    python3 tinyreg.py passwd NAME --users FILE                    set a password
+    python3 tinyreg.py clients docker          what makes docker (or containerd, podman, k3s) trust it
     python3 tinyreg.py ls                      what it holds
     python3 tinyreg.py rm NAME:TAG             delete a tag
 
@@ -22,6 +25,8 @@ one folder of our own, whose content can be lost without losing an image:
         scratch/                    files being written, folders being deleted
         lock, lock.turnstile        pushes share it, deletions take it alone
         lock.changes                eight bytes that differ after every change, for what workers keep in memory
+        tls/                        ca.crt, ca.key, server.pem: the CA and the certificate that serve --tls made
+        token.key                   signs the tokens of clients that have logged in
         referrers/NAME/_index       which manifest is about which other; made anew when missing
 
 One request:
@@ -36,11 +41,14 @@ The rooms of this file; each uses the ones above it and none below:
 """
 
 import argparse
+import base64
 import collections
 import contextlib
 import email.utils
 import errno
 import fcntl
+import functools
+import getpass
 import hashlib
 import hmac
 import http
@@ -50,11 +58,14 @@ import json
 import logging
 import mmap
 import os
+import random
 import re
 import shutil
 import signal
 import socket
+import ssl
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -106,6 +117,7 @@ CACHED_FOR = 1.0             # seconds that an answer may be repeated; so a toke
 SPARE_THREADS = 16           # threads that wait for a connection, per listening socket; more end with theirs
 IDLE_LIMIT = 60.0            # seconds that a kept connection may wait for its next request
 HEAD_LIMIT = 20.0            # seconds from a request's first byte to the end of its header block
+HANDSHAKE_LIMIT = 20.0       # seconds that a TLS handshake may take
 LINGER_LIMIT = 5.0           # seconds to read what a refused client is still sending
 PACE_WINDOW = 30.0           # seconds in which a body, in or out, must move …
 PACE_BYTES = 30 << 10        # … so many bytes: 1 KiB a second
@@ -595,13 +607,19 @@ class Files:
     def scratch_path(self):
         return os.path.join(self.scratch, uuid.uuid4().hex)
 
-    def write(self, path, content):
-        """Put a small file in place, whole and durable. One that has this content already is left. Raises OSError."""
-        if read_file(path, len(content) + 1) == content:
+    def write(self, path, content, private=False):
+        """Put a small file in place, whole and durable. One that has this content already is left. Raises OSError.
+
+        `private`: for its owner's eyes only, from its first byte on; the owner stays the one that the file had."""
+        if not private and read_file(path, len(content) + 1) == content:
             return sync_directory(os.path.dirname(path))
         temporary = self.scratch_path()
         try:
-            with open(temporary, "xb") as file:
+            opener = functools.partial(os.open, mode=0o600) if private else None
+            with open(temporary, "xb", opener=opener) as file:
+                if private and os.path.exists(path):
+                    found = os.stat(path)
+                    os.fchown(file.fileno(), found.st_uid, found.st_gid)
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -636,6 +654,33 @@ class Files:
             os.unlink(grave)
 
 
+class Watch:
+    """Tells when files have changed; looks at them once a second at most. A path may be None."""
+
+    def __init__(self, *paths):
+        self.paths = [path for path in paths if path]
+        self.next_look = 0.0
+        self.seen = self._look()
+
+    def _look(self):
+        found = []
+        for path in self.paths:
+            try:
+                status = os.stat(path)
+                found.append((status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size))
+            except OSError:
+                found.append(None)
+        return found
+
+    def changed(self):
+        """Whether they have since the last time, or since the beginning."""
+        if not self.paths or time.monotonic() < self.next_look:
+            return False
+        self.next_look = time.monotonic() + 1.0
+        before, self.seen = self.seen, self._look()
+        return self.seen != before
+
+
 class ChangeMark:
     """Eight bytes that all processes of a store share in memory: another value after each change.
 
@@ -665,6 +710,14 @@ class ChangeMark:
 
     def change(self):
         self.shared[:] = os.urandom(8)
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Among the processes that ask for it, have a lock file alone. It is made, and stays. Raises OSError."""
+    with open(path, "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 class SharedLock:
@@ -1398,26 +1451,360 @@ class DirectoryUpload(UploadSession):
 # ---------------------------------------------------------------------------------------------------------
 # 10  Access
 #
-# Who may do what. Each level includes the ones below it.
+# Who asks, and what they may do: users with their hashed passwords, rules, tokens. Each level includes the ones
+# below it. Reads its files again when they change. Of a Request it reads the Authorization header, the client's
+# address and the user that a client certificate names; it knows neither sockets nor what a registry holds.
 # ---------------------------------------------------------------------------------------------------------
 
 LEVELS = ("none", "pull", "push", "admin")
-NEEDED = {"pull": "pull", "push": "push", "delete": "admin"}  # what a route wants to do: the level that may
+NEEDED = {"look": "none", "login": "none", "pull": "pull", "push": "push", "delete": "admin"}  # action: level that may
 IN_WORDS = {"none": "do nothing", "pull": "pull", "push": "pull and push", "admin": "pull, push and delete"}
+SCOPES = {"pull": "pull", "push": "push", "delete": "admin", "*": "admin"}  # what a token's scope asks for: level
+
+USER = re.compile(r"[^\s:#*@\x00-\x1f\x7f][^\s:#\x00-\x1f\x7f]{0,127}")  # not the rules' own words, * and @anonymous
+RULE = re.compile(r"([a-z0-9._/*-]+)[ \t]+(\S+)[ \t]+(none|pull|push|admin)")
+SCRYPT = re.compile(r"(\$scrypt\$ln=([0-9]{1,2}),r=([0-9]{1,2}),p=([0-9])\$([A-Za-z0-9+/]+)\$)([A-Za-z0-9+/]*)")
+BCRYPT_LETTERS = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+MAX_PASSWORD = 72            # bytes; bcrypt reads no more, and Go's refuses more
+TOKEN_LIFE = 300             # seconds; docker asks for a new one when it needs to
+MAX_FAILURES = 10            # wrong passwords that an address may send in …
+FAILURE_WINDOW = 60.0        # … so many seconds
+REMEMBERED = 10000           # verified passwords, and addresses that sent wrong ones, kept in memory
+
+
+@functools.lru_cache(maxsize=None)
+def load_crypt():
+    """The system's crypt(3), or None. It works in a static buffer: Access calls it under a lock."""
+    try:
+        import ctypes  # not at the top: a Python built without libffi serves all the same
+    except ImportError:
+        return None
+    for library in ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.so", None):  # None: musl, macOS, OpenBSD
+        with contextlib.suppress(OSError, AttributeError):
+            crypt = ctypes.CDLL(library).crypt
+            crypt.argtypes, crypt.restype = [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_char_p
+            return crypt
+    return None
+
+
+def hash_password(password, setting):
+    """As crypt(3): the hash of a password (str) under a setting, which is the begin of a hash or a whole one, so that
+    a right password gives back its hash. Knows what the system knows, and scrypt. "" where neither knows it."""
+    match = SCRYPT.fullmatch(setting)
+    if match and hasattr(hashlib, "scrypt"):
+        cost, block, parallel = (int(group) for group in match.group(2, 3, 4))
+        with contextlib.suppress(ValueError, MemoryError):
+            salt = base64.b64decode(match.group(5) + "==")
+            found = hashlib.scrypt(password.encode(), salt=salt, n=1 << cost, r=block, p=parallel, dklen=32,
+                                   maxmem=min((256 * block << cost) + (1 << 20), 1 << 30))
+            return match.group(1) + base64.b64encode(found).decode().rstrip("=")
+    crypt = load_crypt()
+    found = crypt and crypt(password.encode(), setting.encode("utf-8", "surrogateescape"))
+    return (found or b"").decode("latin-1")
+
+
+def is_checkable(stored):
+    """Whether this host can check passwords against a hash (crypt(3) knows its scheme, and its length is right)."""
+    found = hash_password("", stored)
+    return len(found) == len(stored) and found[:2] == stored[:2] and not found.startswith("*")
+
+
+def new_hash(password):
+    """A hash for a users file: bcrypt, which Distribution reads too, or else scrypt. Raises ValueError."""
+    salt = "".join(random.SystemRandom().choice(BCRYPT_LETTERS) for _ in range(21))
+    found = hash_password(password, "$2y$10$%s." % salt)
+    if len(found) == 60 and is_checkable(found):
+        return found
+    found = hash_password(password, "$scrypt$ln=14,r=8,p=1$%s$" % base64.b64encode(os.urandom(18)).decode())
+    if not SCRYPT.fullmatch(found):
+        raise ValueError("neither this system's crypt(3) nor this Python's hashlib has bcrypt or scrypt")
+    return found
+
+
+def parse_users(content):
+    """{user: hash} of an htpasswd file. Passwords that can't be checked here are logged with the user's name."""
+    users, checkable = {}, {}
+    for line in content.decode("utf-8", "surrogateescape").split("\n"):
+        user, colon, stored = line.strip().partition(":")
+        if not colon or line.startswith("#"):
+            continue
+        kind = (re.match(r"\$\w+\$|..", stored) or [""])[0], len(stored)
+        if kind not in checkable:  # once for each scheme, for a slow hash is slow to try
+            checkable[kind] = is_checkable(stored)
+        if checkable[kind] and USER.fullmatch(user) and re.fullmatch("[!-~]+", stored):
+            users[user] = stored
+        else:
+            logger.warning("user %s can't log in: the password's hash is of a kind that can't be checked here; set it "
+                           "again with: tinyreg.py passwd", ascii(user))
+    return users
+
+
+class Rule(collections.namedtuple("Rule", "pattern everywhere user level")):
+    """One line of a rules file; `everywhere` if its glob matches every repository."""
+
+    __slots__ = ()
+
+
+def parse_glob(glob):
+    """The pattern of a glob over repository names: `*` stays within a component, `**` does not."""
+    return re.compile("".join({"**": ".*", "*": "[^/]*"}.get(part, re.escape(part))
+                              for part in re.split(r"(\*\*|\*)", glob)))
+
+
+def parse_rules(content):
+    """The Rules of a rules file, the last line first, for the last match wins. Raises ValueError."""
+    rules = []
+    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+        rule = line.partition("#")[0].strip()
+        match = RULE.fullmatch(rule)
+        if match:
+            glob, user, level = match.groups()
+            rules.insert(0, Rule(parse_glob(glob), glob == "**", user, LEVELS.index(level)))
+        elif rule:
+            raise ValueError("line %d is no rule: %r; write REPOSITORY-GLOB USER|*|@anonymous pull|push|admin|none"
+                             % (number, rule))
+    return rules
+
+
+class Policy:
+    """What the users and the rules file say at one time. Never changed: a new one takes its place.
+
+    Where no rule matches, a user may do everything if there are no rules, else nothing; and clients that are no
+    user what --anonymous says. A user may always do what those may: logging out must not help."""
+
+    def __init__(self, anonymous, users, rules):
+        self.anonymous = LEVELS.index(anonymous)
+        self.users = users
+        self.rules = rules  # None where there is no rules file
+        self.default = LEVELS.index("none" if rules is not None else "admin")
+        self.decoy = next(iter(self.users.values()), "")  # what unknown users' passwords are compared to
+        self.most = max([self.anonymous] + [rule.level for rule in rules or () if rule.user == "@anonymous"])
+        self.level = functools.lru_cache(maxsize=4096)(self._level)
+
+    def _matching(self, user):
+        return (rule for rule in self.rules or () if rule.user in ((user, "*") if user else ("@anonymous",)))
+
+    def _level(self, user, name):
+        """What a user, or None, may do in a repository: an index in LEVELS."""
+        found = self.default if user else self.anonymous
+        for rule in self._matching(user):
+            if rule.pattern.fullmatch(name):
+                found = rule.level
+                break
+        return max(found, self.level(None, name)) if user else found
+
+    def pulls_everything(self, user):
+        """Whether no repository is kept from a user, or None."""
+        for rule in self._matching(user):
+            if rule.everywhere or not rule.level:
+                return rule.level > 0
+        return (self.default if user else self.anonymous) > 0
+
+
+class Who(collections.namedtuple("Who", "user grants")):
+    """Who sent a request: a user, or None; and, if a token says so, {repository: level} that it is good for."""
+
+    __slots__ = ()
+
+    def level_granted(self, name):
+        """What the token is good for in a repository. One for `library/alpine` is good for it in every namespace that
+        a mirror may find it in (docker.io/library/alpine), for its client can't know; the rules have the last word."""
+        if self.grants is None:
+            return len(LEVELS)
+        parts = name.split("/")
+        return max(self.grants.get("/".join(parts[start:]), 0) for start in range(len(parts)))
 
 
 class Access:
-    """The rules of one registry: so far one level for all clients, who are anonymous."""
+    """Who may do what in one registry. `key` signs tokens: servers and workers that share one take each other's.
 
-    def __init__(self, anonymous):
+    Raises OSError and ValueError if the users or rules file can't be read."""
+
+    def __init__(self, anonymous="none", users=None, rules=None, key=None):
         self.anonymous = anonymous
+        self.files = (users, rules)
+        self.key = key or os.urandom(32)
+        self.secret = os.urandom(32)  # of the cache of verified passwords
+        self.verified = set()
+        self.failures = {}            # address: (how many wrong passwords, since when)
+        self.slow = threading.Lock()  # held while a password is hashed: one core is enough for guessers
+        self.watch = Watch(users, rules)
+        self.policy = Policy(anonymous, {}, None)
+        self._load_users()
+        self._load_rules()
 
-    def check(self, action):
-        """Raises DENIED, with what would allow it: docker prints the message, and stops at a 403."""
+    def _load_users(self):
+        if self.files[0]:
+            with open(self.files[0], "rb") as file, self.slow:
+                users = parse_users(file.read())
+            self.policy = Policy(self.anonymous, users, self.policy.rules)
+
+    def _load_rules(self):
+        if self.files[1]:
+            try:
+                with open(self.files[1], "rb") as file:
+                    rules = parse_rules(file.read())
+            except ValueError as error:
+                raise ValueError("%s: %s" % (self.files[1], error))
+            self.policy = Policy(self.anonymous, self.policy.users, rules)
+
+    def refresh(self):
+        """Read the users and rules again if they have changed. What can't be read leaves the former ones in force."""
+        if self.watch.changed():
+            for load in (self._load_users, self._load_rules):
+                try:
+                    load()
+                except (OSError, ValueError) as error:
+                    logger.error("the former ones stay in force: %s", error)
+
+    # Who
+
+    def identify(self, request):
+        """Who sent a request. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
+        if request.who is None:
+            self.refresh()
+            scheme, _, value = request.header("authorization").partition(" ")
+            if self.files[0] and scheme.lower() == "basic":
+                request.who = self._check_password(request, value.strip())
+            elif self.files[0] and scheme.lower() == "bearer":
+                request.who = self._check_token(request, value.strip())
+            else:
+                request.who = Who(request.certificate, None)
+        return request.who
+
+    def _check_password(self, request, credentials):
+        try:
+            user, _, password = base64.b64decode(credentials, validate=True).decode("utf-8").partition(":")
+        except ValueError:
+            user = password = ""
+        if "\0" in user + password or len(password) > 1024:
+            password = ""  # crypt(3) would read to the NUL only
+        stored = self.policy.users.get(user)
+        seen = hashlib.blake2b("\0".join((user, password, stored or "")).encode(), key=self.secret).digest()
+        if stored and seen in self.verified:
+            return Who(user, None)
+        with self.slow:
+            if stored and seen in self.verified:  # by the one whom we waited for: docker sends several at once
+                return Who(user, None)
+            count, since = self._failures_of(request.client)
+            found = hash_password(password, stored or self.policy.decoy)
+            if stored and password and hmac.compare_digest(found.encode(), stored.encode()):
+                if len(self.verified) >= REMEMBERED:
+                    self.verified.clear()
+                self.verified.add(seen)
+                return Who(user, None)
+            self.failures[request.client] = count + 1, since
+        raise self._unauthorized(request, "wrong user name or password")
+
+    def _failures_of(self, client):
+        """How many wrong passwords an address has sent lately, and since when. Raises TOOMANYREQUESTS."""
+        now = time.monotonic()
+        if len(self.failures) > REMEMBERED:
+            self.failures.clear()
+        count, since = self.failures.get(client, (0, now))
+        if now - since > FAILURE_WINDOW:
+            return 0, now
+        if count >= MAX_FAILURES:
+            wait = int(since + FAILURE_WINDOW - now) + 1
+            raise RegistryError("TOOMANYREQUESTS", headers=[("Retry-After", str(wait))],
+                                message="too many wrong passwords from %s; try again in %d seconds" % (client, wait))
+        return count, since
+
+    def _unauthorized(self, request, message=None, **problem):
+        """The 401 that makes clients send what they have.
+
+        Where some may come without a password, docker needs Bearer, and alone: logged out, it gives up on Basic
+        instead of trying without. Everywhere else Basic, which needs no URL that a proxy could spoil."""
+        host = request.header("host")
+        challenge = 'Basic realm="tinyreg"'
+        if self.policy.most and request.path.startswith("/v2") and re.fullmatch(r"[\w.:\[\]-]+", host):
+            scheme = "https" if request.header("x-forwarded-proto", request.scheme).startswith("https") else "http"
+            challenge = 'Bearer realm="%s://%s/token",service="tinyreg"' % (scheme, host)
+            challenge += "".join(',%s="%s"' % item for item in sorted(problem.items()))
+        return RegistryError("UNAUTHORIZED", message=message, headers=[("WWW-Authenticate", challenge)])
+
+    # Tokens: payload.signature, both base64url. The user's hash is signed along: a new password ends the tokens.
+
+    def _sign(self, payload, user):
+        stored = self.policy.users.get(user) or ""
+        return hmac.new(self.key, payload + b"." + stored.encode(), "sha256").digest()
+
+    def make_token(self, request, scopes):
+        """A token for whoever sent a request with a password (or without, for those who need none), good for the
+        scopes asked for (`repository:NAME:pull,push`) as far as the rules allow. Raises UNAUTHORIZED."""
+        who = self.identify(request)
+        if who.grants is not None:
+            raise self._unauthorized(request, "a token can't be had for a token")
+        grants = {}
+        for scope in " ".join(scopes).split()[:100]:
+            kind, _, rest = scope.partition(":")
+            name, _, actions = rest.rpartition(":")
+            if kind.startswith("repository"):
+                levels = [LEVELS.index(SCOPES.get(action, "none")) for action in actions.split(",")]
+                grants[name] = max(levels + [grants.get(name, 0)])
+        payload = base64.urlsafe_b64encode(to_json([who.user, int(time.time()) + TOKEN_LIFE, grants]))
+        return (payload + b"." + base64.urlsafe_b64encode(self._sign(payload, who.user))).decode()
+
+    def _check_token(self, request, token):
+        payload, _, signature = token.encode("latin-1", "replace").partition(b".")
+        try:
+            user, expires, grants = json.loads(base64.urlsafe_b64decode(payload).decode())
+            right = hmac.compare_digest(base64.urlsafe_b64decode(signature), self._sign(payload, user))
+        except (ValueError, TypeError, RecursionError):
+            right = False
+        if not right or expires < time.time():
+            raise self._unauthorized(request, "the token is not valid, or no longer", error="invalid_token")
+        return Who(user, grants)
+
+    # What
+
+    def allows(self, request, action, name=None):
+        """Whether the client may do this in a repository, or, without a name, anywhere. Raises as identify does."""
+        who = self.identify(request)
+        needed = LEVELS.index(NEEDED[action])
+        if name is None:
+            return who.user is not None or self.policy.most >= needed
+        return min(self.policy.level(who.user, name), who.level_granted(name)) >= needed
+
+    def lists(self, request, name):
+        """Whether the catalog shows a repository to the client; a token's scopes don't matter for that."""
+        return self.policy.level(self.identify(request).user, name) > 0
+
+    def pulls_everything(self, request):
+        """Whether the client may pull from every repository."""
+        who = self.identify(request)
+        return who.grants is None and self.policy.pulls_everything(who.user)
+
+    def check(self, request, action, name=None):
+        """The one question of room 12. Raises UNAUTHORIZED if a password could help, else DENIED with what would:
+        docker prints the message and stops. Raises TOOMANYREQUESTS."""
+        who = self.identify(request)
+        if self.allows(request, action, name) and not (action == "login" and self.files[0] and not who.user
+                                                       and who.grants is None):
+            return
         needed = NEEDED[action]
-        if LEVELS.index(self.anonymous) < LEVELS.index(needed):
-            raise RegistryError("DENIED", message="this registry lets clients %s only; whoever runs it can allow more "
-                                "with: tinyreg.py serve --anonymous %s" % (IN_WORDS[self.anonymous], needed))
+        level = self.policy.most if name is None else self.policy.level(who.user, name)
+        if self.files[0] and (who.user is None or level >= LEVELS.index(needed)):  # or the token falls short
+            problem = {"error": "insufficient_scope"} if who.grants is not None else {}
+            if name is not None:
+                problem["scope"] = "repository:%s:%s" % (name, {"push": "pull,push", "delete": "*"}.get(action, "pull"))
+                source = request.get("from") or ""
+                problem["scope"] += " repository:%s:pull" % source if NAME.fullmatch(source) else ""
+            raise self._unauthorized(request, **problem)
+        hint = "with: tinyreg.py serve --anonymous " + needed
+        if who.user or self.files[1]:
+            hint = "with a line in its --rules file: %s %s %s" % (name or "**", who.user or "@anonymous", needed)
+        raise RegistryError("DENIED", message="%s may %s%s; whoever runs this registry can allow more %s" % (
+            who.user or "clients", IN_WORDS[LEVELS[level]], " in " + name if name else "", hint))
+
+    def in_words(self, reach):
+        """For the banner, in lines: who may do what. `reach` is who can connect."""
+        users, rules = self.files
+        lines = ["%s may %s%s" % (reach, IN_WORDS[self.anonymous], " without a password" if users else
+                                  " (change it with --anonymous)" if self.anonymous != "admin" else "")]
+        if users:
+            lines.append("users of %s may %s" % (users, IN_WORDS[LEVELS[self.policy.default]]))
+        return lines + (["and what the rules in %s say" % rules] if rules else [])
 
 # ---------------------------------------------------------------------------------------------------------
 # 11  Observation
@@ -1457,15 +1844,23 @@ def log_request(client, method, target, status, length, seconds):
 
 class Request:
     """One request: the method, the decoded path, the query, the headers (names in lower case, values of repeated
-    ones joined by commas: docker sends its Accept in six lines) and the body, a file to read from once."""
+    ones joined by commas: docker sends its Accept in six lines) and the body, a file to read from once.
 
-    def __init__(self, method, target, headers=None, body=None):
+    `client` is the address it came from, `certificate` the user whom the client's TLS certificate names, if it has one;
+    `ca` the certificate of the CA that made the server's. `who` is filled in by Access."""
+
+    def __init__(self, method, target, headers=None, body=None, client="", scheme="http", certificate=None, ca=None):
         path, _, query = re.sub(r"^https?://[^/]*", "", target).partition("?")
         self.method = method
         self.path = urllib.parse.unquote(path)
         self.query = urllib.parse.parse_qs(query, keep_blank_values=True)
         self.headers = headers or {}
         self.body = body or io.BytesIO()
+        self.client = client
+        self.scheme = scheme
+        self.certificate = certificate
+        self.ca = ca
+        self.who = None
 
     def get(self, parameter, default=None):
         """The (last) value of a query parameter."""
@@ -1545,11 +1940,20 @@ def get_base(registry, access, request):
 
 
 def get_catalog(registry, access, request):
-    """The names of the repositories, in pages. Distribution's, not in the specification; crane and pages use it."""
+    """The names of the repositories that the client may pull, in pages. Distribution's, not in the specification; crane
+    and pages use it."""
     count = min(parse_count(request.get("n", str(PAGE_SIZE))), PAGE_SIZE)
-    names, more = take_page(registry.repositories(request.get("last", "")), count)
+    found = (name for name in registry.repositories(request.get("last", "")) if access.lists(request, name))
+    names, more = take_page(found, count)
     link = next_link("/v2/_catalog", n=count, last=names[-1]) if more and names else []
     return Response.of_json({"repositories": names}, link)
+
+
+def get_token(registry, access, request):
+    """A token for clients that were told Bearer (Distribution's token protocol). Raises UNAUTHORIZED."""
+    token = access.make_token(request, request.query.get("scope", ()))
+    return Response.of_json({"token": token, "access_token": token, "expires_in": TOKEN_LIFE},
+                            [("Cache-Control", "no-store")])
 
 
 def get_tags(registry, access, request, name):
@@ -1673,12 +2077,15 @@ def created_blob(name, digest):
 def start_upload(registry, access, request, name):
     """Begin an upload (end-4a, end-4c), mount a blob instead (end-11), or take it whole (end-4b).
 
-    Without `from`, a mount takes the blob from wherever it is. Raises DIGEST_INVALID, NAME_INVALID."""
+    Without `from`, a mount takes the blob from wherever it is, unless a part of the registry is closed to the client.
+    A blob that the client may not pull is as good as missing, and has to be uploaded. Raises DIGEST_INVALID,
+    NAME_INVALID."""
     mount, whole = request.get("mount"), request.get("digest")
     if mount is not None:
         digest, source = parse_digest(mount), request.get("from")
-        access.check("pull")
-        if registry.mount(name, digest, parse_name(source) if source else None):
+        source = parse_name(source) if source else None
+        may = access.allows(request, "pull", source) if source else access.pulls_everything(request)
+        if may and registry.mount(name, digest, source):
             return created_blob(name, digest)
     if whole is not None:
         digest = parse_digest(whole)
@@ -1762,8 +2169,9 @@ def compile_routes(rows):
 
 ROUTES = compile_routes([
     # methods    path                                 action    handler                      in distribution-spec
-    ("GET HEAD", "/v2/?",                             "pull",   get_base),                 # end-1
+    ("GET HEAD", "/v2/?",                             "login",  get_base),                 # end-1
     ("GET HEAD", "/v2/_catalog",                      "pull",   get_catalog),
+    ("GET HEAD", "/token",                            "pull",   get_token),
     ("GET HEAD", "/v2/{name}/tags/list",              "pull",   get_tags),                 # end-8
     ("GET HEAD", "/v2/{name}/referrers/{digest}",     "pull",   get_referrers),            # end-12
     ("GET HEAD", "/v2/{name}/manifests/{reference}",  "pull",   get_manifest),             # end-3
@@ -1781,6 +2189,8 @@ ROUTES = compile_routes([
 
 def answer(registry, access, request):
     """Find the handler of a request and call it. Raises RegistryError, OSError, ClientLeft."""
+    if request.path.startswith("/v2/"):
+        access.check(request, "pull")  # first: clients look for the 401 wherever they happen to begin
     for pattern, handlers in ROUTES:
         match = pattern.fullmatch(request.path)
         if match:
@@ -1790,10 +2200,10 @@ def answer(registry, access, request):
     if request.method not in handlers:
         raise RegistryError("UNSUPPORTED", request.method, headers=[("Allow", ", ".join(handlers))])
     action, handler = handlers[request.method]
-    access.check(action)
     found = {key: PARSERS[key](value) for key, value in match.groupdict().items()}
+    access.check(request, action, found.get("name"))
     response = handler(registry, access, request, **found)
-    response.kept = action == "pull" and request.path.startswith("/v2/")
+    response.kept = action in ("login", "pull") and request.path.startswith("/v2/")
     return response
 
 
@@ -1828,8 +2238,39 @@ def get_page(registry, access, request):
     return Response(200, [("Content-Type", "text/plain; charset=utf-8")], text.encode())
 
 
+def get_ca(registry, access, request):
+    """The certificate of the CA that clients should trust; whoever asks, for nobody can log in before that."""
+    if not request.ca:
+        return Response(404, [("Content-Type", "text/plain")], b"404: this registry has no CA of its own\n")
+    return Response(200, [("Content-Type", "application/x-x509-ca-cert")], request.ca)
+
+
+def answer_plainly(request):
+    """What clients of an HTTPS port get that speak HTTP: how to trust it, and nothing that could need a password."""
+    host = request.header("host", "HOST")
+    if request.path == "/ca.crt" and request.method in ("GET", "HEAD"):
+        return get_ca(None, None, request)
+    if request.path == "/" and request.method in ("GET", "HEAD"):
+        text = "This registry speaks HTTPS: https://%s/\n" % host
+        if request.ca:
+            text += ("\nIts CA: http://%s/ca.crt, with the SHA-256 fingerprint\n%s\n(compare it with what the registry "
+                     "printed when it started).\n\nTo trust it with docker and podman, as root:\n\n"
+                     "    mkdir -p /etc/docker/certs.d/%s\n    curl -o /etc/docker/certs.d/%s/ca.crt http://%s/ca.crt\n"
+                     % (host, fingerprint(request.ca), host, host, host))
+        return Response(200, [("Content-Type", "text/plain; charset=utf-8")], text.encode("utf-8", "replace"))
+    return Response.of_error(RegistryError("UNSUPPORTED", status=400, message="Client sent an HTTP request to an HTTPS "
+                                           "server; use https://%s" % host))
+
+
+def fingerprint(certificate):
+    """The SHA-256 of a PEM certificate, as openssl x509 -fingerprint and browsers show it."""
+    encoded = hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate.decode())).hexdigest().upper()
+    return ":".join(re.findall("..", encoded))
+
+
 ROUTES += compile_routes([
     ("GET HEAD", "/", "pull", get_page),
+    ("GET HEAD", "/ca.crt", "look", get_ca),
 ])
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2051,6 +2492,189 @@ class Body:
 KeptAnswer = collections.namedtuple("KeptAnswer", "mark content method target status length")
 
 
+# TLS, with certificates that the user brings, or with our own: a CA that clients are told to trust, and a certificate
+# of the server that is made anew in time, and when the host gets another name or address.
+
+CA_DAYS, SERVER_DAYS, RENEW_DAYS = 7300, 397, 60  # Apple's clients trust no certificate for longer than 398 days
+CERTIFICATES = """\
+[req]
+distinguished_name = subject
+prompt = no
+string_mask = utf8only
+[subject]
+CN = %s
+[ca]
+basicConstraints = critical,CA:TRUE,pathlen:0
+keyUsage = critical,keyCertSign,cRLSign
+subjectKeyIdentifier = hash
+[server]
+basicConstraints = critical,CA:FALSE
+keyUsage = critical,digitalSignature
+extendedKeyUsage = serverAuth
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid
+subjectAltName = %s
+"""
+
+
+def host_names():
+    """The names and addresses by which clients may know this host, without asking the network: DNS may be far."""
+    name = socket.gethostname()
+    found = {"localhost", "127.0.0.1", "::1", name}
+    for line in (read_file("/etc/hosts", 1 << 20) or b"").decode("utf-8", "replace").splitlines():
+        words = line.partition("#")[0].split()
+        if name in words:
+            found.update(words)
+    for command in (["ip", "-o", "addr"], ["ifconfig", "-a"]):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            shown = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10).stdout
+            found.update(re.findall(r"inet6? (?:addr:)? ?([0-9a-f.:]+)", shown.decode("utf-8", "replace")))
+    return {text for text in found if re.fullmatch(r"[0-9A-Za-z_.:-]+", text) and not text.startswith("fe80:")}
+
+
+def alternative_names(names):
+    """These names and addresses as subjectAltName wants them. Raises ValueError."""
+    for name in names:
+        if not re.fullmatch(r"[0-9A-Za-z_.:*-]+", name):
+            raise ValueError("%r is no name or address to make a certificate for" % name)
+    return ",".join(("IP:" if re.fullmatch(r"[0-9.]+|.*:.*", name) else "DNS:") + name for name in sorted(names))
+
+
+def openssl(*arguments, folder=None, check=True):
+    """Whether the openssl command succeeds. Raises ValueError where it is missing or (`check`) fails."""
+    try:
+        done = subprocess.run(("openssl",) + arguments, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)
+    except OSError as error:
+        raise ValueError("--tls needs the openssl command, to make certificates (%s); install it, or bring your own "
+                         "certificate with --tls-cert and --tls-key" % error.strerror)
+    if check and done.returncode:
+        raise ValueError("openssl %s failed: %s" % (arguments[0], done.stdout.decode("utf-8", "replace").strip()))
+    return done.returncode == 0
+
+
+def make_certificates(files, folder, names):
+    """See to it that there are, in `folder`, a CA (ca.key, ca.crt) and a certificate that it has made for these names
+    (server.pem, with its key), both for some time to come. Raises ValueError, OSError."""
+
+    def lasts(name, days):
+        return openssl("x509", "-noout", "-checkend", str(days * 86400), "-in", os.path.join(folder, name), check=False)
+
+    make_directories(folder)
+    wanted = (CERTIFICATES % ("tinyreg", alternative_names(names))).encode()
+    with alone(os.path.join(folder, "lock")):
+        has_ca = lasts("ca.crt", SERVER_DAYS)
+        found = read_file(os.path.join(folder, "server.pem")) or b""
+        if has_ca and found.startswith(wanted) and lasts("server.pem", RENEW_DAYS):
+            return
+        work = files.scratch_path()
+        os.mkdir(work, 0o700)
+        try:
+            with open(os.path.join(work, "config"), "wb") as file:
+                file.write(wanted)
+            new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-sha256",
+                       "-config", "config")
+            if not has_ca:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(folder, "server.pem"))  # another CA's
+                openssl("req", "-x509", "-days", str(CA_DAYS), "-extensions", "ca", "-subj",
+                        "/CN=tinyreg CA %s" % os.urandom(4).hex(), "-keyout", "ca.key", "-out", "ca.crt", *new_key,
+                        folder=work)
+                for name, private in (("ca.key", True), ("ca.crt", False)):  # a crash between them: both are made anew
+                    files.write(os.path.join(folder, name), read_file(os.path.join(work, name)), private)
+            openssl("req", "-new", "-keyout", "server.key", "-out", "request", *new_key, folder=work)
+            openssl("x509", "-req", "-in", "request", "-CA", os.path.join(folder, "ca.crt"),
+                    "-CAkey", os.path.join(folder, "ca.key"), "-set_serial", "0x" + os.urandom(15).hex(),
+                    "-days", str(SERVER_DAYS), "-sha256", "-extfile", "config", "-extensions", "server",
+                    "-out", "server.crt", folder=work)
+            parts = [read_file(os.path.join(work, name)) for name in ("server.key", "server.crt")]
+            files.write(os.path.join(folder, "server.pem"), wanted + b"".join(parts), private=True)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+class Certificates:
+    """What the TLS of a server goes by. Files that change are read again; `renew`, if given, is called every hour.
+
+    `ca` is the content of the CA's certificate, where it is ours to give out. Raises OSError, ValueError."""
+
+    def __init__(self, certificate, key=None, client_ca=None, ca=None, renew=None):
+        self.files = (certificate, key, client_ca)
+        self.ca_file = ca
+        self.renew = renew
+        self.next_renewal = time.monotonic() + 3600
+        self.watch = Watch(certificate, key, client_ca, ca)
+        self._load()
+
+    def _load(self):
+        certificate, key, client_ca = self.files
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        if hasattr(ssl, "TLSVersion"):
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+        else:
+            context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+        try:
+            context.load_cert_chain(certificate, key, password=lambda: "")  # or it would ask on the terminal
+            if client_ca:
+                context.load_verify_locations(client_ca)
+                context.verify_mode = ssl.CERT_REQUIRED
+        except OSError as error:  # SSLError is one, and its strerror is longer than its reason
+            reason = getattr(error, "reason", None) or error.strerror
+            raise ValueError("can't use %s for TLS: %s" % (", ".join(filter(None, self.files)), reason))
+        self.ca = read_file(self.ca_file) if self.ca_file else None
+        self.context = context
+
+    def current(self):
+        """The SSLContext for one more connection. What can't be renewed or read leaves the former one in force."""
+        try:
+            if self.renew and time.monotonic() > self.next_renewal:
+                self.next_renewal = time.monotonic() + 3600
+                self.renew()
+            if self.watch.changed():
+                self._load()
+        except (OSError, ValueError) as error:
+            logger.error("the former certificate stays in use: %s", error)
+        return self.context
+
+
+class TLSSocket:
+    """A client's socket behind TLS, with the ways of the plain one: BlockingIOError after TICK seconds without data.
+    Raises ConnectionError for what is no proper TLS."""
+
+    def __init__(self, sock, context):
+        sock.settimeout(HANDSHAKE_LIMIT)
+        self.sock = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        self.fileno, self.close = self.sock.fileno, self.sock.close
+
+    def _call(self, function, *arguments):
+        try:
+            return function(*arguments)
+        except socket.timeout:
+            raise BlockingIOError(errno.EAGAIN, "nothing for some seconds")
+        except ssl.SSLError as error:
+            raise ConnectionAbortedError(errno.ECONNABORTED, "TLS: %s" % (error.reason or error))
+
+    def shake_hands(self):
+        """Returns the user whom the client's certificate names, its one CN; None where there is no such."""
+        self._call(self.sock.do_handshake)
+        self.sock.settimeout(TICK)
+        subject = (self.sock.getpeercert() or {}).get("subject", ())
+        names = [value for part in subject for field, value in part if field == "commonName"]
+        return names[0] if len(names) == 1 and USER.fullmatch(names[0]) else None
+
+    def recv(self, count):
+        return self._call(self.sock.recv, count)
+
+    def recv_into(self, view):
+        return self._call(self.sock.recv_into, view)
+
+    def send(self, view):
+        return self._call(self.sock.send, view[:16 << 10])  # a record; one call's time-out is for all that it is given
+
+    def shutdown(self, how):
+        socket.socket.shutdown(self.sock, how)  # SSLSocket's would forget the keys under a thread that reads
+
+
 class KeptAnswers:
     """Small answers of this process, by the request's head to the byte: what many clients ask, and one client often,
     costs two system calls. An answer is right while the registry has not changed, by whomever, since before it was
@@ -2066,17 +2690,18 @@ class KeptAnswers:
         version = self.registry.version()
         return (version, int(time.time() / CACHED_FOR)) if version is not None else None
 
-    def find(self, head):
-        answer = self.answers.get(head)
+    def find(self, asked):
+        """`asked` is who says it, by certificate, and the request's head."""
+        answer = self.answers.get(asked)
         return answer if answer and answer.mark == self.mark() else None
 
-    def put(self, head, answer):
+    def put(self, asked, answer):
         if answer.mark is None or len(answer.content) > SMALL_BLOB * 2:
             return
         if self.size > MAX_CACHED:
             self.answers, self.size = {}, 0
-        self.size += len(head) + len(answer.content)
-        self.answers[head] = answer
+        self.size += len(asked[1]) + len(answer.content)
+        self.answers[asked] = answer
 
 
 class Connection:
@@ -2087,15 +2712,19 @@ class Connection:
         self.sock = sock
         self.client = address[0][7:] if address[0].startswith("::ffff:") else address[0]
         self.idle = True
+        self.plain = False       # whether it speaks HTTP where HTTPS is spoken
+        self.certificate = None  # the user whom its TLS certificate names
         self.incoming = Incoming(sock)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        tick = struct.pack("ll", int(TICK), 0)
+        tick = struct.pack("ll", int(TICK), int(TICK % 1 * 1e6))
         sock.setblocking(True)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
 
     def run(self):
         try:
+            if self.server.tls:
+                self._start_tls()
             while self._serve_one():
                 pass
         except (ClientLeft, ConnectionError):
@@ -2107,6 +2736,23 @@ class Connection:
         finally:
             self.sock.close()
 
+    def _start_tls(self):
+        """Shake hands, unless the client speaks plain HTTP. Raises OSError, ClientLeft."""
+        first, began = None, time.monotonic()
+        while first is None:
+            with contextlib.suppress(BlockingIOError):
+                first = self.sock.recv(1, socket.MSG_PEEK)
+            if first == b"" or time.monotonic() - began > HANDSHAKE_LIMIT:
+                raise ClientLeft("no TLS handshake")
+        self.plain = first != TLS_HANDSHAKE
+        if not self.plain:
+            self.sock = self.incoming.sock = TLSSocket(self.sock, self.server.tls.current())
+            try:
+                self.certificate = self.sock.shake_hands()
+            except OSError as error:  # most often a client that doesn't trust the CA: worth a line
+                logger.warning("%s: no TLS handshake: %s", self.client, error.strerror)
+                raise ClientLeft("no TLS handshake")
+
     def _serve_one(self):
         """Read a request, answer it; whether the connection can take another."""
         try:
@@ -2115,7 +2761,7 @@ class Connection:
                 return False
             started = time.monotonic()
             self.idle = False
-            kept = self.server.kept.find(head)
+            kept = self.server.kept.find((self.certificate, head)) if not self.plain else None
             if kept and not self.server.stopping:
                 self._send_all(kept.content)
                 self.server.log(self.client, kept.method, kept.target, kept.status, kept.length,
@@ -2135,7 +2781,12 @@ class Connection:
         waits = version == "1.1" and "expect" in headers
         body = Body(self.incoming, int(headers.get("content-length", 0)), chunked, self._go_on if waits else None)
         mark = self.server.kept.mark()
-        response = dispatch(self.server.registry, self.server.access, Request(method, target, headers, body))
+        request = Request(method, target, headers, body, self.client, "https" if self.server.tls else "http",
+                          self.certificate, self.server.tls and self.server.tls.ca)
+        if self.plain:
+            response = answer_plainly(request)
+        else:
+            response = dispatch(self.server.registry, self.server.access, request)
         length = response.length
         try:
             if not isinstance(response.body, bytes) and response.body.file and length <= SMALL_BLOB:
@@ -2147,7 +2798,8 @@ class Connection:
             if not isinstance(response.body, bytes):
                 response.body.close()
         if content and keep and response.kept and response.status == 200 and body.untouched:
-            self.server.kept.put(head, KeptAnswer(mark, content, method, target, response.status, length))
+            self.server.kept.put((self.certificate, head),
+                                 KeptAnswer(mark, content, method, target, response.status, length))
         self.server.log(self.client, method, target, response.status, length, time.monotonic() - started)
         if not keep and not body.finished:
             self._linger()
@@ -2200,7 +2852,9 @@ class Connection:
                 view = view[count:]
 
     def _send_blob(self, blob):
-        """Let the kernel copy a file to the socket. Raises OSError, ClientLeft."""
+        """Let the kernel copy a file to the socket; or read it, for TLS. Raises OSError, ClientLeft."""
+        if self.server.tls:
+            return self._send_read(blob)
         offset, end, pace = blob.offset, blob.offset + blob.length, Pace()
         while offset < end:
             with pace.waiting():
@@ -2209,6 +2863,15 @@ class Connection:
                     raise OSError(errno.EIO, "a blob became shorter while it was sent")
                 pace.moved += count
                 offset += count
+
+    def _send_read(self, blob):
+        buffer, left = memoryview(bytearray(min(blob.length, COPY_BUFFER))), blob.length
+        while left:
+            count = blob.readinto(buffer[:left])
+            if not count:
+                raise OSError(errno.EIO, "a blob became shorter while it was sent")
+            self._send_all(buffer[:count])
+            left -= count
 
     def _linger(self):
         """Close in order: a client that is still sending would lose our answer to a reset otherwise."""
@@ -2275,8 +2938,9 @@ class Server:
     A thread waits for a connection, serves it to its end, and waits for the next one; the last that waits makes
     another before it serves. So a connection costs no thread, and the kernel hands them out among the processes."""
 
-    def __init__(self, listeners, registry, access, log=log_request, drain=30.0):
+    def __init__(self, listeners, registry, access, log=log_request, drain=30.0, tls=None):
         self.listeners = listeners
+        self.tls = tls  # Certificates, for a server that speaks HTTPS
         self.registry = registry
         self.access = access
         self.log = log
@@ -2476,22 +3140,77 @@ def serve(options):
     check_writable(store)
     listeners = listen_everywhere(options.listen)
     local = all(is_loopback(listener) for listener in listeners)
-    access = Access(options.anonymous or ("admin" if local else "pull"))
+    access = open_access(options, store, local)
+    tls = open_tls(options, store)
     log = drop_request if options.quiet else log_request
 
     def work():
-        server = Server(listeners, store, access, log=log, drain=options.drain)
+        server = Server(listeners, store, access, log=log, drain=options.drain, tls=tls)
         server.start()
         while next_signal() != signal.SIGTERM:
-            pass
+            pass  # SIGHUP: changed users, rules and certificates are noticed within a second, with and without it
         cut = server.stop()
         if cut:
             logger.warning("stopped; %d transfers did not end within %g s (--drain) and were cut", cut, options.drain)
         return 0
 
     supervisor = Supervisor([work] * options.workers, listeners)
-    print(banner(store, listeners, access, local), flush=True)
+    print(banner(store, listeners, access, local, tls), flush=True)
     return supervisor.run()
+
+
+def open_access(options, store, local):
+    """The Access that the options of serve describe; `local` if nobody but this machine can connect. Raises
+    CommandError."""
+    default = "none" if options.users or options.tls_client_ca else "admin" if local else "pull"
+    try:
+        return Access(options.anonymous or default, options.users, options.rules,
+                      token_key(store) if options.users else None)
+    except OSError as error:
+        raise CommandError("can't read %s: %s" % (error.filename, error.strerror))
+    except ValueError as error:
+        raise CommandError(str(error))
+
+
+def open_tls(options, store):
+    """The Certificates that the options of serve ask for, or None. Raises CommandError."""
+    certificate, key, ca, renew = options.tls_cert, options.tls_key, None, None
+    if key and not certificate or certificate and options.tls:
+        raise CommandError("--tls-key goes with --tls-cert, and --tls without both")
+    if options.tls_client_ca and not (certificate or options.tls):
+        raise CommandError("--tls-client-ca goes with --tls or --tls-cert")
+    if not certificate and not options.tls:
+        return None
+    try:
+        if options.tls:
+            folder = tls_folder(store.root)
+            hosts = {host for host, _ in options.listen if "%" not in host} - {"", "0.0.0.0", "::"}
+            names = hosts | set(options.tls_name or ())
+            certificate, ca = os.path.join(folder, "server.pem"), os.path.join(folder, "ca.crt")
+
+            def renew():
+                make_certificates(store.files, folder, names | host_names())
+
+            renew()
+        return Certificates(certificate, key, options.tls_client_ca, ca, renew)
+    except OSError as error:
+        raise CommandError("can't use %s: %s" % (error.filename or "the certificate", error.strerror))
+    except ValueError as error:
+        raise CommandError(str(error))
+
+
+def tls_folder(root):
+    """Where our own CA and certificate are."""
+    return os.path.join(root, "tinyreg", "tls")
+
+
+def token_key(store):
+    """The key that signs tokens, the same in all servers of the store; made if it is not there yet. Raises OSError."""
+    path = os.path.join(store.own, "token.key")
+    with alone(path + ".lock"):
+        if not os.path.exists(path):
+            store.files.write(path, os.urandom(32), private=True)
+    return read_file(path)
 
 
 def check_writable(store):
@@ -2529,22 +3248,22 @@ def drop_request(*anything):
     """The log of a server that was told to be --quiet."""
 
 
-def banner(store, listeners, access, local):
+def banner(store, listeners, access, local, tls=None):
     """What serve says first: where it listens and stores, who may do what, and two commands to try."""
     urls, ports = [], []
     for listener in listeners:
         host, port = listener.getsockname()[:2]
         everywhere = host in ("::", "0.0.0.0")
         ports.append("%s:%d" % ("localhost" if local else socket.gethostname() if everywhere else host, port))
-        urls.append("http://%s:%d%s" % ("[%s]" % host if ":" in host else host, port,
+        urls.append("http%s://%s:%d%s" % ("s" if tls else "", "[%s]" % host if ":" in host else host, port,
                                         " (every address of this machine)" if everywhere else ""))
     reach = "whoever is on this machine" if local else "whoever can reach it"
     return "\n".join([
         "tinyreg %s" % __version__,
         "  listens on  " + ", ".join(urls),
         "  stores in   " + store.root,
-        "  access      %s may %s%s" % (reach, IN_WORDS[access.anonymous], "" if access.anonymous == "admin" else
-                                       " (change it with --anonymous)"),
+        ] + (["  CA          /ca.crt, SHA-256 " + fingerprint(tls.ca)] if tls and tls.ca else []) + [
+        "  access      " + "\n              ".join(access.in_words(reach)),
         "  try         docker tag alpine %s/alpine && docker push %s/alpine" % (ports[0], ports[0]),
         "              docker pull %s/alpine" % ports[0],
         "  Ctrl-C ends it.",
@@ -2656,6 +3375,142 @@ def remove(options):
     return 0
 
 
+def passwd(options):
+    """Set a user's password, or remove the user. All other lines of the file stay as they are, to the byte."""
+    if not USER.fullmatch(options.user):
+        raise CommandError("%r is no user name: no spaces and no colons, and not * or @ or # first" % options.user)
+    path = os.path.realpath(options.users)
+    hashed = None if options.delete else new_hash(read_password(options)).encode()
+    with alone(path + ".lock"):
+        lines = re.findall(rb"[^\n]*\n|[^\n]+", read_file(path, 64 << 20) or b"")
+        prefix = options.user.encode() + b":"
+        places = [place for place, line in enumerate(lines) if line.startswith(prefix)]
+        if options.delete and not places:
+            raise CommandError("there is no user %s in %s" % (options.user, options.users))
+        for place in reversed(places[0 if options.delete else 1:]):
+            del lines[place]
+        if hashed and places:
+            lines[places[0]] = prefix + hashed + b"\n"
+        elif hashed:
+            if lines and not lines[-1].endswith(b"\n"):
+                lines[-1] += b"\n"
+            lines.append(prefix + hashed + b"\n")
+        Files(os.path.dirname(path)).write(path, b"".join(lines), private=True)
+    if not options.quiet:
+        print("%s %s in %s" % ("removed" if options.delete else "set the password of", options.user, options.users))
+    return 0
+
+
+def read_password(options):
+    """From standard input or, twice, from the terminal. Raises CommandError."""
+    try:
+        if options.stdin:
+            password = sys.stdin.readline().rstrip("\r\n")
+        else:
+            password = getpass.getpass("password of %s: " % options.user)
+            if password and getpass.getpass("once more: ") != password:
+                raise CommandError("the two passwords differ; nothing was changed")
+    except (EOFError, KeyboardInterrupt, UnicodeDecodeError):
+        password = ""
+    if not password or "\0" in password or len(password.encode("utf-8", "replace")) > MAX_PASSWORD:
+        raise CommandError("a password has 1 to %d bytes of UTF-8; nothing was changed" % MAX_PASSWORD)
+    return password
+
+CLIENTS = ("docker", "containerd", "podman", "k3s")
+
+
+def client_files(client, host, ca, mirror, origins):
+    """What a client must be told, as [(file, content, remark)]; `ca` is "" for a registry without TLS, `mirror` whether
+    the client shall take images of every origin from it. An entry without content is not needed."""
+    url = ("https://" if ca else "http://") + host
+    # containerd 1.6 wants a host table, and wants to be told the CA of the server, too. Without a file of this kind it
+    # takes the CA that lies in the registry's folder.
+    lines = ['server = "%s"' % url, '[host."%s"]' % url, '  capabilities = ["pull", "resolve"]']
+    if ca:
+        lines.insert(1, 'ca = "../%s/ca.crt"' % host)
+        lines.append("  " + lines[1])
+    every = "\n".join(lines + [""]) if mirror else ""
+    plain = "" if ca else 'server = "%s"\n[host."%s"]\n' % (url, url)
+    if client == "docker":
+        daemon = dict([("registry-mirrors", [url])] * mirror + [("insecure-registries", [host])] * (not ca))
+        return [("/etc/docker/certs.d/%s/ca.crt" % host, ca, "read at each pull, no restart"),
+                ("/etc/docker/certs.d/_default/hosts.toml", every,
+                 "every origin, for Docker 29 and newer with containerd's image store"),
+                ("/etc/docker/daemon.json", json.dumps(daemon) + "\n" if daemon else "", "then: systemctl reload docker"
+                 + (" (older Docker has mirrors for docker.io only)" if mirror else ""))]
+    if client == "containerd":
+        usage = ("for nerdctl, for ctr with --hosts-dir /etc/containerd/certs.d, for Kubernetes with that folder as "
+                 "config_path in config.toml; no restart")
+        return [("/etc/containerd/certs.d/%s/ca.crt" % host, ca, usage),
+                ("/etc/containerd/certs.d/%s/hosts.toml" % host, plain, usage),
+                ("/etc/containerd/certs.d/_default/hosts.toml", every, "every origin")]
+    if client == "podman":
+        lines = [] if ca else ["[[registry]]", 'location = "%s"' % host, "insecure = true"]
+        for origin in origins if mirror else ():  # there is no way to say "all"
+            lines += ["[[registry]]", 'prefix = "%s"' % origin, 'location = "%s/%s"' % (host, origin.replace(":", "_"))]
+            lines += [] if ca else ["insecure = true"]
+        return [("/etc/containers/certs.d/%s/ca.crt" % host, ca, "for podman, buildah, skopeo, CRI-O"),
+                ("/etc/containers/registries.conf.d/50-tinyreg.conf", "\n".join(lines + [""]) if lines else "", "")]
+    tls = 'configs:\n  "%s":\n    tls:\n      ca_file: /etc/rancher/k3s/tinyreg-ca.crt\n' % host if ca else ""
+    return [("/etc/rancher/k3s/tinyreg-ca.crt", ca, "on every node"),
+            ("/etc/rancher/k3s/registries.yaml",
+             'mirrors:\n  "%s":\n    endpoint: ["%s"]\n' % ("*" if mirror else host, url) + tls,
+             "then: systemctl restart k3s (or k3s-agent)")]
+
+
+def client_script(files):
+    """Shell commands that put a client's files in place. Others' settings are not overwritten."""
+    lines = []
+    for path, content, remark in files:
+        if not content:
+            continue
+        lines += ["# %s%s" % (path, ": " + remark if remark else ""), "f='%s'" % path, 'mkdir -p "${f%/*}"']
+        if path.endswith((".json", ".yaml")):
+            lines.append('if [ -s $f ]; then f=$f.tinyreg; echo "add what is in $f to %s by hand" >&2; fi' % path)
+        lines += ["cat > \"$f\" <<'END'", content.rstrip("\n"), "END"]
+    return "\n".join(lines + [""])
+
+
+def clients(options):
+    """Print (or, with --install, run) shell scripts that make clients trust this registry, or use it as a mirror."""
+    host = options.host or socket.gethostname() + ":5000"
+    if not re.fullmatch(r"[A-Za-z0-9._:\[\]-]+", host):
+        raise CommandError("--host %s is not HOST:PORT" % host)
+    ca = "" if options.plain_http else clients_ca(options)
+    script = "".join(client_script(client_files(client, host, ca, options.mirror, known_origins(options.root)))
+                     for client in CLIENTS if options.client in (None, client))
+    if not options.install:
+        print(script, end="")
+    elif not options.client:
+        raise CommandError("say for which client: tinyreg.py clients CLIENT --install")
+    elif subprocess.run(["sh", "-e", "-c", script]).returncode:
+        raise CommandError("the files could not be written; that needs root's rights")
+    elif not options.quiet:
+        print("\n".join(line[2:] for line in script.splitlines() if line.startswith("# ")))
+    return 0
+
+
+def clients_ca(options):
+    """The CA's certificate as clients want it. Raises CommandError."""
+    path = options.ca or os.path.join(tls_folder(options.root), "ca.crt")
+    found = (read_file(path) or b"").decode("ascii", "replace")
+    if "-----BEGIN CERTIFICATE-----" not in found:
+        raise CommandError("there is no CA certificate in %s: start tinyreg.py serve --tls first, or say --ca FILE, or "
+                           "--plain-http if the registry has no TLS" % path)
+    return found
+
+
+def known_origins(root):
+    """The registries that images in the store come from, and docker.io."""
+    found = {"docker.io"}
+    with contextlib.suppress(OSError):
+        for name in Directory(root, create=False).repositories():
+            first, slash, _ = name.partition("/")
+            if slash and "." in first:
+                found.add(re.sub(r"_([0-9]+)$", r":\1", first))
+    return sorted(found)
+
+
 def already(done):
     """The end of an error line for a command that did a part of its work."""
     return " (deleted before it: %s)" % ", ".join(done) if done else ""
@@ -2758,8 +3613,25 @@ def build_parser():
                      help="address to listen on; :5000 is every address; may be repeated "
                      "(default: 127.0.0.1:5000, which Docker trusts without TLS)")
     from_environment(command, "--anonymous", metavar="LEVEL", choices=LEVELS,
-                     help="what clients may do: none, pull, push or admin, which deletes "
-                     "(default: admin if only this machine can reach it, else pull)")
+                     help="what clients without a password may do: none, pull, push or admin, which deletes "
+                     "(default: none with --users or --tls-client-ca; else admin if only this machine can reach it, "
+                     "and pull if others can)")
+    from_environment(command, "--users", metavar="FILE",
+                     help="htpasswd file of those who may log in; see tinyreg.py passwd")
+    from_environment(command, "--rules", metavar="FILE",
+                     help="lines REPOSITORY-GLOB USER|*|@anonymous pull|push|admin|none; the last that matches counts; "
+                     "* stays within one component of a name, ** does not; the user * is everyone who has logged in "
+                     "(without rules users may do everything)")
+    from_environment(command, "--tls", action="store_true", default=False,
+                     help="serve HTTPS, with a CA and a certificate for this host that are made and renewed as needed "
+                     "(with the openssl command); clients get the CA at /ca.crt; see tinyreg.py clients")
+    from_environment(command, "--tls-name", metavar="NAME", type=str, action="append",
+                     help="one more name or address to make the certificate for; may be repeated")
+    from_environment(command, "--tls-cert", metavar="FILE",
+                     help="serve HTTPS with this certificate (and its chain, PEM)")
+    from_environment(command, "--tls-key", metavar="FILE", help="its key, unless that is in the same file")
+    from_environment(command, "--tls-client-ca", metavar="FILE",
+                     help="take only clients with a certificate from this CA; its subject's CN is the user")
     from_environment(command, "--sparse", action="store_true", default=False,
                      help="take image manifests whose blobs are missing (pulls of such an image fail)")
     from_environment(command, "--workers", metavar="N", type=worker_count,
@@ -2773,6 +3645,26 @@ def build_parser():
     command.add_argument("repository", metavar="REPOSITORY", nargs="?", help="list its tags, sizes and platforms")
     command.add_argument("--digests", action="store_true", help="list every blob held instead")
     command.add_argument("--json", action="store_true", help="print JSON")
+    command = add_command(commands, passwd, "passwd", "Set the password of a user of a registry that has --users.",
+                          "  tinyreg.py passwd alice --users /etc/tinyreg/users\n"
+                          "  tinyreg.py passwd ci --users /etc/tinyreg/users --stdin < ci-password\n"
+                          "  tinyreg.py passwd alice --users /etc/tinyreg/users --delete\n")
+    command.add_argument("user", metavar="USER", help="letters, digits and most else, but no colon and no space")
+    command.add_argument("--users", metavar="FILE", required=True, help="the htpasswd file; made if it is not there")
+    command.add_argument("--stdin", action="store_true", help="read the password from a line on standard input")
+    command.add_argument("--delete", action="store_true", help="remove the user")
+    command = add_command(commands, clients, "clients", "Print shell scripts that make clients trust the registry.",
+                          "  tinyreg.py clients docker --host registry.lab:5000\n"
+                          "  tinyreg.py clients containerd --mirror | ssh root@node sh\n"
+                          "  tinyreg.py clients docker --install\n")
+    command.add_argument("client", metavar="CLIENT", nargs="?", choices=CLIENTS, help="one of %(choices)s")
+    command.add_argument("--host", metavar="HOST:PORT",
+                         help="what clients call the registry (default: this host's name, and port 5000)")
+    command.add_argument("--mirror", action="store_true", help="let them take images of every origin from it, too")
+    command.add_argument("--install", action="store_true", help="run the script here instead of printing it")
+    command.add_argument("--ca", metavar="FILE",
+                         help="the CA of the registry's certificate (default: the one that serve --tls has made)")
+    command.add_argument("--plain-http", action="store_true", help="the registry has no TLS")
     command = add_command(commands, remove, "rm", "Delete tags and manifests.",
                           "  tinyreg.py rm alpine:3.19\n  tinyreg.py rm alpine@sha256:0123...\n")
     command.add_argument("images", metavar="IMAGE", nargs="+", help="NAME:TAG deletes the tag; NAME@DIGEST deletes the "

@@ -201,22 +201,31 @@ def ctr():
         yield Client("ctr", "--address", address, environment={"CONTAINERD_SNAPSHOTTER": "native"})
 
 
-@pytest.fixture(scope="session")
-def docker():
-    """A Docker engine that touches no firewall and no network, and its client."""
+@contextlib.contextmanager
+def running_docker(folder, enter=()):
+    """A Docker engine that touches no firewall and no network; gives its client. `enter` is the begin of a command that
+    enters a namespace, for an engine that lives in one."""
     require("docker", "dockerd", "containerd", "runc")
     require_root()
-    with private_folder("docker") as folder, running_containerd(folder) as containerd:
+    with running_containerd(folder) as containerd:
         host = "unix://%s/docker.sock" % folder
         client = Client("docker", "--config", folder + "/client", "--host", host)
         with open(folder + "/daemon.json", "w") as file:
             json.dump({}, file)
-        command = ["dockerd", "--config-file", folder + "/daemon.json", "--containerd", containerd,
-                   "--data-root", folder + "/data", "--exec-root", folder + "/exec", "--host", host,
-                   "--pidfile", folder + "/docker.pid", "--storage-driver", "vfs",
-                   "--iptables=false", "--ip6tables=false", "--bridge", "none"]
+        command = list(enter) + [
+            "dockerd", "--config-file", folder + "/daemon.json", "--containerd", containerd,
+            "--data-root", folder + "/data", "--exec-root", folder + "/exec", "--host", host,
+            "--pidfile", folder + "/docker.pid", "--storage-driver", "vfs",
+            "--iptables=false", "--ip6tables=false", "--bridge", "none"]
         with daemon(command, folder, lambda: client.run("info", ok=False).returncode == 0):
             yield client
+
+
+@pytest.fixture(scope="session")
+def docker():
+    """A private Docker engine's client."""
+    with private_folder("docker") as folder, running_docker(folder) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
