@@ -27,6 +27,9 @@ one folder of our own, whose content can be lost without losing an image:
         lock.changes                eight bytes that differ after every change, for what workers keep in memory
         tls/                        ca.crt, ca.key, server.pem: the CA and the certificate that serve --tls made
         token.key                   signs the tokens of clients that have logged in
+        notify/events.N, …          notifications waiting for their endpoints, and where each endpoint is
+        live                        what /live shows, while somebody looks
+        usage                       how large everything is, measured a while ago
         referrers/NAME/_index       which manifest is about which other; made anew when missing
 
 One request:
@@ -42,6 +45,7 @@ The rooms of this file; each uses the ones above it and none below:
 
 import argparse
 import base64
+import calendar
 import collections
 import contextlib
 import email.utils
@@ -51,7 +55,9 @@ import functools
 import getpass
 import hashlib
 import hmac
+import html
 import http
+import http.client
 import io
 import itertools
 import json
@@ -110,6 +116,12 @@ COPY_BUFFER = 256 << 10      # bytes taken from a client between two writes to t
 SMALL_BLOB = 64 << 10        # bytes; a blob up to this goes out in one write with its headers, and may be cached
 MAX_CACHED = 16 << 20        # bytes of answers that one worker keeps
 HASHED_SESSIONS = 1024       # upload sessions whose hash is kept in memory; others are read again at their end
+MAX_LIVE = 1 << 20           # bytes of the file that /live follows, then a new one begins
+SEGMENT_SIZE = 1 << 20       # bytes of one segment of the queue of notifications …
+MAX_SEGMENTS = 64            # … and how many of them are kept for an endpoint that takes none
+MIN_ROOM = 64 << 20          # bytes that must be free for a server to call itself ready
+ROWS = 100                   # entries in one table of the page
+MAX_DESCRIBED = 1000         # manifests that are read to say how large an index is
 PAGE_SIZE = 1000             # entries in one page of the catalog or of referrers, and the most that n may ask for
 
 TICK = 5.0                   # seconds; how often a waiting connection looks at its time limits
@@ -119,6 +131,9 @@ IDLE_LIMIT = 60.0            # seconds that a kept connection may wait for its n
 HEAD_LIMIT = 20.0            # seconds from a request's first byte to the end of its header block
 HANDSHAKE_LIMIT = 20.0       # seconds that a TLS handshake may take
 LINGER_LIMIT = 5.0           # seconds to read what a refused client is still sending
+NOTIFY_LIMIT = 15.0          # seconds that an endpoint may take for one notification
+NOTIFY_POLL = 0.2            # seconds between two looks for events that another process has queued
+USAGE_LIFE = 60.0            # seconds that a measurement of the store is used for, or 50 times what it took
 PACE_WINDOW = 30.0           # seconds in which a body, in or out, must move …
 PACE_BYTES = 30 << 10        # … so many bytes: 1 KiB a second
 
@@ -322,6 +337,12 @@ def parse_content_range(header):
     if not match or int(match.group(2)) < int(match.group(1)):
         raise RegistryError("RANGE_INVALID", header[:200], message="Content-Range must be FIRST-LAST, in bytes")
     return int(match.group(1)), int(match.group(2))
+
+
+def parse_glob(glob):
+    """The pattern of a glob over repository names: `*` stays within a component, `**` does not."""
+    return re.compile("".join({"**": ".*", "*": "[^/]*"}.get(part, re.escape(part))
+                              for part in re.split(r"(\*\*|\*)", glob)))
 
 
 class Descriptor(collections.namedtuple("Descriptor", "media_type digest size foreign")):
@@ -801,6 +822,8 @@ class Registry:
     Names, tags and digests that come in are parsed values. What iterates yields in ASCII order, from after `last`.
     """
 
+    read_only = False  # whether clients are to be refused what writes
+
     def version(self):
         """A value that differs after every change, for answers that are kept; None if nothing may be kept."""
         return None
@@ -832,6 +855,13 @@ class Registry:
     def digests(self, name=None):
         """Yield the digest of every blob and manifest held, or held by one repository."""
         raise NotImplementedError
+
+    def usage(self):
+        """What takes the space, as Directory.measure has it, not quite of this moment; None if nobody knows."""
+        return None
+
+    def check_ready(self):
+        """Raises OSError, UNAVAILABLE unless all that is offered can be done now."""
 
     def start_upload(self, name, algorithm="sha256"):
         """A new UploadSession; `algorithm` is what its digest will be of, if the client has said so."""
@@ -896,6 +926,46 @@ class UploadSession:
         """Forget the session and its bytes."""
         raise NotImplementedError
 
+
+def describe(registry, name, digest):
+    """What people want to know of a manifest: its digest and mediaType, platforms, when it was built, how many blobs
+    and manifests it consists of and their size in bytes, and how many children are missing (of an index that was
+    copied for some platforms only). What occurs twice counts once. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+    manifest = registry.manifest(name, digest)
+    found = {"digest": digest, "mediaType": manifest.media_type, "platforms": [], "created": None, "missing": 0}
+    sizes, waiting = {digest: len(manifest.content)}, [manifest]
+    for manifest in waiting:
+        if manifest.media_type in IMAGE_TYPES:
+            platform, created = platform_of(registry, name, manifest)
+            found["created"] = found["created"] or created
+            if platform not in found["platforms"] + ["unknown/unknown"]:  # that is BuildKit's, for attestations
+                found["platforms"].append(platform)
+        for child in manifest.manifests:
+            if child.digest not in sizes and len(waiting) < MAX_DESCRIBED:
+                try:
+                    waiting.append(registry.manifest(name, child.digest))
+                    sizes[child.digest] = child.size
+                except RegistryError:
+                    found["missing"] += 1
+        sizes.update((blob.digest, blob.size) for blob in manifest.blobs)
+    return dict(found, size=sum(sizes.values()), count=len(sizes))
+
+
+def platform_of(registry, name, manifest):
+    """OS/ARCHITECTURE[/VARIANT] from an image's config, or the artifact's type, or `-`; and when it was built."""
+    config = read_config(registry, name, manifest)
+    platform = "/".join(str(config[key]) for key in ("os", "architecture", "variant") if config.get(key))
+    return platform or manifest.artifact_type or "-", config.get("created")
+
+
+def read_config(registry, name, manifest):
+    """The config of an image, unchecked; {} where there is none, or none that can be read."""
+    try:
+        with registry.open_blob(name, manifest.blobs[0].digest) as blob:
+            return load_json(blob.read())
+    except (RegistryError, ValueError, IndexError):
+        return {}
+
 # ---------------------------------------------------------------------------------------------------------
 # 6  Directory
 #
@@ -928,6 +998,7 @@ class Directory(Registry):
             raise FileNotFoundError(errno.ENOENT, "no registry is stored here", self.root)
         self.files = Files(scratch)
         self.lock = SharedLock(os.path.join(self.own, "lock"))
+        self.immutable = []  # patterns of TAG or NAME:TAG
         self.hashes = SessionHashes()
         self.key = os.urandom(32)  # signs the states of upload sessions; worker processes inherit it
 
@@ -1074,6 +1145,57 @@ class Directory(Registry):
     def _revisions(self, name):
         return self._linked(os.path.join(self.repository_path(name), "_manifests", "revisions"))
 
+    # Space
+
+    def usage(self):
+        """The last measurement, from a file that all processes use; while one measures anew, others have the old."""
+        path = os.path.join(self.own, "usage")
+        with contextlib.suppress(ValueError):
+            usage = load_json(read_file(path, -1) or b"")
+            if 0 <= time.time() - usage["time"] < max(USAGE_LIFE, 50 * usage["took"]):
+                return usage
+        with open(path + ".lock", "ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if os.path.exists(path) else 0))
+            except BlockingIOError:
+                return usage
+            usage = self.measure()
+            self.files.write(path, to_json(usage))
+        return usage
+
+    def measure(self):
+        """What takes the space: of each repository the bytes that it alone has, and those that it shares with others,
+        which `shared` names for each such blob (five of them). Reads every folder, so it takes a while."""
+        began = time.time()
+        sizes, holders, bytes_of, uploads = {}, {}, {}, 0
+        for digest in self.digests():
+            with contextlib.suppress(OSError):
+                sizes[digest] = os.stat(self.blob_path(digest)).st_size
+        for name in self.repositories():
+            bytes_of[name] = [0, 0]
+            uploads += len(list_directory(os.path.join(self.repository_path(name), "_uploads")))
+            for kind in ("_layers", os.path.join("_manifests", "revisions")):
+                for algorithm in ALGORITHMS:
+                    for encoded in list_directory(os.path.join(self.repository_path(name), kind, algorithm)):
+                        holders.setdefault("%s:%s" % (algorithm, encoded), []).append(name)
+        for digest, names in holders.items():
+            for name in names:
+                bytes_of[name][len(names) > 1] += sizes.get(digest, 0)
+        disk = os.statvfs(self.root)
+        return {"time": began, "took": time.time() - began, "blobs": len(sizes), "bytes": sum(sizes.values()),
+                "unlinked": sum(size for digest, size in sizes.items() if digest not in holders), "uploads": uploads,
+                "free": disk.f_bavail * disk.f_frsize, "total": disk.f_blocks * disk.f_frsize,
+                "repositories": bytes_of,
+                "shared": {digest: names[:5] for digest, names in holders.items() if len(names) > 1}}
+
+    def check_ready(self):
+        probe = self.files.scratch_path()
+        self.files.write(probe, b"")
+        os.unlink(probe)
+        disk = os.statvfs(self.root)
+        if disk.f_bavail * disk.f_frsize < MIN_ROOM:
+            raise RegistryError("UNAVAILABLE", message="less than 64 MiB are free on the store's disk")
+
     # Referrers
 
     def referrers(self, name, subject, last=""):
@@ -1174,8 +1296,21 @@ class Directory(Registry):
             self._write_link(self.layer_path(name, digest), target)
         return True
 
+    def _is_immutable(self, name, tag):
+        return any(glob.fullmatch(tag) or glob.fullmatch("%s:%s" % (name, tag)) for glob in self.immutable)
+
+    def _check_movable(self, name, tag, digest=None):
+        """Raises DENIED if an immutable tag points to something else."""
+        current = self._read_link(os.path.join(self.tag_path(name, tag), "current")) if self.immutable else None
+        if current not in (None, digest) and self._is_immutable(name, tag):
+            raise RegistryError("DENIED", message="the tag %s can't be moved or deleted (--immutable-tags)" % tag)
+
     def put_manifest(self, name, manifest, tags=()):
-        with self.lock.shared():
+        tags = list(tags)
+        fixed = any(self._is_immutable(name, tag) for tag in tags)
+        with self.lock.alone() if fixed else self.lock.shared():  # of two first pushes at once, one must be the second
+            for tag in tags:
+                self._check_movable(name, tag, manifest.digest)
             if not self.sparse:
                 missing = [blob.digest for blob in manifest.blobs if not blob.foreign and not self._has(name, blob)]
                 if missing:
@@ -1217,15 +1352,19 @@ class Directory(Registry):
     def delete_tag(self, name, tag):
         with self.lock.alone():
             self.resolve(name, tag)
+            self._check_movable(name, tag)
             self.files.remove(self.tag_path(name, tag))
 
     def delete_manifest(self, name, digest):
         with self.lock.alone():
             if self._read_link(self.revision_path(name, digest)) is None:
                 raise self._unknown(name, "MANIFEST_UNKNOWN", digest)
-            for tag in self.tags(name):
-                if self._read_link(os.path.join(self.tag_path(name, tag), "current")) == digest:
-                    self.files.remove(self.tag_path(name, tag))
+            pointing = [tag for tag in self.tags(name)
+                        if self._read_link(os.path.join(self.tag_path(name, tag), "current")) == digest]
+            for tag in pointing:
+                self._check_movable(name, tag)
+            for tag in pointing:
+                self.files.remove(self.tag_path(name, tag))
             self.files.remove(self.revision_path(name, digest))
 
     def delete_blob(self, name, digest):
@@ -1422,7 +1561,8 @@ class DirectoryUpload(UploadSession):
                 found = self.sum if self.sum.startswith("%d:%s:" % (size, digest.algorithm)) else \
                     self.store.hashes.take(self.id, digest.algorithm).finish(file, size)
                 if found != "%d:%s" % (size, digest):
-                    raise RegistryError("DIGEST_INVALID", {"wanted": digest, "got": found.partition(":")[2], "size": size})
+                    raise RegistryError("DIGEST_INVALID", {"wanted": digest, "got": found.partition(":")[2],
+                                                           "size": size})
                 os.fsync(file.fileno())
                 self.store.publish_blob(self.name, self.path, digest)
             except BaseException:
@@ -1543,12 +1683,6 @@ class Rule(collections.namedtuple("Rule", "pattern everywhere user level")):
     """One line of a rules file; `everywhere` if its glob matches every repository."""
 
     __slots__ = ()
-
-
-def parse_glob(glob):
-    """The pattern of a glob over repository names: `*` stays within a component, `**` does not."""
-    return re.compile("".join({"**": ".*", "*": "[^/]*"}.get(part, re.escape(part))
-                              for part in re.split(r"(\*\*|\*)", glob)))
 
 
 def parse_rules(content):
@@ -1809,8 +1943,30 @@ class Access:
 # ---------------------------------------------------------------------------------------------------------
 # 11  Observation
 #
-# One line a request on stderr, and what went wrong. Damage and failures come through Python's logging.
+# What those who run a registry see of it: the log, the numbers for Prometheus, /live, and notifications. All of it
+# is fed with Exchanges by the server. What is shared between processes is memory that was mapped before the fork,
+# or a file in ROOT/tinyreg. Observing never fails a request; only a notification that can't be queued does.
 # ---------------------------------------------------------------------------------------------------------
+
+# One request and its answer, for whoever watches: `route` is the handler's name, "" where there was none; `name`
+# and `reference` what the path named; `received` and `sent` are bytes of the two bodies.
+Exchange = collections.namedtuple("Exchange", "client user method target route name reference status received sent "
+                                  "seconds digest agent")
+
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+KNOWN_PARAMETERS = ("artifactType|digest|digest-algorithm|from|last|mount|n|ns|platform|q|reference|repository|scope|"
+                    "service|tag")
+SECRET_PARAMETER = re.compile(r"(?<=[?&])(?!(?:%s)=)([^=&]*=|)[^&]+" % KNOWN_PARAMETERS)
+
+
+def printable(text):
+    """The text with escapes for what would break a line or turn its direction: nobody forges a log with a header."""
+    return UNSAFE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
+def without_secrets(target):
+    """A request's target as logs may have it: a value of a query parameter that we have no use for may be a token."""
+    return SECRET_PARAMETER.sub(r"\1***", re.sub(r"^https?://[^/]*", "", target))
 
 
 def timestamp():
@@ -1818,20 +1974,508 @@ def timestamp():
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def start_logging():
-    """Send warnings and errors to stderr, with the time first."""
-    handler = logging.StreamHandler(sys.stderr)
-    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
-    logger.addHandler(handler)
+def as_text(exchange):
+    """One line: what there is always, in order, then what there may be, with its name."""
+    line = "%s %s %s %s %d %d %.1fms" % (timestamp(), exchange.client, exchange.method, exchange.target,
+                                         exchange.status, exchange.sent, exchange.seconds * 1000)
+    for key, value in (("in", exchange.received), ("user", exchange.user), ("digest", exchange.digest)):
+        line += " %s=%s" % (key, value) if value else ""
+    return line + (' agent="%s"' % exchange.agent.replace('"', "'") if exchange.agent else "")
 
 
-def log_request(client, method, target, status, length, seconds):
-    """One line, written at once so that threads don't mix theirs. A log that can't be written stops nobody."""
-    line = "%s %s %s %s %d %d %.1fms\n" % (timestamp(), client, method, target, status, length, seconds * 1000)
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(line)
+def as_json(exchange):
+    return to_json(dict(exchange._asdict(), time=timestamp(), seconds=round(exchange.seconds, 6))).decode().rstrip()
+
+
+# The protocol in words: what a client asks with this method and handler, and what the answers to it mean.
+EXPLANATIONS = {
+    "GET get_base": ("are you a registry?", {200: "yes, and you may go on", 401: "yes, but who are you? Come back "
+                     "with a user and a password"}),
+    "GET get_catalog": ("which repositories are there?", {200: "here are their names"}),
+    "GET get_tags": ("which tags has {name}?", {200: "here they are"}),
+    "GET get_referrers": ("is anything about {reference}: a signature, an SBOM?", {200: "here is the list; it may be "
+                          "empty"}),
+    "HEAD get_manifest": ("which manifest is {name}:{reference} at the moment?", {200: "{digest}; a client that has "
+                          "it already stops here", 404: "there is none"}),
+    "GET get_manifest": ("the manifest {name}:{reference}, please: the list of what the image consists of",
+                         {200: "here it is ({sent}); next come the blobs on it that the client lacks",
+                          304: "you have it already, it has not changed"}),
+    "PUT put_manifest": ("here is the manifest of {name}:{reference}, store it",
+                         {201: "stored as {digest}: from now on the image can be pulled",
+                          400: "refused: something is wrong with it, or blobs on its list are not here"}),
+    "DELETE delete_manifest": ("delete {name}:{reference}", {202: "done; the blobs stay until garbage is collected"}),
+    "HEAD get_blob": ("has {name} the blob {reference}?", {200: "yes, so it need not be sent",
+                      404: "no, so the client will send it"}),
+    "GET get_blob": ("the blob {reference} of {name}, please", {200: "here it is ({sent})",
+                     206: "here is the part you asked for ({sent})", 304: "you have it already"}),
+    "DELETE delete_blob": ("take the blob {reference} from {name}", {202: "done"}),
+    "POST start_upload": ("a blob for {name} is coming", {202: "send its bytes to the address in Location",
+                          201: "no need to send it: {digest} is here already, {name} has it now"}),
+    "GET get_upload": ("how far is my upload to {name}?", {204: "so far as Range says; go on from there"}),
+    "PATCH append_to_upload": ("here are bytes of a blob for {name} ({received})", {202: "taken; more, or is that all?",
+                               416: "they don't follow what is here; Range says where to go on"}),
+    "PUT finish_upload": ("that was all of the blob for {name}", {201: "its digest is right: it is stored as {digest}",
+                          400: "the bytes have another digest: they were damaged on the way, and are thrown away"}),
+    "DELETE cancel_upload": ("forget my upload to {name}", {204: "forgotten"}),
+}
+MEANINGS = {400: "I don't understand that", 401: "who are you? Come back with a user and a password",
+            403: "you may not do that", 404: "that is not here", 405: "that can't be done", 429: "not so fast",
+            503: "not at the moment; try again", 507: "the disk is full"}
+
+
+def explain(exchange):
+    """The exchange in words: who asks what, and what the answer tells them."""
+    asked, answers = (EXPLANATIONS.get("%s %s" % (exchange.method, exchange.route))
+                      or EXPLANATIONS.get("GET " + exchange.route) or ("{method} {target}", {}))
+    reply = answers.get(exchange.status) or MEANINGS.get(exchange.status) or ("here it is" if exchange.status < 400
+                                                                             else "that went wrong")
+    values = dict(exchange._asdict(), sent=in_units(exchange.sent), received=in_units(exchange.received),
+                  reference=shorten(exchange.reference), digest=shorten(exchange.digest))
+    who = exchange.agent.split(" ")[0] or "someone"
+    who += " (%s)" % exchange.user if exchange.user else ""
+    asked = asked.replace("{name}:{reference}", "{name}@{reference}") if ":" in exchange.reference else asked
+    return "%s %s at %s: %s -> %d: %s" % (time.strftime("%H:%M:%S"), who, exchange.client, asked.format(**values),
+                                          exchange.status, reply.format(**values))
+
+
+def shorten(digest):
+    """A digest as people write it; a tag stays as it is."""
+    return digest[:19] + "…" if ":" in digest else digest
+
+
+def in_units(size):
+    """A number of bytes for people: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size /= 1024.0
+    else:
+        unit = "TiB"
+    return "%d B" % size if unit == "B" else "%.1f %s" % (size, unit)
+
+
+LOG_FORMATS = {"text": as_text, "json": as_json, "explain": explain}
+
+
+def write_log(line):
+    """One line to the log, in one write, so that threads and processes don't mix theirs. A log that can't be written
+    stops nobody."""
+    with contextlib.suppress(OSError):
+        os.write(2, printable(line).encode("utf-8", "replace") + b"\n")
+
+
+def open_log_file(path):
+    """Let standard error be this file from now on, so that everything goes there, tracebacks too. Called again it
+    opens the path anew, after it was moved away (logrotate). Raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+class LogHandler(logging.Handler):
+    """Warnings and errors, each a line like those of the requests; a traceback's lines are indented below it."""
+
+    def __init__(self, style):
+        super().__init__()
+        self.style = style
+
+    def emit(self, record):
+        trace = logging.Formatter().formatException(record.exc_info).splitlines() if record.exc_info else []
+        if self.style == "json":
+            write_log(to_json({"time": timestamp(), "level": record.levelname.lower(), "message": record.getMessage(),
+                               "trace": trace}).decode().rstrip())
+        else:
+            write_log("%s %s %s" % (timestamp(), record.levelname, record.getMessage()))
+            for line in trace:
+                write_log("    " + line)
+
+
+# Metrics
+
+STATUSES = [str(status.value) for status in http.HTTPStatus if status >= 200] + ["other"]
+LATENCIES = ("0.0005", "0.002", "0.01", "0.05", "0.25", "1", "5", "30", "+Inf")  # seconds
+METRICS = {  # name, without tinyreg_: (type, help)
+    "requests_total": ("counter", "Requests, by method, route (the handler's name) and status"),
+    "request_seconds": ("histogram", "Time from a request's head to the end of its answer"),
+    "received_bytes_total": ("counter", "Bytes of request bodies"),
+    "sent_bytes_total": ("counter", "Bytes of answers' bodies"),
+    "cache_hits_total": ("counter", "Answers given from memory"),
+    "events_dropped_total": ("counter", "Notifications lost because an endpoint's queue was full"),
+    "watchers": ("gauge", "Browsers that look at /live"),
+    "notifications_waiting": ("gauge", "Notifications not yet delivered, by endpoint"),
+    "store_bytes": ("gauge", "Bytes of all blobs"),
+    "store_blobs": ("gauge", "Blobs and manifests stored"),
+    "store_unlinked_bytes": ("gauge", "Bytes of blobs that no repository has, which gc frees"),
+    "store_repositories": ("gauge", "Repositories"),
+    "store_uploads": ("gauge", "Upload sessions open"),
+    "store_measured_seconds": ("gauge", "When the store was measured, as Unix time"),
+    "store_free_bytes": ("gauge", "Free space on the store's disk"),
+    "last_run_seconds": ("gauge", "When gc or verify ended last, as Unix time"),
+    "last_run_result": ("gauge", "What gc or verify found, by field of its report"),
+}
+
+
+class Metrics:
+    """Numbers that several processes count: each in a row of its own of shared memory, so that none waits for another.
+
+    Made before the fork; a worker then sets `row`. A cell is named as Prometheus names it, so that printing them is
+    all there is to it. Rows are never cleared: a worker's successor goes on counting where it died."""
+
+    def __init__(self, routes, rows=1):
+        names = ["received_bytes_total", "sent_bytes_total", "cache_hits_total", "events_dropped_total", "watchers"]
+        self.blocks = {}  # {(method, route): the first of its cells}
+        for method, route in sorted(set(routes)) + [("other", "none")]:
+            self.blocks[method, route] = len(names)
+            labels = 'method="%s",route="%s"' % (method, route)
+            names += ['requests_total{%s,status="%s"}' % (labels, status) for status in STATUSES]
+            names += ['request_seconds_bucket{%s,le="%s"}' % (labels, bound) for bound in LATENCIES]
+            names += ["request_seconds_%s{%s}" % (part, labels) for part in ("count", "sum")]
+        self.cells = {name: cell for cell, name in enumerate(names)}
+        self.numbers = memoryview(mmap.mmap(-1, 8 * len(names) * rows)).cast("d")
+        self.row = 0
+        self.mutex = threading.Lock()
+
+    def add(self, name, amount=1):
+        with self.mutex:
+            self.numbers[self.row * len(self.cells) + self.cells[name]] += amount
+
+    def total(self, name):
+        """The sum over all processes."""
+        return sum(self.numbers[self.cells[name]::len(self.cells)])
+
+    def count(self, exchange):
+        """Add one exchange."""
+        block = self.blocks.get((exchange.method, exchange.route), self.blocks["other", "none"])
+        status = str(exchange.status) if str(exchange.status) in STATUSES else "other"
+        numbers = self.numbers
+        with self.mutex:
+            row = self.row * len(self.cells)
+            numbers[row] += exchange.received
+            numbers[row + 1] += exchange.sent
+            cell = row + block + len(STATUSES)
+            numbers[row + block + STATUSES.index(status)] += 1
+            for bound in LATENCIES:
+                if exchange.seconds <= float(bound):
+                    numbers[cell] += 1
+                cell += 1
+            numbers[cell] += 1
+            numbers[cell + 1] += exchange.seconds
+
+    def text(self, gauges):
+        """All of it as Prometheus reads it; `gauges` are further (name, number)."""
+        counted = [(name, self.total(name)) for name in self.cells]
+        samples = [sample for sample in counted if sample[1] or "{" not in sample[0]] + gauges
+        lines = []
+        for metric, (kind, explanation) in METRICS.items():
+            own = re.compile(re.escape(metric) + r"(_bucket|_count|_sum)?(\{.*)?")
+            shown = ["tinyreg_%s %.15g" % sample for sample in samples if own.fullmatch(sample[0])]
+            if shown:
+                lines += ["# HELP tinyreg_%s %s" % (metric, explanation), "# TYPE tinyreg_%s %s" % (metric, kind)]
+                lines += shown
+        return "\n".join(lines + [""])
+
+
+class Live:
+    """What /live shows: exchanges as lines of JSON in a file that all processes append to, while anyone looks."""
+
+    def __init__(self, path, metrics):
+        self.path = path
+        self.metrics = metrics
+
+    def write(self, exchange):
+        if not self.metrics.total("watchers"):
+            return
+        with contextlib.suppress(OSError), open(self.path, "ab", buffering=0) as file:
+            file.write(as_json(exchange).encode() + b"\n")
+            if file.tell() > MAX_LIVE:
+                os.unlink(self.path)  # those who look read it to its end and go on with the next one
+
+    def follow(self):
+        """Yield Exchanges as they happen, and None every now and then; it never ends by itself."""
+        self.metrics.add("watchers")
+        try:
+            file = open(self.path, "a+b")
+            while True:
+                replaced = not self._is_current(file)  # before the reading: nothing is added to it after that
+                line = file.readline()
+                if line.endswith(b"\n"):
+                    fields = load_json(line)
+                    yield Exchange(*[fields[field] for field in Exchange._fields])
+                elif replaced:
+                    file.close()
+                    file = open(self.path, "a+b")
+                    file.seek(0)
+                else:
+                    file.seek(-len(line), os.SEEK_CUR)
+                    yield None
+                    time.sleep(0.2)
+        finally:
+            self.metrics.add("watchers", -1)
+
+    def _is_current(self, file):
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+
+# Notifications
+
+EVENT_TYPE = "application/vnd.docker.distribution.events.v2+json"
+
+
+class Endpoint:
+    """Where notifications go: URL[#SETTING=VALUE&…]; a fragment is never sent, so it has room for our settings:
+    actions=push,delete,mount,pull  repositories=GLOB,GLOB  secret=FILE  headers=FILE. Raises ValueError."""
+
+    def __init__(self, text):
+        self.url, _, settings = text.partition("#")
+        settings = dict(urllib.parse.parse_qsl(settings, keep_blank_values=True, strict_parsing=bool(settings)))
+        parts = urllib.parse.urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("%r is no URL: write http://HOST[:PORT]/PATH" % self.url)
+        self.parts = parts
+        self.key = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        self.shown = "%s://%s%s" % (parts.scheme, parts.netloc.rpartition("@")[2], parts.path)  # no password, no token
+        self.actions = settings.pop("actions", "push,mount,delete").split(",")
+        self.globs = [parse_glob(glob) for glob in settings.pop("repositories", "**").split(",")]
+        self.secret, self.headers = settings.pop("secret", None), settings.pop("headers", None)
+        wrong = list(settings) + sorted(set(self.actions) - {"push", "pull", "mount", "delete"})
+        if wrong:
+            raise ValueError("%s: %s is none of actions=push,mount,delete,pull  repositories=GLOB  secret=FILE  "
+                             "headers=FILE" % (self.shown, ", ".join(wrong)))
+
+    def wants(self, event):
+        return event["action"] in self.actions and any(
+            glob.fullmatch(event["target"]["repository"]) for glob in self.globs)
+
+    def deliver(self, event):
+        """POST one event in Distribution's envelope. Raises OSError, HTTPException, unless the endpoint took it."""
+        body = json.dumps({"events": [event]}, indent=3).encode("ascii")
+        headers = {"Content-Type": EVENT_TYPE, "User-Agent": "tinyreg/" + __version__}
+        if self.parts.username:
+            words = "%s:%s" % (self.parts.username, self.parts.password or "")
+            headers["Authorization"] = "Basic " + base64.b64encode(urllib.parse.unquote(words).encode()).decode()
+        if self.headers:
+            with open(self.headers) as file:
+                for line in file:
+                    name, colon, value = line.strip().partition(": ")
+                    headers.update({name: value} if colon else {})
+        if self.secret:
+            with open(self.secret, "rb") as file:
+                signature = hmac.new(file.read().strip(), body, "sha256").hexdigest()
+            headers["X-Hub-Signature-256"] = "sha256=" + signature  # the name and form of GitHub's, widely understood
+        kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(self.parts.hostname, self.parts.port, timeout=NOTIFY_LIMIT)
+        try:
+            target = (self.parts.path or "/") + ("?" + self.parts.query if self.parts.query else "")
+            connection.request("POST", target, body, headers)
+            status = connection.getresponse().status
+        finally:
+            connection.close()
+        if status >= 400:  # Distribution takes 2xx and 3xx for delivered
+            raise OSError(errno.EPROTO, "it answered %d" % status)
+
+
+class Notifications:
+    """The queue of events on disk, and the threads that empty it, one for each endpoint.
+
+    One log of events for all endpoints, in segments of 1 MiB named by their number; each endpoint has a file with its
+    position in it: "SEGMENT OFFSET". An event is queued before its request is answered; what an endpoint misses is
+    kept through kill -9 and restarts, delivered in order, at least once. With more than 64 segments, some 90,000
+    events, the oldest is dropped, which is logged and counted. Several processes append, under a lock; the one
+    that gets the lock of an endpoint's file sends to it, and when that one dies the next does."""
+
+    def __init__(self, folder, endpoints, metrics):
+        self.folder = folder
+        self.endpoints = endpoints
+        self.metrics = metrics
+        if endpoints:
+            os.makedirs(folder, exist_ok=True)
+        for endpoint in endpoints:
+            self._position(endpoint)
+
+    def segments(self):
+        """The numbers of the segments, the oldest first."""
+        return sorted(int(name[7:]) for name in os.listdir(self.folder) if name.startswith("events.")) or [1]
+
+    def _segment(self, number):
+        return os.path.join(self.folder, "events.%d" % number)
+
+    def _read(self, number, offset):
+        """What a segment has from an offset on, whole lines only."""
+        with contextlib.suppress(FileNotFoundError):
+            with open(self._segment(number), "rb") as file:
+                file.seek(offset)
+                content = file.read()
+                return content[:content.rfind(b"\n") + 1]
+        return b""
+
+    def _position(self, endpoint, moved=None):
+        """Where an endpoint is in the queue, as (segment, offset); `moved` is its new place. One that is new here, or
+        whose place can't be read after a power cut, begins at the end, or the beginning. Raises OSError."""
+        path = os.path.join(self.folder, endpoint.key)
+        content = read_file(path, 100)
+        last = self.segments()[-1]
+        if content is None:
+            moved = last, len(self._read(last, 0))
+        elif moved is None:
+            match = re.fullmatch(rb"([0-9]+) +([0-9]+) *\n", content)
+            return (int(match.group(1)), int(match.group(2))) if match else (0, 0)
+        with open(path, "r+b" if content else "wb", buffering=0) as file:
+            file.write(b"%-20d %-20d\n" % moved)  # always as long, so that it needs no truncation
+        return moved
+
+    def queue(self, event):
+        """Write an event to the end of the queue, durably if it tells of a change. Raises OSError."""
+        line = json.dumps(event).encode("ascii") + b"\n"
+        with open(os.path.join(self.folder, "lock"), "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            segments = self.segments()
+            number = segments[-1]
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(self._segment(number)).st_size >= SEGMENT_SIZE:
+                    number += 1
+            with open(self._segment(number), "a+b", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                try:
+                    if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+                        line = b"\n" + line  # what a crash cut off stays a line of its own, which nobody can read
+                    if file.write(line) != len(line):
+                        raise OSError(errno.ENOSPC, "no space left for a notification")
+                    if event["action"] != "pull":
+                        os.fsync(file.fileno())
+                except OSError:
+                    os.ftruncate(file.fileno(), end)
+                    raise
+            if len(segments) > MAX_SEGMENTS:
+                self._drop(segments[0])
+
+    def _drop(self, number):
+        """Give up the oldest segment, which some endpoint has not had yet. Raises OSError."""
+        lost = self._read(number, 0).count(b"\n")
+        os.unlink(self._segment(number))
+        self.metrics.add("events_dropped_total", lost)
+        logger.error("the queue of notifications is full: its oldest %d were dropped", lost)
+
+    def waiting(self, endpoint):
+        """How many events an endpoint has not had yet, wanted or not."""
+        segment, offset = self._position(endpoint)
+        return sum(self._read(number, offset if number == segment else 0).count(b"\n")
+                   for number in self.segments() if number >= segment)
+
+    def start(self):
+        """Begin to deliver; to be called in each process that serves."""
+        for endpoint in self.endpoints:
+            threading.Thread(target=self._empty, args=(endpoint,), daemon=True).start()
+
+    def _empty(self, endpoint):
+        """Deliver to one endpoint for ever, once no other process does."""
+        with open(os.path.join(self.folder, endpoint.key), "rb") as mine:
+            fcntl.flock(mine, fcntl.LOCK_EX)
+            while True:
+                try:
+                    if not self._advance(endpoint):
+                        time.sleep(NOTIFY_POLL)
+                except OSError as error:
+                    logger.error("notifications to %s: %s", endpoint.shown, error)
+                    time.sleep(10)
+
+    def _advance(self, endpoint):
+        """Deliver what a segment has left, or step to the next one; whether there was anything to do."""
+        segment, offset = self._position(endpoint)
+        segments = self.segments()  # before the reading: once there is a next one, nothing is added to this one
+        content = self._read(segment, offset)
+        for line in content.splitlines(True):
+            self._deliver(endpoint, line)
+            offset += len(line)
+            self._position(endpoint, (segment, offset))
+        if content or segments[-1] <= segment:
+            return bool(content)
+        self._position(endpoint, (max(segment + 1, segments[0]), 0))
+        needed = min(self._position(other)[0] for other in self.endpoints)
+        for number in segments:
+            if number < needed:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._segment(number))
+        return True
+
+    def _deliver(self, endpoint, line):
+        """Try until the endpoint has the event: after 1, 2, 4 … 60 seconds."""
+        try:
+            event = load_json(line)
+        except ValueError:
+            return
+        delay = 1
+        while endpoint.wants(event):
+            try:
+                endpoint.deliver(event)
+                if delay > 1:
+                    logger.warning("%s takes notifications again", endpoint.shown)
+                return
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                if delay == 1:
+                    logger.warning("%s does not take notifications: %s; they are kept and tried again",
+                                   endpoint.shown, error or type(error).__name__)
+            time.sleep(delay)
+            delay = min(delay * 2, 60)
+
+
+class Observation:
+    """What a server reports its exchanges to. Made before the fork, in ROOT/tinyreg; started in each process."""
+
+    def __init__(self, folder, style, routes, endpoints=(), processes=1):
+        self.style = style
+        self.instance = str(uuid.uuid4())
+        self.metrics = Metrics(routes, processes)
+        self.live = Live(os.path.join(folder, "live"), self.metrics)
+        self.notifications = Notifications(os.path.join(folder, "notify"), endpoints, self.metrics)
+        self.folder = folder
+
+    def start(self, process):
+        """Begin in this process, whose number it is."""
+        self.metrics.row = process
+        self.notifications.start()
+
+    def record(self, exchange):
+        """Tell all who want to know of an exchange; its target has secrets that nobody is told."""
+        exchange = exchange._replace(target=without_secrets(exchange.target))
+        self.metrics.count(exchange)
+        self.live.write(exchange)
+        if self.style != "off":
+            write_log(LOG_FORMATS[self.style](exchange))
+
+    def notify(self, action, target, request):
+        """Queue an event as Distribution writes it, if an endpoint wants it; whether one does. `target` has what is
+        known of the content. Raises OSError, unless it tells of a pull, which no full disk stops."""
+        event = {"action": action, "target": dict(target, length=target["size"])}
+        if not any(endpoint.wants(event) for endpoint in self.notifications.endpoints):
+            return False
+        if target["digest"]:
+            event["target"]["url"] = "%s://%s/v2/%s/%s/%s" % (
+                request.outer_scheme(), request.host(), target["repository"],
+                "blobs" if target["mediaType"] == OCTET_STREAM else "manifests", target["digest"])
+        now = time.time()
+        event.update({
+            "id": str(uuid.uuid4()),
+            "timestamp": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + ".%06dZ" % (now % 1 * 1e6),
+            "request": {"id": str(uuid.uuid4()), "addr": request.client, "host": request.header("host"),
+                        "method": request.method, "useragent": request.header("user-agent")},
+            "actor": {"name": request.who.user} if request.who and request.who.user else {},
+            "source": {"addr": socket.gethostname(), "instanceID": self.instance}})
+        try:
+            self.notifications.queue(event)
+        except OSError as error:
+            if action != "pull":
+                raise
+            self.metrics.add("events_dropped_total")
+            logger.error("can't queue a notification: %s", error)
+        return True
+
+    def gauges(self):
+        """What metrics are not counted but looked up, as (name, number): the queue's length, the last gc and verify."""
+        return [('notifications_waiting{endpoint="%s"}' % re.sub(r'[\\"]', "_", printable(endpoint.shown)),
+                 self.notifications.waiting(endpoint)) for endpoint in self.notifications.endpoints]
 
 # ---------------------------------------------------------------------------------------------------------
 # 12  API
@@ -1861,6 +2505,9 @@ class Request:
         self.certificate = certificate
         self.ca = ca
         self.who = None
+        self.route = ""          # the name of the handler …
+        self.found = {}          # … and what it is given from the path
+        self.observation = None  # the server's
 
     def get(self, parameter, default=None):
         """The (last) value of a query parameter."""
@@ -1874,6 +2521,18 @@ class Request:
         """Of the body, or None where it is not known beforehand."""
         length = self.headers.get("content-length")
         return int(length) if length is not None else None
+
+    def forwarded(self, name, default):
+        """What a proxy says that its client asked it: the first of X-Forwarded-…, if it looks like one."""
+        value = self.header("x-forwarded-" + name, default).split(",")[0].strip()
+        return value if re.fullmatch(r"[0-9A-Za-z.:_\[\]-]{1,255}", value) else ""
+
+    def host(self):
+        """HOST[:PORT] of this registry, as its client knows it."""
+        return self.forwarded("host", self.header("host")) or "HOST"
+
+    def outer_scheme(self):
+        return "https" if self.forwarded("proto", self.scheme) == "https" else "http"
 
     def read_body(self, limit):
         """The whole body, or its first `limit` + 1 bytes if it is longer."""
@@ -1907,6 +2566,20 @@ class Response:
     @classmethod
     def of_error(cls, error):
         return cls(error.status, [("Content-Type", JSON)] + error.headers, error.body())
+
+
+class Stream:
+    """A body that is made while it is sent: `write_to(send)` calls `send` with its blocks; an empty one only finds out
+    whether the client and the server still want the rest. `length` is None where nobody knows it."""
+
+    file = None
+
+    def __init__(self, write_to, length=None):
+        self.write_to = write_to
+        self.length = length
+
+    def close(self):
+        """There is nothing to close."""
 
 
 def etag_matches(header, digest):
@@ -2187,6 +2860,40 @@ ROUTES = compile_routes([
 ])
 
 
+# What notifications tell of, by method and handler. A HEAD is no pull to us: the client has it, or comes again.
+EVENTS = {"GET get_manifest": "pull", "GET get_blob": "pull", "PUT put_manifest": "push", "PUT finish_upload": "push",
+          "POST start_upload": "push", "DELETE delete_manifest": "delete", "DELETE delete_blob": "delete"}
+
+
+def notify(registry, request, response):
+    """Queue the events of a request that has been carried out; whether there were any. Raises OSError where a change
+    can't be told: then it is not acknowledged either, and the client makes it again."""
+    action = EVENTS.get("%s %s" % (request.method, request.route))
+    headers = dict(response.headers)
+    started = request.route == "start_upload" and response.status == 202
+    if not action or not request.observation or response.status >= 300 or started or not headers.get(
+            "Content-Range", "bytes 0-").startswith("bytes 0-"):  # other parts of a blob are no further pulls
+        return False
+    action = "mount" if request.get("mount") else action
+    name, reference = request.found["name"], request.found.get("reference") or request.found.get("digest", "")
+    digest = headers.get("Docker-Content-Digest", reference if isinstance(reference, Digest) else "")
+    target = {"mediaType": "", "digest": digest, "size": 0, "repository": name}
+    with contextlib.suppress(RegistryError):  # deleted, by this request or since
+        if request.route in ("put_manifest", "get_manifest"):
+            manifest = registry.manifest(name, Digest(digest))
+            target.update(mediaType=manifest.media_type, size=len(manifest.content))
+        elif digest and action != "delete":
+            with registry.open_blob(name, Digest(digest)) as blob:
+                target.update(mediaType=OCTET_STREAM, size=blob.length)
+    if action == "mount" and request.get("from"):
+        target["fromRepository"] = request.get("from")
+    by_tag = "reference" in request.found and not isinstance(reference, Digest)
+    tags = [reference] if by_tag else request.query.get("tag", []) if action == "push" else []
+    queued = [request.observation.notify(action, dict(target, **({"tag": tag} if tag else {})), request)
+              for tag in tags or [None]]
+    return any(queued)
+
+
 def answer(registry, access, request):
     """Find the handler of a request and call it. Raises RegistryError, OSError, ClientLeft."""
     if request.path.startswith("/v2/"):
@@ -2200,10 +2907,14 @@ def answer(registry, access, request):
     if request.method not in handlers:
         raise RegistryError("UNSUPPORTED", request.method, headers=[("Allow", ", ".join(handlers))])
     action, handler = handlers[request.method]
-    found = {key: PARSERS[key](value) for key, value in match.groupdict().items()}
-    access.check(request, action, found.get("name"))
-    response = handler(registry, access, request, **found)
-    response.kept = action in ("login", "pull") and request.path.startswith("/v2/")
+    request.route = handler.__name__
+    request.found = {key: PARSERS[key](value) for key, value in match.groupdict().items()}
+    access.check(request, action, request.found.get("name"))
+    if registry.read_only and action in ("push", "delete"):
+        raise RegistryError("DENIED", message="this registry is read-only at present")
+    response = handler(registry, access, request, **request.found)
+    response.kept = (not notify(registry, request, response) and action in ("login", "pull")
+                     and request.path.startswith("/v2/"))
     return response
 
 
@@ -2226,16 +2937,512 @@ def dispatch(registry, access, request):
 # ---------------------------------------------------------------------------------------------------------
 # 13  Page
 #
-# What a person sees who opens the registry in a browser.
+# What a person sees who opens the registry in a browser: HTML and CSS, nothing from elsewhere, no script but for
+# copying and /live. All links are relative, so it works below any path of a proxy. Whatever comes from an image
+# (names, commands, labels) is hostile until escaped, and element() escapes all that is not Markup.
 # ---------------------------------------------------------------------------------------------------------
 
+PAGE_STYLE = """
+:root{color-scheme:light dark;--ink:#1b2330;--dim:#566173;--paper:#fff;--box:#f3f5f8;--line:#d5dae2;--link:#0b57b0;
+--own:#0b62c4;--shared:#7a5cc0;--free:#d5dae2}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e9ee;--dim:#a3adbb;--paper:#14181f;--box:#1e242d;--line:#38414e;
+--link:#7db8ff;--own:#5aa2f5;--shared:#b49bf0;--free:#38414e}}
+*{box-sizing:border-box}
+body{margin:0;font:1rem/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper)}
+header,main,footer{max-width:70rem;margin:auto;padding:.6rem 1rem}
+header{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;align-items:baseline;border-bottom:1px solid var(--line)}
+header strong{font-size:1.15rem}
+footer{color:var(--dim);font-size:.85rem;margin-top:2rem;border-top:1px solid var(--line)}
+h1{font-size:1.5rem;margin:.7rem 0;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:1.6rem 0 .4rem}
+a{color:var(--link)}a:focus-visible,button:focus-visible,input:focus-visible{outline:3px solid var(--link)}
+code,pre{font:.9em/1.45 ui-monospace,monospace;overflow-wrap:anywhere}
+pre{background:var(--box);border:1px solid var(--line);border-radius:.3rem;padding:.5rem .7rem;margin:0;
+white-space:pre-wrap;flex:1}
+.copy{display:flex;gap:.5rem;align-items:start;margin:.4rem 0}
+button,input{font:inherit;color:inherit;background:var(--box);border:1px solid var(--line);border-radius:.3rem;
+padding:.35rem .7rem}
+form{display:flex;gap:.5rem;margin:.8rem 0;align-items:center;flex-wrap:wrap}input{flex:1;min-width:8rem}
+table{border-collapse:collapse;width:100%}caption{text-align:left;color:var(--dim);padding:.2rem 0}
+th,td{text-align:left;vertical-align:top;padding:.35rem .8rem .35rem 0;border-bottom:1px solid var(--line);
+overflow-wrap:anywhere}th{color:var(--dim);font-weight:600}
+dl{display:grid;grid-template-columns:minmax(6rem,max-content) 1fr;gap:.2rem 1rem}dt{color:var(--dim)}
+dd{margin:0;overflow-wrap:anywhere}
+svg{display:block;width:100%;height:1.1rem}.own{fill:var(--own)}.shared{fill:var(--shared)}.other{fill:var(--dim)}
+.free{fill:var(--free)}nav{display:flex;flex-wrap:wrap;gap:.2rem 1rem}
+summary{cursor:pointer;padding:.2rem 0}
+#live p{margin:.2rem 0;border-bottom:1px solid var(--line);overflow-wrap:anywhere}
+@media(max-width:40rem){thead{position:absolute;clip-path:inset(50%)}tr{display:block;padding:.4rem 0;
+border-bottom:1px solid var(--line)}td{display:block;border:0;padding:.1rem 0}
+td:empty{display:none}td[data-label]::before{content:attr(data-label) " ";color:var(--dim);font-size:.85em}
+dl{display:block}dd{margin:0 0 .4rem}}
+"""
+PAGE_SCRIPT = """
+for(const b of document.querySelectorAll(".copy button")){b.hidden=false;b.onclick=()=>{
+getSelection().selectAllChildren(b.previousElementSibling);document.execCommand("copy");b.textContent="Copied"}}
+const live=document.getElementById("live");
+if(live){const e=new EventSource("live/events");e.onmessage=m=>{const p=document.createElement("p");
+p.textContent=m.data;live.prepend(p);while(live.children.length>500)live.lastChild.remove()}}
+"""
+
+
+def source_hash(text):
+    """What a Content-Security-Policy calls this inline style or script."""
+    return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+PAGE_HEADERS = [
+    ("Content-Type", "text/html; charset=utf-8"),
+    ("Content-Security-Policy", "default-src 'none'; style-src %s; script-src %s; connect-src 'self'; img-src data:; "
+     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'" % (source_hash(PAGE_STYLE),
+                                                                      source_hash(PAGE_SCRIPT))),
+    ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-cache"),
+]
+
+
+class Markup(str):
+    """HTML. Any other string that gets into a page is text, and is escaped."""
+
+
+def markup(content):
+    """The Markup of what an element contains: Markup, text, a number, None, or a list of such."""
+    if isinstance(content, Markup):
+        return content
+    if isinstance(content, (list, tuple)):
+        return Markup("".join(markup(part) for part in content))
+    return Markup("" if content is None else html.escape(printable(str(content))))
+
+
+def element(kind, *content, **attributes):
+    """One element; class_ is written `class`, data_label `data-label`, and None leaves an attribute out."""
+    written = "".join(' %s="%s"' % (key.rstrip("_").replace("_", "-"), markup(value))
+                      for key, value in attributes.items() if value is not None)
+    if kind in ("meta", "link", "input"):
+        return Markup("<%s%s>" % (kind, written))
+    return Markup("<%s%s>%s</%s>\n" % (kind, written, markup(content), kind))
+
+
+def link(text, **query):
+    """A link to a page about a repository or an image."""
+    return element("a", text, href="./?" + urllib.parse.urlencode(query))
+
+
+def table(caption, headings, rows):
+    """A table, which on a phone becomes a list with each heading before its cell; nothing if it has no rows."""
+    body = [element("tr", [element("td", cell, data_label=heading or None, role="cell")
+                           for heading, cell in zip(headings, row)], role="row") for row in rows]
+    head = element("thead", element("tr", [element("th", heading, scope="col") for heading in headings]))
+    return element("table", element("caption", caption), head, element("tbody", body), role="table") if body else None
+
+
+def definitions(pairs):
+    """A list of terms with their values; those without a value are left out."""
+    shown = [[element("dt", term), element("dd", value)] for term, value in pairs if value not in (None, "", [], {})]
+    return element("dl", shown) if shown else None
+
+
+def command_line(text):
+    """A command to copy; without script the button stays hidden."""
+    return element("div", element("pre", text), Markup('<button type="button" hidden>Copy</button>'), class_="copy")
+
+
+def page(title, *content, status=200):
+    """A whole page as a Response."""
+    head = [element("meta", charset="utf-8"), element("meta", name="viewport", content="width=device-width"),
+            element("title", title + " – tinyreg"), element("link", rel="icon", href="data:,"),
+            element("style", Markup(PAGE_STYLE))]
+    links = [element("a", text, href=href) for href, text in (
+        ("./", "Repositories"), ("use", "How to use it"), ("disk", "Disk use"), ("live", "Live"))]
+    body = [element("header", element("strong", "Container registry"), element("nav", links, aria_label="Pages")),
+            element("main", element("h1", title), content),
+            element("footer", "tinyreg %s, a registry in one file: " % __version__,
+                    element("a", "take it with you", href="tinyreg.py")),
+            element("script", Markup(PAGE_SCRIPT))]
+    text = "<!DOCTYPE html>\n" + element("html", element("head", head), element("body", body), lang="en")
+    return Response(status, PAGE_HEADERS, text.encode("utf-8", "replace"))
+
+
+def visible(access, request, name):
+    """Whether who asks may pull from this repository; only those are shown."""
+    return access.allows(request, "pull", name)
+
+
+def check_visible(access, request, name):
+    """Raises NAME_UNKNOWN: whoever may not see a repository is not told that it is there."""
+    if not visible(access, request, name):
+        raise RegistryError("NAME_UNKNOWN", name)
+
+
+def age(moment):
+    """How long ago an RFC 3339 time was, for people; nothing for what is no time, or the year 0 of reproducible
+    builds."""
+    try:
+        then = calendar.timegm(time.strptime(str(moment)[:19], "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
+    if then < 86400 * 3660:
+        return None
+    return element("time", "%s ago" % duration(time.time() - then), datetime=str(moment)[:19] + "Z")
+
+
+def duration(seconds):
+    """A time for people, in its largest unit."""
+    for unit, size in (("year", 31557600), ("month", 2629800), ("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= size:
+            count = int(seconds // size)
+            return "%d %s%s" % (count, unit, "s" if count > 1 else "")
+    return "a moment"
+
+
+# Handlers
 
 def get_page(registry, access, request):
-    """A few words, so that nobody takes the registry for a broken web site."""
-    host = request.header("host", "HOST")
-    text = ("This is a container registry (tinyreg %s). Clients speak to it at /v2/.\n\n"
-            "    docker pull %s/NAME:TAG\n\nThe repositories: /v2/_catalog\n" % (__version__, host))
-    return Response(200, [("Content-Type", "text/plain; charset=utf-8")], text.encode())
+    """The repositories, a repository's tags, or one image, as the query says. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+    if request.get("repository") is None:
+        return repositories_page(registry, access, request)
+    name = parse_name(request.get("repository"))
+    check_visible(access, request, name)
+    if request.get("reference") is None:
+        return tags_page(registry, request, name)
+    return image_page(registry, access, request, name, parse_reference(request.get("reference")))
+
+
+def repositories_page(registry, access, request):
+    """The names, a page of them at a time; the search goes through all of them."""
+    wanted = request.get("q", "").strip().lower()
+    names = (name for name in registry.repositories(request.get("last", ""))
+             if wanted in name and visible(access, request, name))
+    names, more = take_page(names, ROWS)
+    rows = []
+    for name in names:
+        tags = list(itertools.islice(registry.tags(name), ROWS + 1))
+        shown = [[" ", link(tag, repository=name, reference=tag)] for tag in tags[:5]]
+        rows.append((link(name, repository=name), "%d%s" % (min(len(tags), ROWS), "+" if len(tags) > ROWS else ""),
+                     shown + [" …" if len(tags) > 5 else None]))
+    form = element("form", element("label", "Name contains", for_="q"),
+                   element("input", type="search", name="q", id="q", value=wanted), element("button", "Search"),
+                   action="./", role="search")
+    following = link("Next page", last=names[-1], q=wanted) if more else None
+    nothing = ["No repository's name contains “%s”." % wanted if wanted else "There is nothing here yet. ",
+               None if wanted else element("a", "How to push an image", href="use")]
+    return page("Repositories", form, table("in the order of their names", ("Repository", "Tags", "First tags"), rows)
+                or element("p", nothing), following)
+
+
+def tags_page(registry, request, name):
+    """The tags of a repository, a page of them at a time."""
+    tags, more = take_page(registry.tags(name, request.get("last", "")), ROWS)
+    rows = []
+    for tag in tags:
+        try:
+            found = describe(registry, name, registry.resolve(name, tag))
+            rows.append((link(tag, repository=name, reference=tag), ", ".join(found["platforms"]),
+                         in_units(found["size"]), age(found["created"]), element("code", shorten(found["digest"]))))
+        except RegistryError as error:
+            rows.append((tag, "", "", "", str(error)))
+    return page(name, pull_commands(request, "%s:%s" % (name, tags[0])) if tags else None,
+                table("Tags", ("Tag", "Platforms", "Size", "Built", "Digest"), rows)
+                or element("p", "No tags; what this repository has is reached by its digests only."),
+                link("Next page", repository=name, last=tags[-1]) if more else None)
+
+
+def pull_commands(request, image):
+    """What to type to get an image, for each client."""
+    where = "%s/%s" % (request.host(), image)
+    plain = "" if request.outer_scheme() == "https" else " --plain-http"
+    return [element("h2", "Pull it"), command_line("docker pull " + where),
+            command_line("podman pull %s%s" % ("--tls-verify=false " if plain else "", where)),
+            command_line("ctr images pull%s %s" % (plain, where))]
+
+
+def image_page(registry, access, request, name, reference):
+    """All that is known of one manifest. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+    by_digest = isinstance(reference, Digest)
+    digest = reference if by_digest else registry.resolve(name, reference)
+    manifest = registry.manifest(name, digest)
+    found = describe(registry, name, digest)
+    image = name + ("@" if by_digest else ":") + reference
+    children = [child_row(registry, name, child) for child in manifest.manifests[:ROWS]]
+    referrers = [(link(about.artifact_type or about.media_type, repository=name, reference=about.digest),
+                  in_units(len(about.content)), element("code", about.digest))
+                 for about in itertools.islice(registry.referrers(name, digest), ROWS)]
+    return page(image, definitions([
+        ("Repository", link(name, repository=name)), ("Digest", element("code", digest)),
+        ("Type", manifest.artifact_type if manifest.artifact_type and "config.v1" not in manifest.artifact_type
+         and "container.image" not in manifest.artifact_type else manifest.media_type),
+        ("Platforms", ", ".join(found["platforms"])), ("Built", age(found["created"])),
+        ("Size", "%s in %d blobs and manifests" % (in_units(found["size"]), found["count"])),
+        ("Not here", "%d of the platforms" % found["missing"] if found["missing"] else None)]),
+        pull_commands(request, image), table("Platforms", ("Platform", "Size", "Digest"), children),
+        image_details(registry, access, request, name, manifest),
+        annotations_of(manifest), table("About this image: signatures, SBOMs and the like",
+                                        ("Type", "Size", "Digest"), referrers),
+        element("p", element("a", "The manifest as it is", href="v2/%s/manifests/%s" % (name, digest))))
+
+
+def child_row(registry, name, child):
+    """An index's row about one of its children."""
+    digest = element("code", child.digest)
+    try:
+        found = describe(registry, name, child.digest)
+    except RegistryError:
+        return child.media_type, "not here", digest
+    return (link(", ".join(found["platforms"]) or child.media_type, repository=name, reference=child.digest),
+            in_units(found["size"]), digest)
+
+
+def annotations_of(manifest):
+    """The annotations of a manifest, if it has any."""
+    annotations = manifest.document.get("annotations")
+    if not isinstance(annotations, dict) or not annotations:
+        return None
+    return [element("h2", "Annotations"), definitions(sorted(annotations.items()))]
+
+
+def image_details(registry, access, request, name, manifest):
+    """The layers of an image with the commands that made them, who else has them, and its config; for an artifact,
+    whose config says nothing, its blobs."""
+    blobs = manifest.blobs
+    if not blobs:
+        return None
+    config = read_config(registry, name, manifest)
+    history = [entry for entry in as_list(config.get("history")) if isinstance(entry, dict)]
+    makers = [entry for entry in history if not entry.get("empty_layer")]
+    layers = blobs[1:] if isinstance(manifest.document.get("config"), dict) else blobs
+    shared = (registry.usage() or {}).get("shared", {})
+    rows = []
+    for number, layer in enumerate(layers):
+        others = [link(other, repository=other) for other in shared.get(layer.digest, ())
+                  if other != name and visible(access, request, other)]
+        command = makers[number].get("created_by") if len(makers) == len(layers) else None
+        rows.append((number + 1, in_units(layer.size), element("code", command or layer.media_type),
+                     [[" ", other] for other in others],
+                     element("a", shorten(layer.digest), href="v2/%s/blobs/%s" % (name, layer.digest))))
+    settings = config.get("config") if isinstance(config.get("config"), dict) else {}
+    labels = settings.get("Labels") if isinstance(settings.get("Labels"), dict) else {}
+    plain = [(key, element("code", value if isinstance(value, str) else json.dumps(value)))
+             for key, value in sorted(settings.items()) if key not in ("Labels", "Env") and value]
+    others = [element("code", entry.get("created_by")) for entry in history if entry.get("empty_layer")]
+    return [table("Layers, the lowest first", ("No.", "Size", "Made by", "Also in", "Digest"), rows),
+            element("h2", "Config") if plain or labels else None,
+            definitions([("Author", config.get("author")), ("Env", [element("code", variable, Markup("<br>"))
+                         for variable in as_list(settings.get("Env"))])] + plain
+                        + [("Steps without a layer", [[step, Markup("<br>")] for step in others])]),
+            element("h2", "Labels") if labels else None, definitions(sorted(labels.items()))]
+
+
+def as_list(value):
+    """The value if it is a list, else an empty one: what a config says is not checked when it is pushed."""
+    return value if isinstance(value, list) else []
+
+
+def bar(parts, whole, words):
+    """A bar as SVG: `parts` are (class, amount) from the left, `whole` is what would fill it; `words` say the same."""
+    shapes, left = [element("title", words)], 0.0
+    for kind, amount in parts:
+        width = 100.0 * amount / (whole or 1)
+        shapes.append(element("rect", x="%.3f" % left, width="%.3f" % width, height=10, class_=kind))
+        left += width
+    return element("svg", shapes, viewBox="0 0 100 10", preserveAspectRatio="none", role="img", aria_label=words)
+
+
+def disk_page(registry, access, request):
+    """What takes the space, what is shared, and what is free: measured every now and then."""
+    usage = registry.usage()
+    if usage is None:
+        return page("Disk use", element("p", "This registry is served from an archive; it takes no space of its own."))
+    shown = [(name, own, shared) for name, (own, shared) in usage["repositories"].items()
+             if visible(access, request, name)]
+    shown = sorted(shown, key=lambda entry: (-entry[1], -entry[2], entry[0]))[:ROWS]
+    most = max([own + shared for _, own, shared in shown] + [1])
+    rows = [(link(name, repository=name), in_units(own), in_units(shared), bar(
+        [("own", own), ("shared", shared)], most, "%s of its own, %s shared" % (in_units(own), in_units(shared))))
+        for name, own, shared in shown]
+    free, total = usage["free"], usage["total"]
+    words = "the store takes %s, other files %s, free are %s" % (
+        in_units(usage["bytes"]), in_units(total - free - usage["bytes"]), in_units(free))
+    return page("Disk use", element("h2", "The disk"), bar(
+        [("own", usage["bytes"]), ("other", total - free - usage["bytes"]), ("free", free)], total, words),
+        element("p", words[0].upper() + words[1:] + "."), definitions([
+            ("Blobs and manifests", "%d, %s" % (usage["blobs"], in_units(usage["bytes"]))),
+            ("In no repository", in_units(usage["unlinked"]) + " (garbage collection frees it)"
+             if usage["unlinked"] else None),
+            ("Uploads under way", usage["uploads"]),
+            ("Measured", duration(time.time() - usage["time"]) + " ago")]), element("h2", "The largest repositories"),
+        element("p", "What only this repository has, and what it shares with others, which is stored once."),
+        table("at most %d" % ROWS, ("Repository", "Own", "Shared", "Picture"), rows))
+
+
+CLIENTS = ("docker", "containerd", "podman", "k3s")
+
+
+def client_files(client, host, ca, mirror, origins):
+    """What a client must be told, as [(file, content, remark)]; `ca` is "" for a registry without TLS, `mirror` whether
+    the client shall take images of every origin from it. An entry without content is not needed."""
+    url = ("https://" if ca else "http://") + host
+    # containerd 1.6 wants a host table, and wants to be told the CA of the server, too. Without a file of this kind it
+    # takes the CA that lies in the registry's folder.
+    lines = ['server = "%s"' % url, '[host."%s"]' % url, '  capabilities = ["pull", "resolve"]']
+    if ca:
+        lines.insert(1, 'ca = "../%s/ca.crt"' % host)
+        lines.append("  " + lines[1])
+    every = "\n".join(lines + [""]) if mirror else ""
+    plain = "" if ca else 'server = "%s"\n[host."%s"]\n' % (url, url)
+    if client == "docker":
+        daemon = dict([("registry-mirrors", [url])] * mirror + [("insecure-registries", [host])] * (not ca))
+        return [("/etc/docker/certs.d/%s/ca.crt" % host, ca, "read at each pull, no restart"),
+                ("/etc/docker/certs.d/_default/hosts.toml", every,
+                 "every origin, for Docker 29 and newer with containerd's image store"),
+                ("/etc/docker/daemon.json", json.dumps(daemon) + "\n" if daemon else "", "then: systemctl reload docker"
+                 + (" (older Docker has mirrors for docker.io only)" if mirror else ""))]
+    if client == "containerd":
+        usage = ("for nerdctl, for ctr with --hosts-dir /etc/containerd/certs.d, for Kubernetes with that folder as "
+                 "config_path in config.toml; no restart")
+        return [("/etc/containerd/certs.d/%s/ca.crt" % host, ca, usage),
+                ("/etc/containerd/certs.d/%s/hosts.toml" % host, plain, usage),
+                ("/etc/containerd/certs.d/_default/hosts.toml", every, "every origin")]
+    if client == "podman":
+        lines = [] if ca else ["[[registry]]", 'location = "%s"' % host, "insecure = true"]
+        for origin in origins if mirror else ():  # there is no way to say "all"
+            lines += ["[[registry]]", 'prefix = "%s"' % origin, 'location = "%s/%s"' % (host, origin.replace(":", "_"))]
+            lines += [] if ca else ["insecure = true"]
+        return [("/etc/containers/certs.d/%s/ca.crt" % host, ca, "for podman, buildah, skopeo, CRI-O"),
+                ("/etc/containers/registries.conf.d/50-tinyreg.conf", "\n".join(lines + [""]) if lines else "", "")]
+    tls = 'configs:\n  "%s":\n    tls:\n      ca_file: /etc/rancher/k3s/tinyreg-ca.crt\n' % host if ca else ""
+    return [("/etc/rancher/k3s/tinyreg-ca.crt", ca, "on every node"),
+            ("/etc/rancher/k3s/registries.yaml",
+             'mirrors:\n  "%s":\n    endpoint: ["%s"]\n' % ("*" if mirror else host, url) + tls,
+             "then: systemctl restart k3s (or k3s-agent)")]
+
+
+def client_help(request, mirror):
+    """What to put where, for each client, folded; `mirror` to get what lies elsewhere from here too."""
+    https = request.outer_scheme() == "https"
+    ca = request.ca.decode() if request.ca else "the CA's certificate, unless the system has it" if https else ""
+    found = []
+    for client in CLIENTS:
+        parts = []
+        for file, content, remark in client_files(client, request.host(), ca, mirror, ("docker.io",)):
+            if content and content == ca and request.ca:
+                parts.append(command_line("curl -k --create-dirs -o %s https://%s/ca.crt" % (file, request.host())))
+            elif content:
+                parts.append(element("p", element("code", file), " – " + remark if remark else None))
+                parts.append(command_line(content))
+        found.append(element("details", element("summary", client), parts))
+    return found
+
+
+def use_page(registry, access, request):
+    """How to use this registry, for somebody who was told its address and nothing else."""
+    host, url = request.host(), "%s://%s" % (request.outer_scheme(), request.host())
+    insecure = "-k " if url.startswith("https") else ""
+    return page(
+        "How to use this registry", element("h2", "1. Let your client trust it"),
+        element("p", "Docker trusts a registry on its own machine as it is. Else, as root:"),
+        client_help(request, mirror=False),
+        element("p", element("a", "The certificate of its CA", href="ca.crt"), " has the SHA-256 fingerprint ",
+                element("code", fingerprint(request.ca)), "; compare it with its owner's.") if request.ca else None,
+        element("h2", "2. Pull an image"), element("p", "Look for one among the ",
+                                                   element("a", "repositories", href="./"), ", then:"),
+        command_line("docker pull %s/NAME:TAG" % host),
+        element("h2", "3. Push your own"),
+        command_line(("docker login %s\n" % host if access.files[0] else "")
+                     + "docker tag alpine %s/me/alpine\ndocker push %s/me/alpine" % (host, host)),
+        element("p", element("a", "Log in", href="login"), " here too, to see what only you may see.")
+        if access.files[0] else None,
+        element("h2", "As a mirror"), element("p", "Then docker pull alpine comes from here, if it is here:"),
+        client_help(request, mirror=True),
+        element("h2", "Run one yourself"), element("p", "This registry is one file of Python; it hands itself out:"),
+        command_line("curl %s-O %s/tinyreg.py\npython3 tinyreg.py --help" % (insecure, url)))
+
+
+def log_in(registry, access, request):
+    """Back to the page, for a browser that has been asked for a password, if there are any. Raises UNAUTHORIZED."""
+    return Response(303, [("Location", "./")])
+
+
+def get_own_source(registry, access, request):
+    """This file."""
+    file = open(__file__, "rb")
+    return Response(200, [("Content-Type", "text/x-python; charset=utf-8"), ("X-Content-Type-Options", "nosniff"),
+                          ("Content-Disposition", "attachment; filename=tinyreg.py")],
+                    Blob(file, 0, os.fstat(file.fileno()).st_size))
+
+
+def check_live(access, request):
+    """Everybody may watch in a classroom, which is what --log explain is for; else it takes an admin. Raises DENIED."""
+    if request.observation.style != "explain":
+        access.check(request, "delete")
+
+
+def live_page(registry, access, request):
+    """The page that shows what clients and registry say to each other, as it happens. Raises DENIED."""
+    check_live(access, request)
+    return page("Live", element("p", "What clients ask this registry, and what its answers tell them. The newest is on "
+                                "top."),
+                element("noscript", element("p", element("a", "As plain text, without script", href="live/text"))),
+                element("div", id="live", role="log", aria_live="off", tabindex="0", aria_label="Requests"))
+
+
+def live_events(registry, access, request):
+    """The same as server-sent events: for the page's script. Raises DENIED."""
+    return live_stream(access, request, "text/event-stream", "", "data: %s\n\n")
+
+
+def live_text(registry, access, request):
+    """The same as text without end: for browsers without script, and for curl. Raises DENIED."""
+    return live_stream(access, request, "text/plain; charset=utf-8",
+                       "What clients ask this registry, and what its answers tell them:\n\n", "%s\n")
+
+
+def live_stream(access, request, content_type, begin, form):
+    """An answer without end, each line of what happens in this form. Raises DENIED."""
+    check_live(access, request)
+
+    def write_to(send):
+        send(begin.encode())
+        for line in live_lines(access, request):
+            send((form % line if line.strip() else line).encode("utf-8", "replace"))
+
+    return Response(200, [("Content-Type", content_type), ("Cache-Control", "no-store"), ("X-Accel-Buffering", "no"),
+                          ("X-Content-Type-Options", "nosniff")], Stream(write_to))
+
+
+def live_lines(access, request):
+    """Yield what happens in words, as far as who looks may see it; and "" a few times a second, an empty line every
+    few seconds, by which the server notices that it stops, and that who looked has left."""
+    for quiet, exchange in enumerate(request.observation.live.follow()):
+        if exchange is None:
+            yield "\n" if quiet % 50 == 49 else ""
+        elif not exchange.route.startswith("live_") and (not exchange.name or visible(access, request, exchange.name)):
+            yield printable(explain(exchange))
+
+
+# Handlers for machines
+
+def get_metrics(registry, access, request):
+    """Numbers for Prometheus."""
+    gauges = []
+    usage = registry.usage()
+    if usage is not None:
+        gauges += [("store_" + name, usage[key]) for name, key in (
+            ("bytes", "bytes"), ("blobs", "blobs"), ("unlinked_bytes", "unlinked"), ("uploads", "uploads"),
+            ("measured_seconds", "time"), ("free_bytes", "free"))]
+        gauges.append(("store_repositories", len(usage["repositories"])))
+    gauges += request.observation.gauges()
+    return Response(200, [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")],
+                    request.observation.metrics.text(gauges).encode())
+
+
+def get_health(registry, access, request):
+    """That the server is alive."""
+    return Response(200, [("Content-Type", "text/plain")], b"ok\n")
+
+
+def get_readiness(registry, access, request):
+    """Whether it can do its work: the store is there, writable unless it is to be read only, and has room.
+    Raises OSError, UNAVAILABLE."""
+    registry.check_ready()
+    return Response(200, [("Content-Type", "text/plain")], b"ready\n")
 
 
 def get_ca(registry, access, request):
@@ -2269,8 +3476,18 @@ def fingerprint(certificate):
 
 
 ROUTES += compile_routes([
-    ("GET HEAD", "/", "pull", get_page),
-    ("GET HEAD", "/ca.crt", "look", get_ca),
+    ("GET HEAD", "/",            "pull",   get_page),
+    ("GET HEAD", "/disk",        "pull",   disk_page),
+    ("GET HEAD", "/use",         "look",   use_page),
+    ("GET HEAD", "/login",       "login",  log_in),
+    ("GET HEAD", "/tinyreg.py",  "look",   get_own_source),
+    ("GET HEAD", "/live",        "pull",   live_page),
+    ("GET HEAD", "/live/events", "pull",   live_events),
+    ("GET HEAD", "/live/text",   "pull",   live_text),
+    ("GET HEAD", "/metrics",     "pull",   get_metrics),
+    ("GET HEAD", "/healthz",     "look",   get_health),
+    ("GET HEAD", "/readyz",      "look",   get_readiness),
+    ("GET HEAD", "/ca.crt",      "look",   get_ca),
 ])
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2446,6 +3663,7 @@ class Body:
         self.chunked = chunked
         self.go_on = go_on       # called before the first read: sends 100 Continue to a client that waits for it
         self.began = False
+        self.received = 0
         self.untouched = self.finished = not chunked and length == 0
 
     def readinto(self, view):
@@ -2461,6 +3679,7 @@ class Body:
                 return 0
         count = self.incoming.readinto(view[:self.left])
         self.left -= count
+        self.received += count
         self.finished = not self.chunked and not self.left
         return count
 
@@ -2489,7 +3708,7 @@ class Body:
         return self.finished
 
 
-KeptAnswer = collections.namedtuple("KeptAnswer", "mark content method target status length")
+KeptAnswer = collections.namedtuple("KeptAnswer", "mark content exchange")
 
 
 # TLS, with certificates that the user brings, or with our own: a CA that clients are told to trust, and a certificate
@@ -2764,8 +3983,9 @@ class Connection:
             kept = self.server.kept.find((self.certificate, head)) if not self.plain else None
             if kept and not self.server.stopping:
                 self._send_all(kept.content)
-                self.server.log(self.client, kept.method, kept.target, kept.status, kept.length,
-                                time.monotonic() - started)
+                self.server.observation.metrics.add("cache_hits_total")
+                self.server.observation.record(kept.exchange._replace(client=self.client,
+                                                                      seconds=time.monotonic() - started))
                 self.idle = True
                 return True
             method, target, version, headers = parse_head(head)
@@ -2783,6 +4003,7 @@ class Connection:
         mark = self.server.kept.mark()
         request = Request(method, target, headers, body, self.client, "https" if self.server.tls else "http",
                           self.certificate, self.server.tls and self.server.tls.ca)
+        request.observation = self.server.observation
         if self.plain:
             response = answer_plainly(request)
         else:
@@ -2792,15 +4013,20 @@ class Connection:
             if not isinstance(response.body, bytes) and response.body.file and length <= SMALL_BLOB:
                 blob, response.body = response.body, response.body.read()
                 blob.close()
-            keep = self._keep(version, headers) and self._drained(body)
+            keep = self._keep(version, headers) and self._drained(body) and (length is not None or version == "1.1")
             content = self._send(response, method, version, keep)
         finally:
             if not isinstance(response.body, bytes):
                 response.body.close()
+        exchange = Exchange(
+            self.client, request.who and request.who.user or "", method, target, request.route,
+            request.found.get("name", ""), request.found.get("reference") or request.found.get("digest", ""),
+            response.status, body.received,
+            0 if method == "HEAD" else length or 0, time.monotonic() - started,
+            dict(response.headers).get("Docker-Content-Digest", ""), headers.get("user-agent", ""))
         if content and keep and response.kept and response.status == 200 and body.untouched:
-            self.server.kept.put((self.certificate, head),
-                                 KeptAnswer(mark, content, method, target, response.status, length))
-        self.server.log(self.client, method, target, response.status, length, time.monotonic() - started)
+            self.server.kept.put((self.certificate, head), KeptAnswer(mark, content, exchange))
+        self.server.observation.record(exchange)
         if not keep and not body.finished:
             self._linger()
         self.idle = True
@@ -2827,8 +4053,10 @@ class Connection:
         head = ["HTTP/%s %d %s" % (version, response.status, REASONS.get(response.status, "Unknown"))]
         head += ["%s: %s" % header for header in response.headers]
         head += ["Docker-Distribution-Api-Version: registry/2.0", "Date: " + email.utils.formatdate(usegmt=True)]
-        if response.status not in (204, 304):
+        if response.status not in (204, 304) and response.length is not None:
             head.append("Content-Length: %d" % response.length)
+        elif response.length is None and version == "1.1":
+            head.append("Transfer-Encoding: chunked")
         if not keep or version == "1.0":
             head.append("Connection: " + ("keep-alive" if keep else "close"))
         content = "\r\n".join(head + ["", ""]).encode("latin-1")
@@ -2839,7 +4067,10 @@ class Connection:
             self._send_all(content)
         else:
             self._send_all(content)
-            self._send_blob(response.body)
+            if isinstance(response.body, Stream):
+                self._send_stream(response.body, response.length is None and version == "1.1")
+            else:
+                self._send_blob(response.body)
             return None
         return content
 
@@ -2863,6 +4094,17 @@ class Connection:
                     raise OSError(errno.EIO, "a blob became shorter while it was sent")
                 pace.moved += count
                 offset += count
+
+    def _send_stream(self, stream, chunked):
+        """Send a body as it is made. If the server stops before its end, the client sees that the end is missing."""
+        def send(block):
+            if self.server.stopping and stream.length is None:
+                raise ClientLeft("the server stops")
+            if block:
+                self._send_all(b"%x\r\n%s\r\n" % (len(block), block) if chunked else block)
+
+        stream.write_to(send)
+        self._send_all(b"0\r\n\r\n" if chunked else b"")
 
     def _send_read(self, blob):
         buffer, left = memoryview(bytearray(min(blob.length, COPY_BUFFER))), blob.length
@@ -2922,14 +4164,20 @@ def _listen(family, address, dual=False):
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if dual else 1)
         sock.bind(address)
-        sock.listen(1024)
-        # accept() returns now and then, to see whether the server stops. A time-out of Python's own would let it wait
-        # in poll(), where every connection wakes the threads of all processes.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 0))
-        return sock
+        return prepare_listener(sock)
     except BaseException:
         sock.close()
         raise
+
+
+def prepare_listener(sock):
+    """Let a bound socket take connections, from several processes."""
+    sock.listen(1024)
+    # accept() returns now and then, to see whether the server stops. A time-out of Python's own would let it wait
+    # in poll(), where every connection wakes the threads of all processes.
+    sock.setblocking(True)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 0))
+    return sock
 
 
 class Server:
@@ -2938,12 +4186,12 @@ class Server:
     A thread waits for a connection, serves it to its end, and waits for the next one; the last that waits makes
     another before it serves. So a connection costs no thread, and the kernel hands them out among the processes."""
 
-    def __init__(self, listeners, registry, access, log=log_request, drain=30.0, tls=None):
+    def __init__(self, listeners, registry, access, observation, drain=30.0, tls=None):
         self.listeners = listeners
         self.tls = tls  # Certificates, for a server that speaks HTTPS
         self.registry = registry
         self.access = access
-        self.log = log
+        self.observation = observation
         self.drain = drain
         self.stopping = False
         self.kept = KeptAnswers(registry)
@@ -3135,28 +4383,69 @@ def open_store(options, create=False):
 
 def serve(options):
     """Serve the store until a signal ends it."""
-    start_logging()
-    store = open_store(options, create=True)
-    check_writable(store)
-    listeners = listen_everywhere(options.listen)
+    style = "off" if options.quiet else options.log
+    logger.addHandler(LogHandler(style))
+    store = open_store(options, create=not options.read_only)
+    store.read_only, store.immutable = options.read_only, options.immutable_tags
+    if not options.read_only:
+        check_writable(store)
+    listeners = inherited_listeners() or listen_everywhere(options.listen)
     local = all(is_loopback(listener) for listener in listeners)
     access = open_access(options, store, local)
     tls = open_tls(options, store)
-    log = drop_request if options.quiet else log_request
+    routes = {(method, row[1].__name__) for _, handlers in ROUTES for method, row in handlers.items()}
+    observation = Observation(store.own, style, routes, options.notify, options.workers)
+    if options.log_file:
+        open_log_file(options.log_file)
 
-    def work():
-        server = Server(listeners, store, access, log=log, drain=options.drain, tls=tls)
+    def work(number):
+        server = Server(listeners, store, access, observation, drain=options.drain, tls=tls)
+        observation.start(number)
         server.start()
+        if number == 0:
+            threading.Thread(target=feed_watchdog, daemon=True).start()
         while next_signal() != signal.SIGTERM:
-            pass  # SIGHUP: changed users, rules and certificates are noticed within a second, with and without it
+            if options.log_file:  # SIGHUP; changed users, rules and certificates are noticed without it
+                open_log_file(options.log_file)
+        tell_systemd("STOPPING=1")
         cut = server.stop()
         if cut:
             logger.warning("stopped; %d transfers did not end within %g s (--drain) and were cut", cut, options.drain)
         return 0
 
-    supervisor = Supervisor([work] * options.workers, listeners)
+    supervisor = Supervisor([functools.partial(work, number) for number in range(options.workers)], listeners)
     print(banner(store, listeners, access, local, tls), flush=True)
+    tell_systemd("READY=1")
     return supervisor.run()
+
+
+def inherited_listeners():
+    """The sockets that systemd opened for us (sd_listen_fds), or []."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    found = []
+    for descriptor in range(3, 3 + int(os.environ.get("LISTEN_FDS", "0"))):
+        os.set_inheritable(descriptor, False)
+        probe = socket.socket(fileno=descriptor)  # Python 3.6 takes each for IPv4; the address tells
+        family = socket.AF_INET6 if len(probe.getsockname()) == 4 else socket.AF_INET
+        found.append(prepare_listener(socket.socket(family, socket.SOCK_STREAM, fileno=probe.detach())))
+    return found
+
+
+def tell_systemd(state):
+    """Report a state (sd_notify) to systemd, if it has started us."""
+    where = os.environ.get("NOTIFY_SOCKET", "")
+    if where:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode(), re.sub("^@", "\0", where))
+
+
+def feed_watchdog():
+    """Tell systemd that we live, twice as often as it wants, as long as this process gets to run."""
+    interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
+    while interval:
+        tell_systemd("WATCHDOG=1")
+        time.sleep(interval)
 
 
 def open_access(options, store, local):
@@ -3244,10 +4533,6 @@ def is_loopback(listener):
     return host.startswith("127.") or host == "::1"
 
 
-def drop_request(*anything):
-    """The log of a server that was told to be --quiet."""
-
-
 def banner(store, listeners, access, local, tls=None):
     """What serve says first: where it listens and stores, who may do what, and two commands to try."""
     urls, ports = [], []
@@ -3268,37 +4553,6 @@ def banner(store, listeners, access, local, tls=None):
         "              docker pull %s/alpine" % ports[0],
         "  Ctrl-C ends it.",
     ])
-
-
-def describe(registry, name, digest):
-    """What ls tells about a manifest: digest, mediaType, platforms, size in bytes of all that is there of it, and how
-    many children are missing (of an index that was copied for some platforms only)."""
-    manifest = registry.manifest(name, digest)
-    found = {"digest": digest, "mediaType": manifest.media_type, "platforms": [], "size": len(manifest.content),
-             "missing": 0}
-    for child in manifest.manifests:
-        try:
-            part = describe(registry, name, child.digest)
-        except RegistryError:
-            found["missing"] += 1
-            continue
-        found["platforms"] += [entry for entry in part["platforms"] if entry not in found["platforms"]]
-        found["size"] += part["size"]
-    for blob in manifest.blobs:
-        found["size"] += blob.size
-    if manifest.media_type in IMAGE_TYPES:
-        found["platforms"] = [platform_of(registry, name, manifest)]
-    return found
-
-
-def platform_of(registry, name, manifest):
-    """OS/ARCHITECTURE[/VARIANT] from an image's config, or the artifact's type, or `-`."""
-    try:
-        with registry.open_blob(name, manifest.blobs[0].digest) as blob:
-            config = load_json(blob.read())
-        return "/".join(str(config[key]) for key in ("os", "architecture", "variant") if config.get(key)) or "-"
-    except (RegistryError, ValueError):
-        return manifest.artifact_type or "-"
 
 
 def list_store(options):
@@ -3332,17 +4586,6 @@ def tag_row(entry):
         return [entry["tag"], "-", "-", entry["error"]]
     missing = " (%d not here)" % entry["missing"] if entry["missing"] else ""
     return [entry["tag"], in_units(entry["size"]), ",".join(entry["platforms"]) + missing, entry["digest"]]
-
-
-def in_units(size):
-    """A number of bytes for people: 1.5 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
-        size /= 1024.0
-    else:
-        unit = "TiB"
-    return "%d B" % size if unit == "B" else "%.1f %s" % (size, unit)
 
 
 def print_table(rows):
@@ -3416,46 +4659,6 @@ def read_password(options):
         raise CommandError("a password has 1 to %d bytes of UTF-8; nothing was changed" % MAX_PASSWORD)
     return password
 
-CLIENTS = ("docker", "containerd", "podman", "k3s")
-
-
-def client_files(client, host, ca, mirror, origins):
-    """What a client must be told, as [(file, content, remark)]; `ca` is "" for a registry without TLS, `mirror` whether
-    the client shall take images of every origin from it. An entry without content is not needed."""
-    url = ("https://" if ca else "http://") + host
-    # containerd 1.6 wants a host table, and wants to be told the CA of the server, too. Without a file of this kind it
-    # takes the CA that lies in the registry's folder.
-    lines = ['server = "%s"' % url, '[host."%s"]' % url, '  capabilities = ["pull", "resolve"]']
-    if ca:
-        lines.insert(1, 'ca = "../%s/ca.crt"' % host)
-        lines.append("  " + lines[1])
-    every = "\n".join(lines + [""]) if mirror else ""
-    plain = "" if ca else 'server = "%s"\n[host."%s"]\n' % (url, url)
-    if client == "docker":
-        daemon = dict([("registry-mirrors", [url])] * mirror + [("insecure-registries", [host])] * (not ca))
-        return [("/etc/docker/certs.d/%s/ca.crt" % host, ca, "read at each pull, no restart"),
-                ("/etc/docker/certs.d/_default/hosts.toml", every,
-                 "every origin, for Docker 29 and newer with containerd's image store"),
-                ("/etc/docker/daemon.json", json.dumps(daemon) + "\n" if daemon else "", "then: systemctl reload docker"
-                 + (" (older Docker has mirrors for docker.io only)" if mirror else ""))]
-    if client == "containerd":
-        usage = ("for nerdctl, for ctr with --hosts-dir /etc/containerd/certs.d, for Kubernetes with that folder as "
-                 "config_path in config.toml; no restart")
-        return [("/etc/containerd/certs.d/%s/ca.crt" % host, ca, usage),
-                ("/etc/containerd/certs.d/%s/hosts.toml" % host, plain, usage),
-                ("/etc/containerd/certs.d/_default/hosts.toml", every, "every origin")]
-    if client == "podman":
-        lines = [] if ca else ["[[registry]]", 'location = "%s"' % host, "insecure = true"]
-        for origin in origins if mirror else ():  # there is no way to say "all"
-            lines += ["[[registry]]", 'prefix = "%s"' % origin, 'location = "%s/%s"' % (host, origin.replace(":", "_"))]
-            lines += [] if ca else ["insecure = true"]
-        return [("/etc/containers/certs.d/%s/ca.crt" % host, ca, "for podman, buildah, skopeo, CRI-O"),
-                ("/etc/containers/registries.conf.d/50-tinyreg.conf", "\n".join(lines + [""]) if lines else "", "")]
-    tls = 'configs:\n  "%s":\n    tls:\n      ca_file: /etc/rancher/k3s/tinyreg-ca.crt\n' % host if ca else ""
-    return [("/etc/rancher/k3s/tinyreg-ca.crt", ca, "on every node"),
-            ("/etc/rancher/k3s/registries.yaml",
-             'mirrors:\n  "%s":\n    endpoint: ["%s"]\n' % ("*" if mirror else host, url) + tls,
-             "then: systemctl restart k3s (or k3s-agent)")]
 
 
 def client_script(files):
@@ -3546,6 +4749,11 @@ def seconds(text):
     return float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
 
 
+def cores():
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def worker_count(text):
     """A number of processes. Raises ArgumentTypeError."""
     if not re.fullmatch(r"[1-9][0-9]{0,2}", text):
@@ -3557,6 +4765,14 @@ def address(text):
     """An address on the command line. Raises ArgumentTypeError."""
     try:
         return parse_listen(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error))
+
+
+def endpoint(text):
+    """An endpoint on the command line. Raises ArgumentTypeError."""
+    try:
+        return Endpoint(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error))
 
@@ -3634,9 +4850,17 @@ def build_parser():
                      help="take only clients with a certificate from this CA; its subject's CN is the user")
     from_environment(command, "--sparse", action="store_true", default=False,
                      help="take image manifests whose blobs are missing (pulls of such an image fail)")
+    from_environment(command, "--read-only", action="store_true", default=False, help="refuse pushes and deletions")
+    from_environment(command, "--immutable-tags", metavar="GLOB", type=parse_glob, action="append", default=[],
+                     help="tags (v*) or images (prod/**:*) that clients can't move or delete; may be repeated")
+    from_environment(command, "--notify", metavar="URL", type=endpoint, action="append", default=[],
+                     help="POST events to this URL, in Distribution's format; may be repeated; settings follow a #: "
+                     "actions=push,mount,delete,pull & repositories=GLOB,... & secret=FILE & headers=FILE")
+    from_environment(command, "--log", metavar="STYLE", choices=list(LOG_FORMATS) + ["off"], default="text",
+                     help="text, json, off, or explain, which says in words what happens")
+    from_environment(command, "--log-file", metavar="FILE", help="log there, not to stderr; SIGHUP opens it anew")
     from_environment(command, "--workers", metavar="N", type=worker_count,
-                     default=min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 4),
-                     help="processes that serve")
+                     default=min(4, cores()), help="processes that serve")
     from_environment(command, "--drain", metavar="TIME", type=seconds, default=30.0,
                      help="how long running transfers may take to end after SIGTERM")
     command = add_command(commands, list_store, "ls", "List repositories, or the tags of one.",

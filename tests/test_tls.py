@@ -222,7 +222,8 @@ def impatient(tmp_path, monkeypatch):
     make_certificates(files_of(tmp_path), str(folder), {"localhost"})
     listeners = tinyreg.open_listeners("127.0.0.1", 0)
     store = Directory(str(tmp_path / "r"))
-    server = tinyreg.Server(listeners, store, tinyreg.Access("admin"), log=lambda *anything: None, drain=5,
+    observation = tinyreg.Observation(store.own, "off", set())
+    server = tinyreg.Server(listeners, store, tinyreg.Access("admin"), observation, drain=5,
                             tls=Certificates(str(folder / "server.pem")))
     server.start()
     yield listeners[0].getsockname(), store, ssl.create_default_context(cafile=str(folder / "ca.crt"))

@@ -1,0 +1,269 @@
+"""Notifications: Distribution's events, kept on disk until their endpoint has had them, in order, at least once."""
+
+import hashlib
+import hmac
+import http.server
+import json
+import os
+import signal
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from samples import CONFIG, image
+
+import tinyreg
+from tinyreg import Digest, Endpoint, Metrics, Notifications
+
+
+def until(condition, seconds=20):
+    """Wait for a condition; returns its value."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+    return condition()
+
+
+class Hook:
+    """An endpoint that keeps what it gets; answers `status`, and hangs while `open` is not set."""
+
+    def __init__(self):
+        self.got, self.status, self.open = [], 200, threading.Event()
+        self.open.set()
+        hook = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                hook.open.wait(30)
+                if hook.status < 400:
+                    hook.got.append((self.path, dict(self.headers), body))
+                self.send_response(hook.status)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *anything):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = "http://127.0.0.1:%d/hook" % self.server.server_port
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def events(self):
+        return [json.loads(body.decode())["events"][0] for _, _, body in self.got]
+
+    def tags(self):
+        return [event["target"]["tag"] for event in self.events() if "tag" in event["target"]]
+
+    def close(self):
+        self.open.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def hook():
+    hook = Hook()
+    yield hook
+    hook.close()
+
+
+def call(server, method, path, body=None, **headers):
+    """(status, headers) of a request."""
+    request = urllib.request.Request(server.url + path, body, method=method,
+                                     headers={key.replace("_", "-"): value for key, value in headers.items()})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            answer.read()
+            return answer.status, answer.headers
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers
+
+
+def push(server, name, *tags):
+    """Push one small image under some tags; returns its manifest's bytes."""
+    for blob in (CONFIG, b"layer one"):
+        status, _ = call(server, "POST", "/v2/%s/blobs/uploads/?digest=%s" % (name, Digest.of(blob)), blob)
+        assert status == 201
+    manifest = json.dumps(image([b"layer one"])).encode()
+    for tag in tags:
+        assert call(server, "PUT", "/v2/%s/manifests/%s" % (name, tag), manifest,
+                    Content_Type="application/vnd.oci.image.manifest.v1+json")[0] == 201
+    return manifest
+
+
+def test_events_are_distributions(start_server, hook, tmp_path):
+    server = start_server(None, "--notify", hook.url + "#actions=push,pull,mount,delete")
+    manifest = push(server, "lab/app", "v1")
+    digest, layer = Digest.of(manifest), Digest.of(b"layer one")
+    call(server, "GET", "/v2/lab/app/manifests/v1", User_Agent="test/1")
+    call(server, "GET", "/v2/lab/app/blobs/" + layer)
+    call(server, "HEAD", "/v2/lab/app/blobs/" + layer)
+    call(server, "POST", "/v2/lab/new/blobs/uploads/?from=lab/app&mount=" + layer)
+    call(server, "DELETE", "/v2/lab/app/manifests/v1")
+    call(server, "DELETE", "/v2/lab/app/manifests/" + digest)
+    call(server, "DELETE", "/v2/lab/app/blobs/" + layer)
+    until(lambda: len(hook.got) >= 9)
+    events = hook.events()
+    assert [event["action"] for event in events] == ["push"] * 3 + ["pull"] * 2 + ["mount"] + ["delete"] * 3
+    target = events[2]["target"]
+    assert target == {"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": digest,
+                      "size": len(manifest), "length": len(manifest), "repository": "lab/app", "tag": "v1",
+                      "url": "%s/v2/lab/app/manifests/%s" % (server.url, digest)}
+    assert events[1]["target"]["digest"] == layer and events[1]["target"]["size"] == 9
+    assert events[1]["target"]["mediaType"] == "application/octet-stream"
+    assert events[3]["target"]["tag"] == "v1" and events[4]["target"]["digest"] == layer
+    assert events[3]["request"]["useragent"] == "test/1" and events[3]["request"]["method"] == "GET"
+    assert events[3]["request"]["addr"] == "127.0.0.1" and events[3]["request"]["host"] == server.host
+    assert events[5]["target"]["fromRepository"] == "lab/app" and events[5]["target"]["repository"] == "lab/new"
+    assert events[6]["target"]["tag"] == "v1" and events[6]["target"]["digest"] == ""
+    assert events[7]["target"]["digest"] == digest and events[8]["target"]["digest"] == layer
+    assert len({event["id"] for event in events}) == 9
+    assert len({event["source"]["instanceID"] for event in events}) == 1
+    assert hook.got[0][1]["Content-Type"] == "application/vnd.docker.distribution.events.v2+json"
+
+
+def test_filters_headers_and_signature(start_server, hook, tmp_path):
+    (tmp_path / "secret").write_text("a shared secret\n")
+    (tmp_path / "headers").write_text("X-Team: lab\nAuthorization: Bearer abc\n")
+    server = start_server(None, "--notify", "%s?key=1#actions=push&repositories=lab/*&secret=%s&headers=%s" % (
+        hook.url, tmp_path / "secret", tmp_path / "headers"))
+    push(server, "other/app", "no")
+    push(server, "lab/app/deeper", "no")
+    push(server, "lab/app", "yes")
+    call(server, "DELETE", "/v2/lab/app/manifests/yes")
+    push(server, "lab/app", "last")
+    until(lambda: "last" in hook.tags())
+    assert hook.tags() == ["yes", "last"]
+    assert {event["action"] for event in hook.events()} == {"push"}
+    path, headers, body = hook.got[0]
+    assert path == "/hook?key=1" and headers["X-Team"] == "lab" and headers["Authorization"] == "Bearer abc"
+    assert headers["X-Hub-Signature-256"] == "sha256=" + hmac.new(b"a shared secret", body, hashlib.sha256).hexdigest()
+
+
+def test_events_survive_kill_9_and_come_in_order(start_server, hook):
+    hook.status = 503
+    server = start_server(None, "--notify", hook.url + "#actions=push", "--workers", "2")
+    push(server, "lab/app", *["t%d" % number for number in range(5)])
+    server.restart(signal.SIGKILL)
+    push(server, "lab/app", *["t%d" % number for number in range(5, 10)])
+    server.restart(signal.SIGKILL)
+    hook.status = 200
+    until(lambda: "t9" in hook.tags())
+    assert hook.tags() == ["t%d" % number for number in range(10)]
+    assert "does not take notifications: it answered 503" in server.log().replace("[Errno 71] ", "")
+
+
+def test_an_endpoint_that_hangs_slows_nothing_and_hinders_no_other(start_server, hook):
+    stuck = Hook()
+    stuck.open.clear()
+    try:
+        server = start_server(None, "--notify", stuck.url, "--notify", hook.url)
+        push(server, "warm", "up")
+        began = time.monotonic()
+        push(server, "lab/app", *["t%d" % number for number in range(20)])
+        assert time.monotonic() - began < 5  # one time-out of the endpoint is 15 s
+        until(lambda: "t19" in hook.tags())
+        with urllib.request.urlopen(server.url + "/metrics") as answer:
+            text = answer.read().decode()
+        assert 'tinyreg_notifications_waiting{endpoint="%s"} 0\n' % hook.url in text
+        assert 'tinyreg_notifications_waiting{endpoint="%s"} 25\n' % stuck.url in text
+    finally:
+        stuck.close()
+
+
+def test_what_is_answered_from_memory_is_a_pull_all_the_same(start_server, hook):
+    server = start_server(None, "--notify", hook.url + "#actions=pull", "--workers", "1")
+    push(server, "lab/app", "v1")
+    for _ in range(5):
+        call(server, "GET", "/v2/lab/app/manifests/v1")
+    until(lambda: len(hook.got) >= 5)
+
+
+def queue_of(tmp_path, url="http://127.0.0.1:1/"):
+    """Notifications to one endpoint, whose queue nobody empties."""
+    return Notifications(str(tmp_path / "notify"), [Endpoint(url)], Metrics([]))
+
+
+def event(tag):
+    return {"action": "push", "target": {"repository": "a", "tag": tag}}
+
+
+def delivered(queue, count):
+    """The tags of the next events of a queue, in the order in which they would be delivered."""
+    tags = []
+    queue._deliver = lambda endpoint, line: tags.append(json.loads(line.decode())["target"]["tag"])
+    while len(tags) < count and queue._advance(queue.endpoints[0]):
+        pass
+    return tags
+
+
+def test_a_full_queue_drops_its_oldest_and_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tinyreg, "SEGMENT_SIZE", 200)
+    monkeypatch.setattr(tinyreg, "MAX_SEGMENTS", 4)
+    queue = queue_of(tmp_path)
+    for number in range(100):
+        queue.queue(event("t%d" % number))
+    waiting = queue.waiting(queue.endpoints[0])
+    dropped = queue.metrics.total("events_dropped_total")
+    assert dropped + waiting == 100 and len(queue.segments()) <= 5
+    assert "dropped" in caplog.text
+    tags = delivered(queue, 100)
+    assert tags == ["t%d" % number for number in range(100 - waiting, 100)]
+    assert len(queue.segments()) == 1  # the others went when they had been delivered
+
+
+def test_an_event_that_a_crash_cut_off_spoils_no_other(tmp_path):
+    queue = queue_of(tmp_path)
+    queue.queue(event("one"))
+    with open(queue._segment(1), "ab") as file:
+        file.write(b'{"action": "pu')
+    queue.queue(event("two"))
+    tags = []
+    queue.endpoints[0].deliver = lambda found: tags.append(found["target"]["tag"])
+    while queue._advance(queue.endpoints[0]):
+        pass
+    assert tags == ["one", "two"]
+
+
+def test_a_place_that_was_lost_means_all_again_not_none(tmp_path):
+    queue = queue_of(tmp_path)
+    queue.queue(event("one"))
+    (tmp_path / "notify" / queue.endpoints[0].key).write_bytes(b"\0" * 20)
+    assert delivered(queue_of(tmp_path), 1) == ["one"]
+
+
+def test_a_new_endpoint_hears_of_what_is_new(tmp_path):
+    queue = queue_of(tmp_path)
+    queue.queue(event("old"))
+    later = queue_of(tmp_path, "http://127.0.0.1:1/other")
+    later.queue(event("new"))
+    assert delivered(later, 1) == ["new"]
+
+
+def test_a_push_whose_event_can_not_be_queued_is_not_acknowledged(start_server, hook, tmp_path):
+    server = start_server(None, "--notify", hook.url)
+    push(server, "lab/app", "v1")
+    until(lambda: "v1" in hook.tags())
+    queue = tmp_path / "registry" / "tinyreg" / "notify"
+    os.rename(str(queue), str(queue) + ".away")
+    manifest = json.dumps(image([b"layer one"])).encode()
+    assert call(server, "PUT", "/v2/lab/app/manifests/v2", manifest)[0] == 500
+    os.rename(str(queue) + ".away", str(queue))
+    assert call(server, "PUT", "/v2/lab/app/manifests/v2", manifest)[0] == 201
+    until(lambda: "v2" in hook.tags())
+
+
+@pytest.mark.parametrize("text", ["ftp://x/", "hook", "http:///x", "http://x/#actions=shout", "http://x/#colour=red",
+                                  "http://x/#actions"])
+def test_a_bad_endpoint_is_a_usage_error(text):
+    with pytest.raises(ValueError):
+        Endpoint(text)
+
+
+def test_no_password_of_an_endpoint_is_shown():
+    assert Endpoint("https://user:word@host/path?token=abc").shown == "https://host/path"

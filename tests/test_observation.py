@@ -1,0 +1,279 @@
+"""What those who run a registry see of it: log lines, metrics and the narration."""
+
+import http.client
+import json
+import re
+import signal
+import socket
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from conftest import run_tinyreg
+from samples import make_image
+
+import tinyreg
+from tinyreg import Directory, Exchange, Live, Metrics, explain, printable, without_secrets
+
+parser = pytest.importorskip("prometheus_client.parser")
+
+
+def exchange(**fields):
+    """An Exchange with something in every field."""
+    values = {"client": "10.0.0.5", "user": "", "method": "GET", "target": "/v2/", "route": "get_base", "name": "",
+              "reference": "", "status": 200, "received": 0, "sent": 3, "seconds": 0.001, "digest": "", "agent": ""}
+    return Exchange(**dict(values, **fields))
+
+
+def fetch(url, **headers):
+    """(status, text) of a GET."""
+    request = urllib.request.Request(url, headers={key.replace("_", "-"): value for key, value in headers.items()})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def until(condition, seconds=20):
+    """Wait for a condition; returns its value."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+    return condition()
+
+
+def samples(server):
+    """{(name, labels as a sorted tuple): value} of /metrics, as prometheus_client reads it."""
+    found = {}
+    for family in parser.text_string_to_metric_families(fetch(server.url + "/metrics")[1]):
+        assert family.documentation and family.type in ("counter", "gauge", "histogram"), family
+        for sample in family.samples:
+            found[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
+    return found
+
+
+# Logs
+
+def test_text_lines_have_bytes_time_and_digest(start_server, tmp_path):
+    manifest = make_image(Directory(str(tmp_path / "registry")), "lab/app", "v1")
+    server = start_server()
+    fetch(server.url + "/v2/lab/app/manifests/v1", User_Agent='an "agent"')
+    line = until(server.log).splitlines()[0]
+    assert re.fullmatch(r'\S+Z 127\.0\.0\.1 GET /v2/lab/app/manifests/v1 200 %d [0-9.]+ms digest=%s '
+                        r'agent="an \'agent\'"' % (len(manifest.content), manifest.digest), line)
+
+
+def test_json_lines_are_json_and_have_everything(start_server):
+    server = start_server(None, "--log", "json")
+    request = urllib.request.Request(server.url + "/v2/lab/app/blobs/uploads/", b"", method="POST")
+    urllib.request.urlopen(request).close()
+    fetch(server.url + "/v2/no/such/tags/list")
+    until(lambda: server.log().count("\n") == 2)
+    first, second = sorted((json.loads(line) for line in server.log().splitlines()), key=lambda line: line["status"])
+    assert (first["route"], first["status"], first["name"]) == ("start_upload", 202, "lab/app")
+    assert (second["route"], second["status"], second["method"]) == ("get_tags", 404, "GET")
+    assert set(Exchange._fields) <= set(first) and first["time"].endswith("Z")
+
+
+def test_what_goes_wrong_is_json_too(start_server, tmp_path):
+    store = Directory(str(tmp_path / "registry"))
+    make_image(store, "lab/app", "v1")
+    with open(store.tag_path("lab/app", "v1") + "/current/link", "w") as file:
+        file.write("nonsense")
+    server = start_server(None, "--log", "json")
+    fetch(server.url + "/v2/lab/app/manifests/v1")
+    until(lambda: server.log().count("\n") == 2)
+    lines = [json.loads(line) for line in server.log().splitlines()]
+    assert lines[0]["level"] == "warning" and "damaged link" in lines[0]["message"]
+
+
+@pytest.mark.parametrize("style", ["text", "json", "explain"])
+def test_secrets_stay_out_of_every_log(start_server, style):
+    server = start_server(None, "--log", style)
+    fetch(server.url + "/v2/?access_token=SECRET1&n=5&SECRET2", Authorization="Basic U0VDUkVU")
+    fetch(server.url + "/nothing?x=SECRET3")
+    until(lambda: server.log().count("\n") == 2)
+    assert "SECRET" not in server.log() and "U0VDUkVU" not in server.log()
+
+
+@pytest.mark.parametrize("target, shown", [
+    ("/v2/a/tags/list?n=5&last=b", "/v2/a/tags/list?n=5&last=b"),
+    ("/v2/?token=x&n=1", "/v2/?token=***&n=1"),
+    ("/v2/?n=1&&secret", "/v2/?n=1&&***"),
+    ("http://user:word@host/v2/", "/v2/"),
+    ("/v2/?next=x&nn=y", "/v2/?next=***&nn=***"),
+])
+def test_only_known_parameters_show_their_values(target, shown):
+    assert without_secrets(target) == shown
+
+
+def test_no_client_can_forge_a_line(start_server):
+    server = start_server()
+    address = server.host.split(":")
+    for agent in (b"evil\x85\xff2026-01-01T00:00:00Z forged", b"\x9b31m"):
+        with socket.create_connection((address[0], int(address[1]))) as sock:
+            sock.sendall(b"GET /v2/ HTTP/1.1\r\nHost: x\r\nUser-Agent: " + agent + b"\r\nConnection: close\r\n\r\n")
+            while sock.recv(4096):
+                pass
+    until(lambda: server.log().count("\n") == 2)
+    log = server.log()
+    assert len(log.splitlines()) == 2 and "\\x85" in log and "\x9b" not in log and "\\x9b31m" in log
+    assert printable("a\nb\x00\u202e\ud800") == "a\\nb\\x00\\u202e\\ud800"
+
+
+def test_a_log_file_is_opened_anew_at_sighup(start_server, tmp_path):
+    path = tmp_path / "requests.log"
+    server = start_server(None, "--log-file", str(path), "--workers", "2")
+    fetch(server.url + "/v2/")
+    until(lambda: path.exists() and "/v2/" in path.read_text())
+    path.rename(tmp_path / "requests.log.1")
+    server.process.send_signal(signal.SIGHUP)
+    until(path.exists)
+
+    def both_have_it():
+        fetch(server.url + "/v2/after")
+        return path.read_text().count("/v2/after") >= 10
+    until(both_have_it)
+    assert server.log() == ""
+
+
+def test_a_log_file_that_can_not_be_opened_is_one_line(tmp_path):
+    done = run_tinyreg("serve", "--root", tmp_path / "registry", "--listen", "127.0.0.1:0", "--log-file",
+                       tmp_path / "no" / "such")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "no/such" in done.stderr
+
+
+def test_off_and_quiet_say_nothing(start_server):
+    for options in (["--log", "off"], ["--quiet"]):
+        server = start_server(None, *options)
+        assert fetch(server.url + "/v2/")[0] == 200
+        server.stop()
+        assert server.log() == ""
+
+
+# The narration
+
+def test_every_handler_of_the_protocol_is_explained():
+    for pattern, handlers in tinyreg.ROUTES:
+        for method, (_, handler) in handlers.items():
+            if pattern.pattern.startswith("/v2/"):
+                words = explain(exchange(method=method, route=handler.__name__, name="lab/app", reference="v1"))
+                assert "GET /v2/" not in words and "{" not in words, words
+
+
+def test_a_push_reads_as_a_conversation():
+    digest = "sha256:" + "ab" * 32
+    asked = {"agent": "docker/24.0 go", "name": "lab/app"}
+    lines = [explain(exchange(**dict(asked, **step))) for step in (
+        {"method": "HEAD", "route": "get_blob", "reference": digest, "status": 404},
+        {"method": "PATCH", "route": "append_to_upload", "status": 202, "received": 2048},
+        {"method": "PUT", "route": "finish_upload", "status": 201, "digest": digest, "user": "alice"},
+        {"method": "PUT", "route": "put_manifest", "reference": "v1", "status": 201, "digest": digest},
+        {"method": "GET", "route": "get_manifest", "reference": digest, "status": 404},
+        {"method": "GET", "route": "", "target": "/x{y}", "status": 418})]
+    assert "docker/24.0 at 10.0.0.5: has lab/app the blob sha256:abababababab…? -> 404: no, so the client" in lines[0]
+    assert "(2.0 KiB)" in lines[1] and "docker/24.0 (alice)" in lines[2] and "lab/app:v1" in lines[3]
+    assert "lab/app@sha256:ab" in lines[4] and "/x{y}" in lines[5]
+
+
+def read_line(stream, wanted):
+    """The first line of a stream that contains a word."""
+    for line in stream:
+        if wanted in line:
+            return line.decode()
+
+
+@pytest.mark.parametrize("path, start", [("/live/text", ""), ("/live/events", "data: ")])
+def test_live_shows_what_happens_in_all_workers(start_server, path, start):
+    server = start_server(None, "--log", "explain", "--workers", "2")
+    with urllib.request.urlopen(server.url + path, timeout=20) as stream:
+        until(lambda: ("tinyreg_watchers", ()) in samples(server) and samples(server)["tinyreg_watchers", ()] == 1)
+        for number in range(8):
+            fetch(server.url + "/v2/lab/n%d/tags/list" % number)
+        for number in range(8):
+            line = read_line(stream, b"lab/n%d?" % number)
+            assert line.startswith(start) and "which tags has lab/n%d?" % number in line
+    fetch(server.url + "/v2/")
+    until(lambda: (fetch(server.url + "/v2/"), samples(server)["tinyreg_watchers", ()] == 0)[1])
+
+
+def test_live_is_for_the_classroom_or_an_admin(start_server):
+    server = start_server(None, "--anonymous", "pull")
+    assert [fetch(server.url + path)[0] for path in ("/live", "/live/text", "/live/events")] == [403] * 3
+
+
+def test_a_server_stops_while_somebody_looks(start_server):
+    server = start_server(None, "--log", "explain")
+    with urllib.request.urlopen(server.url + "/live/text", timeout=20) as stream:
+        stream.readline()
+        began = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - began < 10  # and not --drain
+
+
+def test_the_file_behind_live_stays_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(tinyreg, "MAX_LIVE", 2000)
+    live = Live(str(tmp_path / "live"), Metrics([]))
+    lines = live.follow()
+    assert next(lines) is None
+    for number in range(100):
+        live.write(exchange(target="/%d" % number))
+        assert next(found for found in lines if found).target == "/%d" % number
+    assert not (tmp_path / "live").exists() or (tmp_path / "live").stat().st_size < 3000
+    lines.close()
+    assert live.metrics.total("watchers") == 0
+
+
+# Metrics
+
+def test_prometheus_reads_the_metrics_and_they_are_true(start_server, tmp_path):
+    make_image(Directory(str(tmp_path / "registry")), "lab/app", "v1", (b"x" * 1000,))
+    server = start_server(None, "--workers", "2")
+    connection = http.client.HTTPConnection(server.host)
+    for _ in range(20):
+        connection.request("GET", "/v2/lab/app/tags/list")
+        connection.getresponse().read()
+    connection.close()
+    upload = "%s/v2/lab/app/blobs/uploads/?digest=%s" % (server.url, tinyreg.Digest.of(b"12345"))
+    urllib.request.urlopen(urllib.request.Request(upload, b"12345", method="POST")).close()
+    fetch(server.url + "/nowhere")
+    labels = (("method", "GET"), ("route", "get_tags"))
+    unknown = "tinyreg_requests_total", (("method", "other"), ("route", "none"), ("status", "404"))
+    until(lambda: unknown in samples(server))
+    found = samples(server)
+    assert found["tinyreg_requests_total", labels + (("status", "200"),)] == 20
+    assert found["tinyreg_request_seconds_count", labels] == 20
+    assert found["tinyreg_request_seconds_bucket", (("le", "+Inf"),) + labels] == 20
+    assert 0 < found["tinyreg_request_seconds_sum", labels] < 20
+    assert found[unknown] == 1
+    assert found["tinyreg_received_bytes_total", ()] == 5
+    assert found["tinyreg_sent_bytes_total", ()] > 20 * len('{"name":"lab/app","tags":["v1"]}')
+    assert 0 < found["tinyreg_cache_hits_total", ()] < 20
+    assert found["tinyreg_store_blobs", ()] == 4 and found["tinyreg_store_repositories", ()] == 1
+    assert found["tinyreg_store_bytes", ()] > 1000 and found["tinyreg_store_free_bytes", ()] > 0
+
+
+def test_buckets_grow_and_no_count_is_lost_among_threads():
+    metrics = Metrics([("GET", "get_blob")])
+    for seconds in (0.0001, 0.001, 0.3, 100):
+        metrics.count(exchange(route="get_blob", seconds=seconds, status=299))
+    text = metrics.text([])
+    buckets = [int(line.split()[-1]) for line in text.splitlines() if "_bucket{" in line]
+    assert buckets == [1, 2, 2, 2, 2, 3, 3, 3, 4] and 'status="other"} 4' in text
+
+
+# Health
+
+def test_health_and_readiness_need_no_rights(start_server):
+    server = start_server(None, "--anonymous", "none")
+    assert fetch(server.url + "/healthz") == (200, "ok\n")
+    assert fetch(server.url + "/readyz") == (200, "ready\n")
+
+
+def test_a_store_that_can_not_be_written_is_not_ready(start_server, tmp_path):
+    server = start_server()
+    (tmp_path / "registry" / "tinyreg" / "scratch").rename(tmp_path / "away")
+    assert fetch(server.url + "/readyz")[0] >= 500 and fetch(server.url + "/healthz")[0] == 200

@@ -1,0 +1,262 @@
+"""A server that runs for years: refused writes, fixed tags, systemd, nginx in front of it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import pytest
+from conftest import TINYREG, run_tinyreg
+from samples import image, make_image, to_manifest
+
+from tinyreg import Digest, Directory, RegistryError, parse_glob
+
+
+def call(server, method, path, body=None, **headers):
+    """(status, headers, text) of a request."""
+    url = path if path.startswith("http") else getattr(server, "url", server) + path
+    request = urllib.request.Request(url, body, method=method,
+                                     headers={key.replace("_", "-"): value for key, value in headers.items()})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, answer.headers, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, error.read().decode()
+
+
+def until(condition, seconds=20):
+    """Wait for a condition; returns its value."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+    return condition()
+
+
+def test_read_only_refuses_what_writes_and_says_so(start_server, tmp_path):
+    manifest = make_image(Directory(str(tmp_path / "registry")), "lab/app", "v1")
+    server = start_server(None, "--read-only")
+    assert call(server, "GET", "/v2/lab/app/manifests/v1")[0] == 200
+    for method, path in (("POST", "/v2/lab/app/blobs/uploads/"), ("PUT", "/v2/lab/app/manifests/v2"),
+                         ("DELETE", "/v2/lab/app/manifests/v1"), ("DELETE", "/v2/lab/app/blobs/" + Digest.of(b"x"))):
+        status, _, text = call(server, method, path, manifest.content if method == "PUT" else None)
+        error = json.loads(text)["errors"][0]
+        assert status == 403 and error["code"] == "DENIED" and "read-only" in error["message"]  # docker stops at a 403
+
+
+def test_a_read_only_server_needs_a_store(tmp_path):
+    done = run_tinyreg("serve", "--root", tmp_path / "none", "--listen", "127.0.0.1:0", "--read-only")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "none").exists()
+
+
+def test_immutable_tags_do_not_move(start_server, tmp_path):
+    store = Directory(str(tmp_path / "registry"))
+    first = make_image(store, "lab/app", "v1")
+    store.put_manifest("lab/app", first, ["latest"])
+    other = to_manifest(image(annotations={"now": "another"}))
+    server = start_server(None, "--immutable-tags", "v*", "--immutable-tags", "prod/**:*")
+
+    def put(name, tag, manifest):
+        return call(server, "PUT", "/v2/%s/manifests/%s" % (name, tag), manifest.content)
+
+    status, _, text = put("lab/app", "v1", other)
+    assert status == 403 and "v1 can't be moved" in json.loads(text)["errors"][0]["message"]
+    assert put("lab/app", "v1", first)[0] == 201  # the same again is no move
+    assert put("lab/app", "v2", other)[0] == 201 and put("lab/app", "latest", other)[0] == 201
+    assert call(server, "DELETE", "/v2/lab/app/manifests/v1")[0] == 403
+    assert call(server, "DELETE", "/v2/lab/app/manifests/" + first.digest)[0] == 403
+    assert store.resolve("lab/app", "v1") == first.digest and store.resolve("lab/app", "latest") == other.digest
+    assert call(server, "DELETE", "/v2/lab/app/manifests/latest")[0] == 202
+    # By digest with several tags at once: all or none.
+    several = "/v2/lab/app/manifests/%s?tag=new&tag=v1" % other.digest
+    assert call(server, "PUT", several, other.content)[0] == 403
+    with pytest.raises(RegistryError):
+        store.resolve("lab/app", "new")
+    make_image(store, "prod/a/b", "any")
+    assert put("prod/a/b", "any", other)[0] == 403 and put("prod/a/b", "new", other)[0] == 201
+    assert run_tinyreg("rm", "--root", server.root, "lab/app:v1").returncode == 0  # its owner may
+
+
+def test_of_two_first_pushes_at_once_one_wins(tmp_path):
+    store = Directory(str(tmp_path / "registry"))
+    store.immutable = [parse_glob("v*")]
+    make_image(store, "lab/app", "base")
+    manifests = [to_manifest(image(annotations={"number": str(number)})) for number in range(8)]
+    won, start = [], threading.Barrier(8)
+
+    def push(manifest):
+        start.wait()
+        try:
+            store.put_manifest("lab/app", manifest, ["v1"])
+            won.append(manifest.digest)
+        except RegistryError as error:
+            assert error.code == "DENIED"
+
+    threads = [threading.Thread(target=push, args=(manifest,)) for manifest in manifests]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert won == [store.resolve("lab/app", "v1")]
+
+
+def test_counts_survive_the_death_of_a_worker(start_server):
+    server = start_server(None, "--workers", "2")
+
+    def workers():
+        with open("/proc/%d/task/%d/children" % (server.process.pid, server.process.pid)) as file:
+            return {int(word) for word in file.read().split()}
+
+    def count():
+        text = call(server, "GET", "/metrics")[2]
+        return sum(int(number) for number in re.findall(r'requests_total\{.*route="get_base".*\} (\d+)', text))
+
+    for _ in range(20):
+        call(server, "GET", "/v2/")
+    until(lambda: count() == 20)
+    before = workers()
+    for worker in before:
+        os.kill(worker, signal.SIGKILL)
+    until(lambda: len(workers() - before) == 2)
+    for _ in range(20):
+        call(server, "GET", "/v2/")
+    until(lambda: count() == 40)
+
+
+# systemd
+
+def test_systemd_hears_that_it_is_ready_lives_and_stops(start_server, tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(20)
+        server = start_server(None, "--workers", "2", environment={
+            "NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "200000"})
+        assert call(server, "GET", "/v2/")[0] == 200
+        heard = [manager.recv(100) for _ in range(6)]
+        assert heard.count(b"READY=1") == 1 and heard.count(b"WATCHDOG=1") == 5
+        server.process.send_signal(signal.SIGTERM)
+        while manager.recv(100) != b"STOPPING=1":
+            pass
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize("family, host", [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_it_serves_on_sockets_that_systemd_opened(tmp_path, family, host):
+    start = ("import os, sys\nos.dup2(int(sys.argv[1]), 3)\n"
+             "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1')\n"
+             "os.execv(sys.executable, [sys.executable] + sys.argv[2:])\n")
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        try:
+            listener.bind((host, 0))
+        except OSError:
+            pytest.skip("no IPv6 here")
+        listener.listen(5)
+        port = listener.getsockname()[1]
+        process = subprocess.Popen(
+            [sys.executable, "-c", start, str(listener.fileno()), TINYREG, "serve", "--quiet", "--root",
+             str(tmp_path / "registry")], stdout=subprocess.PIPE, pass_fds=[listener.fileno()], universal_newlines=True)
+    try:
+        url = "http://%s:%d" % ("[::1]" if family == socket.AF_INET6 else host, port)
+        assert call(url, "GET", "/v2/")[0] == 200  # waits in the socket's queue until it serves
+        process.terminate()
+        assert url in process.stdout.read()  # the banner
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+# nginx
+
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+
+# As the README has it, with two ways to share a host: the page below /registry/, and all names below team/.
+NGINX_CONF = """
+daemon off; pid {folder}/pid; error_log {folder}/error.log;
+events {{ }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+    server {{
+        listen 127.0.0.1:{port};
+        client_max_body_size 0;
+        proxy_http_version 1.1;
+        proxy_request_buffering off;
+        proxy_buffering off;
+        proxy_set_header Host $http_host;
+        proxy_set_header X-Forwarded-Host $http_host;
+        proxy_set_header X-Forwarded-Proto $scheme;
+        location /v2/ {{ proxy_pass http://{upstream}; }}
+        location /registry/ {{ proxy_pass http://{upstream}/; }}
+        location /v2/team/ {{ proxy_pass http://{upstream}/v2/; proxy_redirect /v2/ /v2/team/; }}
+    }}
+}}
+"""
+
+
+@pytest.fixture
+def proxied(start_server, tmp_path):
+    """(a tinyreg, the URL of an nginx in front of it)"""
+    if not NGINX:
+        pytest.skip("nginx is not installed")
+    make_image(Directory(str(tmp_path / "registry")), "lab/app", "v1", (b"x" * 3000000,))
+    server = start_server(None, "--log", "explain")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "nginx.conf").write_text(NGINX_CONF.format(folder=tmp_path, port=port, upstream=server.host))
+    nginx = subprocess.Popen([NGINX, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")],
+                             stderr=subprocess.DEVNULL)
+
+    def answers():
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        until(answers)
+        yield server, "http://127.0.0.1:%d" % port
+    finally:
+        nginx.terminate()
+        nginx.wait()
+
+
+def test_the_page_works_below_a_path_and_names_the_outer_host(proxied):
+    _, url = proxied
+    where = url + "/registry/?repository=lab/app&reference=v1"
+    status, _, text = call(url, "GET", where)
+    assert status == 200 and "docker pull %s/lab/app:v1" % url[7:] in text
+    links = re.findall(r'href="([^"]+)"', text)
+    assert len(links) > 6
+    for link in links:
+        target = urllib.parse.urljoin(where, link.replace("&amp;", "&"))
+        assert target.startswith("data:") or call(url, "GET", target)[0] == 200, target
+    with urllib.request.urlopen(url + "/registry/live/text", timeout=20) as stream:
+        stream.readline()
+        until(lambda: "watchers 1" in call(url, "GET", "/registry/metrics")[2])
+        call(url, "GET", "/v2/lab/app/tags/list")
+        while b"which tags has lab/app?" not in stream.readline():
+            pass
+
+
+@pytest.mark.skipif(not shutil.which("skopeo"), reason="skopeo is not installed")
+@pytest.mark.parametrize("prefix", ["", "team/"])
+def test_skopeo_copies_through_nginx(proxied, prefix):
+    server, url = proxied
+    where = "docker://%s/%s" % (url[7:], prefix)
+    done = subprocess.run(["skopeo", "copy", "--src-tls-verify=false", "--dest-tls-verify=false",
+                           where + "lab/app:v1", where + "lab/copy:v2"],
+                          stderr=subprocess.PIPE, universal_newlines=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(call(server, "GET", "/v2/lab/copy/tags/list")[2])["tags"] == ["v2"]

@@ -1,0 +1,289 @@
+"""What a person sees in a browser: what the pages say, and that what an image says stays text."""
+
+import hashlib
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import pytest
+from conftest import TINYREG
+from samples import make_docker_image, make_image, make_referrer, index, to_manifest
+
+import tinyreg
+from tinyreg import Access, Digest, Directory, Request, dispatch
+
+ATTACK = "\"'><script>document.title='attacked'</script><img src=x onerror=\"document.title='attacked'\">\u202e"
+CONFIG = {
+    "os": "linux", "architecture": "amd64", "created": "2020-02-03T04:05:06.789Z", "author": ATTACK,
+    "config": {"Env": ["PATH=/bin", ATTACK], "Cmd": ["serve", ATTACK], "Labels": {"maker": ATTACK, ATTACK: "x"}},
+    "history": [{"created_by": "ADD base.tar /"}, {"created_by": "ENV A=B", "empty_layer": True},
+                {"created_by": "RUN make " + ATTACK}]}
+BASE = b"a base that two images share" * 1000
+
+
+def fill(root):
+    """A store with an image full of attacks, a multi-platform one, a signature, and a second repository."""
+    store = Directory(str(root))
+    config = json.dumps(CONFIG).encode()
+    image = make_image(store, "lab/app", "1.0", (BASE, b"second"), config, annotations={"note": ATTACK})
+    other = make_image(store, "lab/app", None, (BASE, b"third"), config.replace(b"amd64", b"arm64"))
+    store.put_manifest("lab/app", to_manifest(index(image, other)), ["multi"])
+    make_image(store, "lab/other", "latest", (BASE,))
+    make_referrer(store, "lab/app", image, artifactType="application/vnd.example.signature")
+    return image
+
+
+def fetch(url, **headers):
+    """(status, headers, text) of a GET."""
+    request = urllib.request.Request(url, headers={key.replace("_", "-"): value for key, value in headers.items()})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, answer.headers, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, error.read().decode()
+
+
+class Document(html.parser.HTMLParser):
+    """A page as a list of elements with their attributes, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.text, self.open = [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "input", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+PAGES = ["", "?q=lab", "?q=nothing", "?repository=lab/app", "?repository=lab/app&reference=1.0",
+         "?repository=lab/app&reference=multi", "use", "disk", "live"]
+
+
+@pytest.fixture
+def registry(start_server, tmp_path):
+    fill(tmp_path / "registry")
+    return start_server(tmp_path / "registry", "--log", "explain")
+
+
+def test_pages_are_sound_accessible_and_self_contained(registry):
+    for path in PAGES:
+        check_page(*fetch(registry.url + "/" + path))
+
+
+def check_page(status, headers, text):
+    assert status == 200
+    document = Document(text)
+    assert document.open == []
+    assert document.all("html")[0]["lang"] == "en"
+    assert [len(document.all(tag)) for tag in ("main", "h1", "nav")] == [1, 1, 1]
+    assert text.index("<title>") < text.index("<body>")
+    assert "width=device-width" in [meta.get("content") for meta in document.all("meta")]
+    labelled = {label["for"] for label in document.all("label")}
+    assert all(field["id"] in labelled for field in document.all("input"))
+    assert all(heading.get("scope") == "col" for heading in document.all("th"))
+    assert len(document.all("caption")) == len(document.all("table"))
+    assert all(picture["role"] == "img" and picture["aria-label"] for picture in document.all("svg"))
+    identifiers = [attributes["id"] for _, attributes in document.elements if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+    for tag, attributes in document.elements:
+        assert not [name for name in attributes if name.startswith("on") or name in ("style", "src")], (tag, attributes)
+        for name in ("href", "action"):  # relative, so that it works below any path of a proxy
+            assert not re.match(r"[a-z]+:(?!,)|/", attributes.get(name, "")), attributes
+    levels = [int(tag[1]) for tag, _ in document.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and all(after - before <= 1 for before, after in zip(levels, levels[1:]))
+    policy = headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none';") and "frame-ancestors 'none'" in policy and "unsafe" not in policy
+    assert headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_every_link_of_every_page_leads_somewhere(registry):
+    for path in PAGES:
+        where = registry.url + "/" + path
+        links = {urllib.parse.urljoin(where, link["href"]) for link in Document(fetch(where)[2]).all("a")}
+        assert len(links) > 4
+        for target in sorted(links):
+            assert "/live/" in target or fetch(target)[0] == 200, target
+
+
+def test_nothing_that_an_image_says_becomes_markup(registry):
+    for path in ("?repository=lab/app&reference=1.0", "?repository=lab/app&reference=multi", "?repository=lab/app",
+                 "?q=" + urllib.parse.quote(ATTACK)):
+        status, _, text = fetch(registry.url + "/" + path)
+        document = Document(text)
+        assert status == 200
+        assert len(document.all("script")) == 1 and not document.all("img")
+        assert "\u202e" not in text
+    assert "<script>document.title" in Document(fetch(registry.url + "/" + PAGES[4])[2]).text
+
+
+def test_an_image_page_tells_layers_commands_labels_sharing_and_referrers(registry):
+    document = Document(fetch(registry.url + "/?repository=lab/app&reference=1.0")[2])
+    text = document.text
+    for words in ("linux/amd64", "ADD base.tar /", "RUN make", "ENV A=B", "PATH=/bin", "maker", "27.3 KiB",
+                  "application/vnd.example.signature", "years ago", "note"):
+        assert words in text, words
+    assert "./?repository=lab%2Fother" in [link["href"] for link in document.all("a")]  # which has the base as well
+    text = Document(fetch(registry.url + "/?repository=lab/app&reference=multi")[2]).text
+    assert "linux/amd64, linux/arm64" in text
+
+
+def test_pull_commands_name_the_host_that_the_client_sees(registry):
+    path = registry.url + "/?repository=lab/app&reference=1.0"
+    text = Document(fetch(path)[2]).text
+    assert "docker pull %s/lab/app:1.0" % registry.host in text
+    assert "podman pull --tls-verify=false %s/lab/app:1.0" % registry.host in text
+    assert "ctr images pull --plain-http %s/lab/app:1.0" % registry.host in text
+    text = Document(fetch(path, X_Forwarded_Host="registry.example, proxy", X_Forwarded_Proto="https")[2]).text
+    assert "docker pull registry.example/lab/app:1.0" in text and "plain-http" not in text
+    document = Document(fetch(path, X_Forwarded_Host="x;rm -rf ~ <b>")[2])
+    assert "rm -rf" not in document.text and not document.all("b")
+
+
+def test_configs_that_are_not_what_they_should_be_are_no_error(registry, tmp_path):
+    store = Directory(str(tmp_path / "registry"))
+    for number, config in enumerate((
+            b"[]", b"not JSON", b'{"history":{},"config":[],"created":7,"os":["x"]}',
+            b'{"history":[1,{"created_by":{"a":1}},{"empty_layer":true}],"config":{"Env":"x","Labels":[1],"Cmd":{}}}',
+            b'{"created":"0001-01-01T00:00:00Z","config":{"Labels":{"a":["b"],"c":null}},"author":"\\ud800\\u0000"}',
+            b'{"created":"9999-99-99T99:99:99Z","os":{"a":"b"},"history":"x"}')):
+        make_image(store, "odd", "t%d" % number, config=config)
+        status, _, text = fetch("%s/?repository=odd&reference=t%d" % (registry.url, number))
+        assert status == 200 and "Layers" in text, config
+    assert fetch(registry.url + "/?repository=odd")[0] == 200
+
+
+def test_an_index_of_indexes_that_unfolds_for_ever_is_read_once(registry, tmp_path):
+    store = Directory(str(tmp_path / "registry"))
+    manifest = make_image(store, "deep", None)
+    for _ in range(40):
+        manifest = to_manifest(index(manifest, manifest))
+        store.put_manifest("deep", manifest, ["top"])
+    assert fetch(registry.url + "/?repository=deep&reference=top")[0] == 200
+
+
+def test_repositories_are_searched_and_paged(tmp_path, monkeypatch):
+    monkeypatch.setattr(tinyreg, "ROWS", 5)
+    store = Directory(str(tmp_path / "registry"))
+    for number in range(12):
+        make_docker_image(store, "team%d/app" % number)
+
+    def show(target):
+        return Document(dispatch(store, Access("pull"), Request("GET", target)).body.decode())
+
+    seen, target, pages = [], "/", 0
+    while target:
+        links = [link["href"] for link in show(target).all("a")]
+        seen += [link for link in links if link.startswith("./?repository=") and "reference" not in link]
+        target = next((link[1:] for link in links if "last=" in link), None)
+        pages += 1
+    assert pages == 3 and len(seen) == len(set(seen)) == 12
+    text = show("/?q=TEAM1").text
+    assert "team1/app" in text and "team11/app" in text and "team2/app" not in text
+
+
+def test_only_what_one_may_pull_is_shown(tmp_path):
+    fill(tmp_path / "registry")
+    store = Directory(str(tmp_path / "registry"))
+    (tmp_path / "rules").write_text("** @anonymous pull\nlab/other @anonymous none\n")
+    access = Access("none", None, str(tmp_path / "rules"))
+
+    def show(target):
+        answer = dispatch(store, access, Request("GET", target))
+        return answer.status, answer.body.decode()
+
+    for target in ("/", "/disk", "/?repository=lab/app&reference=1.0", "/?q=other"):
+        status, text = show(target)
+        assert status == 200 and "lab/other" not in text.replace("“other”", "") and "lab%2Fother" not in text, target
+    assert [show(target)[0] for target in ("/?repository=lab/other", "/?repository=lab/app")] == [404, 200]
+
+
+def test_what_is_not_there_is_an_error_and_no_page(registry):
+    assert fetch(registry.url + "/?repository=no/such")[0] == 404
+    assert fetch(registry.url + "/?repository=lab/app&reference=no")[0] == 404
+    assert fetch(registry.url + "/?repository=BAD")[0] == 400
+    assert fetch(registry.url + "/?repository=lab/app&reference=sha256:1")[0] == 400
+
+
+def test_the_registry_hands_itself_out(registry):
+    with urllib.request.urlopen(registry.url + "/tinyreg.py") as answer, open(TINYREG, "rb") as file:
+        assert answer.headers["Content-Disposition"] == "attachment; filename=tinyreg.py"
+        assert hashlib.sha256(answer.read()).digest() == hashlib.sha256(file.read()).digest()
+
+
+def test_disk_use_counts_what_is_shared_once(tmp_path):
+    fill(tmp_path / "registry")
+    usage = Directory(str(tmp_path / "registry")).usage()
+    own, shared = usage["repositories"]["lab/other"]
+    assert 0 <= shared - len(BASE) < 100 and 0 < own < 1000
+    assert usage["bytes"] < sum(sum(pair) for pair in usage["repositories"].values())
+    assert usage["shared"][Digest.of(BASE)] == ["lab/app", "lab/other"]
+    assert usage["unlinked"] == 0
+
+
+def luminance(colour):
+    parts = [int(colour[start:start + 2], 16) / 255 for start in (1, 3, 5)]
+    red, green, blue = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_text_has_contrast_enough_in_light_and_dark():
+    themes = [dict(re.findall(r"--(\w+):(#\w{6}|#\w{3})", block))
+              for block in re.findall(r":root{(.*?)}", tinyreg.PAGE_STYLE, re.S)]
+    assert len(themes) == 2
+    for short in themes:
+        theme = {name: "#" + "".join(digit * 2 for digit in colour[1:]) if len(colour) == 4 else colour
+                 for name, colour in short.items()}
+        for ink in ("ink", "dim", "link"):
+            for paper in ("paper", "box"):
+                light, dark = sorted((luminance(theme[ink]), luminance(theme[paper])), reverse=True)
+                assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, paper)
+
+
+# A real browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def browse(url, profile, *options):
+    """Open a page in headless Chromium; returns what it printed, and its console."""
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--enable-logging=stderr", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--user-data-dir=%s" % profile] + list(options) + [url],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=60, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
+def test_chromium_runs_our_script_and_nobody_elses(registry, tmp_path):
+    shown, console = browse(registry.url + "/?repository=lab/app&reference=1.0", tmp_path / "profile", "--dump-dom")
+    assert console == []  # where it would say what the Content-Security-Policy refused
+    assert "<title>lab/app:1.0 – tinyreg</title>" in shown  # and not "attacked"
+    assert shown.count('<button type="button">Copy</button>') == 3  # our script showed them
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
+@pytest.mark.parametrize("name, width, scheme", [("light", 1000, "1"), ("dark", 1000, "0"), ("phone", 500, "1")])
+def test_chromium_paints_it_light_dark_and_narrow(registry, tmp_path, name, width, scheme):
+    picture = tmp_path / (name + ".png")
+    _, console = browse(registry.url + "/?repository=lab/app&reference=1.0", tmp_path / "profile", "--hide-scrollbars",
+                        "--window-size=%d,1200" % width, "--blink-settings=preferredColorScheme=" + scheme,
+                        "--screenshot=%s" % picture)
+    assert console == [] and picture.stat().st_size > 10000
