@@ -6,6 +6,8 @@
     python3 tinyreg.py serve --listen :5000 --tls --users FILE     with HTTPS, and passwords
     python3 tinyreg.py passwd NAME --users FILE                    set a password
     python3 tinyreg.py clients docker          what makes docker (or containerd, podman, k3s) trust it
+    python3 tinyreg.py save NAME -o FILE       write images into an archive; load FILE takes them in
+    python3 tinyreg.py serve FILE...           serve archives as they lie, read-only
     python3 tinyreg.py ls                      what it holds
     python3 tinyreg.py rm NAME:TAG             delete a tag
 
@@ -31,6 +33,7 @@ one folder of our own, whose content can be lost without losing an image:
         live                        what /live shows, while somebody looks
         usage                       how large everything is, measured a while ago
         referrers/NAME/_index       which manifest is about which other; made anew when missing
+        ranges/sha256/abcd…/…       ranges of a blob from parts of a split archive, until its others come
 
 One request:
 
@@ -39,20 +42,23 @@ One request:
 
 The rooms of this file; each uses the ones above it and none below:
 
-    1 Constants   2 Errors   3 Values   4 Files   5 Registry   6 Directory   10 Access   11 Observation
-    12 API   13 Page   14 Server   15 Commands          (7 Archive, 8 Remote and 9 Copy have their place here)
+    1 Constants   2 Errors   3 Values   4 Files   5 Registry   6 Directory   7 Archive   8 Remote   9 Copy
+    10 Access   11 Observation   12 API   13 Page   14 Server   15 Commands
 """
 
 import argparse
 import base64
+import bisect
 import calendar
 import collections
+import concurrent.futures
 import contextlib
 import email.utils
 import errno
 import fcntl
 import functools
 import getpass
+import gzip
 import hashlib
 import hmac
 import html
@@ -73,10 +79,13 @@ import ssl
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
+import urllib.request
 import uuid
+import zlib
 
 __version__ = "0.1"
 
@@ -141,6 +150,8 @@ PACE_BYTES = 30 << 10        # … so many bytes: 1 KiB a second
 NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 DIGEST = re.compile(r"(?:sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})")
+HOST = re.compile(r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)*"
+                  r"(?::[0-9]{1,5})?")
 DIGEST_SHAPE = re.compile(r"[a-z0-9]+(?:[+._-][a-z0-9]+)*:[a-zA-Z0-9=_-]+")
 ALGORITHMS = ("sha256", "sha512")
 
@@ -173,6 +184,8 @@ ERRORS = {  # OCI code (distribution-spec, "Error Codes"): (HTTP status, default
     "UNAVAILABLE":           (503, "the registry can't do this at the moment"),
     "UNKNOWN":               (500, "the registry failed; its log says why"),
 }
+
+UNKNOWN_CODES = ("NAME_UNKNOWN", "MANIFEST_UNKNOWN", "BLOB_UNKNOWN")  # it is not there
 
 # What the host may run out of while it stores something, and what the client is told: (status, message).
 # The client may try again later, and docker does so by itself; 507 is "Insufficient Storage".
@@ -306,6 +319,58 @@ def split_image(text):
         return parse_name(name), parse_digest(digest)
     name, colon, tag = text.partition(":")
     return parse_name(name), parse_tag(tag) if colon else None
+
+
+class Image(collections.namedtuple("Image", "host path reference")):
+    """An image where it comes from: the host of its registry, the repository there, and a tag or Digest."""
+
+    __slots__ = ()
+
+    @property
+    def stored_name(self):
+        """The repository that has it here: an image keeps its origin. No `:` may be in it, so a port follows a `_`."""
+        return origin_name(self.host, self.path)
+
+    def __str__(self):
+        return "%s/%s%s%s" % (self.host, self.path, "@" if isinstance(self.reference, Digest) else ":", self.reference)
+
+
+def origin_name(host, path):
+    """The name of a repository here whose content comes from `path` on `host`. Raises NAME_INVALID."""
+    return parse_name("%s/%s" % (host.lower().replace(":", "_"), path))
+
+
+def parse_image(text):
+    """The Image that docker means by this text: `alpine` is library/alpine on docker.io, tag latest. A digest wins
+    over a tag beside it. Raises NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID."""
+    rest, at, digest = text.partition("@")
+    first, slash, path = rest.partition("/")
+    if not slash or not (first == "localhost" or re.search("[.:A-Z]", first)):
+        first, path = "docker.io", rest
+    elif not HOST.fullmatch(first):
+        raise RegistryError("NAME_INVALID", text[:MAX_NAME], message="invalid host; write HOST[:PORT]/NAME[:TAG]")
+    host = "docker.io" if first in ("index.docker.io", "registry-1.docker.io") else first
+    path, colon, tag = path.partition(":")
+    if host == "docker.io" and "/" not in path:
+        if re.fullmatch("[0-9a-f]{64}", path):
+            raise RegistryError("NAME_INVALID", path, message="64 hexadecimal digits are a digest, not a name")
+        path = "library/" + path
+    tag = parse_tag(tag) if colon else "latest"
+    origin_name(host, parse_name(path))  # raises where it can't be stored under its origin
+    return Image(host, path, parse_digest(digest) if at else tag)
+
+
+def names_to_try(name, origin=None):
+    """The repositories in which a read of `name` looks for its answer, in turn. `origin` is the host that a mirror's
+    client thinks of (`ns`). Old Docker's mirror requests come without one, and people write short names: those mean
+    docker.io. Another origin's image is never answered with docker.io's of the same path."""
+    names = [name]
+    if origin:
+        with contextlib.suppress(RegistryError):
+            names.insert(0, origin_name(origin, name))
+    if origin in (None, "", "docker.io"):
+        names.append("docker.io/" + name if "/" in name else "docker.io/library/" + name)
+    return [found for index, found in enumerate(names) if len(found) <= MAX_NAME and found not in names[:index]]
 
 
 def parse_range(header, size):
@@ -823,6 +888,7 @@ class Registry:
     """
 
     read_only = False  # whether clients are to be refused what writes
+    distant = False  # whether reading it takes a network: what is known nearer is then not read from it
 
     def version(self):
         """A value that differs after every change, for answers that are kept; None if nothing may be kept."""
@@ -848,9 +914,18 @@ class Registry:
         """An open Blob. Raises NAME_UNKNOWN, BLOB_UNKNOWN."""
         raise NotImplementedError
 
+    def open_blob_from(self, name, digest, offset):
+        """The blob from this byte on, an empty rest included. Raises NAME_UNKNOWN, BLOB_UNKNOWN."""
+        blob = self.open_blob(name, digest)
+        return blob.part(offset, max(blob.length - offset, 0))
+
     def referrers(self, name, subject, last=""):
         """Yield the Manifests whose subject is this digest, in the order of their digests; none is no error."""
         raise NotImplementedError
+
+    def referrer_digests(self, name, subject):
+        """A list of their digests only, where reading each of them has a price."""
+        return [manifest.digest for manifest in self.referrers(name, subject)]
 
     def digests(self, name=None):
         """Yield the digest of every blob and manifest held, or held by one repository."""
@@ -878,10 +953,31 @@ class Registry:
     def put_blob(self, name, digest, open_from):
         """Store the blob that `open_from(offset)` opens, as a Blob from that byte on; goes on where an earlier attempt
         ended, also in another process. Raises DIGEST_INVALID, and what `open_from` raises."""
-        session = self.resume_upload(name, digest)
-        with open_from(session.offset) as blob:
-            session.append(blob, session.offset)
-        session.commit(digest)
+        resumed = True
+        while resumed:
+            session = self.resume_upload(name, digest)
+            resumed = session.offset > 0
+            try:
+                with open_from(session.offset) as blob:
+                    session.append(blob, session.offset)
+            except BaseException:
+                if not session.offset:
+                    session.cancel()  # there is nothing to go on from
+                raise
+            try:
+                return session.commit(digest)
+            except RegistryError as error:
+                # What an earlier attempt left was never synced, and a power cut may have spoilt it: begin anew.
+                if error.code != "DIGEST_INVALID" or not resumed:
+                    raise
+
+    def held(self, name, descriptor):
+        """How many bytes of a blob need not be sent, since they are here; a mount or put_blob finds them."""
+        return 0
+
+    def free_space(self):
+        """Bytes that can be stored, or None where that can't be known."""
+        return None
 
     def mount(self, name, digest, source=None):
         """Give a repository a blob that `source` has (or any, if None). False where there is no such blob."""
@@ -1268,12 +1364,52 @@ class Directory(Registry):
         return session
 
     def resume_upload(self, name, digest):
-        session_id = str(uuid.uuid5(uuid.NAMESPACE_URL, digest))
+        session_id = self._session_of(digest)
         self.hashes.forget(session_id)  # the id may have had other bytes, which another process cancelled
         try:
             return self.find_upload(name, session_id)
         except RegistryError:
             return self.start_upload(name, digest.algorithm, session_id)
+
+    @staticmethod
+    def _session_of(digest):
+        """The id of the upload session in which put_blob stores this digest, in whatever process."""
+        return str(uuid.uuid5(uuid.NAMESPACE_URL, digest))
+
+    @contextlib.contextmanager
+    def _sole_upload(self, name, digest):
+        """Around the one put_blob of this digest that may run; yields whether another one had to end first."""
+        folder = os.path.join(self.repository_path(name), "_uploads", self._session_of(digest))
+        path, waited, held = os.path.join(folder, "startedat"), False, False
+        make_directories(self.repository_path(name))
+        while not held:
+            os.makedirs(folder, exist_ok=True)
+            with open(path, "ab") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    waited = True
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                with contextlib.suppress(FileNotFoundError):  # the other one's end took the folder away
+                    held = os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+                if held:
+                    yield waited
+
+    def put_blob(self, name, digest, open_from):
+        with self._sole_upload(name, digest) as waited:
+            if not (waited and self.mount(name, digest)):
+                super().put_blob(name, digest, open_from)
+
+    def held(self, name, descriptor):
+        with contextlib.suppress(OSError):
+            return os.stat(self.blob_path(descriptor.digest)).st_size
+        with contextlib.suppress(RegistryError):
+            return self.find_upload(name, self._session_of(descriptor.digest)).offset
+        return 0
+
+    def free_space(self):
+        found = os.statvfs(self.root)
+        return found.f_bavail * found.f_frsize
 
     def publish_blob(self, name, temporary, digest):
         """Rename a file that is checked and synced to its place among the blobs, and link the repository to it.
@@ -1578,15 +1714,2074 @@ class DirectoryUpload(UploadSession):
 
 # ---------------------------------------------------------------------------------------------------------
 # 7  Archive
+#
+# Images in files: tars and directories. An archive is read where it lies: to open one is to read its headers (of a
+# directory, its names) and the small files that say what it holds, never a layer. Any number of files are one
+# registry: a difference and what it builds on, or the parts of a split archive. Every byte of an archive is a
+# stranger's: what it claims is checked before it counts, and nothing of it becomes a path.
 # ---------------------------------------------------------------------------------------------------------
+
+BLOCK = 512
+TAR_END = bytes(2 * BLOCK)
+SPOOL_BLOCK = 1 << 20        # bytes read at once from a stream
+MIN_SPARE = 64 << 20         # bytes of the disk that unpacking leaves free
+MAX_TAR_TEXT = 64 << 10      # bytes of a long name or pax header; a path has 4 KiB on Linux
+MAX_INDEX = 20 << 20         # bytes of an index.json or manifest.json; containerd and docker read no more
+TAR_FILES = (b"\0", b"0", b"7")
+TAR_LINKS = (b"1", b"2")
+TAR_TEXTS = {b"x": b"", b"g": b"", b"L": b"path", b"K": b"linkpath"}  # what they say of the member after them
+MAX_LINKS = 40               # links that lead to links; Linux follows as many
+
+REF_NAME = "org.opencontainers.image.ref.name"
+IMAGE_NAME = "io.containerd.image.name"
+SUBJECT = "io.containerd.manifest.subject"  # "this is about that manifest, and no image": containerd, Docker 29
+OWN_NAME = "tinyreg.name"                   # the repository, where the names above say it with another origin
+PARTS = "tinyreg-parts.json"
+
+IMAGE_CONFIGS = ("application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json")
+LAYER_TYPES = re.compile(r"application/vnd\.(?:oci\.image\.layer|docker\.image\.rootfs)\.")
+COMPRESSIONS = [(b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"\xfd7zXZ", "xz"), (b"BZh", "bzip2")]
+
+ARCHIVE_ROOT = re.compile(r"((?:.+?/)?)(?:index\.json|manifest\.json|docker/registry/v2/(?:blobs|repositories)/.+)")
+LAYOUT_BLOB = re.compile(r"blobs/(sha\d+)/([0-9a-f]+)")
+LAYOUT_RANGE = re.compile(r"(?:tinyreg-ranges/)?(sha\d+)/([0-9a-f]+)/([0-9]{1,18})-([0-9]{1,18})-([0-9a-f]{64})")
+NAMED_BY_DIGEST = re.compile(r"(?:.*[/:])?([0-9a-f]{64})(?:\.tar|\.tar\.gz)?")
+TREE_BLOB = re.compile(r"docker/registry/v2/blobs/(sha\d+)/[0-9a-f]{2}/([0-9a-f]+)/data")
+TREE_LINK = re.compile(r"docker/registry/v2/repositories/(.+)/_manifests/"
+                       r"(?:tags/([^/]+)/current|revisions/(sha\d+)/([0-9a-f]+))/link")
+
+
+class ArchiveError(RegistryError):
+    """What is wrong with an archive, and with which."""
+
+    def __init__(self, path, message):
+        super().__init__("UNSUPPORTED", message="%s: %s" % (path, message))
+
+
+def pour(blob, length, *takers):
+    """Hand the next bytes of a Blob to functions, such as a file's write and a hasher's update. Raises OSError."""
+    view = memoryview(bytearray(min(COPY_BUFFER, length)))
+    while length:
+        count = blob.readinto(view[:min(len(view), length)])
+        if not count:
+            raise OSError(errno.EIO, "a blob is shorter than it should be")
+        for take in takers:
+            take(view[:count])
+        length -= count
+
+
+class Member(collections.namedtuple("Member", "source offset length")):
+    """Where a file of an archive lies: in an open tar, or by itself, at the path that `source` then is."""
+
+    __slots__ = ()
+
+    def open(self):
+        """A Blob of it. Raises OSError."""
+        if isinstance(self.source, str):
+            return Blob(open(self.source, "rb", buffering=0), self.offset, self.length)
+        return Blob(os.fdopen(os.dup(self.source.fileno()), "rb", buffering=0), self.offset, self.length)
+
+    def read(self, limit=MAX_MANIFEST):
+        """Its content. Raises ValueError if that is more than `limit` bytes."""
+        if self.length > limit:
+            raise ValueError("a file of %d bytes that should be small" % self.length)
+        with self.open() as blob:
+            return blob.read(limit)
+
+    def start(self):
+        """Its first bytes, which show whether it is compressed."""
+        with self.open() as blob:
+            return blob.read(8)
+
+    def digest(self, algorithm="sha256"):
+        hasher = hashlib.new(algorithm)
+        with self.open() as blob:
+            pour(blob, self.length, hasher.update)
+        return Digest("%s:%s" % (algorithm, hasher.hexdigest()))
+
+
+class JoinedBlob(Blob):
+    """A blob whose bytes lie in several places, one after the other."""
+
+    def __init__(self, members, offset, length):
+        super().__init__(None, offset, length)
+        self.members = members
+
+    def part(self, offset, length):
+        return JoinedBlob(self.members, self.offset + offset, length)
+
+    def readinto(self, view):
+        start = self.offset + self.position
+        for member in self.members:
+            if start < member.length:
+                with member.open() as blob:
+                    rest = min(member.length - start, self.length - self.position)
+                    count = blob.part(start, rest).readinto(view)
+                self.position += count
+                return count
+            start -= member.length
+        return 0
+
+    def read(self, limit=MAX_MANIFEST):
+        content = bytearray()
+        pour(self.part(0, self.length), min(limit, self.length), content.extend)
+        return bytes(content)
+
+    def close(self):
+        """Nothing is open between two reads."""
+
+
+# Reading tars
+
+def tar_number(field):
+    """A number in a tar header: octal, or GNU's base 256 for what is too large for that. Raises ValueError."""
+    if field[0] & 0x80:
+        return int.from_bytes(field, "big") - (0x80 << 8 * (len(field) - 1))
+    return int(field.strip(b" \0") or b"0", 8)
+
+
+def pax_records(text):
+    """{key: value} of a pax header, in bytes. Raises ValueError."""
+    records = {}
+    while text:
+        match = re.match(rb"([0-9]{1,5}) ([^=\n]+)=", text)
+        if not match or not match.end() < int(match.group(1)) <= len(text):
+            raise ValueError("malformed pax header")
+        if match.group(2).startswith(b"GNU.sparse"):
+            raise ValueError("refused: it has a sparse file")
+        records[match.group(2)] = text[match.end():int(match.group(1)) - 1]
+        text = text[int(match.group(1)):]
+    return records
+
+
+def iter_tar(file):
+    """Yield (name, kind, target of a link, offset, length) of each file and link in a tar, by seeking from header to
+    header. All of old, GNU and pax tars but sparse files. Raises ValueError for what is none, damaged or cut off."""
+    size, offset, extended = os.fstat(file.fileno()).st_size, 0, {}
+    while True:
+        header = os.pread(file.fileno(), BLOCK, offset)
+        if header == bytes(BLOCK):
+            return
+        if len(header) < BLOCK:
+            raise ValueError("it is cut off: copy it again" if offset else "not a tar file")
+        if sum(header) - sum(header[148:156]) + 8 * 32 != tar_number(header[148:156]):
+            raise ValueError("damaged header at byte %d" % offset if offset else "not a tar file")
+        kind, length, start = header[156:157], tar_number(header[124:136]), offset + BLOCK
+        name, target = header[:100].partition(b"\0")[0], header[157:257].partition(b"\0")[0]
+        if header[257:263] == b"ustar\0" and header[345]:
+            name = header[345:500].partition(b"\0")[0] + b"/" + name
+        if kind not in TAR_TEXTS:
+            name, target = extended.get(b"path", name), extended.get(b"linkpath", target)
+            length = int(extended.get(b"size", length)) if kind in TAR_FILES else 0
+            extended = {}
+        if not 0 <= length <= size - start:
+            raise ValueError("%s is larger than the rest of the archive, which is damaged or cut off" % printable(name))
+        offset = start + padded(length)
+        if kind in TAR_TEXTS:
+            if length > MAX_TAR_TEXT:
+                raise ValueError("a header of %d bytes" % length)
+            text = os.pread(file.fileno(), length, start)
+            extended.update(pax_records(text) if kind == b"x" else {TAR_TEXTS[kind]: text.rstrip(b"\0")})
+        elif kind in TAR_FILES or kind in TAR_LINKS:
+            if not name.endswith(b"/"):  # an old tar's folder
+                yield name, kind, target, start, length
+        elif kind != b"5":
+            raise ValueError("refused: %s is a device, a sparse file or of an unknown kind" % printable(name))
+
+
+def padded(length):
+    """What a member takes in a tar: whole blocks."""
+    return -(-length // BLOCK) * BLOCK
+
+
+def printable(name):
+    return repr(os.fsdecode(name[:200]))
+
+
+def inner_path(name):
+    """A name in an archive in its shortest form. Raises ValueError for one that leads out of the archive."""
+    path = os.path.normpath(os.fsdecode(name))
+    if path.startswith(("/", "../")) or path == "..":
+        raise ValueError("refused: %s leads out of the archive" % printable(name))
+    return path
+
+
+def read_tar(file):
+    """{name: Member} of a tar, links followed. Raises ValueError."""
+    members, links = {}, {}
+    for name, kind, target, offset, length in iter_tar(file):
+        path, member = inner_path(name), Member(file, offset, length)
+        if b".." in name.split(b"/"):
+            raise ValueError("refused: %s leads out of the archive" % printable(name))
+        if kind in TAR_LINKS:
+            links[path] = inner_path(target if kind == b"1" else os.path.join(os.path.dirname(name), target))
+        elif path not in members:
+            members[path] = member
+        elif members[path].length != length or members[path].digest() != member.digest():
+            raise ValueError("refused: it has two files %s that differ" % printable(name))
+    for path in links:
+        target = path
+        for _ in range(MAX_LINKS):
+            target = links.get(target, target)
+        if target in members:
+            members.setdefault(path, members[target])
+    return members
+
+
+def read_folder(top):
+    """The same of a directory. Raises ValueError, OSError."""
+    members, top = {}, os.path.realpath(top)
+    for folder, _, files in os.walk(top):
+        for path in (os.path.join(folder, file) for file in files):
+            real = os.path.realpath(path) if os.path.islink(path) else path
+            if not real.startswith(os.path.join(top, "")):
+                raise ValueError("refused: %r leads out of the directory" % path)
+            if os.path.isfile(real):
+                members[os.path.relpath(path, top)] = Member(real, 0, os.path.getsize(real))
+    return members
+
+
+def compression(start):
+    """The name of what compressed the bytes that start so, or None."""
+    return next((name for magic, name in COMPRESSIONS if start.startswith(magic)), None)
+
+
+def checked_digest(algorithm, encoded):
+    """The Digest with these parts, or None where they make none."""
+    text = "%s:%s" % (algorithm, encoded)
+    return Digest(text) if DIGEST.fullmatch(text) else None
+
+
+# Names in archives
+
+def repository_for(path):
+    """What images without a name are called, after their file: `demo` for /media/Demo.tar."""
+    stem = re.sub(r"(\.tar|\.tgz|\.gz|\.oci)+$", "", os.path.basename(os.path.abspath(path)).lower())
+    stem = re.sub(r"[^a-z0-9]+", "-", stem).strip("-")
+    return stem or "images"
+
+
+def entry_name(annotations, default):
+    """(repository, tag or digest) by what an index.json says of a manifest: the store's own name, the full one of
+    containerd and docker, or the OCI's, which may be only a tag. (None, a tag or None) where it has no name."""
+    for key in (OWN_NAME, IMAGE_NAME, REF_NAME):
+        text = annotations.get(key)
+        if not isinstance(text, str):
+            continue
+        with contextlib.suppress(RegistryError):
+            if key == OWN_NAME:
+                return split_image(text)
+            if key == IMAGE_NAME or "/" in text or ":" in text:
+                return stored_image(text)
+            return default, parse_tag(text)
+    return None, None
+
+
+def stored_image(text):
+    """(repository, tag or digest) by which the store has an image of this name. Raises NAME_INVALID and others."""
+    image = parse_image(text)
+    return image.stored_name, image.reference
+
+
+def full_name(name):
+    """What other tools call a repository of the store: by its origin, which is docker.io where it has none."""
+    host, slash, path = name.partition("/")
+    if slash and (host == "localhost" or "." in host or "_" in host):
+        return re.sub(r"_([0-9]+)$", r":\1", host) + "/" + path
+    return "docker.io/" + ("" if slash else "library/") + name
+
+
+Range = collections.namedtuple("Range", "member offset total digest")
+
+
+def join_ranges(ranges):
+    """The Members that make up a blob from its first byte to its last, or None; `ranges` is {offset: Range}."""
+    joined, offset, total = [], 0, None
+    while offset != total and offset in ranges:
+        total = ranges[offset].total
+        joined.append(ranges[offset].member)
+        offset += joined[-1].length
+    return joined if offset == total else None
+
+
+# An archive as a registry
+
+class Part(collections.namedtuple("Part", "path number end parts")):
+    """What a part of a split archive says: which one it is, where its own content ends, and {number: what is known of
+    a part} of all."""
+
+    __slots__ = ()
+
+    @property
+    def sha256(self):
+        return self.parts.get(self.number, {}).get("sha256")
+
+
+Contents = collections.namedtuple("Contents", "manifests blobs referrers lacking")  # see Archive.contents
+
+
+def expect(kind, value):
+    """The value, if it is of this kind. Raises ValueError."""
+    if not isinstance(value, kind):
+        raise ValueError("malformed index.json or manifest.json")
+    return value
+
+
+class Archive(Registry):
+    """Files and directories with images, as one read-only registry. `sources` are paths, or (path, open file);
+    `ranges` is a folder of parts of blobs that came from earlier files. Raises ArchiveError, OSError.
+    """
+
+    def __init__(self, sources, ranges=None):
+        self.blobs = {}     # {digest: [Member, …]}, one after the other
+        self.ranges = {}    # {digest: {offset: Range}} of the blobs that a split archive has cut
+        self.made = {}      # {digest: content} of the manifests that docker save left out
+        self.roots = {}     # {repository: {tag or digest: digest}}
+        self.loose = {}     # {subject: {digest}} of manifests without a name that are about others
+        self.parts = []     # [Part, …], of the files that are parts
+        self.known = {}     # {repository: its Contents}, as far as it was asked for
+        self.root = ", ".join(source if isinstance(source, str) else source[0] for source in sources)
+        nameless = []
+        for source in sources:
+            path, file = source if isinstance(source, tuple) else (source, None)
+            try:
+                nameless += self._add(path, file)
+            except (ValueError, RegistryError) as error:
+                raise ArchiveError(path, error)
+        if ranges:
+            self._add_blobs(read_folder(ranges))
+        for digest, pieces in self.ranges.items():
+            joined = join_ranges(pieces)
+            if joined:
+                self.blobs.setdefault(digest, joined)
+        for name, tag, digest in nameless:
+            self._add_nameless(name, tag, digest)
+
+    # Opening
+
+    def _add(self, path, file):
+        """Take in one file. Returns [(repository, tag, digest)] of manifests that have no name of their own."""
+        if file is None and os.path.isdir(path):
+            members = read_folder(path)
+        else:
+            file = file or open(path, "rb", buffering=0)
+            packed = compression(os.pread(file.fileno(), 8, 0))
+            if packed:
+                raise ValueError("it is compressed with %s; decompress it first" % packed)
+            members = read_tar(file)
+        top = min((match.group(1) for match in map(ARCHIVE_ROOT.fullmatch, members) if match), key=len, default=None)
+        if top is None:
+            raise ValueError("no images in it: no index.json, no manifest.json, no docker/registry/v2")
+        members = {name[len(top):]: member for name, member in members.items() if name.startswith(top)}
+        default = repository_for(path)
+        if "index.json" in members:
+            return self._add_layout(path, members, default)
+        if "manifest.json" in members:
+            return self._add_docker(members, default)
+        return self._add_tree(members)
+
+    def _add_blobs(self, members):
+        """The blobs of an OCI image layout, and of our split archives their ranges."""
+        for name, member in members.items():
+            match = LAYOUT_BLOB.fullmatch(name) or LAYOUT_RANGE.fullmatch(name)
+            digest = match and checked_digest(*match.group(1, 2))
+            if digest and match.re is LAYOUT_BLOB:
+                self.blobs.setdefault(digest, [member])
+            elif digest and member.length:
+                self.ranges.setdefault(digest, {})[int(match.group(3))] = Range(
+                    member, int(match.group(3)), int(match.group(4)), Digest("sha256:" + match.group(5)))
+
+    def _add_layout(self, path, members, default):
+        """An OCI image layout, whole, with blobs left out, or as a part."""
+        self._add_blobs(members)
+        if PARTS in members:
+            document = load_json(members[PARTS].read(MAX_INDEX))
+            parts = {number: expect(dict, part) for number, part in enumerate(expect(list, document.get("parts")), 1)}
+            self.parts.append(Part(path, expect(int, document.get("part")), members[PARTS].offset - BLOCK, parts))
+        nameless = []
+        entries = expect(list, load_json(members["index.json"].read(MAX_INDEX)).get("manifests"))
+        for entry in entries:
+            media_type, digest = parse_descriptor(entry)[:2]
+            annotations = expect(dict, entry.get("annotations") or {})
+            if media_type and media_type not in MANIFEST_TYPES:
+                continue  # "implementations MUST ignore": the specification on types that they don't know
+            name, reference = entry_name(annotations, default)
+            if name:
+                self._root(name, reference, digest)
+            else:
+                nameless.append((default, reference or ("latest" if len(entries) == 1 else digest), digest))
+        return nameless
+
+    def _add_docker(self, members, default):
+        """What docker save and others like it write, and skopeo's `dir:`, whose manifest.json is the manifest."""
+        content = members["manifest.json"].read(MAX_INDEX)
+        for name, member in members.items():
+            match = NAMED_BY_DIGEST.fullmatch(name.replace(".manifest.json", ""))
+            if match:
+                self.blobs.setdefault(Digest("sha256:" + match.group(1)), [member])
+        if not content.lstrip().startswith(b"["):
+            digest = Digest.of(content)
+            self.blobs[digest] = [members["manifest.json"]]
+            return [(default, "latest", digest)]
+        nameless = []
+        images = expect(list, load_json(b'{"images":' + content + b"}")["images"])  # load_json takes objects only
+        for image in images:
+            digest = self._make_manifest(members, expect(dict, image))
+            tags = expect(list, image.get("RepoTags") or [])
+            for tag in tags:
+                self._root(*stored_image(expect(str, tag)), digest)
+            if not tags:
+                nameless.append((default, "latest" if len(images) == 1 else digest, digest))
+        return nameless
+
+    def _make_manifest(self, members, image):
+        """The digest of the OCI manifest that we make for an image that has none: always the same for the same image.
+
+        Layers stay as they are. Most are named by their digest, and the others, if they are not compressed, have it
+        in the config: so no layer is read for it. (Whether that is true shows when they are loaded.)"""
+        def find(name):
+            try:
+                return members[inner_path(expect(str, name).encode())]
+            except KeyError:
+                raise ValueError("manifest.json names %r, which is not there" % name)
+
+        config = find(image.get("Config"))
+        rootfs = load_json(config.read()).get("rootfs")
+        layers = expect(list, image.get("Layers") or [])
+        inner = expect(list, expect(dict, rootfs or {}).get("diff_ids") or [])
+        document = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "layers": [],
+                    "config": self._take(config, config.digest(), IMAGE_CONFIGS[0])}
+        for name, inside in itertools.zip_longest(layers, inner if len(inner) == len(layers) else []):
+            layer, match = find(name), NAMED_BY_DIGEST.fullmatch(name)
+            packed = compression(layer.start())
+            if match:
+                digest = Digest("sha256:" + match.group(1))
+            elif packed or inside is None:
+                digest = layer.digest()
+            else:
+                digest = parse_digest(expect(str, inside))
+            media_type = "application/vnd.oci.image.layer.v1.tar" + ("+" + packed if packed else "")
+            document["layers"].append(self._take(layer, digest, media_type))
+        content = to_json(document)
+        digest = Digest.of(content)
+        self.made[digest] = content
+        return digest
+
+    def _take(self, member, digest, media_type):
+        """Have a blob, and its descriptor."""
+        self.blobs.setdefault(digest, [member])
+        return {"mediaType": media_type, "digest": digest, "size": member.length}
+
+    def _add_tree(self, members):
+        """The tree of a Directory: Distribution's, and ours."""
+        for name, member in members.items():
+            blob, link = TREE_BLOB.fullmatch(name), TREE_LINK.fullmatch(name)
+            if blob and checked_digest(*blob.groups()):
+                self.blobs.setdefault(checked_digest(*blob.groups()), [member])
+            elif link and NAME.fullmatch(link.group(1)):
+                digest = member.read().decode("ascii", "replace")
+                if DIGEST.fullmatch(digest) and TAG.fullmatch(link.group(2) or "latest"):
+                    self._root(link.group(1), link.group(2) or Digest(digest), Digest(digest))
+        return []
+
+    def _root(self, name, reference, digest):
+        """Give a manifest a name. What comes later wins, as it does in a registry."""
+        self.roots.setdefault(name, {})[digest if isinstance(reference, Digest) else reference] = digest
+
+    def _add_nameless(self, name, reference, digest):
+        """A manifest without a name is either about another, or gets its archive's name."""
+        manifest = self._read_manifest(digest)
+        if manifest and manifest.subject:
+            self.loose.setdefault(manifest.subject, set()).add(digest)
+        else:
+            self._root(name, reference, digest)
+
+    # Reading
+
+    def _read_manifest(self, digest):
+        """The Manifest, or None where there is none, or what is there is not it."""
+        content, members = self.made.get(digest), self.blobs.get(digest, ())
+        if content is None and len(members) == 1 and members[0].length <= MAX_MANIFEST:
+            content = members[0].read()
+        try:
+            return parse_manifest(content, digest=digest) if content is not None else None
+        except RegistryError:
+            return None
+
+    def contents(self, digests):
+        """The Contents of these manifests: {digest: Descriptor} of all blobs that they and what is below and about
+        them refer to; the manifests that are there; who is about whom; and which manifests are lacking: those asked
+        for, and damaged ones. A child that is not there was left out on purpose (`--platform`)."""
+        found, stack = Contents(set(), {}, {}, set()), list(digests)
+        while stack:
+            digest = stack.pop()
+            if digest in found.manifests:
+                continue
+            manifest = self._read_manifest(digest)
+            if manifest is None:
+                if digest in self.blobs or digest in digests:
+                    found.lacking.add(digest)
+                continue
+            found.manifests.add(digest)
+            found.blobs.update((blob.digest, blob) for blob in manifest.blobs)
+            if manifest.subject:
+                found.referrers.setdefault(manifest.subject, set()).add(digest)
+            for child in manifest.manifests:
+                if child.media_type in MANIFEST_TYPES:
+                    stack.append(child.digest)
+                else:
+                    found.blobs[child.digest] = child  # a layer, in an index that BuildKit exported as cache
+            stack.extend(self.loose.get(digest, ()))
+        return found
+
+    def _contents_of(self, name):
+        if name not in self.roots:
+            raise RegistryError("NAME_UNKNOWN", name)
+        if name not in self.known:
+            self.known[name] = self.contents(set(self.roots[name].values()))
+        return self.known[name]
+
+    def repositories(self, last=""):
+        return (name for name in sorted(self.roots) if name > last)
+
+    def tags(self, name, last=""):
+        self._contents_of(name)
+        return (tag for tag in sorted(self.roots[name]) if tag > last and not isinstance(tag, Digest))
+
+    def resolve(self, name, tag):
+        self._contents_of(name)
+        try:
+            return self.roots[name][tag]
+        except KeyError:
+            raise RegistryError("MANIFEST_UNKNOWN", tag)
+
+    def manifest(self, name, digest):
+        manifest = self._read_manifest(digest) if digest in self._contents_of(name).manifests else None
+        if manifest is None:
+            raise RegistryError("MANIFEST_UNKNOWN", digest)
+        return manifest
+
+    def open_blob(self, name, digest):
+        members = self.blobs.get(digest)
+        if digest not in self._contents_of(name).blobs or not members:
+            raise RegistryError("BLOB_UNKNOWN", digest)
+        if len(members) == 1:
+            return members[0].open()
+        return JoinedBlob(members, 0, sum(member.length for member in members))
+
+    def referrers(self, name, subject, last=""):
+        try:
+            found = self._contents_of(name).referrers.get(subject, ())
+        except RegistryError:
+            return
+        for digest in sorted(found):
+            if digest > last:
+                yield self.manifest(name, digest)
+
+    def digests(self, name=None):
+        held = set(self.blobs) | set(self.made)
+        if name is not None:
+            held &= self._contents_of(name).manifests | set(self._contents_of(name).blobs)
+        return iter(sorted(held))
+
+    # For load and verify
+
+    def images(self):
+        """Yield (repository, tag or digest, digest) of all that has a name, and of what only a digest names."""
+        for name in sorted(self.roots):
+            reached = self.contents({digest for tag, digest in self.roots[name].items() if tag != digest}).manifests
+            for reference, digest in sorted(self.roots[name].items()):
+                if reference != digest or digest not in reached:
+                    yield name, reference, digest
+
+    def other_parts(self):
+        """The files that belong to a split archive and are not here."""
+        here = {repr(part.parts.get(part.number, {}).get("file")) for part in self.parts}
+        return sorted({repr(entry.get("file")) for part in self.parts for entry in part.parts.values()} - here)
+
+    def checks(self):
+        """[(Member, Digest)] of every blob and range."""
+        found = [(members[0], digest) for digest, members in self.blobs.items() if len(members) == 1]
+        return found + [(part.member, part.digest) for parts in self.ranges.values() for part in parts.values()]
+
+    def version(self):
+        return b"an archive does not change"
+
+    # Writing: why not
+
+    def _refuse(self, *arguments, **settings):
+        # 403 rather than the 405 of other read-only registries: docker would try again five times.
+        raise RegistryError("DENIED", message="this is served from an archive: read-only")
+
+    start_upload = mount = put_manifest = delete_tag = delete_manifest = delete_blob = _refuse
+
+
+# Writing archives
+
+Item = collections.namedtuple("Item", "name length blob offset")  # `blob` is bytes, or a digest
+
+
+class ArchiveWriter(Registry):
+    """What is copied here is remembered, and written at the end: so the tar begins with its index, and the same images
+    make the same bytes. Blobs in `have` are left out: the far side has them."""
+
+    def __init__(self, have=()):
+        self.have = set(have)
+        self.blobs = {}      # {digest: (length, function that opens it from an offset on)}
+        self.left_out = set()
+        self.manifests = {}
+        self.names = set()   # {(repository, tag or digest, digest)}
+        self.hashers = {}    # {digest: of what was written of it}
+
+    def resolve(self, name, tag):
+        raise RegistryError("MANIFEST_UNKNOWN", tag)
+
+    def manifest(self, name, digest):
+        raise RegistryError("MANIFEST_UNKNOWN", digest)
+
+    def mount(self, name, digest, source=None):
+        if digest in self.have:
+            self.left_out.add(digest)
+        return digest in self.have or digest in self.blobs
+
+    def held(self, name, descriptor):
+        return descriptor.size if descriptor.digest in self.have else 0
+
+    def put_blob(self, name, digest, open_from):
+        with open_from(0) as blob:
+            self.blobs[digest] = blob.length, open_from
+
+    def put_manifest(self, name, manifest, tags=()):
+        self.manifests[manifest.digest] = manifest
+        self.names.update((name, tag, manifest.digest) for tag in tags or [manifest.digest])
+
+    def _index(self):
+        """index.json: an entry for each name, and for what is about another. containerd and docker make no image of
+        an entry with SUBJECT; cosign's signatures are known by their tags."""
+        children = {child.digest for manifest in self.manifests.values() for child in manifest.manifests}
+        entries = []
+        for name, reference, digest in sorted(self.names):
+            manifest = self.manifests[digest]
+            if isinstance(reference, Digest) and digest in children:
+                continue
+            entry = {"mediaType": manifest.media_type, "digest": digest, "size": len(manifest.content)}
+            short = "%s%s%s" % (name, "@" if isinstance(reference, Digest) else ":", reference)
+            about = re.fullmatch(r"(sha256)-([0-9a-f]{64})(\..+)?", reference)
+            subject = manifest.subject or about and "%s:%s" % about.group(1, 2)
+            if subject:
+                entry["annotations"] = {SUBJECT: subject}
+            if not (manifest.subject and isinstance(reference, Digest)):
+                full = full_name(name) + short[len(name):]
+                entry.setdefault("annotations", {}).update({IMAGE_NAME: full, REF_NAME: full})
+                if stored_image(full)[0] != name:
+                    entry["annotations"][OWN_NAME] = short
+            entries.append(entry)
+        return to_json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries})
+
+    def _docker_images(self):
+        """manifest.json: the images, each with one platform, that docker load can take from here."""
+        tags = {}
+        for name, reference, digest in sorted(self.names):
+            if not isinstance(reference, Digest):
+                tags.setdefault(digest, []).append("%s:%s" % (full_name(name), reference))
+        images = []
+        for digest in sorted(tags, key=tags.get):
+            image = self._first_image(self.manifests[digest])
+            if image and all(blob.digest in self.blobs for blob in image.blobs):
+                paths = [blob_name(blob.digest) for blob in image.blobs]
+                images.append({"Config": paths[0], "RepoTags": tags[digest], "Layers": paths[1:]})
+        return to_json(images)
+
+    def _first_image(self, manifest):
+        """The image, or the first one in the index, that is to be run; None where there is none."""
+        if manifest.media_type in IMAGE_TYPES:
+            config, layers = manifest.blobs[0], manifest.blobs[1:]
+            fit = config.media_type in IMAGE_CONFIGS and all(LAYER_TYPES.match(layer.media_type) for layer in layers)
+            return manifest if fit and not manifest.subject else None
+        for child, entry in zip(manifest.manifests, manifest.document.get("manifests") or ()):
+            if child.digest in self.manifests and "vnd.docker.reference.type" not in (entry.get("annotations") or {}):
+                return self._first_image(self.manifests[child.digest])
+        return None
+
+    def parts(self, program=None, limit=None):
+        """[[Item, …], …]: what is in the archive, or in each part of it that takes no more than `limit` bytes. All
+        parts begin with all manifests, so that each can be loaded alone. Raises ValueError if that is too much."""
+        small = [("oci-layout", b'{"imageLayoutVersion":"1.0.0"}'), ("index.json", self._index())]
+        images = self._docker_images()
+        small += [("manifest.json", images)] if images != to_json([]) else []
+        small = ([("tinyreg.py", program)] if program else []) + small
+        small += [(blob_name(digest), self.manifests[digest].content) for digest in sorted(self.manifests)]
+        common = [Item(name, len(content), content, 0) for name, content in small]
+        room = (limit or sys.maxsize) - sum(map(cost, common)) - 10 * BLOCK
+        if limit and room > 0:
+            room -= 500 * (2 + 2 * sum(length for length, _ in self.blobs.values()) // room)  # PARTS, for each part
+        if room < 10 * BLOCK:
+            raise ValueError("a part has to be larger: what all parts have, the manifests above all, takes %d bytes"
+                             % sum(map(cost, common)))
+        parts, left = [list(common)], room
+        for digest in sorted(set(self.blobs) - set(self.manifests)):
+            for item in self._pieces(digest, room):
+                if cost(item) > left:
+                    parts.append(list(common))
+                    left = room
+                parts[-1].append(item)
+                left -= cost(item)
+        return parts
+
+    def _pieces(self, digest, room):
+        """A blob as one Item, or as several that each fill a part."""
+        length = self.blobs[digest][0]
+        whole = Item(blob_name(digest), length, digest, 0)
+        if cost(whole) <= room:
+            return [whole]
+        step = room - 4 * BLOCK
+        return [Item("tinyreg-ranges/%s/%s/%d-%d-" % (digest.algorithm, digest.encoded, offset, length) + "0" * 64,
+                     min(step, length - offset), digest, offset) for offset in range(0, length, step)]
+
+    def save(self, path, parts):
+        """Write the parts beside their names, and name them when all are safe on the disk. Returns what PARTS says.
+
+        Raises DIGEST_INVALID, OSError."""
+        paths = part_paths(path, len(parts))
+        temporary = [name + ".%s.part" % uuid.uuid4().hex[:8] for name in paths]
+        try:
+            with contextlib.ExitStack() as stack:
+                files = [HashedFile(stack.enter_context(open(name, "xb"))) for name in temporary]
+                for items, file in zip(parts, files):
+                    self.write(items, file)
+                report = [{"file": os.path.basename(name), "size": file.size, "sha256": file.hasher.hexdigest()}
+                          for name, file in zip(paths, files)]
+                for number, file in enumerate(files, 1):
+                    if len(files) > 1:
+                        content = to_json({"part": number, "parts": report})
+                        self.write([Item(PARTS, len(content), content, 0)], file)
+                    file.write(TAR_END)
+                    file.file.flush()
+                    os.fsync(file.file.fileno())
+            for name, final in zip(temporary, paths):
+                os.rename(name, final)
+            sync_directory(os.path.dirname(os.path.abspath(path)))
+        except BaseException:
+            for name in temporary:
+                with contextlib.suppress(OSError):
+                    os.unlink(name)
+            raise
+        if len(parts) == 1:
+            report = [{"file": paths[0], "size": files[0].size, "sha256": files[0].hasher.hexdigest()}]
+        return report
+
+    def write(self, items, file):
+        """Write members of a tar, without its end. Blobs are checked on their way. Raises DIGEST_INVALID, OSError."""
+        for item in items:
+            if isinstance(item.blob, Digest):
+                self._write_blob(item, file)
+            else:
+                file.write(tar_header(item.name, item.length) + item.blob)
+            file.write(bytes(padded(item.length) - item.length))
+
+    def _write_blob(self, item, file):
+        length, open_from = self.blobs[item.blob]
+        name = item.name
+        if item.length < length:  # the name of a range has its digest, so it is read twice
+            hasher = hashlib.sha256()
+            with open_from(item.offset) as blob:
+                pour(blob, item.length, hasher.update)
+            name = name[:-64] + hasher.hexdigest()
+        file.write(tar_header(name, item.length))
+        hasher = self.hashers.setdefault(item.blob, hashlib.new(item.blob.algorithm))
+        with open_from(item.offset) as blob:
+            pour(blob, item.length, hasher.update, file.write)
+        if item.offset + item.length == length and hasher.hexdigest() != item.blob.encoded:
+            raise RegistryError("DIGEST_INVALID", item.blob, message="a blob is damaged in the store")
+
+
+def verify_file(path):
+    """Read an archive once, from front to back: (number of blobs, sha256 of the file or None, what is damaged).
+
+    The sha256 is of the whole, or of a part up to PARTS, which says what it should be. Raises ArchiveError."""
+    archive, wrong, position, whole = Archive([path]), [], 0, hashlib.sha256()
+    tar = None if os.path.isdir(path) else Member(open(path, "rb", buffering=0), 0, os.path.getsize(path))
+    end = archive.parts[0].end if archive.parts else tar.length if tar else 0
+    checks = sorted(set(archive.checks()), key=lambda check: check[0].offset)
+    for member, digest in checks:
+        hasher = hashlib.new(digest.algorithm)
+        takers = [hasher.update]
+        if tar and member.offset >= position:
+            with tar.open() as blob:
+                pour(blob.part(position, member.offset - position), member.offset - position, whole.update)
+            takers.append(whole.update)
+            position = member.offset + member.length
+        with member.open() as blob:
+            pour(blob, member.length, *takers)
+        if hasher.hexdigest() != digest.encoded:
+            wrong.append(digest)
+    if tar:
+        rest = max(end - position, 0)
+        with tar.open() as blob:
+            pour(blob.part(position, rest), rest, whole.update)
+    if tar and archive.parts and not wrong and whole.hexdigest() != archive.parts[0].sha256:
+        wrong.append("the part, outside its blobs")
+    return len(checks), whole.hexdigest() if tar and not archive.parts else None, wrong
+
+
+def spool(path, stream, folder):
+    """A nameless file with the bytes of a stream, decompressed if they are gzip's. Raises ArchiveError, OSError."""
+    file = tempfile.TemporaryFile(dir=folder)
+    if compression(stream.peek(8)) == "gzip":
+        stream = gzip.GzipFile(fileobj=stream)
+    try:
+        block = b"-"
+        while block:
+            block = stream.read(SPOOL_BLOCK)
+            file.write(block)
+            if shutil.disk_usage(folder).free < MIN_SPARE:
+                raise ArchiveError(path, "unpacked it does not fit on the disk of %s" % folder)
+        file.flush()
+    except (EOFError, OSError, zlib.error) as error:
+        if getattr(error, "errno", None):
+            raise
+        raise ArchiveError(path, "damaged: %s" % error)
+    return file
+
+
+class HashedFile:
+    """A file being written, with its size and sha256 so far."""
+
+    def __init__(self, file):
+        self.file = file
+        self.size = 0
+        self.hasher = hashlib.sha256()
+
+    def write(self, content):
+        self.file.write(content)
+        self.hasher.update(content)
+        self.size += len(content)
+
+
+def blob_name(digest):
+    return "blobs/%s/%s" % (digest.algorithm, digest.encoded)
+
+
+def tar_header(name, length, kind=b"0"):
+    """The header of a member, GNU's, without time and owner: the same from every Python, unlike its tarfile's."""
+    encoded, before = name.encode("ascii"), b""
+    if len(encoded) > 100:
+        before = tar_header("././@LongLink", len(encoded) + 1, b"L") + encoded.ljust(padded(len(encoded) + 1), b"\0")
+    octal = b"%011o\0" % length if length < 1 << 33 else (1 << 95 | length).to_bytes(12, "big")
+    fields = [encoded[:100], b"0000755" if name.endswith(".py") else b"0000644", b"0000000", b"0000000", octal,
+              b"00000000000", b" " * 8, kind, b"", b"ustar  "]
+    header = struct.pack("100s8s8s8s12s12s8ss100s8s247x", *fields)
+    return before + header[:148] + b"%06o\0 " % sum(header) + header[156:]
+
+
+def cost(item):
+    """The bytes that an Item takes in a tar."""
+    return len(tar_header(item.name, item.length)) + padded(item.length)
+
+
+def archive_size(items):
+    """The bytes of a tar with these Items."""
+    return sum(map(cost, items)) + len(TAR_END)
+
+
+def part_paths(path, count):
+    """images.tar, or images-1of3.tar and so on."""
+    stem, extension = os.path.splitext(path)
+    names = ["%s-%dof%d%s" % (stem, number, count, extension) for number in range(1, count + 1)]
+    return names if count > 1 else [path]
 
 # ---------------------------------------------------------------------------------------------------------
 # 8  Remote
+#
+# Another registry, over HTTP: logins, redirects, retries, and transfers that go on where they were cut. What goes
+# wrong becomes a RegistryError whose one line says what to do. PullThrough puts a store in front of it.
 # ---------------------------------------------------------------------------------------------------------
+
+ACCEPT = ", ".join(MANIFEST_TYPES)
+RETRIED = (408, 429, 500, 502, 503, 504)
+REDIRECTS = (301, 302, 303, 307, 308)
+MAX_REDIRECTS = 10
+CONNECT_TIMEOUT = 15.0       # seconds to reach another registry
+REMOTE_TIMEOUT = 60.0        # seconds without a byte from it
+LONGEST_WAIT = 300.0         # seconds; who says Retry-After with more than that means "come back another day"
+UPLOAD_CHUNK = 64 << 20      # bytes; what a dropped connection costs at most, where the other side keeps whole chunks
+PLAIN_HINT = "; if it speaks HTTPS, leave out --plain-http"
+TOKEN_LIFE = 60              # seconds, where the token server does not say
+CHALLENGE = re.compile(r'(?:^|,)\s*(Basic|Bearer)\b((?:[\s,]*\w+\s*=\s*(?:"(?:\\.|[^"\\])*"|[^\s,"]+))*)', re.I)
+PARAMETER = re.compile(r'(\w+)\s*=\s*(?:"((?:\\.|[^"\\])*)"|([^\s,"]+))')
+
+Login = collections.namedtuple("Login", "kind user secret where")  # kind: password, identity (token), bearer (token)
+
+
+def parse_challenges(header):
+    """{scheme: {parameter: value}} of a WWW-Authenticate header; schemes and parameters in lower case."""
+    return {scheme.lower(): {name.lower(): re.sub(r"\\(.)", r"\1", quoted) or plain
+                             for name, quoted, plain in PARAMETER.findall(parameters)}
+            for scheme, parameters in CHALLENGE.findall(header)}
+
+
+def parse_retry_after(header):
+    """Seconds, from seconds or a date (RFC 9110, 10.2.3); None where there is nothing to read."""
+    if re.fullmatch("[0-9]{1,9}", header.strip()):
+        return float(header)
+    try:
+        return max(email.utils.parsedate_to_datetime(header).timestamp() - time.time(), 0.0)
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+
+
+class Credentials:
+    """The logins that docker, podman and skopeo keep, read and asked for anew each time; `places` is where we look."""
+
+    def __init__(self):
+        home, runtime = os.path.expanduser("~"), os.environ.get("XDG_RUNTIME_DIR")
+        docker = os.environ.get("DOCKER_CONFIG") or os.path.join(home, ".docker")
+        places = ["$DOCKER_AUTH_CONFIG" if "DOCKER_AUTH_CONFIG" in os.environ else None,
+                  os.environ.get("REGISTRY_AUTH_FILE"),
+                  runtime and os.path.join(runtime, "containers", "auth.json"),
+                  os.path.join(home, ".config", "containers", "auth.json"),
+                  os.path.join(docker, "config.json"), os.path.join(home, ".dockercfg")]
+        self.places = [place for place in places if place]
+
+    def _documents(self):
+        """Yield (place, document) of what is there and can be read."""
+        for place in self.places:
+            try:
+                content = (os.environ[place[1:]].encode() if place.startswith("$")
+                           else read_file(place, MAX_MANIFEST))
+                if content:
+                    document = load_json(content)
+                    yield place, {"auths": document} if place.endswith(".dockercfg") else document
+            except (OSError, ValueError) as error:
+                logger.warning("no logins read from %s: %s", place, error)
+
+    def find(self, host, path=""):
+        """The Login for a repository, or None. Keys may name a part of the path; the longest counts."""
+        parts = ("%s/%s" % (host, path)).split("/")
+        keys = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
+        for place, document in self._documents():
+            helpers = {self._key(name): helper for name, helper in (document.get("credHelpers") or {}).items()}
+            helper = helpers.get(host) or document.get("credsStore")
+            entries = {self._key(name): entry for name, entry in (document.get("auths") or {}).items()}
+            login = self._ask(helper, host) if isinstance(helper, str) and helper else None
+            for key in keys:
+                login = login or self._read(entries.get(key), place)
+            if login:
+                return login
+        return None
+
+    @staticmethod
+    def _key(name):
+        """A host, or host and path, as we compare it: https://index.docker.io/v1/ is docker.io."""
+        scheme, found, rest = name.partition("://")
+        name = rest.partition("/")[0] if found else re.sub("/v[12]/?$", "", name)
+        return "docker.io" if name in ("index.docker.io", "registry-1.docker.io") else name
+
+    @staticmethod
+    def _read(entry, place):
+        if not isinstance(entry, dict):
+            return None
+        user, secret = entry.get("username"), entry.get("password")
+        with contextlib.suppress(TypeError, ValueError):
+            user, _, secret = base64.b64decode(entry["auth"]).decode().partition(":") if entry.get("auth") else (
+                user, "", secret)
+        for kind, token in (("bearer", entry.get("registrytoken")), ("identity", entry.get("identitytoken"))):
+            if token:
+                return Login(kind, user or "", token, place)
+        return Login("password", user, secret.rstrip("\0"), place) if user and secret else None
+
+    @staticmethod
+    def _ask(helper, host):
+        """What a credential helper says; one that fails or is not installed has nothing to say."""
+        server = "https://index.docker.io/v1/" if host == "docker.io" else host
+        program = "docker-credential-" + helper
+        try:
+            answer = subprocess.run([program, "get"], input=server.encode(), stdout=subprocess.PIPE,
+                                    stderr=subprocess.DEVNULL, timeout=REMOTE_TIMEOUT, check=True).stdout
+            found = load_json(answer)
+        except (OSError, ValueError, subprocess.SubprocessError):
+            return None
+        user, secret = found.get("Username") or "", found.get("Secret") or ""
+        return Login("identity" if user == "<token>" else "password", user, secret, program) if secret else None
+
+
+class Reply:
+    """The answer to one request: its status and headers, and a body that is read once. close() keeps the connection
+    for the next request if the body was read to its end."""
+
+    def __init__(self, wire, key, connection, response):
+        self.wire, self.key, self.connection, self.response = wire, key, connection, response
+        self.status = response.status
+
+    def header(self, name):
+        """The value, those of repeated headers joined; "" where there is none."""
+        return ", ".join(self.response.headers.get_all(name, []))
+
+    def read(self, limit=MAX_MANIFEST):
+        """The body, or its first `limit` + 1 bytes; closes. Raises OSError, HTTPException where it was cut."""
+        try:
+            content = self.response.read(limit + 1)
+            if self.response.length and len(content) <= limit:
+                raise http.client.IncompleteRead(content, self.response.length)
+            return content
+        finally:
+            self.close()
+
+    def readinto(self, view):
+        return self.response.readinto(view)
+
+    def close(self):
+        connection, self.connection = self.connection, None
+        if connection and self.response.isclosed() and not self.response.will_close:
+            self.wire.keep(self.key, connection)
+        elif connection:
+            connection.close()
+
+
+class Wire:
+    """HTTP connections, made and used again. Knows neither registries nor logins."""
+
+    def __init__(self, ca=None, insecure=False):
+        self.context = ssl.create_default_context()
+        if ca:
+            self.context.load_verify_locations(ca)
+        if insecure:
+            self.context.check_hostname = False
+            self.context.verify_mode = ssl.CERT_NONE
+        self.idle = {}
+        self.mutex = threading.Lock()
+
+    def keep(self, key, connection):
+        with self.mutex:
+            self.idle.setdefault(key, []).append(connection)
+
+    def connect(self, scheme, netloc):
+        """A new connection, through the proxy that the environment (HTTPS_PROXY …) names, if any. Raises OSError."""
+        proxy = urllib.request.getproxies().get(scheme)
+        direct = not proxy or urllib.request.proxy_bypass(netloc) or is_local(netloc)
+        via = urllib.parse.urlsplit(proxy if proxy and "://" in proxy else "http://%s" % proxy)
+        target = netloc if direct else via.netloc.rpartition("@")[2]
+        if scheme == "https":
+            connection = http.client.HTTPSConnection(target, timeout=CONNECT_TIMEOUT, context=self.context)
+        else:
+            connection = http.client.HTTPConnection(target, timeout=CONNECT_TIMEOUT)
+        if not direct:
+            login = "%s:%s" % (via.username, via.password or "") if via.username else ""
+            headers = {"Proxy-Authorization": basic(*map(urllib.parse.unquote, login.split(":", 1)))} if login else {}
+            connection.set_tunnel(netloc, headers=headers)
+        connection.connect()
+        connection.sock.settimeout(REMOTE_TIMEOUT)
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+
+    def request(self, method, url, headers, body=None):
+        """The Reply. A kept connection may have been closed by the other side: then a new one is tried. Raises
+        OSError, HTTPException."""
+        parts = urllib.parse.urlsplit(url)
+        key = parts.scheme, parts.netloc
+        path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+        streamed = not isinstance(body, (bytes, type(None)))
+        while True:
+            with self.mutex:
+                connection = self.idle.get(key) and not streamed and self.idle[key].pop()
+            used = bool(connection)
+            connection = connection or self.connect(*key)
+            try:
+                try:
+                    connection.request(method, path, body, headers)
+                except ConnectionError:
+                    if not streamed:
+                        raise  # else a refusal, which may be there to be read, cut our sending short
+                return Reply(self, key, connection, connection.getresponse())
+            except (ConnectionError, http.client.BadStatusLine):
+                connection.close()
+                if not used:
+                    raise
+            except BaseException:
+                connection.close()
+                raise
+
+
+def is_local(netloc):
+    """Whether this is this machine, where docker does without TLS."""
+    host = re.sub(r":[0-9]+$", "", netloc)
+    return host in ("localhost", "[::1]") or re.fullmatch(r"127(\.[0-9]+){3}", host) is not None
+
+
+def basic(user, secret):
+    return "Basic " + base64.b64encode(("%s:%s" % (user, secret)).encode()).decode()
+
+
+class Remote(Registry):
+    """Another registry. `host` is as in an image's name; its names are those that it uses itself.
+
+    `say(line)` hears of waits, none of which is longer than `patience` seconds. Errors of the network are UNAVAILABLE.
+    """
+
+    distant = True
+
+    def __init__(self, host, ca=None, insecure=False, plain_http=False, retries=5, credentials=None, say=None,
+                 patience=LONGEST_WAIT):
+        self.host = host
+        self.patience = patience
+        self.address = "registry-1.docker.io" if host == "docker.io" else host
+        self.lenient = insecure or is_local(host)
+        self.plain_http = plain_http
+        self.retries = retries
+        self.credentials = credentials or Credentials()
+        self.say = say or logger.warning
+        self.wire = Wire(ca, self.lenient and not ca)
+        self.base = None        # the URL up to its path, once we know whether it is https
+        self.tokens = {}        # scope: (Authorization, when it ends, what it was asked for with)
+        self.mutex = threading.RLock()
+        self.held_in = {}       # digest: a repository here that is known to have this blob
+        self.sessions = {}      # (name, digest): Location of an upload that a mount began
+        self.no_referrers = False
+
+    # Requests
+
+    def _find_base(self):
+        """https, unless --plain-http; on this machine, and with --insecure, http where nobody speaks TLS."""
+        with self.mutex:
+            if not self.base:
+                scheme = "http" if self.plain_http else "https"
+                try:
+                    self.wire.connect(scheme, self.address).close()
+                except (ssl.SSLError, ConnectionResetError) as error:
+                    if not self.lenient or self.plain_http or "CERTIFICATE" in str(error):
+                        raise
+                    scheme = "http"
+                self.base = "%s://%s" % (scheme, self.address)
+            return self.base
+
+    def _explain(self, error):
+        """The RegistryError for a failure of the network."""
+        text = str(error)
+        if isinstance(error, ssl.SSLError) and "CERTIFICATE_VERIFY_FAILED" in text or "doesn't match" in text:
+            advice = "its certificate is not trusted (%s); name its CA with --ca FILE" % re.sub(
+                r".*certificate verify failed:? ?|\(_ssl.*", "", text).strip()
+        elif isinstance(error, ssl.SSLError):
+            advice = "it does not speak TLS; if it is meant to speak plain HTTP, add --plain-http"
+        elif isinstance(error, socket.gaierror):
+            advice = "there is no such host"
+        else:
+            advice = getattr(error, "strerror", None) or text or type(error).__name__
+            advice += PLAIN_HINT if self.plain_http and not isinstance(error, ConnectionRefusedError) else ""
+        return RegistryError("UNAVAILABLE", message="can't reach %s: %s" % (self.host, advice))
+
+    def _pause(self, attempt, wait, why):
+        """Wait before the next attempt; longer each time, and not all at the same moment."""
+        if wait is None:
+            wait = min(0.5 * 2 ** attempt, 30.0) * random.uniform(0.5, 1.0)
+        if wait > 1:
+            self.say("%s; waiting %d s" % (why, wait))
+        time.sleep(wait)
+
+    def send(self, method, url, headers=None, body=None, scope=None):
+        """The Reply to a request, after retries. `url` may be a path. With a `scope` we log in if asked to. Raises
+        RegistryError; with a body that can't be sent twice, OSError and HTTPException as they come."""
+        streamed = not isinstance(body, (bytes, type(None)))
+        for attempt in itertools.count():
+            known = self.base is not None
+            wait = None
+            try:
+                reply = self._follow(method, urllib.parse.urljoin(self._find_base(), url), headers or {}, body, scope)
+                if reply.status not in RETRIED:
+                    return reply
+                wait = parse_retry_after(reply.header("Retry-After"))
+                failure = self.refusal(reply)
+            except (OSError, http.client.HTTPException) as error:
+                failure = self._explain(error)
+                if streamed and known:
+                    raise
+            if streamed or not known and self.base is None or attempt >= self.retries or (wait or 0) > self.patience:
+                raise failure
+            self._pause(attempt, wait, failure)
+
+    def _follow(self, method, url, headers, body, scope):
+        """One request, with the redirects and the login that it takes. A login is for this registry alone: it is not
+        sent along to where a redirect or a Location leads."""
+        challenged, streamed = False, not isinstance(body, (bytes, type(None)))
+        for _ in range(MAX_REDIRECTS):
+            ours = url.startswith(self.base + "/")
+            sent = dict(headers)
+            authorization = self._authorization(scope) if ours and scope else None
+            if authorization:
+                sent["Authorization"] = authorization
+            reply = self.wire.request(method, url, dict(sent, **{"User-Agent": "tinyreg/" + __version__}), body)
+            if reply.status in REDIRECTS and reply.header("Location") and method in ("GET", "HEAD"):
+                there = urllib.parse.urljoin(url, reply.header("Location"))
+                if not re.match("https?://", there):
+                    raise RegistryError("UNAVAILABLE", message="%s redirects to %s" % (self.host, there[:200]))
+                if urllib.parse.urlsplit(there)[:2] != urllib.parse.urlsplit(url)[:2]:
+                    headers = {name: value for name, value in headers.items() if name != "Authorization"}
+                url = there
+            elif reply.status == 401 and ours and scope and not challenged:
+                challenged = True
+                self._log_in(parse_challenges(reply.header("WWW-Authenticate")), scope, authorization)
+                if streamed:
+                    raise ConnectionError("the login ended during an upload")
+            else:
+                return reply
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                reply.read(MAX_HEAD)
+        raise RegistryError("UNAVAILABLE", message="%s redirects more than %d times" % (self.host, MAX_REDIRECTS))
+
+    def _authorization(self, scope):
+        """The header for a scope that we have logged in for; a token that is about to end is renewed."""
+        with self.mutex:
+            header, ends, challenge = self.tokens.get(scope, (None, 0, None))
+            if challenge and time.monotonic() > ends:
+                header = self._fetch_token(challenge, scope)
+            return header
+
+    def _log_in(self, challenges, scope, used):
+        """Get what answers a 401. Raises UNAUTHORIZED."""
+        with self.mutex:
+            if self.tokens.get(scope, (None,))[0] != used:
+                return  # another thread was faster
+            if "bearer" in challenges:
+                self._fetch_token(challenges["bearer"], scope)
+                return
+            login = self.credentials.find(self.host, scope.split(":")[1])
+            header = basic(login.user, login.secret) if login else None
+            if "basic" not in challenges or header in (None, used):
+                raise self._unauthorized(login)
+            self.tokens[scope] = header, 0, None
+
+    def _unauthorized(self, login, status=401):
+        code = "UNAUTHORIZED" if status == 401 else "DENIED"
+        if login:
+            return RegistryError(code, message="%s does not let %s do this, with the login from %s; log in with: "
+                                 "docker login %s" % (self.host, login.user or "us", login.where, self.host))
+        return RegistryError(code, message="%s has no such image, or wants a login for it, and there is none in %s; "
+                             "log in with: docker login %s"
+                             % (self.host, ", ".join(self.credentials.places), self.host))
+
+    def _fetch_token(self, challenge, scope):
+        """Ask the token server of a Bearer challenge; returns the header. Raises UNAUTHORIZED."""
+        login = self.credentials.find(self.host, scope.split(":")[1])
+        realm = challenge.get("realm", "")
+        if not re.match("https?://", realm):
+            raise RegistryError("UNAVAILABLE", message="%s names no token server" % self.host)
+        if login and realm.startswith("http:") and self.base.startswith("https:"):
+            raise RegistryError("UNAVAILABLE", message="%s wants the login sent to %s without TLS; it was not"
+                                % (self.host, realm))
+        scopes = challenge.get("scope", "").split()
+        asked = {wish.rpartition(":")[0] for wish in scopes}
+        scopes += [wish for wish in scope.split() if wish.rpartition(":")[0] not in asked]
+        if login and login.kind == "bearer":
+            answer = {"token": login.secret, "expires_in": 1 << 30}
+        else:
+            answer = self._ask_for_token(realm, challenge.get("service", ""), scopes, login)
+        token, life = answer.get("token") or answer.get("access_token"), answer.get("expires_in")
+        if not isinstance(token, str):
+            raise self._unauthorized(login)
+        life = life if isinstance(life, int) and life > 0 else TOKEN_LIFE
+        self.tokens[scope] = "Bearer " + token, time.monotonic() + life * 0.9, challenge
+        return "Bearer " + token
+
+    def _ask_for_token(self, realm, service, scopes, login):
+        fields = [("service", service)] if service else []
+        reply = None
+        if login and login.kind == "identity":
+            form = fields + [("grant_type", "refresh_token"), ("client_id", "tinyreg"), ("scope", " ".join(scopes)),
+                             ("refresh_token", login.secret)]
+            reply = self.send("POST", realm, {"Content-Type": "application/x-www-form-urlencoded"},
+                              urllib.parse.urlencode(form).encode())
+        if reply is None or reply.status in (404, 405):
+            password = login and login.kind == "password"
+            fields += [("account", login.user)] if password else []
+            query = urllib.parse.urlencode(fields + [("scope", wish) for wish in scopes])
+            reply = self.send("GET", realm + ("&" if "?" in realm else "?") + query,
+                              {"Authorization": basic(login.user, login.secret)} if password else {})
+        content = reply.read()
+        if reply.status != 200:
+            raise self._unauthorized(login)
+        try:
+            return load_json(content)
+        except ValueError as error:
+            raise RegistryError("UNAVAILABLE", message="%s: %s is no token server: %s" % (self.host, realm, error))
+
+    def refusal(self, reply, unknown="NAME_UNKNOWN", what=""):
+        """The RegistryError for an answer that is none; `unknown` is what a 404 about `what` means. Closes."""
+        code = {401: "UNAUTHORIZED", 403: "DENIED", 404: unknown, 429: "TOOMANYREQUESTS"}.get(
+            reply.status, "UNAVAILABLE" if reply.status >= 500 else "UNSUPPORTED")
+        message = http.client.responses.get(reply.status, "status %d" % reply.status)
+        try:
+            errors = load_json(reply.read(MAX_HEAD)[:MAX_HEAD]).get("errors")
+            code = errors[0]["code"] if errors[0]["code"] in ERRORS and reply.status < 500 else code
+            message = str(errors[0].get("message") or message)
+        except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
+            pass  # many answer in HTML, or not at all to a HEAD
+        if reply.status in (401, 403):
+            return self._unauthorized(self.credentials.find(self.host, what.partition(":")[0]), reply.status)
+        if reply.status == 404:
+            return RegistryError(code, message="%s has no %s" % (self.host, what))
+        hint = PLAIN_HINT if self.plain_http and reply.status == 400 else ""
+        return RegistryError(code, message="%s answered %d: %s%s" % (self.host, reply.status, message, hint))
+
+    def call(self, method, name, rest, wanted=(200,), headers=None, body=None, action="pull", unknown="NAME_UNKNOWN"):
+        """The Reply to a request about a repository, if its status is wanted. Raises RegistryError."""
+        url = rest if rest.startswith("/v2/") else "/v2/%s%s" % (name, rest)
+        scope = "repository:%s:%s" % (name, action) if name else "registry:catalog:*"
+        reply = self.send(method, url, headers, body, scope)
+        if reply.status in wanted:
+            return reply
+        what = rest.rpartition("/")[2]
+        raise self.refusal(reply, unknown, "%s%s%s" % (name, "@" if ":" in what else ":", what))
+
+    # Reading
+
+    def _pages(self, name, path, read):
+        """What `read(document)` finds in each page of a list; Link names the next one."""
+        following, seen = path, set()
+        while following and following not in seen:
+            seen.add(following)
+            reply = self.call("GET", name, following)
+            link = re.search(r'<([^>]*)>\s*;[^,]*rel="?next"?', reply.header("Link"))
+            try:
+                for entry in read(load_json(reply.read(MAX_MANIFEST * 4))):
+                    yield entry
+            except (ValueError, LookupError, TypeError) as error:
+                raise RegistryError("UNSUPPORTED", message="%s answered nonsense: %s" % (self.host, error))
+            there = urllib.parse.urlsplit(urllib.parse.urljoin(following, link.group(1))) if link else None
+            following = there and "%s?%s" % (there.path, there.query)  # whatever host it names, it is ours
+
+    def repositories(self, last=""):
+        return (found for found in self._pages("", "/v2/_catalog", lambda page: page["repositories"] or ())
+                if found > last)
+
+    def tags(self, name, last=""):
+        found = self._pages(name, "/v2/%s/tags/list" % name, lambda page: page["tags"] or ())
+        return (tag for tag in sorted(found) if tag > last)
+
+    def resolve(self, name, tag):
+        path = "/manifests/" + tag
+        reply = self.call("HEAD", name, path, (200, 405), {"Accept": ACCEPT}, unknown="MANIFEST_UNKNOWN")
+        digest = reply.header("Docker-Content-Digest")
+        reply.read()
+        if DIGEST.fullmatch(digest):
+            return Digest(digest)
+        return Digest.of(self.call("GET", name, path, headers={"Accept": ACCEPT}, unknown="MANIFEST_UNKNOWN").read())
+
+    def manifest(self, name, digest):
+        reply = self.call("GET", name, "/manifests/" + digest, headers={"Accept": ACCEPT}, unknown="MANIFEST_UNKNOWN")
+        return parse_manifest(reply.read(), digest=digest)
+
+    def size(self, name, digest):
+        """The length of a blob, or None where the repository has not got it."""
+        try:
+            reply = self.call("HEAD", name, "/blobs/" + digest, unknown="BLOB_UNKNOWN", action="pull")
+        except RegistryError as error:
+            if error.code in ("BLOB_UNKNOWN", "NAME_UNKNOWN"):
+                return None
+            raise
+        reply.read()
+        return int(reply.header("Content-Length") or 0)
+
+    def open_blob(self, name, digest):
+        return RemoteBlob(self, name, digest, 0)
+
+    def open_blob_from(self, name, digest, offset):
+        return RemoteBlob(self, name, digest, offset)
+
+    def referrers(self, name, subject, last=""):
+        return (self.manifest(name, digest) for digest in sorted(self.referrer_digests(name, subject)) if digest > last)
+
+    def referrer_digests(self, name, subject):
+        """By the referrers API or, where there is none, from the tag that clients keep instead of it."""
+        def read(page):
+            return [parse_digest(entry["digest"]) for entry in page["manifests"] or ()]
+
+        if not self.no_referrers:
+            try:
+                return list(self._pages(name, "/v2/%s/referrers/%s" % (name, subject), read))
+            except RegistryError as error:
+                if error.code in ("UNAVAILABLE", "TOOMANYREQUESTS"):
+                    raise
+                self.no_referrers = True  # registries without it say so in every way, with their web page too
+        found = self._fallback(name, subject)
+        return read(found.document) if found else []
+
+    def _fallback(self, name, subject):
+        """The index that lists referrers where no API does (distribution-spec, "Referrers Tag Schema"), or None."""
+        try:
+            return self.manifest(name, self.resolve(name, "%s-%s" % (subject.algorithm, subject.encoded)))
+        except RegistryError as error:
+            if error.code not in ("NAME_UNKNOWN", "MANIFEST_UNKNOWN"):
+                raise
+            return None
+
+    # Writing
+
+    def held(self, name, descriptor):
+        size = self.size(name, descriptor.digest)
+        if size is not None:
+            self.held_in[descriptor.digest] = name
+        return size or 0
+
+    def mount(self, name, digest, source=None):
+        """Whether the repository has the blob, or can be given it from another one here that is known to have it."""
+        source = source or self.held_in.get(digest)
+        if source != name and self.size(name, digest) is None:
+            if source is None:
+                return False
+            path = "/blobs/uploads/?" + urllib.parse.urlencode({"mount": digest, "from": source})
+            reply = self.call("POST", name, path, (201, 202), {"Content-Length": "0"}, b"",
+                              "pull,push repository:%s:pull" % source)
+            reply.read()
+            if reply.status == 202:  # it would rather have the bytes, and has begun an upload
+                self.sessions[name, digest] = reply.header("Location")
+                return False
+        self.held_in[digest] = name
+        return True
+
+    def put_blob(self, name, digest, open_from):
+        """As Registry has it; in one chunk or several, or whole where the other side takes no chunks."""
+        session, whole = None, False
+        for attempt in itertools.count():
+            try:
+                if session is None:
+                    session = RemoteUpload(self, name, self.sessions.pop((name, digest), None))
+                with open_from(session.offset) as blob:
+                    if not whole:
+                        session.append(blob)
+                    session.commit(digest, blob if whole else None)
+                self.held_in[digest] = name
+                return
+            except (OSError, http.client.HTTPException) as error:
+                failure = self._explain(error)
+            except RegistryError as error:
+                refused = error.code not in ("UNAVAILABLE", "TOOMANYREQUESTS")
+                if refused and (whole or error.code not in ("UNSUPPORTED", "BLOB_UPLOAD_INVALID", "RANGE_INVALID")):
+                    raise
+                failure, whole = error, refused
+            if attempt >= self.retries:
+                raise failure
+            self._pause(attempt, None, failure)
+            session = None if whole or session is None else session.measured()
+
+    def put_manifest(self, name, manifest, tags=()):
+        """As Registry has it. Where the other side has no referrers API, the tag for them is kept up to date."""
+        for reference in tags or [manifest.digest]:
+            with contextlib.suppress(RegistryError):
+                if not manifest.subject and self.resolve(name, reference) == manifest.digest:
+                    continue
+            reply = self.call("PUT", name, "/manifests/" + reference, (200, 201, 202),
+                              {"Content-Type": manifest.media_type}, manifest.content, "pull,push")
+            reply.read()
+            if manifest.subject and not reply.header("OCI-Subject"):
+                self._add_to_fallback(name, manifest)
+
+    def _add_to_fallback(self, name, manifest):
+        found = self._fallback(name, manifest.subject)
+        entries = list(found.document["manifests"] or ()) if found else []
+        if manifest.digest not in [entry.get("digest") for entry in entries]:
+            index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries + [manifest.referrer()]}
+            tag = "%s-%s" % (manifest.subject.algorithm, manifest.subject.encoded)
+            self.put_manifest(name, parse_manifest(to_json(index)), [tag])
+
+
+class RemoteBlob(Blob):
+    """A blob of another registry, from an offset on. A connection that is cut is made again, for the rest."""
+
+    def __init__(self, remote, name, digest, offset):
+        super().__init__(None, offset, None)
+        self.remote, self.name, self.digest = remote, name, digest
+        self._open()
+
+    def _open(self):
+        """Ask for what is left. Raises BLOB_UNKNOWN."""
+        start = self.offset + self.position
+        headers = {"Range": "bytes=%d-" % start} if start else {}
+        reply = self.remote.call("GET", self.name, "/blobs/" + self.digest, (200, 206, 416), headers,
+                                 unknown="BLOB_UNKNOWN")
+        if reply.status == 206 and not reply.header("Content-Range").startswith("bytes %d-" % start):
+            reply.close()
+            raise RegistryError("UNAVAILABLE", message="%s sends another range than was asked for" % self.remote.host)
+        if reply.status == 416:  # there is nothing left; or what we have is wrong, which its digest will show
+            reply.read()
+            self.length = self.position
+        self.reply = reply
+        if reply.status == 200:
+            left = start
+            while left:  # no ranges here: read again what we have
+                count = reply.readinto(memoryview(bytearray(min(left, COPY_BUFFER))))
+                left -= count
+                if not count:
+                    raise ConnectionError("cut")
+        if self.length is None and re.fullmatch("[0-9]+", reply.header("Content-Length")):
+            self.length = int(reply.header("Content-Length")) - (start if reply.status == 200 else 0)
+
+    def readinto(self, view):
+        for attempt in itertools.count():
+            if self.position == self.length:
+                return 0
+            try:
+                if self.reply is None:
+                    self._open()
+                count = self.reply.readinto(view)
+                if count or self.length is None:
+                    self.position += count
+                    return count
+                failure = self.remote._explain(ConnectionError("the connection was cut"))
+            except (OSError, http.client.HTTPException) as error:
+                failure = self.remote._explain(error)
+            self.close()
+            if attempt >= self.remote.retries:
+                raise failure
+            self.remote._pause(attempt, None, failure)
+
+    def part(self, offset, length):
+        self.close()
+        return RemoteBlob(self.remote, self.name, self.digest, self.offset + offset)
+
+    def close(self):
+        if self.reply is not None:
+            self.reply.close()
+        self.reply = None
+
+
+class RemoteUpload(UploadSession):
+    """An upload session of another registry; `location` is where to send to next."""
+
+    def __init__(self, remote, name, location=None):
+        self.remote, self.name, self.offset, self.chunk = remote, name, 0, UPLOAD_CHUNK
+        self.location = "/v2/%s/blobs/uploads/" % name
+        if location:
+            self.location = urllib.parse.urljoin(remote.base, location)
+        else:
+            self._request("POST", {"Content-Length": "0"}, b"", (202,))
+
+    def _request(self, method, headers=None, body=None, wanted=(201, 202, 204)):
+        """Send to the location, and learn the next one."""
+        scope = "repository:%s:pull,push" % self.name
+        reply = self.remote.send(method, self.location, headers, body, scope)
+        if reply.status not in wanted:
+            raise self.remote.refusal(reply, "UNSUPPORTED", self.name)
+        reply.read()
+        if reply.header("Location"):
+            here = urllib.parse.urljoin(self.remote.base, self.location)
+            self.location = urllib.parse.urljoin(here, reply.header("Location"))
+        if re.fullmatch("[0-9]{1,12}", reply.header("OCI-Chunk-Min-Length")):
+            self.chunk = max(self.chunk, int(reply.header("OCI-Chunk-Min-Length")))
+        return reply
+
+    @staticmethod
+    def _pieces(blob, length):
+        """Yield the next `length` bytes of a blob."""
+        buffer = memoryview(bytearray(min(length, COPY_BUFFER)))
+        while length:
+            count = blob.readinto(buffer[:length])
+            if not count:
+                raise RegistryError("SIZE_INVALID", message="a blob ended before its end")
+            yield bytes(buffer[:count])
+            length -= count
+
+    def append(self, blob, start=None):
+        """Send the rest of the blob in chunks; if one is enough, it goes without a range, as docker sends it."""
+        left, alone = blob.length, self.offset == 0 and blob.length <= self.chunk
+        while left:
+            length = min(left, self.chunk)
+            headers = {"Content-Type": OCTET_STREAM, "Content-Length": str(length)}
+            if not alone:
+                headers["Content-Range"] = "%d-%d" % (self.offset, self.offset + length - 1)
+            self._request("PATCH", headers, self._pieces(blob, length))
+            self.offset += length
+            left -= length
+
+    def commit(self, digest, blob=None):
+        """Make it a blob; with `blob`, its bytes go along."""
+        self.location += ("&" if "?" in self.location else "?") + "digest=" + urllib.parse.quote(digest)
+        length = blob.length if blob else 0
+        self._request("PUT", {"Content-Type": OCTET_STREAM, "Content-Length": str(length)},
+                      self._pieces(blob, length) if length else b"", (201, 204))
+
+    def measured(self):
+        """This session with the offset that the other side has, or None where it has forgotten it, or takes it for
+        broken (Distribution does, after a chunk was cut)."""
+        try:
+            found = re.fullmatch("(?:bytes=)?0-([0-9]{1,18})", self._request("GET", wanted=(200, 204)).header("Range"))
+        except RegistryError:
+            return None
+        self.offset = int(found.group(1)) + 1 if found and found.group(1) != "0" else 0
+        return self
+
+
+class PullThrough(Directory):
+    """A store in front of other registries: what is missing below NS/ is fetched there, passed on at once and kept.
+
+    `upstreams` is {NS: (Remote, what its names begin with)}. Tags are compared with the upstream's after `ttl` seconds;
+    when it is away, what is here is served. Pushes below NS/ are refused: the upstream's next tag would undo them.
+    """
+
+    AWAY = 30.0  # seconds in which an upstream that could not be reached is not asked again
+
+    def __init__(self, root, upstreams, ttl=300.0, sparse=False):
+        super().__init__(root, sparse)
+        self.cache = Directory(root, sparse=True)  # an image comes before its blobs
+        self.upstreams, self.ttl = upstreams, ttl
+        self.ask_again = {}  # (name, tag or subject), or a Remote: when
+        self.downloads = {}  # (name, digest): Download
+        self.mutex = threading.Lock()
+
+    def version(self):
+        return None  # the upstream may have changed, and only a question tells
+
+    def _upstream(self, name):
+        """(Remote, the name there), or (None, None)."""
+        for space, (remote, prefix) in self.upstreams.items():
+            if name.startswith(space + "/"):
+                return remote, prefix + name[len(space) + 1:]
+        return None, None
+
+    def _ask(self, name, method, *arguments):
+        """What a method of the upstream returns, or None where it can't say. Why, and with which login, is for our log
+        and not for clients."""
+        remote, path = self._upstream(name)
+        if remote is None or time.monotonic() < self.ask_again.get(remote, 0):
+            return None
+        try:
+            found = method(remote, path, *arguments)
+            return list(found) if method is Remote.tags else found
+        except RegistryError as error:
+            if error.code not in UNKNOWN_CODES:
+                logger.warning("upstream of %s: %s", name, error)
+            if error.code in ("UNAVAILABLE", "TOOMANYREQUESTS"):
+                self.ask_again[remote] = time.monotonic() + self.AWAY
+            return None
+
+    def _is_due(self, *key):
+        """Whether the upstream is to be asked about this; then it is not again before the ttl ends."""
+        now = time.monotonic()
+        if now < self.ask_again.get(key, 0):
+            return False
+        if len(self.ask_again) > 10000:
+            self.ask_again.clear()  # somebody asks for all there might be
+        self.ask_again[key] = now + self.ttl
+        return True
+
+    def resolve(self, name, tag):
+        if self._upstream(name)[0] and self._is_due(name, tag):
+            digest = self._ask(name, Remote.resolve, tag)
+            with contextlib.suppress(RegistryError):
+                if digest and digest != self._read_link(os.path.join(self.tag_path(name, tag), "current")):
+                    self.cache.put_manifest(name, self.manifest(name, digest), [tag])
+            if not digest:
+                self.ask_again[name, tag] = time.monotonic() + min(self.ttl, self.AWAY)
+        return super().resolve(name, tag)
+
+    def manifest(self, name, digest):
+        try:
+            return super().manifest(name, digest)
+        except RegistryError:
+            found = self._ask(name, Remote.manifest, digest)
+            if found is None:
+                raise
+        self.cache.put_manifest(name, found)
+        return found
+
+    def tags(self, name, last=""):
+        found = self._ask(name, Remote.tags)
+        return super().tags(name, last) if found is None else (tag for tag in found if tag > last)
+
+    def referrers(self, name, subject, last=""):
+        if self._upstream(name)[0] and self._is_due(name, subject):
+            for digest in self._ask(name, Remote.referrer_digests, subject) or ():
+                with contextlib.suppress(RegistryError):
+                    self.manifest(name, digest)
+        return super().referrers(name, subject, last)
+
+    def open_blob(self, name, digest):
+        try:
+            return super().open_blob(name, digest)
+        except RegistryError:
+            size = self._ask(name, Remote.size, digest)
+            if size is None:
+                raise
+        if self.cache.mount(name, digest):
+            return super().open_blob(name, digest)
+        remote, path = self._upstream(name)
+        with self.mutex:
+            download = self.downloads.get((name, digest))
+            if download is None or download.ended:
+                download = Download(self.cache, name, digest, size,
+                                    functools.partial(remote.open_blob_from, path, digest))
+                self.downloads[name, digest] = download
+                for key in [key for key, other in self.downloads.items() if other.ended]:
+                    del self.downloads[key]
+        return PassedBlob(download, 0, size)
+
+    def _refuse_push(self, name):
+        if self._upstream(name)[0]:
+            raise RegistryError("DENIED", name, message="what is below this name is another registry's, and kept here "
+                                "as it is there; push under another name")
+
+    def start_upload(self, name, *arguments):
+        self._refuse_push(name)
+        return super().start_upload(name, *arguments)
+
+    def mount(self, name, digest, source=None):
+        self._refuse_push(name)
+        return super().mount(name, digest, source)
+
+    def put_manifest(self, name, manifest, tags=()):
+        self._refuse_push(name)
+        super().put_manifest(name, manifest, tags)
+
+
+class Download:
+    """A blob on its way from upstream into the store. It begins when somebody reads, and goes on to its end."""
+
+    def __init__(self, store, name, digest, size, open_from):
+        self.store, self.name, self.digest, self.size, self.open_from = store, name, digest, size, open_from
+        self.thread, self.ended, self.failed = None, False, False
+        self.mutex = threading.Lock()
+
+    def start(self):
+        with self.mutex:
+            if not self.thread:
+                self.thread = threading.Thread(target=self._run, daemon=True)
+                self.thread.start()
+
+    def _run(self):
+        try:
+            self.store.put_blob(self.name, self.digest, self.open_from)
+        except (RegistryError, OSError, http.client.HTTPException) as error:
+            self.failed = True
+            logger.warning("%s of %s was not fetched: %s", self.digest, self.name, error)
+        finally:
+            self.ended = True
+
+    def open(self):
+        """The file that the bytes arrive in, or None: an upload session's, of whatever process, then a blob's."""
+        upload = DirectoryUpload(self.store, self.name, self.store._session_of(self.digest))
+        for path in (upload.path, self.store.blob_path(self.digest)):
+            with contextlib.suppress(FileNotFoundError):
+                return open(path, "rb", buffering=0)
+        return None
+
+
+class PassedBlob(Blob):
+    """A part of a blob that is being downloaded: read as it arrives, but its last byte not before its digest is known
+    to be right."""
+
+    def __init__(self, download, offset, length):
+        super().__init__(None, offset, length)
+        self.download, self.opened = download, None
+
+    def part(self, offset, length):
+        return PassedBlob(self.download, self.offset + offset, length)
+
+    def readinto(self, view):
+        self.download.start()
+        while self.position < self.length:
+            ended, start = self.download.ended, self.offset + self.position
+            if self.opened and not os.fstat(self.opened.fileno()).st_nlink:
+                self.close()  # the session was given up, and another one has begun
+            self.opened = self.opened or self.download.open()
+            last = self.offset + self.length if ended else min(self.offset + self.length, self.download.size - 1)
+            if self.download.failed:
+                raise OSError(errno.EIO, "the upstream did not send all of a blob")
+            block = os.pread(self.opened.fileno(), max(min(len(view), last - start), 0), start) if self.opened else b""
+            if block:
+                view[:len(block)] = block
+                self.position += len(block)
+                return len(block)
+            if ended:
+                raise OSError(errno.EIO, "a fetched blob is not there")
+            time.sleep(0.01)
+        return 0
+
+    def close(self):
+        if self.opened:
+            self.opened.close()
+        self.opened = None
 
 # ---------------------------------------------------------------------------------------------------------
 # 9  Copy
+#
+# One way from any registry to any other. First it is planned, which reads manifests and nothing else; then the
+# blobs go, several at once, then the manifests, children first, and a tag comes last. Bytes are never changed.
 # ---------------------------------------------------------------------------------------------------------
+
+MAX_NESTING = 100  # indexes in indexes, and referrers of referrers; two or three are seen
+COSIGN_SUFFIXES = (".sig", ".att", ".sbom")  # cosign's tags about a manifest: sha256-HEX and one of these
+
+
+class Interrupted(Exception):
+    """A blob was left half-way since another one failed."""
+
+
+class Report:
+    """What became of one image, counted while it is copied. `watch(report)` hears of every change, from any thread."""
+
+    def __init__(self, image="", watch=None):
+        self.image = image
+        self.digest = None
+        self.watch = watch or (lambda report: None)
+        self.mutex = threading.Lock()
+        self.total_blobs = self.total_bytes = 0      # all that the image refers to
+        self.needed_blobs = self.needed_bytes = 0    # what the target had not got, when the plan was made
+        self.copied_blobs = self.copied_bytes = 0    # what was moved
+        self.present_blobs = self.present_bytes = 0  # what the target had already
+        self.manifests = 0
+        self.referrers = []  # (digest, what it is): signatures, attestations, SBOMs and the like that went along
+        self.absent = []     # digests of children that the index names and the source has not got, or was not asked for
+        self.missing = []    # digests of blobs that the source should have, and has not
+
+    def add(self, **counts):
+        with self.mutex:
+            for counter, count in counts.items():
+                setattr(self, counter, getattr(self, counter) + count)
+        self.watch(self)
+
+    def as_json(self):
+        """All of it, as a dict for --json."""
+        found = {name: value for name, value in vars(self).items() if name not in ("watch", "mutex")}
+        return dict(found, referrers=[{"digest": digest, "type": kind} for digest, kind in self.referrers])
+
+
+class Watched(Blob):
+    """A blob whose bytes are counted as they are read, `left` of them at most: an endless one would fill the disk.
+    Raises Interrupted once the copy has failed."""
+
+    def __init__(self, blob, copy, left):
+        super().__init__(None, 0, blob.length)
+        self.blob = blob
+        self.copy = copy
+        self.left = left
+
+    def readinto(self, view):
+        self.copy.check()
+        count = self.blob.readinto(view)
+        self.left -= count
+        if self.left < 0:
+            raise RegistryError("SIZE_INVALID", message="the source sends more bytes of a blob than its manifest says")
+        self.copy.report.add(copied_bytes=count)
+        return count
+
+    def close(self):
+        self.blob.close()
+
+
+class Copy:
+    """One image on its way from a source to a target: plan() reads manifests, run() moves the bytes.
+
+    `platforms` (OS/ARCH[/VARIANT]) leaves the other children of an index behind; the index keeps its bytes. Between the
+    two, `manifests` and `blobs` (digest to Manifest and Descriptor) and `tags` (digest to list) say what will be put.
+    """
+
+    def __init__(self, source, target, name, reference, target_name=None, platforms=(), referrers=True, report=None):
+        self.source = source
+        self.target = target
+        self.name = name
+        self.target_name = target_name or name
+        self.reference = reference
+        self.platforms = platforms
+        self.with_referrers = referrers
+        self.report = report or Report()
+        self.manifests = collections.OrderedDict()  # in the order in which they are put
+        self.blobs = collections.OrderedDict()
+        self.tags = {}
+        self.seen = set()
+        self.partial = set()  # digests of manifests that were left out, since something of them is missing
+        self.failed = threading.Event()
+
+    # What there is to copy
+
+    def plan(self):
+        """Returns the Report. Raises NAME_UNKNOWN, and MANIFEST_UNKNOWN also where it is for no wanted platform."""
+        by_digest = isinstance(self.reference, Digest)
+        root = self.reference if by_digest else self.source.resolve(self.name, self.reference)
+        self.tags[root] = [] if by_digest else [self.reference]
+        try:
+            self._add(root)
+        except RecursionError:
+            raise RegistryError("MANIFEST_INVALID", root, message="indexes are nested too deeply")
+        self.report.digest = root
+        self.report.total_blobs = len(self.blobs)
+        self.report.total_bytes = sum(blob.size for blob in self.blobs.values())
+        return self.report
+
+    def measure(self, jobs=4):
+        """Count what the target lacks of the plan: {digest: bytes}."""
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            held = list(pool.map(functools.partial(self.target.held, self.target_name), self.blobs.values()))
+        lacking = {blob.digest: blob.size - found for blob, found in zip(self.blobs.values(), held) if blob.size > found}
+        self.report.needed_blobs, self.report.needed_bytes = len(lacking), sum(lacking.values())
+        return lacking
+
+    def _manifest(self, digest):
+        """A manifest of the plan, from nearby if it is there: Docker Hub counts those that are read from it."""
+        if self.source.distant and not self.target.distant:
+            with contextlib.suppress(RegistryError, NotImplementedError):
+                return self.target.manifest(self.target_name, digest)
+        return self.source.manifest(self.name, digest)
+
+    def _add(self, digest, attestation=False):
+        """Plan a manifest, after all that it refers to. Raises MANIFEST_UNKNOWN, MANIFEST_INVALID."""
+        if digest in self.seen:
+            return
+        if len(self.seen) - len(self.manifests) > MAX_NESTING:  # those that are begun, and not yet done
+            raise RegistryError("MANIFEST_INVALID", digest, message="indexes in indexes without end")
+        manifest = self._manifest(digest)
+        self.seen.add(digest)
+        for child, is_attestation in self._wanted_children(manifest):
+            if child.media_type not in MANIFEST_TYPES:
+                self.blobs[child.digest] = child  # BuildKit's cache: an index of layers
+            elif not self._add_if_there(child.digest, is_attestation):
+                self.report.absent.append(child.digest)
+        for blob in manifest.blobs:
+            if not blob.foreign:
+                self.blobs[blob.digest] = blob
+        if self.with_referrers and not attestation:
+            self._add_referrers(digest)
+        self.manifests[digest] = manifest
+
+    def _add_if_there(self, digest, attestation=False):
+        try:
+            self._add(digest, attestation)
+        except RegistryError as error:
+            if error.code not in UNKNOWN_CODES:
+                raise
+            return False
+        return True
+
+    def _wanted_children(self, manifest):
+        """[(Descriptor, whether it is BuildKit's attestation about another child)]. Raises MANIFEST_UNKNOWN where no
+        child is for a wanted platform."""
+        children = list(zip(manifest.manifests, manifest.document.get("manifests") or ()))
+        subjects = {child.digest: (entry.get("annotations") or {}).get("vnd.docker.reference.digest")
+                    for child, entry in children}
+        kept = {child.digest for child, entry in children
+                if not subjects[child.digest] and is_wanted(entry.get("platform"), self.platforms)}
+        if children and not kept:
+            offered = sorted({platform_name(entry.get("platform")) for child, entry in children} - {"unknown/unknown"})
+            raise RegistryError("MANIFEST_UNKNOWN", message="no image for %s; there are %s"
+                                % (" or ".join(self.platforms), ", ".join(offered)))
+        wanted = []
+        for child, _ in children:
+            if child.digest in kept or not self.platforms or subjects[child.digest] in kept:
+                wanted.append((child, subjects[child.digest] is not None))
+            else:
+                self.report.absent.append(child.digest)
+        return wanted
+
+    def _add_referrers(self, digest):
+        """Plan what is about a manifest: its referrers, and what cosign has tagged with its digest."""
+        for referrer in self.source.referrer_digests(self.name, digest):
+            if referrer not in self.seen and self._add_if_there(referrer):
+                self.report.referrers.append((referrer, self.manifests[referrer].artifact_type or "referrer"))
+        for suffix in COSIGN_SUFFIXES:
+            tag = "%s-%s%s" % (digest.algorithm, digest.encoded, suffix)
+            try:
+                found = self.source.resolve(self.name, tag)
+            except RegistryError as error:
+                if error.code not in UNKNOWN_CODES:
+                    raise
+                continue
+            if self._add_if_there(found, attestation=True):
+                self.tags.setdefault(found, []).append(tag)
+                self.report.referrers.append((found, "cosign's " + suffix))
+
+    # The copying
+
+    def run(self, jobs=4):
+        """Returns the Report. Where a blob is missing in the source, the manifests that need it are left out, and so
+        is the tag. Raises RegistryError, OSError."""
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(self._put_blob, blob) for blob in self.blobs.values()]
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    future.result()
+            except BaseException:
+                self.failed.set()
+                for future in futures:
+                    future.cancel()
+                raise
+        for manifest in self.manifests.values():
+            if self.is_whole(manifest):
+                self._put_manifest(manifest)
+                self.report.add(manifests=1)
+            else:
+                self.partial.add(manifest.digest)
+        return self.report
+
+    def check(self):
+        if self.failed.is_set():
+            raise Interrupted()
+
+    def _put_blob(self, blob):
+        self.check()
+        if self.target.mount(self.target_name, blob.digest):
+            self.report.add(present_blobs=1, present_bytes=blob.size)
+        else:
+            self._send(blob)
+
+    def _send(self, blob):
+        """Move a blob's bytes; one that the source has not got is noted as missing."""
+        lost = []
+
+        def open_from(offset):
+            try:
+                opened = self.source.open_blob_from(self.name, blob.digest, offset)
+            except RegistryError as error:
+                lost.append(error.code in UNKNOWN_CODES)
+                raise
+            self.report.add(present_bytes=offset)
+            return Watched(opened, self, max(blob.size - offset, 0))
+
+        try:
+            self.target.put_blob(self.target_name, blob.digest, open_from)
+            self.report.add(copied_blobs=1)
+        except RegistryError:
+            if not any(lost):
+                raise
+            self.report.missing.append(blob.digest)
+
+    def is_whole(self, manifest):
+        """Whether all went over that a manifest of the plan refers to, as far as it is to go."""
+        return not any(blob.digest in self.report.missing or blob.digest in self.partial
+                       for blob in manifest.blobs + manifest.manifests)
+
+    def _put_manifest(self, manifest):
+        """Put it under its tags, if it has any. A blob that the target thought it had, and finds damaged, is sent."""
+        tags = self.tags.get(manifest.digest, ())
+        try:
+            self.target.put_manifest(self.target_name, manifest, tags)
+        except RegistryError as error:
+            damaged = [self.blobs[digest] for digest in map(str, error.details) if digest in self.blobs]
+            if error.code == "MANIFEST_BLOB_UNKNOWN" and self.report.absent:
+                raise RegistryError(error.code, message="%s; the target takes an index with all its children only: "
+                                    "copy all platforms, or one child by its digest" % error.message)
+            if error.code != "MANIFEST_BLOB_UNKNOWN" or not damaged:
+                raise
+            for blob in damaged:
+                self._send(blob)
+            if self.is_whole(manifest):
+                self.target.put_manifest(self.target_name, manifest, tags)
+
+
+def platform_name(platform):
+    """OS/ARCHITECTURE[/VARIANT] of an index's entry; "" where it says none."""
+    platform = platform if isinstance(platform, dict) else {}
+    return "/".join(str(platform[key]) for key in ("os", "architecture", "variant") if platform.get(key))
+
+
+def is_wanted(platform, wanted):
+    """Whether an index's entry for this platform is to be copied: no wish means all, and so does no platform.
+    linux/arm64 is any variant of it."""
+    name = platform_name(platform)
+    return not wanted or not name or any((name + "/").startswith(wish + "/") for wish in wanted)
+
+
+def copy(source, target, name, reference, target_name=None, platforms=(), referrers=True, jobs=4, report=None):
+    """Plan and run a Copy; returns its Report."""
+    work = Copy(source, target, name, reference, target_name, platforms, referrers, report)
+    work.plan()
+    return work.run(jobs)
 
 # ---------------------------------------------------------------------------------------------------------
 # 10  Access
@@ -1601,7 +3796,8 @@ NEEDED = {"look": "none", "login": "none", "pull": "pull", "push": "push", "dele
 IN_WORDS = {"none": "do nothing", "pull": "pull", "push": "pull and push", "admin": "pull, push and delete"}
 SCOPES = {"pull": "pull", "push": "push", "delete": "admin", "*": "admin"}  # what a token's scope asks for: level
 
-USER = re.compile(r"[^\s:#*@\x00-\x1f\x7f][^\s:#\x00-\x1f\x7f]{0,127}")  # not the rules' own words, * and @anonymous
+# Not the rules' own words, * and @anonymous; and only what is UTF-8.
+USER = re.compile(r"[^\s:#*@\x00-\x1f\x7f\ud800-\udfff][^\s:#\x00-\x1f\x7f\ud800-\udfff]{0,127}")
 RULE = re.compile(r"([a-z0-9._/*-]+)[ \t]+(\S+)[ \t]+(none|pull|push|admin)")
 SCRYPT = re.compile(r"(\$scrypt\$ln=([0-9]{1,2}),r=([0-9]{1,2}),p=([0-9])\$([A-Za-z0-9+/]+)\$)([A-Za-z0-9+/]*)")
 BCRYPT_LETTERS = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
@@ -1959,13 +4155,15 @@ KNOWN_PARAMETERS = ("artifactType|digest|digest-algorithm|from|last|mount|n|ns|p
 SECRET_PARAMETER = re.compile(r"(?<=[?&])(?!(?:%s)=)([^=&]*=|)[^&]+" % KNOWN_PARAMETERS)
 
 
-def printable(text):
+def harmless(text):
     """The text with escapes for what would break a line or turn its direction: nobody forges a log with a header."""
     return UNSAFE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
 def without_secrets(target):
     """A request's target as logs may have it: a value of a query parameter that we have no use for may be a token."""
+    if target.startswith("/") and "?" not in target:
+        return target
     return SECRET_PARAMETER.sub(r"\1***", re.sub(r"^https?://[^/]*", "", target))
 
 
@@ -2061,7 +4259,7 @@ def write_log(line):
     """One line to the log, in one write, so that threads and processes don't mix theirs. A log that can't be written
     stops nobody."""
     with contextlib.suppress(OSError):
-        os.write(2, printable(line).encode("utf-8", "replace") + b"\n")
+        os.write(2, harmless(line).encode("utf-8", "replace") + b"\n")
 
 
 def open_log_file(path):
@@ -2090,10 +4288,15 @@ class LogHandler(logging.Handler):
                 write_log("    " + line)
 
 
+def start_logging(style="text"):
+    """Send warnings and errors to the log, in one of LOG_FORMATS' styles."""
+    logger.addHandler(LogHandler(style))
+
+
 # Metrics
 
-STATUSES = [str(status.value) for status in http.HTTPStatus if status >= 200] + ["other"]
-LATENCIES = ("0.0005", "0.002", "0.01", "0.05", "0.25", "1", "5", "30", "+Inf")  # seconds
+STATUSES = [status.value for status in http.HTTPStatus if status >= 200] + ["other"]
+LATENCIES = (0.0005, 0.002, 0.01, 0.05, 0.25, 1, 5, 30)  # seconds
 METRICS = {  # name, without tinyreg_: (type, help)
     "requests_total": ("counter", "Requests, by method, route (the handler's name) and status"),
     "request_seconds": ("histogram", "Time from a request's head to the end of its answer"),
@@ -2110,8 +4313,7 @@ METRICS = {  # name, without tinyreg_: (type, help)
     "store_uploads": ("gauge", "Upload sessions open"),
     "store_measured_seconds": ("gauge", "When the store was measured, as Unix time"),
     "store_free_bytes": ("gauge", "Free space on the store's disk"),
-    "last_run_seconds": ("gauge", "When gc or verify ended last, as Unix time"),
-    "last_run_result": ("gauge", "What gc or verify found, by field of its report"),
+    "last_gc_seconds": ("gauge", "When garbage was collected last, as Unix time"),
 }
 
 
@@ -2128,8 +4330,9 @@ class Metrics:
             self.blocks[method, route] = len(names)
             labels = 'method="%s",route="%s"' % (method, route)
             names += ['requests_total{%s,status="%s"}' % (labels, status) for status in STATUSES]
-            names += ['request_seconds_bucket{%s,le="%s"}' % (labels, bound) for bound in LATENCIES]
+            names += ['request_seconds_bucket{%s,le="%s"}' % (labels, bound) for bound in LATENCIES + ("+Inf",)]
             names += ["request_seconds_%s{%s}" % (part, labels) for part in ("count", "sum")]
+        self.statuses = {status: cell for cell, status in enumerate(STATUSES)}
         self.cells = {name: cell for cell, name in enumerate(names)}
         self.numbers = memoryview(mmap.mmap(-1, 8 * len(names) * rows)).cast("d")
         self.row = 0
@@ -2146,24 +4349,22 @@ class Metrics:
     def count(self, exchange):
         """Add one exchange."""
         block = self.blocks.get((exchange.method, exchange.route), self.blocks["other", "none"])
-        status = str(exchange.status) if str(exchange.status) in STATUSES else "other"
-        numbers = self.numbers
         with self.mutex:
             row = self.row * len(self.cells)
-            numbers[row] += exchange.received
-            numbers[row + 1] += exchange.sent
-            cell = row + block + len(STATUSES)
-            numbers[row + block + STATUSES.index(status)] += 1
-            for bound in LATENCIES:
-                if exchange.seconds <= float(bound):
-                    numbers[cell] += 1
-                cell += 1
-            numbers[cell] += 1
-            numbers[cell + 1] += exchange.seconds
+            seconds = row + block + len(STATUSES)
+            self.numbers[row] += exchange.received
+            self.numbers[row + 1] += exchange.sent
+            self.numbers[row + block + self.statuses.get(exchange.status, len(STATUSES) - 1)] += 1
+            self.numbers[seconds + bisect.bisect_left(LATENCIES, exchange.seconds)] += 1
+            self.numbers[seconds + len(LATENCIES) + 1] += 1
+            self.numbers[seconds + len(LATENCIES) + 2] += exchange.seconds
 
     def text(self, gauges):
         """All of it as Prometheus reads it; `gauges` are further (name, number)."""
-        counted = [(name, self.total(name)) for name in self.cells]
+        counted, below = [], 0.0
+        for name in self.cells:
+            below = below + self.total(name) if "_bucket{" in name else 0.0  # what is faster is in the next bucket too
+            counted.append((name, below or self.total(name)))
         samples = [sample for sample in counted if sample[1] or "{" not in sample[0]] + gauges
         lines = []
         for metric, (kind, explanation) in METRICS.items():
@@ -2422,26 +4623,29 @@ class Notifications:
 
 
 class Observation:
-    """What a server reports its exchanges to. Made before the fork, in ROOT/tinyreg; started in each process."""
+    """What a server reports its exchanges to. Made before the fork, in ROOT/tinyreg; started in each process. Without
+    a folder (archives have none) there is nothing to look at live, and nobody is notified."""
 
     def __init__(self, folder, style, routes, endpoints=(), processes=1):
         self.style = style
         self.instance = str(uuid.uuid4())
-        self.metrics = Metrics(routes, processes)
-        self.live = Live(os.path.join(folder, "live"), self.metrics)
-        self.notifications = Notifications(os.path.join(folder, "notify"), endpoints, self.metrics)
         self.folder = folder
+        self.metrics = Metrics(routes, processes)
+        self.live = Live(os.path.join(folder, "live"), self.metrics) if folder else None
+        self.notifications = Notifications(os.path.join(folder, "notify"), endpoints, self.metrics) if folder else None
 
     def start(self, process):
         """Begin in this process, whose number it is."""
         self.metrics.row = process
-        self.notifications.start()
+        if self.notifications:
+            self.notifications.start()
 
     def record(self, exchange):
         """Tell all who want to know of an exchange; its target has secrets that nobody is told."""
         exchange = exchange._replace(target=without_secrets(exchange.target))
         self.metrics.count(exchange)
-        self.live.write(exchange)
+        if self.live:
+            self.live.write(exchange)
         if self.style != "off":
             write_log(LOG_FORMATS[self.style](exchange))
 
@@ -2449,7 +4653,7 @@ class Observation:
         """Queue an event as Distribution writes it, if an endpoint wants it; whether one does. `target` has what is
         known of the content. Raises OSError, unless it tells of a pull, which no full disk stops."""
         event = {"action": action, "target": dict(target, length=target["size"])}
-        if not any(endpoint.wants(event) for endpoint in self.notifications.endpoints):
+        if not self.notifications or not any(endpoint.wants(event) for endpoint in self.notifications.endpoints):
             return False
         if target["digest"]:
             event["target"]["url"] = "%s://%s/v2/%s/%s/%s" % (
@@ -2473,9 +4677,13 @@ class Observation:
         return True
 
     def gauges(self):
-        """What metrics are not counted but looked up, as (name, number): the queue's length, the last gc and verify."""
-        return [('notifications_waiting{endpoint="%s"}' % re.sub(r'[\\"]', "_", printable(endpoint.shown)),
-                 self.notifications.waiting(endpoint)) for endpoint in self.notifications.endpoints]
+        """Metrics that are not counted but looked up, as (name, number)."""
+        found = []
+        with contextlib.suppress(OSError, TypeError):
+            found.append(("last_gc_seconds", os.stat(os.path.join(self.folder, "gc")).st_mtime))
+        return found + [('notifications_waiting{endpoint="%s"}' % re.sub(r'[\\"]', "_", harmless(endpoint.shown)),
+                 self.notifications.waiting(endpoint))
+                for endpoint in (self.notifications.endpoints if self.notifications else ())]
 
 # ---------------------------------------------------------------------------------------------------------
 # 12  API
@@ -2675,6 +4883,15 @@ def get_manifest(registry, access, request, name, reference):
     return Response(200, headers, manifest.content)
 
 
+def adopt(registry, access, request, name, digests):
+    """Mount blobs from where reads of this name look as well, since a HEAD there told the client not to send them.
+    Whether all were found."""
+    for other in set(names_to_try(name, request.get("ns"))) - {name}:
+        if access.allows(request, "pull", other):
+            digests = [digest for digest in digests if not registry.mount(name, Digest(digest), other)]
+    return not digests
+
+
 def put_manifest(registry, access, request, name, reference):
     """Store a manifest under a tag (end-7a), or under its digest and any tags (end-7b).
 
@@ -2685,7 +4902,12 @@ def put_manifest(registry, access, request, name, reference):
     if len(content) > MAX_MANIFEST:
         raise RegistryError("MANIFEST_INVALID", message="a manifest may have at most 4 MiB", status=413)
     manifest = parse_manifest(content, request.header("content-type"), reference if by_digest else None)
-    registry.put_manifest(name, manifest, tags)
+    try:
+        registry.put_manifest(name, manifest, tags)
+    except RegistryError as error:
+        if error.code != "MANIFEST_BLOB_UNKNOWN" or not adopt(registry, access, request, name, error.details):
+            raise
+        registry.put_manifest(name, manifest, tags)
     headers = [("Location", "/v2/%s/manifests/%s" % (name, manifest.digest)),
                ("Docker-Content-Digest", manifest.digest)]
     if manifest.subject:
@@ -2909,13 +5131,44 @@ def answer(registry, access, request):
     action, handler = handlers[request.method]
     request.route = handler.__name__
     request.found = {key: PARSERS[key](value) for key, value in match.groupdict().items()}
-    access.check(request, action, request.found.get("name"))
     if registry.read_only and action in ("push", "delete"):
         raise RegistryError("DENIED", message="this registry is read-only at present")
-    response = handler(registry, access, request, **request.found)
+    if action == "pull" and "name" in request.found:
+        response = answer_read(registry, access, request, handler, **request.found)
+    else:
+        access.check(request, action, request.found.get("name"))
+        response = handler(registry, access, request, **request.found)
     response.kept = (not notify(registry, request, response) and action in ("login", "pull")
                      and request.path.startswith("/v2/"))
     return response
+
+
+def answer_read(registry, access, request, handler, name, **found):
+    """The answer from the first of the repositories that a read of this name may mean (names_to_try) in which it is.
+
+    `ns` is what a mirror's client calls the registry: a key to look up, never an address to dial. Pushes ignore it."""
+    failure, origin = None, request.get("ns")
+    names = names_to_try(name, origin)
+    access.check(request, "pull", names[0])  # another image in place of one that the client may not pull would deceive
+    for candidate in names:
+        if not access.allows(request, "pull", candidate):
+            continue
+        try:
+            if handler is get_referrers and candidate != names[-1]:
+                registry.manifest(candidate, found["digest"])  # no referrers is no error, so look for their subject
+            response = handler(registry, access, request, name=candidate, **found)
+        except RegistryError as error:
+            if error.code not in UNKNOWN_CODES:
+                raise
+            # What to say in the end: that a repository of this name lacks it, else that there is none of this name.
+            if not failure or failure.code == "NAME_UNKNOWN" and (candidate == name or error.code != failure.code):
+                failure = error
+            continue
+        request.found["name"] = candidate
+        if origin and candidate != name:
+            response.headers.append(("OCI-Namespace", origin))
+        return response
+    raise failure
 
 
 def dispatch(registry, access, request):
@@ -3009,7 +5262,7 @@ def markup(content):
         return content
     if isinstance(content, (list, tuple)):
         return Markup("".join(markup(part) for part in content))
-    return Markup("" if content is None else html.escape(printable(str(content))))
+    return Markup("" if content is None else html.escape(harmless(str(content))))
 
 
 def element(kind, *content, **attributes):
@@ -3176,7 +5429,8 @@ def image_page(registry, access, request, name, reference):
         image_details(registry, access, request, name, manifest),
         annotations_of(manifest), table("About this image: signatures, SBOMs and the like",
                                         ("Type", "Size", "Digest"), referrers),
-        element("p", element("a", "The manifest as it is", href="v2/%s/manifests/%s" % (name, digest))))
+        element("p", element("a", "Download it as an archive", href="archive/%s.tar" % image), ", for docker load; or ",
+                element("a", "the manifest as it is", href="v2/%s/manifests/%s" % (name, digest)), "."))
 
 
 def child_row(registry, name, child):
@@ -3360,6 +5614,29 @@ def log_in(registry, access, request):
     return Response(303, [("Location", "./")])
 
 
+def get_archive(registry, access, request, name, reference=None, digest=None):
+    """An image as a tar that docker load, podman load, ctr import and tinyreg.py load read; its signatures and SBOMs are
+    in it. Blobs are read while they are sent. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+    reference = reference or digest
+    writer, report = ArchiveWriter(), Report(name)
+    copy(registry, writer, name, reference, report=report)
+    if report.missing:
+        raise RegistryError("BLOB_UNKNOWN", *report.missing)
+    parts = writer.parts()
+
+    def write_to(send):
+        class Tar:
+            write = staticmethod(send)
+
+        writer.write(parts[0], Tar)
+        send(TAR_END)
+
+    file = re.sub("[^A-Za-z0-9._-]+", "_", "%s_%s" % (name, reference)) + ".tar"
+    return Response(200, [("Content-Type", "application/x-tar"), ("X-Content-Type-Options", "nosniff"),
+                          ("Content-Disposition", "attachment; filename=" + file)],
+                    Stream(write_to, archive_size(parts[0])))
+
+
 def get_own_source(registry, access, request):
     """This file."""
     file = open(__file__, "rb")
@@ -3370,6 +5647,8 @@ def get_own_source(registry, access, request):
 
 def check_live(access, request):
     """Everybody may watch in a classroom, which is what --log explain is for; else it takes an admin. Raises DENIED."""
+    if not request.observation.live:
+        raise RegistryError("UNSUPPORTED", message="an archive is served here; there is nothing to see live")
     if request.observation.style != "explain":
         access.check(request, "delete")
 
@@ -3414,7 +5693,7 @@ def live_lines(access, request):
         if exchange is None:
             yield "\n" if quiet % 50 == 49 else ""
         elif not exchange.route.startswith("live_") and (not exchange.name or visible(access, request, exchange.name)):
-            yield printable(explain(exchange))
+            yield harmless(explain(exchange))
 
 
 # Handlers for machines
@@ -3464,7 +5743,8 @@ def answer_plainly(request):
                      "printed when it started).\n\nTo trust it with docker and podman, as root:\n\n"
                      "    mkdir -p /etc/docker/certs.d/%s\n    curl -o /etc/docker/certs.d/%s/ca.crt http://%s/ca.crt\n"
                      % (host, fingerprint(request.ca), host, host, host))
-        return Response(200, [("Content-Type", "text/plain; charset=utf-8")], text.encode("utf-8", "replace"))
+        headers = [("Content-Type", "text/plain; charset=utf-8"), ("X-Content-Type-Options", "nosniff")]
+        return Response(200, headers, text.encode("utf-8", "replace"))
     return Response.of_error(RegistryError("UNSUPPORTED", status=400, message="Client sent an HTTP request to an HTTPS "
                                            "server; use https://%s" % host))
 
@@ -3480,6 +5760,8 @@ ROUTES += compile_routes([
     ("GET HEAD", "/disk",        "pull",   disk_page),
     ("GET HEAD", "/use",         "look",   use_page),
     ("GET HEAD", "/login",       "login",  log_in),
+    ("GET HEAD", "/archive/{name}@{digest}[.]tar", "pull", get_archive),
+    ("GET HEAD", "/archive/{name}:{reference}[.]tar", "pull", get_archive),
     ("GET HEAD", "/tinyreg.py",  "look",   get_own_source),
     ("GET HEAD", "/live",        "pull",   live_page),
     ("GET HEAD", "/live/events", "pull",   live_events),
@@ -3828,8 +6110,8 @@ class Certificates:
     def _load(self):
         certificate, key, client_ca = self.files
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        if hasattr(ssl, "TLSVersion"):
-            context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if hasattr(ssl, "TLSVersion"):  # since 3.7; the other way warns there
+            context.minimum_version = ssl.TLSVersion.TLSv1_2  # novermin
         else:
             context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
         try:
@@ -3888,10 +6170,10 @@ class TLSSocket:
         return self._call(self.sock.recv_into, view)
 
     def send(self, view):
-        return self._call(self.sock.send, view[:16 << 10])  # a record; one call's time-out is for all that it is given
+        return self._call(self.sock.send, view)  # of which one record is taken, or nothing
 
     def shutdown(self, how):
-        socket.socket.shutdown(self.sock, how)  # SSLSocket's would forget the keys under a thread that reads
+        socket.socket.shutdown(self.sock, how)  # SSLSocket's own lets threads go on in plain text
 
 
 class KeptAnswers:
@@ -4083,8 +6365,8 @@ class Connection:
                 view = view[count:]
 
     def _send_blob(self, blob):
-        """Let the kernel copy a file to the socket; or read it, for TLS. Raises OSError, ClientLeft."""
-        if self.server.tls:
+        """Let the kernel copy a file to the socket; or read it, for TLS. Raises OSError, RegistryError, ClientLeft."""
+        if blob.file is None or self.server.tls:
             return self._send_read(blob)
         offset, end, pace = blob.offset, blob.offset + blob.length, Pace()
         while offset < end:
@@ -4384,17 +6666,27 @@ def open_store(options, create=False):
 def serve(options):
     """Serve the store until a signal ends it."""
     style = "off" if options.quiet else options.log
-    logger.addHandler(LogHandler(style))
-    store = open_store(options, create=not options.read_only)
-    store.read_only, store.immutable = options.read_only, options.immutable_tags
-    if not options.read_only:
-        check_writable(store)
+    start_logging(style)
+    if options.archives and options.upstream:
+        raise CommandError("--upstream fills the store, which is not served beside archives; load them into it")
+    if options.archives:
+        store = open_archive(options.archives)
+    else:
+        store = open_store(options, create=not options.read_only)
+        if options.upstream:
+            upstreams = {space: (Remote(host, plain_http=plain, retries=1, patience=5.0), prefix)
+                         for space, host, plain, prefix in options.upstream}
+            store = PullThrough(options.root, upstreams, options.upstream_ttl, options.sparse)
+        store.immutable = options.immutable_tags
+        if not options.read_only:
+            check_writable(store)
+    store.read_only = options.read_only
     listeners = inherited_listeners() or listen_everywhere(options.listen)
     local = all(is_loopback(listener) for listener in listeners)
     access = open_access(options, store, local)
     tls = open_tls(options, store)
     routes = {(method, row[1].__name__) for _, handlers in ROUTES for method, row in handlers.items()}
-    observation = Observation(store.own, style, routes, options.notify, options.workers)
+    observation = Observation(getattr(store, "own", None), style, routes, options.notify, options.workers)
     if options.log_file:
         open_log_file(options.log_file)
 
@@ -4463,25 +6755,23 @@ def open_access(options, store, local):
 
 def open_tls(options, store):
     """The Certificates that the options of serve ask for, or None. Raises CommandError."""
-    certificate, key, ca, renew = options.tls_cert, options.tls_key, None, None
+    certificate, key = options.tls_cert, options.tls_key
     if key and not certificate or certificate and options.tls:
         raise CommandError("--tls-key goes with --tls-cert, and --tls without both")
     if options.tls_client_ca and not (certificate or options.tls):
         raise CommandError("--tls-client-ca goes with --tls or --tls-cert")
-    if not certificate and not options.tls:
-        return None
+    folder = tls_folder(store.root)
+    hosts = {host for host, _ in options.listen if "%" not in host} - {"", "0.0.0.0", "::"}
+
+    def renew():
+        make_certificates(store.files, folder, hosts | set(options.tls_name or ()) | host_names())
+
     try:
         if options.tls:
-            folder = tls_folder(store.root)
-            hosts = {host for host, _ in options.listen if "%" not in host} - {"", "0.0.0.0", "::"}
-            names = hosts | set(options.tls_name or ())
-            certificate, ca = os.path.join(folder, "server.pem"), os.path.join(folder, "ca.crt")
-
-            def renew():
-                make_certificates(store.files, folder, names | host_names())
-
             renew()
-        return Certificates(certificate, key, options.tls_client_ca, ca, renew)
+            return Certificates(os.path.join(folder, "server.pem"), None, options.tls_client_ca,
+                                os.path.join(folder, "ca.crt"), renew)
+        return Certificates(certificate, key, options.tls_client_ca) if certificate else None
     except OSError as error:
         raise CommandError("can't use %s: %s" % (error.filename or "the certificate", error.strerror))
     except ValueError as error:
@@ -4546,19 +6836,32 @@ def banner(store, listeners, access, local, tls=None):
     return "\n".join([
         "tinyreg %s" % __version__,
         "  listens on  " + ", ".join(urls),
-        "  stores in   " + store.root,
+        ("  serves      %s (read-only)" if isinstance(store, Archive) else "  stores in   %s") % store.root,
         ] + (["  CA          /ca.crt, SHA-256 " + fingerprint(tls.ca)] if tls and tls.ca else []) + [
         "  access      " + "\n              ".join(access.in_words(reach)),
-        "  try         docker tag alpine %s/alpine && docker push %s/alpine" % (ports[0], ports[0]),
-        "              docker pull %s/alpine" % ports[0],
+        "  try         " + (archive_example(store, ports[0]) if isinstance(store, Archive) else
+                            "docker tag alpine %s/alpine && docker push %s/alpine\n"
+                            "              docker pull %s/alpine" % (ports[0], ports[0], ports[0])),
         "  Ctrl-C ends it.",
     ])
+
+
+def stored_name(store, name):
+    """The repository that a name on the command line means: alpine is docker.io/library/alpine where only that is."""
+    names = names_to_try(name)
+    return next((found for found in names if os.path.isdir(store.repository_path(found))), names[0])
+
+
+def archive_example(archive, host):
+    """A command that pulls the first image of an archive."""
+    name, reference, _ = next(archive.images(), ("alpine", "latest", None))
+    return "docker pull %s/%s%s%s" % (host, name, "@" if isinstance(reference, Digest) else ":", reference)
 
 
 def list_store(options):
     """The repositories; the tags of one; or, with --digests, every blob."""
     store = open_store(options)
-    name = parse_name(options.repository) if options.repository else None
+    name = stored_name(store, parse_name(options.repository)) if options.repository else None
     if options.digests:
         rows = [[digest] for digest in store.digests(name)]
         report = [row[0] for row in rows]
@@ -4601,6 +6904,7 @@ def remove(options):
     done = []
     for image in options.images:
         name, reference = split_image(image)
+        name = stored_name(store, name)
         if reference is None:
             raise CommandError("%s: say which tag (%s:TAG) or manifest (%s@DIGEST) to delete" % (image, name, name))
         try:
@@ -4623,7 +6927,10 @@ def passwd(options):
     if not USER.fullmatch(options.user):
         raise CommandError("%r is no user name: no spaces and no colons, and not * or @ or # first" % options.user)
     path = os.path.realpath(options.users)
-    hashed = None if options.delete else new_hash(read_password(options)).encode()
+    try:
+        hashed = None if options.delete else new_hash(read_password(options)).encode()
+    except ValueError as error:
+        raise CommandError(str(error))
     with alone(path + ".lock"):
         lines = re.findall(rb"[^\n]*\n|[^\n]+", read_file(path, 64 << 20) or b"")
         prefix = options.user.encode() + b":"
@@ -4648,14 +6955,15 @@ def read_password(options):
     """From standard input or, twice, from the terminal. Raises CommandError."""
     try:
         if options.stdin:
-            password = sys.stdin.readline().rstrip("\r\n")
+            password = sys.stdin.buffer.readline().decode("utf-8").rstrip("\r\n")
         else:
             password = getpass.getpass("password of %s: " % options.user)
             if password and getpass.getpass("once more: ") != password:
                 raise CommandError("the two passwords differ; nothing was changed")
-    except (EOFError, KeyboardInterrupt, UnicodeDecodeError):
-        password = ""
-    if not password or "\0" in password or len(password.encode("utf-8", "replace")) > MAX_PASSWORD:
+        size = len(password.encode("utf-8"))
+    except (EOFError, KeyboardInterrupt, UnicodeError):
+        size = 0
+    if not 0 < size <= MAX_PASSWORD or "\0" in password:
         raise CommandError("a password has 1 to %d bytes of UTF-8; nothing was changed" % MAX_PASSWORD)
     return password
 
@@ -4714,9 +7022,393 @@ def known_origins(root):
     return sorted(found)
 
 
+# Images between registries: what pull, push, save and load have in common
+
+
+class Progress:
+    """How far the copying of several images is: on a terminal one line that moves, elsewhere a line now and then."""
+
+    def __init__(self, quiet):
+        self.quiet = quiet
+        self.moving = sys.stderr.isatty()
+        self.total = self.before = 0  # bytes of all images, and of those that are done
+        self.next = time.monotonic() + (0 if self.moving else 30)
+        self.mutex = threading.Lock()
+
+    def say(self, line):
+        """A line that stays."""
+        if not self.quiet:
+            self.clear()
+            print(line, file=sys.stderr, flush=True)
+
+    def clear(self):
+        if self.moving and not self.quiet:
+            sys.stderr.write("\r\x1b[K")
+
+    def watch(self, report):
+        """Show how far an image is; what Report calls."""
+        if self.quiet or time.monotonic() < self.next or not self.mutex.acquire(False):
+            return
+        try:
+            self.next = time.monotonic() + (0.1 if self.moving else 30)
+            done = min(report.copied_bytes + report.present_bytes, report.total_bytes)
+            share = done / report.total_bytes if report.total_bytes else 1.0
+            line = "%s [%s] %d %%, in total %s of %s" % (
+                report.image, ("#" * int(share * 20)).ljust(20, "-"), share * 100,
+                in_units(self.before + done), in_units(self.total))
+            if self.moving:
+                line = "\r" + line[:shutil.get_terminal_size().columns - 1] + "\x1b[K"
+            sys.stderr.write(line if self.moving else line + "\n")
+            sys.stderr.flush()
+        finally:
+            self.mutex.release()
+
+
+def run_copies(options, work, target, progress):
+    """Plan, measure and run copies; `work` yields pairs of an image's text and a function from a Report to a Copy.
+
+    An image that fails does not stop the others. Returns the exit status. Raises CommandError if they have no room.
+    Ctrl-C ends it at once, as kill -9 might: threads that wait for a network would take a minute to end."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+    plans, failures, lacking = [], [], {}
+    for image, make in work:
+        try:
+            plan = make(Report(image, progress.watch))
+            plan.plan()
+            lacking.update(plan.measure(options.jobs))
+            plans.append(plan)
+        except RegistryError as error:
+            failures.append(failed(image, error))
+    progress.total = sum(plan.report.total_bytes for plan in plans)
+    free = target.free_space()
+    if not options.dry_run and free is not None and sum(lacking.values()) > free:
+        raise CommandError("%s are needed, and %s are free; make room, or copy less (--platform, --no-referrers)"
+                           % (in_units(sum(lacking.values())), in_units(free)))
+    for plan in plans:
+        report = plan.report
+        try:
+            if not options.dry_run:
+                plan.run(options.jobs)
+            progress.clear()
+            if not options.quiet and not options.json:
+                print(summary(report, options.dry_run), flush=True)
+            if report.missing:
+                failures.append(failed(report.image, "%d blobs are missing in the source; no tag was set. Missing: %s"
+                                       % (len(report.missing), " ".join(report.missing))))
+        except RegistryError as error:
+            failures.append(failed(report.image, error))
+        progress.before += report.total_bytes
+    if options.dry_run and not options.json:
+        print("in total: %d blobs, %s to copy%s" % (len(lacking), in_units(sum(lacking.values())),
+                                                    "" if free is None else "; %s free" % in_units(free)))
+    if options.json:
+        print(json.dumps({"images": [plan.report.as_json() for plan in plans], "failed": failures,
+                          "needed_bytes": sum(lacking.values())}, indent=2))
+    return 1 if failures else 0
+
+
+def failed(image, error):
+    """Tell of an image that could not be copied; returns what --json says of it."""
+    print("\r\x1b[K" * sys.stderr.isatty() + "tinyreg: %s: %s" % (image, error), file=sys.stderr, flush=True)
+    return {"image": image, "error": str(error)}
+
+
+def summary(report, planned=False):
+    """One line on what became of an image, or will become."""
+    if planned:
+        line = "%s: %d of %d blobs, %s to copy" % (report.image, report.needed_blobs, report.total_blobs,
+                                                   in_units(report.needed_bytes))
+    else:
+        line = "%s: %s, copied %s in %d blobs, %d there already" % (
+            report.image, report.digest, in_units(report.copied_bytes), report.copied_blobs, report.present_blobs)
+    if report.absent:
+        line += ", %d manifests of the index left out" % len(report.absent)
+    kinds = collections.Counter(kind for _, kind in report.referrers)
+    return line + "; referrers: " + (", ".join("%d %s" % (kinds[kind], kind) for kind in sorted(kinds)) or "none found")
+
+
+def wanted_images(options):
+    """What the command line and -f name. Raises CommandError."""
+    images = list(options.images)
+    for path in options.file or ():
+        with sys.stdin if path == "-" else open(path, encoding="utf-8", errors="replace") as lines:
+            images += [line.partition("#")[0].strip() for line in lines]
+    images = [image for image in images if image]
+    if not images:
+        raise CommandError("no image is named; write for example alpine:3.19, or name a list of images with -f FILE")
+    return images
+
+
+def open_remote(options, host, progress):
+    """The Remote for a host, with the options of add_transfer_options. Raises CommandError."""
+    try:
+        return Remote(host, options.ca, options.insecure, options.plain_http, options.retries, say=progress.say)
+    except (OSError, ssl.SSLError) as error:
+        raise CommandError("can't use %s as the CA: %s" % (options.ca, error.strerror or error))
+
+
+def pull(options):
+    """Copy images from their registries into the store."""
+    start_logging()
+    store, progress, remotes = open_store(options, create=True), Progress(options.quiet or options.json), {}
+
+    def planned(image, report):
+        if image.host not in remotes:
+            remotes[image.host] = open_remote(options, image.host, progress)
+        return Copy(remotes[image.host], store, image.path, image.reference, image.stored_name, options.platform,
+                    not options.no_referrers, report)
+
+    images = [parse_image(text) for text in wanted_images(options)]
+    work = [(str(image), functools.partial(planned, image)) for image in images]
+    return run_copies(options, work, store, progress)
+
+
+def target_of(text):
+    """HOST[:PORT][/PREFIX] as (host, prefix with its slash, or ""). Raises CommandError."""
+    host, slash, prefix = text.partition("/")
+    if not HOST.fullmatch(host):
+        raise CommandError("--to %s: write HOST[:PORT] or HOST[:PORT]/PREFIX" % text)
+    return host, parse_name(prefix) + "/" if prefix else ""
+
+
+def push_name(host, prefix, name):
+    """What a repository of the store is called on another registry: the same below the prefix; but what came from
+    that registry goes back to its own name."""
+    own = host.lower().replace(":", "_") + "/"
+    return prefix + (name[len(own):] if not prefix and name.startswith(own) else name)
+
+
+def push(options):
+    """Copy images from the store to another registry."""
+    start_logging()
+    store, progress = open_store(options), Progress(options.quiet or options.json)
+    host, prefix = target_of(options.to)
+    remote = open_remote(options, host, progress)
+
+    def planned(text, report):
+        name, reference = split_stored(store, text)
+        return Copy(store, remote, name, reference, push_name(host, prefix, name), options.platform,
+                    not options.no_referrers, report)
+
+    work = [(image, functools.partial(planned, image)) for image in wanted_images(options)]
+    return run_copies(options, work, remote, progress)
+
+
+def split_stored(store, text):
+    """(name, reference) of an image in the store, by its name here or by the one at its origin. Raises NAME_INVALID,
+    MANIFEST_INVALID, DIGEST_INVALID."""
+    try:
+        name, reference = split_image(text)
+        if os.path.isdir(store.repository_path(name)):
+            return name, reference or "latest"
+    except RegistryError:
+        pass  # lab.example:5000/x:1
+    image = parse_image(text)
+    return image.stored_name, image.reference
+
+
+def add_transfer_options(command, to=None, images=True):
+    """The options that pull, push and load have in common; `to` is the help of --to, where it is needed, and `images`
+    whether images are named."""
+    if images:
+        command.add_argument("-f", "--file", metavar="FILE", action="append",
+                             help="read images from FILE as well, one a line, # begins a comment; - is stdin")
+    if to:
+        command.add_argument("--to", metavar="HOST[:PORT][/PREFIX]", required=True, help=to)
+    command.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", action="append", help="copy images for "
+                         "this platform only; may be repeated; the index keeps its digest (default: all)")
+    command.add_argument("--no-referrers", action="store_true",
+                         help="leave signatures, SBOMs and the like behind")
+    command.add_argument("--jobs", metavar="N", type=positive, default=4, help="blobs that are copied at once")
+    command.add_argument("--retries", metavar="N", type=int, default=5,
+                         help="how often a request is tried again, with longer and longer pauses")
+    command.add_argument("--ca", metavar="FILE", help="trust the certificates of this CA (PEM) as well")
+    command.add_argument("--insecure", action="store_true", help="don't check certificates, and take plain HTTP where "
+                         "there is no TLS: whoever is on the way can read passwords and change tags")
+    command.add_argument("--plain-http", action="store_true", help="use HTTP: whoever is on the way can read passwords "
+                         "and change tags")
+    command.add_argument("--dry-run", action="store_true", help="say what would be copied, and copy nothing")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def positive(text):
+    """A number from 1 on the command line. Raises ArgumentTypeError."""
+    if not re.fullmatch("[1-9][0-9]{0,3}", text):
+        raise argparse.ArgumentTypeError("%r is no number from 1 to 9999" % text)
+    return int(text)
+
+
 def already(done):
     """The end of an error line for a command that did a part of its work."""
     return " (deleted before it: %s)" % ", ".join(done) if done else ""
+
+
+# Archives
+
+def open_archive(sources, ranges=None):
+    """An Archive of files. Raises CommandError."""
+    try:
+        return Archive(sources, ranges)
+    except OSError as error:
+        raise CommandError("can't read %s: %s" % (error.filename, error.strerror))
+
+
+def digests_in(path):
+    """The digests that a file lists, as `ls --digests` prints them, or that an archive holds. Raises CommandError."""
+    if not os.path.isdir(path):
+        with open(path, "rb") as file:
+            if re.match(rb'[\s\["]*sha(256|512):', file.peek(100)):
+                return re.findall(DIGEST.pattern, file.read().decode("ascii", "replace"))
+    return open_archive([path]).digests()
+
+
+def save(options):
+    """Write images of the store into an archive."""
+    store, saved = open_store(options), []
+    writer = ArchiveWriter(digest for path in options.have for digest in digests_in(path))
+    for text in wanted_images(options):
+        report = Report(text)
+        copy(store, writer, *split_stored(store, text), platforms=options.platform,
+             referrers=not options.no_referrers, report=report)
+        if report.missing:
+            raise CommandError("%s: the store lacks %s; pull or push it again" % (text, ", ".join(report.missing)))
+        saved.append(report)
+    program = None
+    if not options.no_self:
+        with open(__file__, "rb") as file:
+            program = file.read()
+    try:
+        parts = writer.parts(program, options.split)
+    except ValueError as error:
+        raise CommandError("--split: %s" % error)
+    files, needed = [], sum(map(archive_size, parts))
+    if options.output == "-" and len(parts) > 1:
+        raise CommandError("parts can't go to stdout: name a file with -o")
+    if options.output == "-" and not options.dry_run:
+        file = HashedFile(sys.stdout.buffer)
+        writer.write(parts[0], file)
+        file.write(TAR_END)
+        sys.stdout.buffer.flush()
+        return 0
+    if not options.dry_run:
+        folder = os.path.dirname(os.path.abspath(options.output))
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise CommandError("%s has room for %s, and %s are needed" % (folder, in_units(free), in_units(needed)))
+        files = writer.save(options.output, parts)
+    if options.json:
+        print(json.dumps({"images": [report.as_json() for report in saved], "blobs": len(writer.blobs),
+                          "left_out": sorted(writer.left_out), "bytes": needed, "files": files}, indent=2))
+    elif not options.quiet:
+        print("\n".join(["%s: %d images, %d blobs (%d more left out), %s in %d files" % (
+            options.output, len(saved), len(writer.blobs), len(writer.left_out), in_units(needed), len(parts))]
+            + ["  %(file)s  %(size)d bytes  sha256:%(sha256)s" % entry for entry in files]))
+    return 0
+
+
+def archive_source(path, folder):
+    """What Archive can read for load: a path, or what came from stdin or was compressed, in a nameless file."""
+    if path == "-":
+        return "stdin", spool("stdin", sys.stdin.buffer, folder)
+    if not os.path.isdir(path):
+        with open(path, "rb") as file:
+            if compression(file.peek(8)) == "gzip":
+                return path, spool(path, file, folder)
+    return path
+
+
+def load(options):
+    """Copy the images of archives into the store, or to another registry."""
+    start_logging()
+    progress, reports, kept = Progress(options.quiet or options.json), [], None
+    host, prefix = target_of(options.to) if options.to else ("", "")
+    if host:
+        target, scratch = open_remote(options, host, progress), tempfile.gettempdir()
+    else:
+        target = open_store(options, create=True)
+        scratch, kept = target.files.scratch, os.path.join(target.own, "ranges")
+    archive = open_archive([archive_source(path, scratch) for path in options.archives], kept)
+
+    def planned(name, reference, digest, report):
+        reports.append(report)
+        report.missing += sorted(archive.contents([digest]).lacking)
+        if report.missing:
+            raise RegistryError("MANIFEST_UNKNOWN", *report.missing, message="manifests are missing or damaged")
+        return Copy(archive, target, name, reference, push_name(host, prefix, name) if host else name,
+                    options.platform, not options.no_referrers, report)
+
+    work = [("%s%s%s" % (name, "@" if reference == digest else ":", reference),
+             functools.partial(planned, name, reference, digest)) for name, reference, digest in archive.images()]
+    if not work:
+        raise CommandError("no images in " + archive.root)
+    status = run_copies(options, work, target, progress)
+    missing = sorted({digest for report in reports for digest in report.missing})
+    if kept and not options.dry_run:
+        keep_ranges(target, archive, kept)
+    if options.want:
+        with open(options.want, "w") as file:
+            file.write("".join(digest + "\n" for digest in missing))
+    if missing and archive.other_parts():
+        print("tinyreg: what is missing may be in %s" % ", ".join(archive.other_parts()), file=sys.stderr)
+    return status
+
+
+def keep_ranges(store, archive, folder):
+    """Keep the ranges of blobs that are not whole yet, until their other parts come; forget those that are."""
+    for digest, ranges in archive.ranges.items():
+        place = os.path.join(folder, digest.algorithm, digest.encoded)
+        if os.path.exists(store.blob_path(digest)):
+            with contextlib.suppress(FileNotFoundError):
+                store.files.remove(place)
+            continue
+        for found in ranges.values():
+            path = os.path.join(place, "%d-%d-%s" % (found.offset, found.total, found.digest.encoded))
+            if found.member.source == path:
+                continue
+            if found.member.digest() != found.digest:
+                raise CommandError("a part of %s is damaged; `tinyreg.py verify` says in which file" % digest)
+            temporary = store.files.scratch_path()
+            with found.member.open() as blob, open(temporary, "xb") as file:
+                pour(blob, blob.length, file.write)
+                file.flush()
+                os.fsync(file.fileno())
+            store.files.publish(temporary, path)
+
+
+def verify_archives(options):
+    """Re-read archives where they lie: every blob, and whether all that the images need is there."""
+    report = {"files": [], "images": {}}
+    for path in options.archives:
+        entry = {"file": path, "blobs": 0, "sha256": None, "damaged": []}
+        try:
+            entry["blobs"], entry["sha256"], entry["damaged"] = verify_file(path)
+        except (RegistryError, OSError) as error:  # media that can't be read are damaged as well
+            entry["damaged"] = [str(error)]
+        report["files"].append(entry)
+    damaged = {digest for entry in report["files"] for digest in entry["damaged"]}
+    archive = open_archive([entry["file"] for entry in report["files"] if entry["blobs"]])
+    for name, reference, digest in archive.images():
+        contents = archive.contents([digest])
+        needed = {blob.digest for blob in contents.blobs.values() if not blob.foreign}
+        found = {"damaged": sorted(contents.lacking | needed & damaged), "missing": sorted(needed - set(archive.blobs))}
+        if any(found.values()):
+            report["images"]["%s%s%s" % (name, "@" if reference == digest else ":", reference)] = found
+    if options.json:
+        print(json.dumps(report, indent=2))
+    elif not options.quiet:
+        for entry in report["files"]:
+            state = "%d DAMAGED" % len(entry["damaged"]) if entry["damaged"] else "all intact"
+            print("%s: %d blobs, %s%s" % (entry["file"], entry["blobs"], state,
+                                          ", sha256:" + entry["sha256"] if entry["sha256"] else ""))
+    for entry in report["files"]:
+        for what in entry["damaged"]:
+            print("tinyreg: %s: damaged: %s" % (entry["file"], what), file=sys.stderr)
+    for image, found in sorted(report["images"].items()):
+        print("tinyreg: %s: %s" % (image, "; ".join("%s: %s" % (how, ", ".join(digests))
+                                                    for how, digests in sorted(found.items()) if digests)),
+              file=sys.stderr)
+    return 1 if damaged or report["images"] else 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -4761,6 +7453,14 @@ def worker_count(text):
     return int(text)
 
 
+def byte_count(text):
+    """A number of bytes on the command line: 4096, 700M, 3.9G (powers of 1024). Raises ArgumentTypeError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kKMGT]?)(?:i?B)?", text)
+    if not match:
+        raise argparse.ArgumentTypeError("%r is no size: write for example 700M or 3.9G" % text)
+    return int(float(match.group(1)) * 1024 ** " KMGT".index(match.group(2).upper() or " "))
+
+
 def address(text):
     """An address on the command line. Raises ArgumentTypeError."""
     try:
@@ -4775,6 +7475,17 @@ def endpoint(text):
         return Endpoint(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error))
+
+
+def upstream(text):
+    """NS=URL on the command line as (NS, host, whether it is plain HTTP, prefix). Raises ArgumentTypeError."""
+    match = re.fullmatch(r"([^=/]+)=(?:(https?)://)?([^/@]+)(?:/(.*?))?/*", text)
+    if not match or not HOST.fullmatch(match.group(1)) or not HOST.fullmatch(match.group(3)):
+        raise argparse.ArgumentTypeError("%r is no upstream: write for example docker.io=https://registry-1.docker.io"
+                                         % text)
+    space, scheme, host, prefix = match.groups()
+    host = "docker.io" if host in ("registry-1.docker.io", "index.docker.io") else host
+    return space.lower().replace(":", "_"), host, scheme == "http", prefix + "/" if prefix else ""
 
 
 def add_command(commands, function, name, purpose, examples):
@@ -4824,7 +7535,11 @@ def build_parser():
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
     command = add_command(commands, serve, "serve", "Serve the store (what tinyreg.py does without a command).",
                           "  tinyreg.py serve\n"
-                          "  tinyreg.py serve --root /srv/registry --listen :5000 --anonymous push\n")
+                          "  tinyreg.py serve --root /srv/registry --listen :5000 --anonymous push\n"
+                          "  tinyreg.py serve --listen :5000 --tls --users users --rules rules\n"
+                          "  tinyreg.py serve /media/usb/images.tar\n")
+    command.add_argument("archives", metavar="ARCHIVE", nargs="*", help="serve the images in these archives instead of "
+                         "the store, read-only")
     from_environment(command, "--listen", metavar="[HOST]:PORT", type=address, action="append",
                      help="address to listen on; :5000 is every address; may be repeated "
                      "(default: 127.0.0.1:5000, which Docker trusts without TLS)")
@@ -4861,8 +7576,23 @@ def build_parser():
     from_environment(command, "--log-file", metavar="FILE", help="log there, not to stderr; SIGHUP opens it anew")
     from_environment(command, "--workers", metavar="N", type=worker_count,
                      default=min(4, cores()), help="processes that serve")
+    from_environment(command, "--upstream", metavar="NS=URL", type=upstream, action="append",
+                     help="fetch what is missing below NS/ from URL, and keep it; may be repeated; logins are those of "
+                     "docker login; pushes below NS/ are refused (example: docker.io=https://registry-1.docker.io)")
+    from_environment(command, "--upstream-ttl", metavar="TIME", type=seconds, default=300.0,
+                     help="how long a tag is taken as right before the upstream is asked again")
     from_environment(command, "--drain", metavar="TIME", type=seconds, default=30.0,
                      help="how long running transfers may take to end after SIGTERM")
+    command = add_command(commands, pull, "pull", "Copy images from their registries into the store.",
+                          "  tinyreg.py pull alpine:3.19 quay.io/prometheus/prometheus:v2.53.0\n"
+                          "  tinyreg.py pull -f images.txt --platform linux/amd64 --dry-run\n")
+    command.add_argument("images", metavar="IMAGE", nargs="*", help="as docker pull takes it")
+    add_transfer_options(command)
+    command = add_command(commands, push, "push", "Copy images from the store to another registry.",
+                          "  tinyreg.py push alpine:3.19 --to lab.example:5000\n"
+                          "  tinyreg.py push -f images.txt --to lab.example/mirror\n")
+    command.add_argument("images", metavar="IMAGE", nargs="*", help="as pull took it, or as ls shows it")
+    add_transfer_options(command, to="the registry, and what its repositories' names begin with")
     command = add_command(commands, list_store, "ls", "List repositories, or the tags of one.",
                           "  tinyreg.py ls\n  tinyreg.py ls docker.io/library/alpine\n"
                           "  tinyreg.py ls --digests > have.txt\n")
@@ -4894,7 +7624,43 @@ def build_parser():
     command.add_argument("images", metavar="IMAGE", nargs="+", help="NAME:TAG deletes the tag; NAME@DIGEST deletes the "
                          "manifest and every tag that points to it")
     command.add_argument("--json", action="store_true", help="print JSON")
+    add_archive_commands(commands)
     return parser
+
+
+def add_archive_commands(commands):
+    command = add_command(commands, save, "save", "Write images of the store into an archive.",
+                          "  tinyreg.py save alpine nginx:1.25 -o images.tar\n"
+                          "  tinyreg.py save -f images.txt -o images.tar --have have.txt --split 3900M\n"
+                          "  tinyreg.py save alpine -o - | ssh HOST docker load\n")
+    command.add_argument("images", metavar="IMAGE", nargs="*", help="NAME[:TAG] or NAME@DIGEST")
+    command.add_argument("-f", "--file", metavar="FILE", action="append",
+                         help="read images from FILE as well, one a line, # begins a comment; - is stdin")
+    command.add_argument("-o", "--output", metavar="FILE", required=True, help="the archive; - is stdout")
+    command.add_argument("--platform", metavar="OS/ARCH", action="append", default=[],
+                         help="leave out the images of an index for other platforms; may be repeated")
+    command.add_argument("--no-referrers", action="store_true",
+                         help="leave signatures, SBOMs and the like behind")
+    command.add_argument("--no-self", action="store_true", help="leave out tinyreg.py itself")
+    command.add_argument("--have", metavar="FILE", action="append", default=[], help="leave out the blobs that are in "
+                         "this list (`ls --digests` of the far side) or archive; may be repeated")
+    command.add_argument("--split", metavar="SIZE", type=byte_count,
+                         help="write parts of at most this size, for example 3900M for a FAT32 stick")
+    command.add_argument("--dry-run", action="store_true", help="say how much it would be, and write nothing")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command = add_command(commands, load, "load", "Put the images of archives into the store.",
+                          "  tinyreg.py load images.tar\n  tinyreg.py load images-*.tar --want want.txt\n"
+                          "  tinyreg.py load images.tar --to registry.lab:5000\n"
+                          "  docker save alpine | tinyreg.py load -\n")
+    command.add_argument("archives", metavar="FILE", nargs="+", help="an OCI image layout or what docker save wrote, "
+                         "as tar, .tar.gz or directory; a registry's data directory; - is stdin")
+    command.add_argument("--want", metavar="FILE", help="write the digests that are missing into this file")
+    command.add_argument("--to", metavar="HOST[:PORT][/PREFIX]", help="put them into this registry, not into the store")
+    add_transfer_options(command, images=False)
+    command = add_command(commands, verify_archives, "verify", "Re-read archives where they lie: every digest.",
+                          "  tinyreg.py verify /media/stick/images-*.tar\n")
+    command.add_argument("archives", metavar="FILE", nargs="+", help="what load and serve read")
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def flush_output():

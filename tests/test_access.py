@@ -252,7 +252,7 @@ def test_tokens_are_good_for_what_was_asked_and_the_rules_allow(world, user, sco
 def test_a_token_for_a_short_name_is_good_where_a_mirror_finds_it(world):
     access = world.access("** * pull\npub/** @anonymous pull")
     token = token_for(world, access, "repository:library/alpine:pull", "alice")
-    for name, status in [("docker.io/library/alpine", 200), ("alpine", 401), ("zoo", 401)]:
+    for name, status in [("docker.io/library/alpine", 200), ("alpine", 200), ("zoo", 401)]:
         assert world.status(access, "GET", "/v2/%s/tags/list" % name, authorization=token) == status
 
 
@@ -483,6 +483,23 @@ def test_passwd_refuses_in_one_line(tmp_path, user, options, given, says):
     done = passwd(tmp_path / "users", user, *options, input=given)
     assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "users").exists()
+
+
+@pytest.mark.parametrize("user, given", [(b"alice", b"p\xff\n"), (b"\xff", b"secret\n")])
+def test_passwd_takes_only_utf_8(tmp_path, user, given):
+    done = subprocess.run([sys.executable, tinyreg.__file__, "passwd", user, "--users", str(tmp_path / "users"),
+                           "--stdin"], input=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 1 and done.stderr.count(b"\n") == 1
+    assert not (tmp_path / "users").exists()
+
+
+def test_passwd_where_nothing_can_hash(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tinyreg, "load_crypt", lambda: None)
+    monkeypatch.delattr("hashlib.scrypt", raising=False)
+    monkeypatch.setattr(tinyreg, "read_password", lambda options: "secret")
+    assert tinyreg.main(["passwd", "alice", "--users", str(tmp_path / "users")]) == 1
+    shown = capsys.readouterr().err
+    assert "bcrypt or scrypt" in shown and shown.count("\n") == 1
 
 
 def test_passwd_asks_twice_on_the_terminal(tmp_path):

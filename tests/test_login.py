@@ -10,7 +10,6 @@ import hashlib
 import http.client
 import io
 import json
-import os
 import ssl
 import subprocess
 import sys

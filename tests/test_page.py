@@ -6,12 +6,13 @@ import json
 import re
 import shutil
 import subprocess
+import tarfile
 import urllib.error
 import urllib.parse
 import urllib.request
 
 import pytest
-from conftest import TINYREG
+from conftest import TINYREG, run_tinyreg
 from samples import make_docker_image, make_image, make_referrer, index, to_manifest
 
 import tinyreg
@@ -225,6 +226,26 @@ def test_the_registry_hands_itself_out(registry):
     with urllib.request.urlopen(registry.url + "/tinyreg.py") as answer, open(TINYREG, "rb") as file:
         assert answer.headers["Content-Disposition"] == "attachment; filename=tinyreg.py"
         assert hashlib.sha256(answer.read()).digest() == hashlib.sha256(file.read()).digest()
+
+
+def test_an_image_is_downloaded_as_an_archive(registry, tmp_path):
+    document = Document(fetch(registry.url + "/?repository=lab/app&reference=1.0")[2])
+    link, = [link["href"] for link in document.all("a") if link["href"].startswith("archive/")]
+    path = tmp_path / "image.tar"
+    with urllib.request.urlopen("%s/%s" % (registry.url, link)) as answer, open(str(path), "wb") as file:
+        shutil.copyfileobj(answer, file)
+        assert int(answer.headers["Content-Length"]) == path.stat().st_size
+        assert answer.headers["Content-Disposition"] == "attachment; filename=lab_app_1.0.tar"
+    with tarfile.open(str(path)) as tar:
+        assert BASE in [tar.extractfile(member).read() for member in tar if member.isfile()]
+    assert run_tinyreg("load", "--root", tmp_path / "other", path).returncode == 0
+    there = [Directory(str(tmp_path / root)).resolve("lab/app", "1.0") for root in ("registry", "other")]
+    assert there[0] == there[1]
+    signature, = list(Directory(str(tmp_path / "other")).referrers("lab/app", there[0]))
+    assert signature.artifact_type == "application/vnd.example.signature"
+    assert fetch("%s/archive/lab/app@%s.tar" % (registry.url, signature.digest), Range="x")[0] == 200
+    assert [fetch(registry.url + "/archive/" + name)[0] for name in ("lab/app:no.tar", "no:x.tar", "X:x.tar")] == [
+        404, 404, 400]
 
 
 def test_disk_use_counts_what_is_shared_once(tmp_path):

@@ -151,7 +151,8 @@ def test_without_openssl_the_error_says_what_to_do(tmp_path):
 @pytest.mark.parametrize("options, says", [
     (["--tls-key", "x"], "--tls-cert"), (["--tls", "--tls-cert", "x"], "--tls-cert"),
     (["--tls-client-ca", "x"], "--tls"), (["--tls-cert", "missing"], "missing"),
-    (["--tls-cert", __file__], "can't use"), (["--users", "missing"], "missing"), (["--rules", __file__], "line 1 is no rule")])
+    (["--tls-cert", __file__], "can't use"),
+    (["--users", "missing"], "missing"), (["--rules", __file__], "line 1 is no rule")])
 def test_options_that_cannot_work_are_refused_in_one_line(tmp_path, options, says):
     done = run_tinyreg("serve", "--root", tmp_path / "r", "--listen", "127.0.0.1:0", *options)
     assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1

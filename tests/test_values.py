@@ -455,3 +455,42 @@ def test_error_body():
 def test_error_body_with_text_that_is_no_unicode():
     """A name with stray bytes arrives as surrogates, and must not make the answer fail."""
     assert b"NAME_INVALID" in refusal(parse_name, "a\udcff").body()
+
+
+@pytest.mark.parametrize("text, host, path, reference, stored", [
+    ("alpine", "docker.io", "library/alpine", "latest", "docker.io/library/alpine"),
+    ("alpine:3.19", "docker.io", "library/alpine", "3.19", "docker.io/library/alpine"),
+    ("docker.io/alpine", "docker.io", "library/alpine", "latest", "docker.io/library/alpine"),
+    ("index.docker.io/grafana/grafana:10", "docker.io", "grafana/grafana", "10", "docker.io/grafana/grafana"),
+    ("localhost/x", "localhost", "x", "latest", "localhost/x"),
+    ("lab.example:5000/x", "lab.example:5000", "x", "latest", "lab.example_5000/x"),
+    ("LAB/x:1", "LAB", "x", "1", "lab/x"),
+    ("quay.io/a/b:tag@sha256:" + "a" * 64, "quay.io", "a/b", "sha256:" + "a" * 64, "quay.io/a/b"),
+])
+def test_images_have_docker_s_names_and_keep_their_origin(text, host, path, reference, stored):
+    image = tinyreg.parse_image(text)
+    assert (image.host, image.path, image.reference, image.stored_name) == (host, path, reference, stored)
+
+
+@pytest.mark.parametrize("text, code", [
+    ("", "NAME_INVALID"), ("Alpine", "NAME_INVALID"), ("a" * 64, "NAME_INVALID"), ("x.y/", "NAME_INVALID"),
+    ("-x.y/z", "NAME_INVALID"), ("[::1]:5000/x", "NAME_INVALID"), ("https://quay.io/x", "NAME_INVALID"),
+    ("alpine:", "MANIFEST_INVALID"), ("alpine@sha256:12", "DIGEST_INVALID"), ("x.y/" + "a" * 252, "NAME_INVALID"),
+])
+def test_images_that_are_none_are_refused(text, code):
+    with pytest.raises(tinyreg.RegistryError) as caught:
+        tinyreg.parse_image(text)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("name, origin, names", [
+    ("alpine", None, ["alpine", "docker.io/library/alpine"]),
+    ("library/alpine", None, ["library/alpine", "docker.io/library/alpine"]),
+    ("library/alpine", "docker.io", ["docker.io/library/alpine", "library/alpine"]),
+    ("a/b", "quay.io", ["quay.io/a/b", "a/b"]),
+    ("a/b", "lab.example:5000", ["lab.example_5000/a/b", "a/b"]),
+    ("a/b", "no host at all", ["a/b"]),
+    ("a/b", "", ["a/b", "docker.io/a/b"]),
+])
+def test_a_read_looks_under_the_origin_then_the_name_then_docker_io(name, origin, names):
+    assert tinyreg.names_to_try(name, origin) == names

@@ -1,0 +1,748 @@
+"""Archives: written, read in place, loaded, served and verified; those of others, and those of enemies."""
+
+import contextlib
+import gzip
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.request
+
+import pytest
+
+from conftest import TINYREG, found_pythons, run_tinyreg
+from samples import (CONFIG, image, index, make_image, make_referrer, push_blob, read_blob,
+                     to_manifest)
+from tinyreg import Archive, ArchiveError, Digest, Directory, RegistryError, iter_tar, tar_header
+
+NAME = "docker.io/library/demo"
+RANDOM = random.Random(7)
+LARGE = bytes(RANDOM.getrandbits(8) for _ in range(1 << 16)) * 48  # 3 MiB
+
+
+def add(archive, name, content=b"", **fields):
+    """Add a member to an open tar."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    archive.addfile(info, io.BytesIO(content))
+
+
+def make_tar(path, members, **settings):
+    """A tar of {name: bytes, or the target of a symbolic link}."""
+    with tarfile.open(str(path), "w", **settings) as archive:
+        for name, content in members.items():
+            if isinstance(content, str):
+                add(archive, name, type=tarfile.SYMTYPE, linkname=content)
+            else:
+                add(archive, name, content)
+    return str(path)
+
+
+def layout(*manifests, blobs=(), names=None):
+    """The members of an OCI image layout; `names` are the annotations of each manifest's entry."""
+    entries = [dict({"mediaType": manifest.media_type, "digest": manifest.digest, "size": len(manifest.content)},
+                    **({"annotations": given} if given else {}))
+               for manifest, given in zip(manifests, names or [None] * len(manifests))]
+    members = {"oci-layout": b'{"imageLayoutVersion":"1.0.0"}',
+               "index.json": json.dumps({"schemaVersion": 2, "manifests": entries}).encode()}
+    for content in list(blobs) + [manifest.content for manifest in manifests]:
+        members["blobs/sha256/" + Digest.of(content).encoded] = content
+    return members
+
+
+def members_of(path):
+    with tarfile.open(str(path)) as archive:
+        return {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Directory(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def far(tmp_path):
+    """The store on the other side of the gap."""
+    return Directory(str(tmp_path / "far"))
+
+
+@pytest.fixture
+def save(store, tmp_path):
+    """A function that saves images of the store; returns the archive's path."""
+    def save(*arguments, name="images.tar"):
+        path = str(tmp_path / name)
+        done = run_tinyreg("save", "--root", store.root, "-o", path, *arguments)
+        assert (done.returncode, done.stderr) == (0, "")
+        return path
+    return save
+
+
+@pytest.fixture
+def load(far):
+    """A function that loads archives on the other side; returns the CompletedProcess."""
+    return lambda *arguments, **settings: run_tinyreg("load", "--root", far.root, *arguments, **settings)
+
+
+def same(store, far, name=NAME, tag="1"):
+    """Whether an image is the same in both, to the last byte."""
+    digest = store.resolve(name, tag)
+    assert far.resolve(name, tag) == digest
+    stack = [digest]
+    while stack:
+        manifest = store.manifest(name, stack.pop())
+        assert far.manifest(name, manifest.digest).content == manifest.content
+        stack += [child.digest for child in manifest.manifests]
+        for blob in manifest.blobs:
+            assert read_blob(far, name, blob.digest) == read_blob(store, name, blob.digest)
+    return True
+
+
+# Saving and loading
+
+def test_an_image_its_index_and_its_signatures_cross_the_gap(store, far, save, load):
+    one = make_image(store, NAME, None)
+    two = make_image(store, NAME, None, layers=(b"arm",))
+    both = to_manifest(index(one, two))
+    store.put_manifest(NAME, both, ["1"])
+    referrer = make_referrer(store, NAME, both)
+    signature = make_image(store, NAME, "sha256-%s.sig" % both.digest.encoded, layers=(b"signed",))
+    done = load(save("demo:1"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert same(store, far)
+    assert [found.digest for found in far.referrers(NAME, both.digest)] == [referrer.digest]
+    assert far.resolve(NAME, "sha256-%s.sig" % both.digest.encoded) == signature.digest
+    assert list(far.tags(NAME)) == sorted(["1", "sha256-%s.sig" % both.digest.encoded])
+
+
+def test_referrers_stay_behind_if_wanted(store, far, save, load):
+    manifest = make_image(store, NAME, "1")
+    make_referrer(store, NAME, manifest)
+    assert load(save("demo:1", "--no-referrers")).returncode == 0
+    assert same(store, far) and list(far.referrers(NAME, manifest.digest)) == []
+
+
+@pytest.mark.parametrize("name", ["demo", "team/demo", "quay.io/team/demo", "lab.example_5000/demo", "localhost/demo"])
+def test_every_name_comes_back_as_it_was(store, far, save, load, name):
+    make_image(store, name, "1")
+    assert load(save(name + ":1")).returncode == 0
+    assert list(far.repositories()) == [name] and same(store, far, name)
+
+
+def test_an_image_without_a_tag_travels_by_its_digest(store, far, save, load):
+    manifest = make_image(store, NAME, None)
+    assert load(save("demo@" + manifest.digest)).returncode == 0
+    assert far.manifest(NAME, manifest.digest).content == manifest.content and list(far.tags(NAME)) == []
+
+
+def test_sha512_content_crosses_the_gap(store, far, save, load):
+    make_image(store, NAME, "1", algorithm="sha512")
+    assert load(save("demo:1")).returncode == 0
+    assert same(store, far)
+
+
+def test_a_list_of_images(store, far, save, load, tmp_path):
+    make_image(store, NAME, "1")
+    make_image(store, "quay.io/a/b", "latest", layers=(b"b",))
+    (tmp_path / "images.txt").write_text("# what we need\ndemo:1\n\nquay.io/a/b  # the other\n")
+    assert load(save("-f", tmp_path / "images.txt")).returncode == 0
+    assert same(store, far) and same(store, far, "quay.io/a/b", "latest")
+
+
+def test_one_platform_and_the_index_to_the_byte(store, far, save, load):
+    one, two = make_image(store, NAME, None), make_image(store, NAME, None, layers=(b"arm",))
+    document = index(one, two)
+    for entry, architecture in zip(document["manifests"], ("amd64", "arm64")):
+        entry["platform"] = {"os": "linux", "architecture": architecture}
+    both = to_manifest(document)
+    store.put_manifest(NAME, both, ["1"])
+    path = save("demo:1", "--platform", "linux/arm64")
+    assert load(path).returncode == 0
+    assert far.manifest(NAME, far.resolve(NAME, "1")).content == both.content
+    assert far.manifest(NAME, two.digest) and Digest.of(b"layer one") not in set(far.digests())
+    assert "(1 not here)" in run_tinyreg("ls", "--root", far.root, NAME).stdout
+    assert [record["Layers"] for record in json.loads(members_of(path)["manifest.json"].decode())] \
+        == [["blobs/sha256/" + Digest.of(b"arm").encoded]]
+
+
+def test_the_same_images_make_the_same_bytes(store, save, tmp_path):
+    for tag in "12":
+        make_image(store, NAME, tag, layers=(tag.encode(), b"shared"))
+    other = Directory(str(tmp_path / "other"))
+    for tag in "21":
+        make_image(other, NAME, tag, layers=(tag.encode(), b"shared"))
+    first = save("demo:1", "demo:2")
+    second = str(tmp_path / "second.tar")
+    assert run_tinyreg("save", "--root", other.root, "-o", second, "demo:2", "demo:1").returncode == 0
+    assert open(first, "rb").read() == open(second, "rb").read()
+    with tarfile.open(first) as archive:
+        assert {(member.mtime, member.uid, member.gid, member.uname) for member in archive} == {(0, 0, 0, "")}
+        assert archive.getnames()[:4] == ["tinyreg.py", "oci-layout", "index.json", "manifest.json"]
+
+
+def test_every_python_makes_the_same_bytes(store, save, tmp_path):
+    make_image(store, NAME, "1", algorithm="sha512")
+    wanted = open(save("demo:1"), "rb").read()
+    for version, python in found_pythons().items():
+        path = str(tmp_path / ("%d.%d.tar" % version))
+        run_tinyreg("save", "--root", store.root, "-o", path, "demo:1", python=python)
+        assert open(path, "rb").read() == wanted
+
+
+def test_a_blob_beyond_the_octal_size_has_a_header_that_tar_reads(tmp_path):
+    with open(str(tmp_path / "large.tar"), "wb") as file:
+        file.write(tar_header("large", 9 << 30))
+        file.truncate((9 << 30) + 512 + 1024)
+    assert subprocess.check_output(["tar", "-tvf", file.name], universal_newlines=True).split()[2] == str(9 << 30)
+    with open(file.name, "rb", buffering=0) as file:
+        assert [entry[0::4] for entry in iter_tar(file)] == [(b"large", 9 << 30)]
+
+
+def test_stdout_has_the_same_bytes_and_stdin_takes_them(store, far, save, tmp_path):
+    make_image(store, NAME, "1")
+    path = save("demo:1", "--no-self")
+    streamed = subprocess.run([sys.executable, TINYREG, "save", "--root", store.root, "--no-self", "-o", "-", "demo:1"],
+                              stdout=subprocess.PIPE, check=True).stdout
+    assert streamed == open(path, "rb").read() and "tinyreg.py" not in members_of(path)
+    for content in streamed, gzip.compress(streamed):
+        shutil.rmtree(far.root)
+        subprocess.run([sys.executable, TINYREG, "load", "--root", far.root, "--quiet", "-"], input=content, check=True)
+        assert same(store, far)
+        assert os.listdir(os.path.join(far.root, "tinyreg", "scratch")) == []
+
+
+def test_the_archive_brings_what_serves_it(store, save, tmp_path):
+    make_image(store, NAME, "1")
+    subprocess.run(["tar", "-xf", save("demo:1"), "tinyreg.py"], cwd=str(tmp_path), check=True)
+    assert (tmp_path / "tinyreg.py").read_bytes() == open(TINYREG, "rb").read()
+    assert os.access(str(tmp_path / "tinyreg.py"), os.X_OK)
+
+
+def test_a_dry_run_says_how_much_and_writes_nothing(store, tmp_path, save):
+    make_image(store, NAME, "1")
+    path = tmp_path / "dry.tar"
+    done = run_tinyreg("save", "--root", store.root, "--dry-run", "--json", "-o", path, "demo:1")
+    assert not path.exists()
+    assert json.loads(done.stdout)["bytes"] == os.path.getsize(save("demo:1"))
+
+
+def test_a_damaged_blob_is_not_saved_and_the_old_archive_stays(store, save, tmp_path):
+    make_image(store, NAME, "1")
+    path = save("demo:1")
+    before = open(path, "rb").read()
+    with open(store.blob_path(Digest.of(b"layer one")), "wb") as file:
+        file.write(b"layer 0ne")
+    done = run_tinyreg("save", "--root", store.root, "-o", path, "demo:1")
+    assert done.returncode == 1 and Digest.of(b"layer one") in done.stderr and done.stderr.count("\n") == 1
+    assert open(path, "rb").read() == before
+    assert not [name for name in os.listdir(str(tmp_path)) if name.endswith(".part")]
+
+
+def test_an_image_that_is_not_there(store, tmp_path):
+    done = run_tinyreg("save", "--root", store.root, "-o", tmp_path / "x.tar", "nothing:1")
+    assert done.returncode == 1 and "docker.io/library/nothing" in done.stderr and not (tmp_path / "x.tar").exists()
+
+
+# Differences
+
+def test_only_what_the_far_side_lacks_travels(store, far, save, load, tmp_path):
+    make_image(store, NAME, "1", layers=(LARGE, b"one"))
+    assert load(save("demo:1")).returncode == 0
+    make_image(store, NAME, "2", layers=(LARGE, b"two"))
+    have = tmp_path / "have.txt"
+    have.write_text(run_tinyreg("ls", "--root", far.root, "--digests").stdout)
+    difference = save("demo:2", "--have", have, name="difference.tar")
+    assert set(members_of(difference)) == {
+        "tinyreg.py", "oci-layout", "index.json", "blobs/sha256/" + Digest.of(b"two").encoded,
+        "blobs/sha256/" + store.resolve(NAME, "2").encoded}
+    assert load(difference).returncode == 0 and same(store, far, tag="2")
+    assert open(save("demo:2", "--have", tmp_path / "images.tar"), "rb").read() == open(difference, "rb").read()
+
+
+def test_no_tag_before_all_is_there_and_what_is_missing_is_written_down(store, far, save, load, tmp_path):
+    make_image(store, NAME, "1", layers=(b"base", b"one"))
+    have, want = tmp_path / "have.txt", tmp_path / "want.txt"
+    have.write_text(Digest.of(b"base") + "\n")
+    difference = save("demo:1", "--have", have)
+    done = load(difference, "--want", want)
+    assert done.returncode == 1 and Digest.of(b"base") in done.stderr and "Traceback" not in done.stderr
+    assert want.read_text() == Digest.of(b"base") + "\n"
+    assert list(far.repositories()) == []
+    push_blob(far, "another", b"base")
+    assert load(difference, "--want", want).returncode == 0
+    assert same(store, far) and want.read_text() == ""
+
+
+# Parts
+
+@pytest.fixture
+def parts(store, save, tmp_path):
+    """The parts of two images, one with a blob larger than a part."""
+    make_image(store, NAME, "1", layers=(LARGE, b"small"))
+    make_image(store, "quay.io/other", "1", layers=(LARGE[:600000], LARGE[7:500000]))
+    save("demo:1", "quay.io/other:1", "--split", "1M")
+    return sorted(str(path) for path in tmp_path.glob("images-*.tar"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_parts_load_one_by_one_in_any_order(store, far, load, parts, seed):
+    assert len(parts) > 4 and all(os.path.getsize(path) <= 1 << 20 for path in parts)
+    random.Random(seed).shuffle(parts)
+    statuses = [load(path).returncode for path in parts]
+    assert statuses[:-1] == [1] * (len(parts) - 1) or 0 not in statuses[:-2]
+    assert statuses[-1] == 0 and same(store, far) and same(store, far, "quay.io/other")
+    kept = os.path.join(far.root, "tinyreg", "ranges")
+    assert [files for _, _, files in os.walk(kept) if files] == []
+
+
+def test_all_parts_at_once_and_which_are_missing(store, far, load, parts):
+    done = load(*parts[:-1])
+    assert done.returncode == 1 and os.path.basename(parts[-1]) in done.stderr
+    assert load(*parts).returncode == 0 and same(store, far)
+
+
+def test_each_part_is_a_layout_of_its_own_and_names_all_parts(parts):
+    for number, path in enumerate(parts, 1):
+        members = members_of(path)
+        assert json.loads(members["oci-layout"].decode()) == {"imageLayoutVersion": "1.0.0"}
+        for name, content in members.items():
+            if name.startswith("blobs/"):
+                assert Digest.of(content).encoded == name.split("/")[-1]
+        described = json.loads(members["tinyreg-parts.json"].decode())
+        assert described["part"] == number
+        assert [entry["file"] for entry in described["parts"]] == [os.path.basename(part) for part in parts]
+        entry = described["parts"][number - 1]
+        with open(path, "rb") as file:
+            assert Digest.of(file.read(entry["size"])).encoded == entry["sha256"]
+
+
+def test_a_damaged_part_is_named_and_replaced_by_itself(store, far, load, parts):
+    with open(parts[2], "r+b") as file:
+        content = file.read()
+        place = content.rindex(LARGE[:1000])
+        file.seek(place)
+        file.write(b"\0")
+    done = run_tinyreg("verify", *parts)
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if parts[2] in line] and parts[1] not in done.stderr
+    assert load(parts[2]).returncode == 1
+    for path in parts[:2] + parts[3:]:
+        load(path)
+    with open(parts[2], "wb") as file:
+        file.write(content)
+    assert run_tinyreg("verify", "--quiet", *parts).stdout == ""
+    assert load(parts[2]).returncode == 0 and same(store, far)
+
+
+def test_parts_are_served_together(store, parts):
+    archive = Archive(parts)
+    assert same(store, archive)
+    with archive.open_blob(NAME, Digest.of(LARGE)) as blob:
+        part = blob.part(1000000, 500000)
+        view, got = memoryview(bytearray(70000)), b""
+        count = 1
+        while count:
+            count = part.readinto(view)
+            got += bytes(view[:count])
+        assert got == LARGE[1000000:1500000]
+
+
+def test_a_part_too_small_for_the_manifests(store, tmp_path):
+    make_image(store, NAME, "1")
+    done = run_tinyreg("save", "--root", store.root, "--split", "10K", "-o", tmp_path / "x.tar", "demo:1")
+    assert done.returncode == 1 and "has to be larger" in done.stderr
+
+
+# Verifying
+
+def test_verify_names_damage_the_images_it_harms_and_what_is_missing(store, save, tmp_path):
+    make_image(store, NAME, "1", layers=(b"layer one", b"layer two"))
+    make_image(store, NAME, "2", layers=(b"unharmed",))
+    path = save("demo:1", "demo:2")
+    assert run_tinyreg("verify", path).returncode == 0
+    content = open(path, "rb").read()
+    with open(path, "wb") as file:
+        file.write(content.replace(b"layer one", b"layer 0ne"))
+    done = run_tinyreg("verify", "--json", path)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["images"] == {NAME + ":1": {"damaged": [Digest.of(b"layer one")], "missing": []}}
+    difference = save("demo:2", "--have", path, name="difference.tar")
+    assert run_tinyreg("verify", difference).returncode == 1
+    done = run_tinyreg("verify", save("demo:2"), difference)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_verify_prints_the_sha256_that_save_printed(store, save):
+    make_image(store, NAME, "1")
+    path = save("demo:1")
+    assert Digest.of(open(path, "rb").read()) in run_tinyreg("verify", path).stdout
+
+
+def test_a_damaged_archive_gives_its_other_images(store, far, save, load):
+    make_image(store, NAME, "1", layers=(b"layer one",))
+    make_image(store, NAME, "2", layers=(b"unharmed",))
+    path = save("demo:1", "demo:2")
+    content = open(path, "rb").read()
+    with open(path, "wb") as file:
+        file.write(content.replace(b"layer one", b"layer 0ne"))
+    done = load(path)
+    assert done.returncode == 1 and NAME + ":1" in done.stderr
+    assert list(far.tags(NAME)) == ["2"] and same(store, far, tag="2")
+
+
+# Serving
+
+def get(server, path, **headers):
+    request = urllib.request.Request(server.url + path, headers=headers)
+    with urllib.request.urlopen(request) as response:
+        return response.status, response.read()
+
+
+def test_archives_are_served_with_ranges_and_refuse_writes(store, save, start_server, tmp_path):
+    make_image(store, NAME, "1", layers=(LARGE,))
+    make_image(store, "quay.io/other", "1")
+    server = start_server(None, save("demo:1"), save("quay.io/other:1", name="second.tar"))
+    assert json.loads(get(server, "/v2/_catalog")[1].decode()) == {"repositories": [NAME, "quay.io/other"]}
+    blob = "/v2/%s/blobs/%s" % (NAME, Digest.of(LARGE))
+    assert get(server, blob) == (200, LARGE)
+    assert get(server, blob, Range="bytes=5-1000004") == (206, LARGE[5:1000005])
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(server.url + "/v2/%s/blobs/uploads/" % NAME, data=b"")
+    with refused.value:
+        assert refused.value.code in (403, 405) and b"served from an archive" in refused.value.read()
+    assert not os.path.exists(server.root)
+
+
+def test_a_blob_in_parts_is_served(parts, start_server):
+    server = start_server(None, *parts)
+    blob = "/v2/%s/blobs/%s" % (NAME, Digest.of(LARGE))
+    assert get(server, blob) == (200, LARGE)
+    assert get(server, blob, Range="bytes=900000-1200000") == (206, LARGE[900000:1200001])
+
+
+def test_ten_thousand_blobs_are_ready_without_reading_a_layer(tmp_path, monkeypatch):
+    layers = [b"%d" % number * 20 for number in range(10000)]
+    manifests = [to_manifest(image(layers[start:start + 100])) for start in range(0, 10000, 100)]
+    names = [{"io.containerd.image.name": "docker.io/library/demo:%d" % number} for number in range(100)]
+    path = make_tar(tmp_path / "many.tar", layout(*manifests, blobs=[CONFIG] + layers, names=names))
+    real, read = os.pread, []
+    monkeypatch.setattr(os, "pread", lambda *arguments: read.append(arguments[1]) or real(*arguments))
+    archive = Archive([path])
+    assert sorted(archive.repositories()) == [NAME] and len(list(archive.tags(NAME))) == 100
+    headers = len(read) - 100 - 10
+    assert headers < 10200
+    index_size = len(members_of(path)["index.json"])
+    assert sum(read) < 512 * 10200 + index_size + 4 * sum(len(manifest.content) for manifest in manifests) + (1 << 20)
+    assert read_blob(archive, NAME, Digest.of(layers[4321])) == layers[4321]
+
+
+# What others write
+
+def test_an_oci_layout_as_a_directory_a_tar_and_a_tar_of_the_directory(tmp_path, far, load):
+    manifest = to_manifest(image())
+    members = layout(manifest, blobs=(CONFIG, b"layer one", b"layer two"),
+                     names=[{"org.opencontainers.image.ref.name": "1"}])
+    folder = tmp_path / "Demo"
+    for name, content in members.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    subprocess.run(["tar", "-C", str(tmp_path), "-cf", str(tmp_path / "other.tar"), "Demo"], check=True)
+    tar = make_tar(tmp_path / "plain.tar", members)
+    with open(tar, "rb") as file, gzip.open(str(tmp_path / "packed.tar.gz"), "wb") as packed:
+        packed.write(file.read())
+    for path in folder, tmp_path / "other.tar", tar, tmp_path / "packed.tar.gz":
+        assert load(path).returncode == 0
+    assert {(name, far.resolve(name, "1")) for name in far.repositories()} == \
+        {(name, manifest.digest) for name in ("demo", "other", "plain", "packed")}
+
+
+@pytest.mark.parametrize("annotations, name, tag", [
+    ({"org.opencontainers.image.ref.name": "v1"}, "file", "v1"),
+    ({"org.opencontainers.image.ref.name": "quay.io/a/b:v1"}, "quay.io/a/b", "v1"),
+    ({"org.opencontainers.image.ref.name": "library/demo:1", "io.containerd.image.name": "docker.io/library/demo:1"},
+     NAME, "1"),
+    ({"org.opencontainers.image.ref.name": "1", "io.containerd.image.name": "lab.example:5000/x:1"},
+     "lab.example_5000/x", "1"),
+    ({"org.opencontainers.image.ref.name": "Not A Name"}, "file", "latest"),
+    (None, "file", "latest"),
+])
+def test_names_as_others_write_them(tmp_path, annotations, name, tag):
+    manifest = to_manifest(image())
+    archive = Archive([make_tar(tmp_path / "file.tar", layout(manifest, names=[annotations]))])
+    assert [(found, list(archive.tags(found))) for found in archive.repositories()] == [(name, [tag])]
+
+
+def docker_config(*layers):
+    inner = [Digest.of(gzip.decompress(layer) if layer[:1] == b"\x1f" else layer) for layer in layers]
+    rootfs = {"type": "layers", "diff_ids": inner}
+    return json.dumps({"os": "linux", "architecture": "amd64", "rootfs": rootfs}).encode()
+
+
+def docker_save(dialect):
+    """(members, layers as they lie there) of what one of the programs writes."""
+    layers = [b"layer one", b"layer two", b"layer one"]
+    if dialect == "crane":
+        layers = [gzip.compress(layer, mtime=0) if sys.version_info >= (3, 8) else gzip.compress(layer)
+                  for layer in layers[:2]]
+        layers.append(layers[0])
+    config = docker_config(*layers)
+    name = Digest.of(config).encoded + ".json"
+    if dialect == "docker 24":
+        paths = ["%064x/layer.tar" % number for number in range(3)]
+        members = dict(zip(paths, layers), **{name: config})
+        members[paths[2]] = "../%064x/layer.tar" % 0
+        members.update({path.replace("layer.tar", "json"): b"{}" for path in paths})
+    elif dialect == "skopeo":
+        paths = [Digest.of(layer).encoded + ".tar" for layer in layers]
+        members = dict(zip(paths, layers), **{name: config})
+    elif dialect == "crane":
+        name = Digest.of(config)
+        paths = [Digest.of(layer).encoded + ".tar.gz" for layer in layers]
+        members = dict(zip(paths, layers), **{name: config})
+    else:
+        name, paths = "blobs/sha256/" + name[:-5], ["blobs/sha256/" + Digest.of(layer).encoded for layer in layers]
+        members = dict(zip(paths, layers), **{name: config})
+    members["manifest.json"] = json.dumps([{"Config": name, "RepoTags": ["demo:1", "lab.example:5000/x:2"],
+                                            "Layers": paths}]).encode()
+    return members, layers
+
+
+@pytest.mark.parametrize("dialect", ["docker 24", "skopeo", "crane", "docker 25 without index.json"])
+def test_docker_save_tars_are_loaded_and_served_with_one_digest(tmp_path, far, load, dialect):
+    members, layers = docker_save(dialect)
+    path = make_tar(tmp_path / "saved.tar", members)
+    assert load(path).returncode == 0
+    manifest = far.manifest(NAME, far.resolve(NAME, "1"))
+    assert far.resolve("lab.example_5000/x", "2") == manifest.digest
+    assert [read_blob(far, NAME, blob.digest) for blob in manifest.blobs[1:]] == layers
+    kind = "application/vnd.oci.image.layer.v1.tar" + ("+gzip" if dialect == "crane" else "")
+    assert {blob.media_type for blob in manifest.blobs[1:]} == {kind}
+    again = make_tar(tmp_path / "again.tar", dict(reversed(list(members.items()))), format=tarfile.PAX_FORMAT)
+    archive = Archive([again])
+    assert archive.resolve(NAME, "1") == manifest.digest
+    assert [read_blob(archive, NAME, blob.digest) for blob in manifest.blobs[1:]] == layers
+
+
+def test_layers_of_docker_save_are_not_read_to_open_it(tmp_path, monkeypatch):
+    members, layers = docker_save("docker 24")
+    path = make_tar(tmp_path / "saved.tar", members)
+    monkeypatch.setattr("tinyreg.pour", lambda blob, length, *takers: pytest.fail("a layer is read")
+                        if length != len(docker_config(*layers)) else takers[0](blob.read()))
+    assert list(Archive([path]).tags(NAME)) == ["1"]
+
+
+def test_a_registrys_data_directory_and_a_tar_of_it(store, tmp_path, load, far):
+    make_image(store, NAME, "1")
+    untagged = make_image(store, NAME, None, layers=(b"pinned",))
+    make_image(store, "team/b", "2", layers=(b"b",))
+    tar = str(tmp_path / "data.tar")
+    subprocess.run(["tar", "-C", store.root, "-cf", tar, "docker"], check=True)
+    for path in store.root, tar:
+        shutil.rmtree(far.root)
+        assert load(path).returncode == 0
+        assert same(store, far) and same(store, far, "team/b", "2")
+        assert far.manifest(NAME, untagged.digest)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_old_and_new_tars_with_long_names(tmp_path, form):
+    manifest = to_manifest(image())
+    members = layout(manifest)
+    folder = "a-folder-whose-name-is-long/" * (4 if form == tarfile.USTAR_FORMAT else 12)
+    path = make_tar(tmp_path / "file.tar", {folder + name: content for name, content in members.items()}, format=form)
+    assert Archive([path]).manifest("file", manifest.digest).content == manifest.content
+
+
+def test_load_straight_into_another_registry(store, save, start_server, tmp_path):
+    manifest = make_image(store, NAME, "1")
+    make_referrer(store, NAME, manifest)
+    server = start_server()
+    done = run_tinyreg("load", save("demo:1"), "--to", server.host + "/mirror", "--plain-http",
+                       cwd=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    target = Directory(server.root)
+    assert target.resolve("mirror/" + NAME, "1") == manifest.digest
+    assert len(list(target.referrers("mirror/" + NAME, manifest.digest))) == 1
+
+
+# Enemies
+
+def hostile(path, kind):
+    """Write an archive that means harm."""
+    members = layout(to_manifest(image()), blobs=(CONFIG, b"layer one", b"layer two"))
+    digest = Digest.of(b"layer one").encoded
+    deep = b'{"manifests":' * 100000
+    replaced = {"deep json": {"index.json": deep}, "no json": {"index.json": b"\xff\xfe"},
+                "empty": {"index.json": b'{"manifests":[]}'},
+                "json of another kind": {"index.json": b'{"manifests":{"a":1}}'},
+                "odd entries": {"index.json": b'{"manifests":[{"digest":5},7]}'},
+                "odd annotations": {"index.json": b'{"manifests":[{"mediaType":"","digest":"sha256:%s","size":1,'
+                                                  b'"annotations":[1]}]}' % digest.encode()},
+                "huge json": {"index.json": b'{"manifests":[' + b"[]," * 8000000 + b"0]}"},
+                "a link out": {"blobs/sha256/" + digest: "../../../../etc/passwd"},
+                "an absolute link": {"blobs/sha256/" + digest: "/etc/passwd"}}
+    members.update(replaced.get(kind, {}))
+    if kind == "docker: odd":
+        members = {"manifest.json": b'[{"Config":["x"],"Layers":{"a":1}}]'}
+    if kind == "docker: missing":
+        members = {"manifest.json": b'[{"Config":"x.json","Layers":["/etc/passwd"]}]'}
+    if kind == "docker: out":
+        members = {"manifest.json": b'[{"Config":"../../etc/passwd","Layers":[]}]'}
+    make_tar(path, members)
+    fields = {"absolute": dict(name="/etc/evil"), "dots": dict(name="blobs/../../evil"),
+              "a device": dict(name="blobs/sha256/" + digest, type=tarfile.CHRTYPE),
+              "a fifo": dict(name="pipe", type=tarfile.FIFOTYPE),
+              "a hard link out": dict(name="hard", type=tarfile.LNKTYPE, linkname="../x"),
+              "two that differ": dict(name="blobs/sha256/" + digest, content=b"layer 0ne")}.get(kind)
+    if fields:
+        with tarfile.open(str(path), "a") as archive:
+            add(archive, **fields)
+    content = open(str(path), "rb").read()
+    if kind == "cut off":
+        content = content[:len(content) // 2 // 512 * 512 - 100]
+    if kind == "cut off at a member":
+        content = content[:1024]
+    if kind == "larger than it is":
+        header = bytearray(content[:512])
+        header[124:136] = b"77777777777\0"
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        content = bytes(header) + content[512:]
+    if kind == "negative size":
+        header = bytearray(content[:512])
+        header[124:136] = b"\xff" * 12
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        content = bytes(header) + content[512:]
+    if kind == "a damaged header":
+        content = content[:1100] + b"\x55" + content[1101:]
+    if kind == "a long name's bomb":
+        info = tarfile.TarInfo("././@LongLink")
+        info.type, info.size = b"L", 1 << 20
+        content = info.tobuf() + b"a" * (1 << 20) + content
+    if kind == "malformed pax":
+        info = tarfile.TarInfo("pax")
+        info.type, info.size = b"x", 512
+        content = info.tobuf() + b"0 path=x\n".ljust(512, b"\0") + content
+    if kind == "nothing":
+        content = b""
+    if kind == "noise":
+        content = LARGE[:100000]
+    if kind == "zstd":
+        content = b"\x28\xb5\x2f\xfd" + LARGE[:10000]
+    if kind == "gzip of noise":
+        content = b"\x1f\x8b" + LARGE[:10000]
+    if kind == "gzip cut off":
+        content = gzip.compress(content)[:-20]
+    with open(str(path), "wb") as file:
+        file.write(content)
+
+
+@pytest.mark.parametrize("kind", [
+    "absolute", "dots", "a device", "a fifo", "a hard link out", "a link out", "an absolute link", "two that differ",
+    "cut off", "cut off at a member", "larger than it is", "negative size", "a damaged header", "a long name's bomb",
+    "malformed pax", "nothing", "noise", "zstd", "gzip of noise", "gzip cut off", "deep json", "no json",
+    "json of another kind", "empty", "odd entries", "odd annotations", "huge json", "docker: odd", "docker: missing",
+    "docker: out"])
+def test_hostile_archives_are_refused_and_harm_nothing(tmp_path, far, load, kind):
+    path = tmp_path / "hostile.tar"
+    hostile(path, kind)
+    done = load(path)
+    assert done.returncode == 1 and str(path) in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(far.digests()) == [] and list(far.repositories()) == []
+    assert os.listdir(os.path.join(far.root, "tinyreg", "scratch")) == []
+    assert kind == "empty" or run_tinyreg("verify", path).returncode == 1
+
+
+def test_a_link_out_of_a_directory_is_refused(tmp_path, load):
+    folder = tmp_path / "layout"
+    (folder / "blobs" / "sha256").mkdir(parents=True)
+    (folder / "index.json").write_text('{"manifests":[]}')
+    (folder / "blobs" / "sha256" / Digest.of(b"x").encoded).symlink_to("/etc/passwd")
+    done = load(folder)
+    assert done.returncode == 1 and "leads out of the directory" in done.stderr
+
+
+def test_a_blob_that_lies_about_its_digest_does_not_count(tmp_path, far, load):
+    manifest = to_manifest(image())
+    members = layout(manifest, blobs=(CONFIG, b"layer one"))
+    members["blobs/sha256/" + Digest.of(b"layer two").encoded] = b"layer tw0"
+    done = load(make_tar(tmp_path / "liar.tar", members))
+    assert done.returncode == 1 and Digest.of(b"layer two") in done.stderr
+    assert list(far.repositories()) == [] and Digest.of(b"layer two") not in set(far.digests())
+
+
+@pytest.mark.parametrize("depth, status", [(50, 0), (2000, 1)])
+def test_an_index_of_indexes_without_end_is_walked_once(tmp_path, load, depth, status):
+    manifests = [to_manifest(image())]
+    for _ in range(depth):
+        manifests.append(to_manifest(index(manifests[-1], manifests[-1])))
+    contents = [manifest.content for manifest in manifests[:-1]] + [CONFIG, b"layer one", b"layer two"]
+    path = make_tar(tmp_path / "deep.tar", layout(manifests[-1], blobs=contents))
+    assert list(Archive([path]).tags("deep")) == ["latest"]
+    done = load(path)
+    assert done.returncode == status and done.stderr.count("\n") == status, done.stderr
+
+
+def test_serve_says_what_to_do_with_compressed_archives(tmp_path):
+    path = tmp_path / "x.tar.gz"
+    path.write_bytes(gzip.compress(b"x"))
+    done = run_tinyreg("serve", path)
+    assert done.returncode == 1 and "gzip; decompress it first" in done.stderr
+
+
+# Interruptions
+
+def test_load_killed_at_any_time_leaves_nothing_half_and_goes_on(store, far, save, load):
+    layers = tuple(LARGE[number:] for number in range(8))
+    make_image(store, NAME, "1", layers=layers)
+    path = save("demo:1")
+    for wanted in (1, 4):
+        process = subprocess.Popen([sys.executable, TINYREG, "load", "--root", far.root, path])
+        while process.poll() is None and len(set(far.digests())) < wanted:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for digest in far.digests():
+            assert Digest.of(open(far.blob_path(digest), "rb").read()) == digest
+        with contextlib.suppress(RegistryError):
+            far.resolve(NAME, "1")
+            assert same(store, far)
+    assert load(path).returncode == 0
+    assert same(store, far)
+
+
+def test_load_says_beforehand_that_the_disk_is_too_small(store, far, save, monkeypatch, capsys):
+    import tinyreg
+    make_image(store, NAME, "1", layers=(LARGE,))
+    path = save("demo:1")
+    monkeypatch.setattr(Directory, "free_space", lambda self: len(LARGE))
+    assert tinyreg.main(["load", "--root", far.root, path]) == 1
+    assert "are needed" in capsys.readouterr().err
+    assert list(far.digests()) == []
+
+
+def test_a_bomb_is_given_up_before_the_disk_is_full(far, tmp_path, monkeypatch, capsys):
+    import tinyreg
+    path = tmp_path / "bomb.tar.gz"
+    path.write_bytes(gzip.compress(bytes(32 << 20)))
+    usage = shutil.disk_usage(str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=(64 << 20) - 1))
+    assert tinyreg.main(["load", "--root", far.root, str(path)]) == 1
+    assert "does not fit" in capsys.readouterr().err
+    assert os.listdir(os.path.join(far.root, "tinyreg", "scratch")) == []
+
+
+def test_archive_errors_are_registry_errors_with_the_file_first(tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"no tar")
+    with pytest.raises(ArchiveError) as error:
+        Archive([str(tmp_path / "x.tar")])
+    assert str(error.value) == "%s: not a tar file" % (tmp_path / "x.tar")

@@ -1,0 +1,1058 @@
+"""Room 8: other registries, as upstream and as target: Distribution (Debian's docker-registry), with and without
+logins, behind a strict token server, behind proxies that cut, delay and redirect; and pull and push on top of it."""
+
+import base64
+import contextlib
+import http.client
+import http.server
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
+
+import pytest
+
+import tinyreg
+from conftest import TINYREG, run_tinyreg
+from samples import index, make_image, make_referrer, read_blob, to_manifest
+from test_copy import make_multi
+from tinyreg import Credentials, Digest, Directory, RegistryError, Remote, copy
+
+DISTRIBUTION = shutil.which("docker-registry")
+needs_distribution = pytest.mark.skipif(not DISTRIBUTION, reason="docker-registry is not installed")
+
+CONFIGURATION = """version: 0.1
+log: {level: error, accesslog: {disabled: true}}
+storage: {filesystem: {rootdirectory: %s}, delete: {enabled: true}}
+http: {addr: "127.0.0.1:%d"}
+"""
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """No login of whoever runs the tests is used."""
+    path = tmp_path / "home"
+    path.mkdir()
+    monkeypatch.setenv("HOME", str(path))
+    for name in ("DOCKER_CONFIG", "DOCKER_AUTH_CONFIG", "REGISTRY_AUTH_FILE", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    return path
+
+
+def save_login(home, host, user="me", password="secret"):
+    """What docker login writes."""
+    (home / ".docker").mkdir(exist_ok=True)
+    entry = {"auth": base64.b64encode(("%s:%s" % (user, password)).encode()).decode()}
+    (home / ".docker" / "config.json").write_text(json.dumps({"auths": {host: entry}}))
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture
+def start_distribution(tmp_path):
+    """A function that starts Distribution on a free port; returns its host."""
+    started = []
+
+    def start(extra=""):
+        for attempt in range(5):  # a free port may be taken by another test before it is listened on
+            port = free_port()
+            path = tmp_path / ("distribution%d.yml" % port)
+            path.write_text(CONFIGURATION % (tmp_path / ("distribution%d" % port), port) + extra)
+            process = subprocess.Popen([DISTRIBUTION, "serve", str(path)], stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.DEVNULL)
+            started.append(process)
+            while process.poll() is None:
+                with contextlib.suppress(OSError):
+                    socket.create_connection(("127.0.0.1", port), 1).close()
+                    return "127.0.0.1:%d" % port
+                time.sleep(0.02)
+        raise RuntimeError("docker-registry did not start")
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def distribution(start_distribution):
+    return start_distribution()
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Directory(str(tmp_path / "store"))
+
+
+class Proxy(http.server.ThreadingHTTPServer):
+    """A proxy in front of a registry, which spoils what a test wants spoilt.
+
+    `spoil(handler)` is called first for each request; it answers and returns True, or returns what to do: None, or a
+    number of body bytes after which to cut the connection. `seen` has (method, path, headers), `sent` the body bytes.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, upstream, spoil=lambda handler: None):
+        self.upstream, self.spoil, self.seen, self.sent = upstream, spoil, [], 0
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.host = "127.0.0.1:%d" % self.server_address[1]
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        pass
+
+    def asked(self, method, part):
+        return [path for verb, path, _ in self.seen if verb == method and part in path]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *anything):
+        pass
+
+    def answer(self, status, headers=(), body=b""):
+        self.send_response(status)
+        for name, value in dict({"Content-Length": len(body)}, **dict(headers)).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+        return True
+
+    def cut(self):
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+        return True
+
+    def handle_all(self):
+        server = self.server
+        server.seen.append((self.command, self.path, {key.lower(): value for key, value in self.headers.items()}))
+        limit = server.spoil(self)
+        if limit is True or not server.upstream:
+            return None
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        connection = http.client.HTTPConnection(server.upstream, timeout=20)
+        headers = {key: value for key, value in self.headers.items() if key.lower() != "connection"}
+        connection.request(self.command, self.path, body, headers)
+        response = connection.getresponse()
+        content = response.read()
+        self.send_response(response.status)
+        for name, value in response.getheaders():
+            if name.lower() not in ("connection", "transfer-encoding", "server", "date"):
+                self.send_header(name, value)
+        self.end_headers()
+        content = b"" if self.command == "HEAD" else content
+        part = content if limit is None else content[:limit]
+        self.wfile.write(part)
+        self.wfile.flush()
+        server.sent += len(part)
+        connection.close()
+        if limit is not None:
+            self.cut()
+
+    def do_CONNECT(self):
+        """As a proxy that lets everything through; what comes then is for the upstream."""
+        self.server.seen.append((self.command, self.path, {key.lower(): text for key, text in self.headers.items()}))
+        self.send_response(200)
+        self.end_headers()
+        self.close_connection = False
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = handle_all
+
+
+@pytest.fixture
+def start_proxy():
+    started = []
+
+    def start(upstream=None, spoil=lambda handler: None):
+        started.append(Proxy(upstream, spoil))
+        return started[-1]
+
+    yield start
+    for proxy in started:
+        proxy.shutdown()
+        proxy.server_close()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Back-off without the waiting; the waits are returned."""
+    waits = []
+    monkeypatch.setattr(tinyreg.time, "sleep", waits.append)
+    return waits
+
+
+def holdings(registry, name):
+    """{tag: digest}, and the digests of all that hangs below them."""
+    found, tags = set(), {tag: registry.resolve(name, tag) for tag in registry.tags(name)}
+
+    def walk(digest):
+        manifest = registry.manifest(name, digest)
+        found.add(digest)
+        for child in manifest.manifests:
+            walk(child.digest)
+        for blob in manifest.blobs:
+            with registry.open_blob(name, blob.digest) as opened:
+                content = bytearray(blob.size)
+                filled = 0
+                while filled < len(content):
+                    filled += opened.readinto(memoryview(content)[filled:])
+            assert Digest.of(bytes(content), blob.digest.algorithm) == blob.digest
+            found.add(blob.digest)
+    for digest in tags.values():
+        walk(digest)
+    return tags, found
+
+
+# Distribution as target and upstream
+
+@needs_distribution
+def test_an_index_goes_to_distribution_and_back(store, distribution, tmp_path):
+    make_multi(store, "demo")
+    copy(store, Remote(distribution), "demo", "latest", "far/demo")
+    assert holdings(Remote(distribution), "far/demo") == holdings(store, "demo")
+    back = Directory(str(tmp_path / "back"))
+    copy(Remote(distribution), back, "far/demo", "latest", "demo")
+    assert holdings(back, "demo") == holdings(store, "demo")
+
+
+@needs_distribution
+def test_referrers_travel_by_the_fallback_tag_where_there_is_no_api(store, distribution, tmp_path):
+    manifest = make_image(store, "demo")
+    notes = [make_referrer(store, "demo", manifest, artifactType="application/x.%d" % number) for number in range(2)]
+    copy(store, Remote(distribution), "demo", "latest")
+    tag = "sha256-" + manifest.digest.encoded
+    listed = Remote(distribution).manifest("demo", Remote(distribution).resolve("demo", tag)).manifests
+    assert {entry.digest for entry in listed} == {note.digest for note in notes}
+    back = Directory(str(tmp_path / "back"))
+    report = copy(Remote(distribution), back, "demo", "latest")
+    assert {found.digest for found in back.referrers("demo", manifest.digest)} == {note.digest for note in notes}
+    assert sorted(kind for _, kind in report.referrers) == ["application/x.0", "application/x.1"]
+
+
+@needs_distribution
+def test_a_second_push_sends_nothing_and_another_name_is_mounted(store, distribution, start_proxy):
+    make_image(store, "demo")
+    proxy = start_proxy(distribution)
+    remote = Remote(proxy.host)
+    copy(store, remote, "demo", "latest", "one")
+    proxy.seen.clear()
+    copy(store, remote, "demo", "latest", "one")
+    assert {verb for verb, _, _ in proxy.seen} <= {"HEAD", "GET"}
+    proxy.seen.clear()
+    copy(store, remote, "demo", "latest", "two")
+    assert len(proxy.asked("POST", "mount=")) == 3 and not proxy.asked("PATCH", "")
+    assert holdings(Remote(distribution), "two") == holdings(store, "demo")
+
+
+@needs_distribution
+def test_large_blobs_go_in_chunks(store, distribution, start_proxy, monkeypatch):
+    monkeypatch.setattr(tinyreg, "UPLOAD_CHUNK", 1 << 20)
+    make_image(store, "demo", layers=(os.urandom(2500000),))
+    proxy = start_proxy(distribution)
+    copy(store, Remote(proxy.host), "demo", "latest")
+    ranges = [headers["content-range"] for verb, _, headers in proxy.seen if "content-range" in headers]
+    assert ranges == ["0-1048575", "1048576-2097151", "2097152-2499999"]
+    assert holdings(Remote(distribution), "demo") == holdings(store, "demo")
+
+
+def test_an_upload_that_is_cut_goes_on_where_the_other_side_is(store, server, start_proxy, monkeypatch, quick):
+    monkeypatch.setattr(tinyreg, "UPLOAD_CHUNK", 1 << 20)
+    make_image(store, "demo", layers=(os.urandom(3 << 20),))
+    cuts = []
+
+    def spoil(handler):
+        if handler.command == "PATCH" and handler.headers.get("Content-Range", "").startswith("1048576-") and not cuts:
+            cuts.append(1)
+            return handler.cut()
+
+    proxy = start_proxy(server.host, spoil)
+    copy(store, Remote(proxy.host), "demo", "latest")
+    chunks = [headers["content-range"] for _, _, headers in proxy.seen if "content-range" in headers]
+    assert cuts and chunks.count("0-1048575") == 1
+    assert holdings(Remote(server.host), "demo") == holdings(store, "demo")
+
+
+@needs_distribution
+def test_an_upload_that_distribution_forgets_after_a_cut_begins_anew(store, distribution, start_proxy, quick):
+    make_image(store, "demo", layers=(os.urandom(3 << 20),))
+    cuts = []
+
+    def spoil(handler):
+        if handler.command == "PATCH" and int(handler.headers["Content-Length"]) > 1 << 20 and not cuts:
+            cuts.append(1)
+            return handler.cut()
+
+    copy(store, Remote(start_proxy(distribution, spoil).host), "demo", "latest")
+    assert cuts and holdings(Remote(distribution), "demo") == holdings(store, "demo")
+
+
+def test_blobs_go_whole_where_no_chunks_are_taken(store, server, start_proxy):
+    make_image(store, "demo")
+
+    def spoil(handler):
+        if handler.command == "PATCH":
+            handler.rfile.read(int(handler.headers["Content-Length"]))
+            return handler.answer(405)
+
+    copy(store, Remote(start_proxy(server.host, spoil).host), "demo", "latest")
+    assert holdings(Remote(server.host), "demo") == holdings(store, "demo")
+
+
+def test_tags_repositories_and_referrers_come_in_pages(store, server, start_proxy):
+    manifest = make_image(store, "demo")
+    notes = [make_referrer(store, "demo", manifest, artifactType="application/x.%d" % number) for number in range(5)]
+    for tag in "cab":
+        store.put_manifest("demo", manifest, [tag])
+    copy(store, Remote(server.host), "demo", "latest")
+    there = Directory(server.root)
+    for tag in "cab":
+        there.put_manifest("demo", manifest, [tag])
+    there.mount("other", manifest.blobs[0].digest)
+    there.put_manifest("other", to_manifest(index()), ["x"])
+
+    def spoil(handler):
+        if "n=" not in handler.path and re.search("tags/list|_catalog|referrers", handler.path):
+            handler.path += "?n=2" if "_catalog" not in handler.path else "?n=1"
+
+    remote = Remote(start_proxy(server.host, spoil).host)
+    assert list(remote.tags("demo")) == ["a", "b", "c", "latest"]
+    assert list(remote.repositories()) == ["demo", "other"]
+    assert sorted(remote.referrer_digests("demo", manifest.digest)) == sorted(note.digest for note in notes)
+
+
+@needs_distribution
+def test_an_index_without_all_its_children_is_refused_with_what_to_do(store, distribution):
+    make_multi(store, "demo")
+    with pytest.raises(RegistryError, match="copy all platforms, or one child by its digest"):
+        copy(store, Remote(distribution), "demo", "latest", platforms=["linux/amd64"])
+
+
+@pytest.mark.parametrize("status", [200, 400, 403, 406])
+def test_a_registry_that_knows_no_referrers_may_say_so_as_it_likes(store, server, start_proxy, status):
+    manifest = make_image(store, "demo")
+    note = make_referrer(store, "demo", manifest)
+    copy(store, Remote(server.host), "demo", "latest")
+    fallback = to_manifest(index(note))
+    Directory(server.root).put_manifest("demo", fallback, ["sha256-" + manifest.digest.encoded])
+    proxy = start_proxy(server.host, lambda handler: "/referrers/" in handler.path
+                        and handler.answer(status, {"Content-Type": "text/html"}, b"<html>") or None)
+    assert Remote(proxy.host).referrer_digests("demo", manifest.digest) == [note.digest]
+
+
+# Logins
+
+@needs_distribution
+def test_basic_logins_come_from_docker_s_file(store, start_distribution, tmp_path, home):
+    htpasswd = shutil.which("htpasswd")
+    if not htpasswd:
+        pytest.skip("htpasswd is not installed")
+    lines = subprocess.run([htpasswd, "-Bbn", "me", "secret"], stdout=subprocess.PIPE, check=True).stdout
+    (tmp_path / "users").write_bytes(lines)
+    host = start_distribution("auth: {htpasswd: {realm: lab, path: %s}}\n" % (tmp_path / "users"))
+    make_image(store, "demo")
+    with pytest.raises(RegistryError, match="there is none in .*config.json.*; log in with: docker login " + host):
+        copy(store, Remote(host), "demo", "latest")
+    save_login(home, host, password="wrong")
+    with pytest.raises(RegistryError, match="does not let me do this, with the login from .*config.json"):
+        copy(store, Remote(host), "demo", "latest")
+    save_login(home, host)
+    copy(store, Remote(host), "demo", "latest")
+    assert holdings(Remote(host), "demo") == holdings(store, "demo")
+
+
+class TokenServer:
+    """A strict token server and, as Proxy.spoil, the guard of a registry that wants its tokens: each for one scope,
+    short-lived, for the right user only."""
+
+    def __init__(self, users=None, life=300, identity=None):
+        self.users, self.life, self.identity, self.issued, self.asked = users, life, identity, {}, []
+
+    def __call__(self, handler):
+        path, _, query = handler.path.partition("?")
+        if path == "/token":
+            return self.issue(handler, urllib.parse.parse_qs(query))
+        match = re.fullmatch("/v2/(.+)/(manifests|blobs|tags|referrers)/.*", path)
+        action = "pull" if handler.command in ("GET", "HEAD") else "push"
+        name = match.group(1) if match else ""
+        scheme, _, token = handler.headers.get("Authorization", "").partition(" ")
+        scopes, ends = self.issued.get(token, ((), 0))
+        allowed = any(scope.startswith("repository:%s:" % name) and action in scope.rpartition(":")[2].split(",")
+                      for scope in scopes)
+        if scheme == "Bearer" and allowed and time.monotonic() < ends:
+            return None
+        handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        wanted = "pull" if action == "pull" else "pull,push"
+        return handler.answer(401, {"WWW-Authenticate": 'Bearer realm="http://%s/token",service="lab, \\"x\\"",scope="'
+                                    'repository:%s:%s"' % (handler.server.host, name, wanted)})
+
+    def issue(self, handler, query):
+        form = handler.rfile.read(int(handler.headers.get("Content-Length") or 0)).decode()
+        if handler.command == "POST":
+            query = urllib.parse.parse_qs(form)
+            if self.identity is None:
+                return handler.answer(405)
+            if query.get("refresh_token") != [self.identity] or query.get("grant_type") != ["refresh_token"]:
+                return handler.answer(401)
+        elif self.users is not None and handler.headers.get("Authorization", "")[6:] not in self.users:
+            return handler.answer(401)
+        assert query["service"] == ['lab, "x"']
+        scopes = " ".join(query["scope"]).split()
+        self.asked.append(scopes)
+        token = "t%d" % len(self.issued)
+        self.issued[token] = scopes, time.monotonic() + self.life
+        body = {"access_token": token, "expires_in": self.life}
+        return handler.answer(200, {"Content-Type": "application/json"}, json.dumps(body).encode())
+
+
+def test_tokens_are_fetched_for_each_scope_once(store, server, start_proxy):
+    make_multi(store, "demo")
+    tokens = TokenServer()
+    proxy = start_proxy(server.host, tokens)
+    copy(store, Remote(proxy.host), "demo", "latest")
+    assert holdings(Remote(server.host), "demo") == holdings(store, "demo")
+    pushes = len(tokens.asked)
+    back = Directory(store.root + "-back")
+    copy(Remote(proxy.host), back, "demo", "latest")
+    assert len(tokens.asked) == pushes + 1 and pushes <= 3
+    assert holdings(back, "demo") == holdings(store, "demo")
+
+
+def test_tokens_that_end_are_renewed(store, server, start_proxy, monkeypatch):
+    make_multi(store, "demo")
+    tokens = TokenServer(life=1)
+    proxy = start_proxy(server.host, lambda handler: time.sleep(0.05) or tokens(handler))
+    copy(store, Remote(proxy.host), "demo", "latest")
+    assert len(tokens.asked) > 2 and holdings(Remote(server.host), "demo") == holdings(store, "demo")
+
+
+def test_a_token_server_gets_the_login_and_the_registry_never_does(store, server, start_proxy, home):
+    make_image(store, "demo")
+    copy(store, Remote(server.host), "demo", "latest")
+    proxy = start_proxy(server.host, TokenServer(users=[base64.b64encode(b"me:secret").decode()]))
+    back = Directory(store.root + "-back")
+    with pytest.raises(RegistryError) as caught:
+        copy(Remote(proxy.host), back, "demo", "latest")
+    assert caught.value.code == "UNAUTHORIZED" and "docker login" in str(caught.value)
+    save_login(home, proxy.host)
+    copy(Remote(proxy.host), back, "demo", "latest")
+    assert holdings(back, "demo") == holdings(store, "demo")
+    for _, path, headers in proxy.seen:
+        assert path.startswith("/token") or not headers.get("authorization", "").startswith("Basic")
+
+
+def test_identity_tokens_are_exchanged(store, server, start_proxy, monkeypatch):
+    make_image(store, "demo")
+    copy(store, Remote(server.host), "demo", "latest")
+    proxy = start_proxy(server.host, TokenServer(users=[], identity="refresh-me"))
+    monkeypatch.setenv("DOCKER_AUTH_CONFIG", json.dumps({"auths": {proxy.host: {"identitytoken": "refresh-me"}}}))
+    assert Remote(proxy.host).resolve("demo", "latest") == store.resolve("demo", "latest")
+
+
+def test_a_login_to_another_tinyreg(store, start_server, tmp_path, home):
+    users = tmp_path / "users"
+    done = run_tinyreg("passwd", "me", "--users", users, "--stdin", input="secret\n")
+    assert done.returncode == 0, done.stderr
+    server = start_server(None, "--users", str(users))
+    make_multi(store, "demo")
+    with pytest.raises(RegistryError, match="docker login"):
+        copy(store, Remote(server.host), "demo", "latest")
+    save_login(home, server.host)
+    copy(store, Remote(server.host), "demo", "latest")
+    assert holdings(Remote(server.host), "demo") == holdings(store, "demo")
+
+
+@pytest.mark.parametrize("key", ["https://index.docker.io/v1/", "docker.io", "index.docker.io"])
+def test_docker_hub_s_login_is_found_under_each_of_its_names(home, key):
+    save_login(home, key)
+    assert Credentials().find("docker.io", "library/alpine")[:3] == ("password", "me", "secret")
+    assert Credentials().find("quay.io", "library/alpine") is None
+
+
+def test_the_longest_key_and_the_first_place_count(home, monkeypatch):
+    save_login(home, "lab.example", "docker")
+    (home / ".config" / "containers").mkdir(parents=True)
+    entries = {"lab.example": "host", "lab.example/team": "team", "lab.example/teamwork": "other"}
+    (home / ".config" / "containers" / "auth.json").write_text(json.dumps({"auths": {
+        key: {"username": user, "password": "x"} for key, user in entries.items()}}))
+    assert Credentials().find("lab.example", "team/app").user == "team"
+    assert Credentials().find("lab.example", "app").user == "host"
+    entry = {"username": "env", "password": "x"}
+    monkeypatch.setenv("DOCKER_AUTH_CONFIG", json.dumps({"auths": {"lab.example": entry}}))
+    assert Credentials().find("lab.example", "team/app").user == "env"
+
+
+def test_credential_helpers_are_asked_and_their_failure_is_no_login(home, monkeypatch, tmp_path):
+    helper = tmp_path / "docker-credential-test"
+    helper.write_text('#!/bin/sh\nread host\n[ "$host" = lab.example ] || { echo credentials not found; exit 1; }\n'
+                      'echo \'{"ServerURL":"lab.example","Username":"<token>","Secret":"s3"}\'\n')
+    helper.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path) + ":" + os.environ["PATH"])
+    (home / ".docker").mkdir()
+    config = {"credsStore": "test", "credHelpers": {"gone.example": "not-installed"}, "auths": {"lab.example": {}}}
+    (home / ".docker" / "config.json").write_text(json.dumps(config))
+    assert Credentials().find("lab.example")[:3] == ("identity", "<token>", "s3")
+    assert Credentials().find("quay.io") is None and Credentials().find("gone.example") is None
+
+
+@pytest.mark.parametrize("header, found", [
+    ('Bearer realm="https://a/t",service="s",scope="repository:x:pull,push"',
+     {"bearer": {"realm": "https://a/t", "service": "s", "scope": "repository:x:pull,push"}}),
+    ('Basic realm="lab", Bearer realm=https://a/t', {"basic": {"realm": "lab"}, "bearer": {"realm": "https://a/t"}}),
+    ("Negotiate", {}), ("", {}),
+])
+def test_challenges(header, found):
+    assert tinyreg.parse_challenges(header) == found
+
+
+# What goes wrong on the way
+
+@pytest.fixture
+def filled(store, server):
+    """The store, with an image that the server has as well, whose layer has 3 MiB."""
+    make_image(store, "demo", layers=(os.urandom(3 << 20),))
+    copy(store, Remote(server.host), "demo", "latest")
+    return store
+
+
+@pytest.fixture
+def back(tmp_path):
+    return Directory(str(tmp_path / "back"))
+
+
+def test_a_redirect_to_another_host_gets_no_authorization(filled, server, back, start_proxy, home):
+    cdn = start_proxy(server.host)
+
+    def spoil(handler):
+        if "Authorization" not in handler.headers:
+            return handler.answer(401, {"WWW-Authenticate": 'Basic realm="x"'})
+        if "/blobs/" in handler.path:
+            return handler.answer(307, {"Location": "http://%s%s" % (cdn.host, handler.path)})
+
+    front = start_proxy(server.host, spoil)
+    save_login(home, front.host)
+    copy(Remote(front.host), back, "demo", "latest")
+    assert holdings(back, "demo") == holdings(filled, "demo")
+    assert cdn.asked("GET", "/blobs/") and not any("authorization" in headers for _, _, headers in cdn.seen)
+
+
+def test_a_token_server_s_redirect_to_another_host_gets_no_login(start_proxy, home):
+    other = start_proxy(None, lambda handler: handler.answer(200, {}, b'{"token": "t"}'))
+
+    def spoil(handler):
+        if handler.path.startswith("/token"):
+            return handler.answer(307, {"Location": "http://%s%s" % (other.host, handler.path)})
+        return handler.answer(401, {"WWW-Authenticate": 'Bearer realm="http://%s/token"' % handler.server.host})
+
+    front = start_proxy(None, spoil)
+    save_login(home, front.host)
+    with pytest.raises(RegistryError, match="does not let me do this"):
+        Remote(front.host).resolve("demo", "latest")
+    assert "authorization" in front.seen[-2][2] or "authorization" in front.seen[1][2]
+    assert other.seen and not any("authorization" in headers for _, _, headers in other.seen)
+
+
+def test_redirects_for_ever_are_an_error(start_proxy, quick):
+    proxy = start_proxy(None, lambda handler: handler.answer(302, {"Location": "/v2/again"}))
+    with pytest.raises(RegistryError, match="redirects more than"):
+        Remote(proxy.host).resolve("demo", "latest")
+
+
+def test_a_blob_that_is_cut_goes_on_from_there(filled, server, back, start_proxy, quick):
+    ranges = []
+
+    def spoil(handler):
+        if handler.command == "GET" and "/blobs/" in handler.path:
+            ranges.append(handler.headers.get("Range"))
+            return 1 << 20
+
+    proxy = start_proxy(server.host, spoil)
+    copy(Remote(proxy.host), back, "demo", "latest", jobs=1)
+    assert holdings(back, "demo") == holdings(filled, "demo")
+    assert "bytes=1048576-" in ranges and "bytes=2097152-" in ranges
+
+
+def test_without_ranges_a_cut_blob_is_read_over(filled, server, back, start_proxy, quick):
+    cuts = []
+
+    def spoil(handler):
+        del handler.headers["Range"]
+        if handler.command == "GET" and "/blobs/" in handler.path and len(cuts) < 2:
+            cuts.append(handler.path)
+            return 2 << 20
+
+    copy(Remote(start_proxy(server.host, spoil).host), back, "demo", "latest", jobs=1)
+    assert len(cuts) == 2 and holdings(back, "demo") == holdings(filled, "demo")
+
+
+def test_overload_is_waited_for_as_long_as_the_server_says(filled, server, back, start_proxy, quick):
+    answers = [(429, {"Retry-After": "7"}), (503, {"Retry-After": "11"}), (500, {})]
+    proxy = start_proxy(server.host, lambda handler: handler.answer(*answers.pop(0)) if answers else None)
+    copy(Remote(proxy.host), back, "demo", "latest")
+    assert quick[:2] == [7.0, 11.0] and len(quick) == 3
+
+
+def test_retries_end_and_so_does_a_long_retry_after(start_proxy, quick):
+    proxy = start_proxy(None, lambda handler: handler.answer(500))
+    with pytest.raises(RegistryError, match="answered 500"):
+        Remote(proxy.host, retries=2).resolve("demo", "latest")
+    assert len(proxy.asked("HEAD", "")) == 3
+    proxy = start_proxy(None, lambda handler: handler.answer(429, {"Retry-After": "21600"}))
+    with pytest.raises(RegistryError, match="answered 429"):
+        Remote(proxy.host).resolve("demo", "latest")
+    assert len(proxy.seen) == 1
+
+
+def test_bytes_that_are_not_the_digest_s_are_never_stored(filled, server, back, start_proxy):
+    def spoil(handler):
+        if handler.command == "GET" and "/blobs/" in handler.path:
+            return handler.answer(200, {}, b"something else")
+
+    with pytest.raises(RegistryError) as caught:
+        copy(Remote(start_proxy(server.host, spoil).host), back, "demo", "latest")
+    assert caught.value.code == "DIGEST_INVALID" and not list(back.digests())
+
+
+def test_an_endless_blob_does_not_fill_the_disk(filled, server, back, start_proxy):
+    def spoil(handler):
+        if handler.command == "GET" and "/blobs/" in handler.path:
+            return handler.answer(200, {}, b"x" * (5 << 20))
+
+    with pytest.raises(RegistryError) as caught:
+        copy(Remote(start_proxy(server.host, spoil).host), back, "demo", "latest")
+    assert caught.value.code == "SIZE_INVALID"
+
+
+def test_a_second_pull_gets_no_manifest_and_no_blob(filled, server, back, start_proxy):
+    """Docker Hub counts the GETs of manifests."""
+    proxy = start_proxy(server.host)
+    copy(Remote(proxy.host), back, "demo", "latest")
+    proxy.seen.clear()
+    copy(Remote(proxy.host), back, "demo", "latest")
+    assert proxy.asked("HEAD", "/manifests/latest")
+    assert not proxy.asked("GET", "/manifests/") and not proxy.asked("GET", "/blobs/")
+
+
+# The commands
+
+def test_pull_stores_under_the_origin_s_name_and_says_what_came(filled, server, tmp_path):
+    make_referrer(Directory(server.root), "demo", filled.manifest("demo", filled.resolve("demo", "latest")),
+                  artifactType="application/spdx+json")
+    image = server.host + "/demo"
+    done = run_tinyreg("pull", image, "--root", tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    assert "%s:latest: sha256:" % image in done.stdout and "referrers: 1 application/spdx+json" in done.stdout
+    back = Directory(str(tmp_path / "back"))
+    name = image.replace(":", "_")
+    assert back.resolve(name, "latest") == filled.resolve("demo", "latest")
+    done = run_tinyreg("pull", image, "--root", tmp_path / "back")
+    assert "copied 0 B in 0 blobs, 2 there already" in done.stdout
+
+
+def test_pull_in_json_and_dry(filled, server, tmp_path):
+    (tmp_path / "images.txt").write_text("# what we need\n%s/demo:latest  # the demo\n\n" % server.host)
+    done = run_tinyreg("pull", "-f", tmp_path / "images.txt", "--dry-run", "--root", tmp_path / "back")
+    assert done.returncode == 0 and "2 of 2 blobs, 3.0 MiB to copy" in done.stdout and "free" in done.stdout
+    assert not list(Directory(str(tmp_path / "back")).digests())
+    done = run_tinyreg("pull", "-f", tmp_path / "images.txt", "--json", "--root", tmp_path / "back")
+    report = json.loads(done.stdout)
+    assert report["failed"] == [] and report["images"][0]["copied_bytes"] == report["needed_bytes"] > 3 << 20
+    assert run_tinyreg("pull", "-f", tmp_path / "images.txt", "--quiet", "--root", tmp_path / "back").stdout == ""
+
+
+def test_an_image_that_fails_does_not_stop_the_others(filled, server, tmp_path):
+    gone, there = server.host + "/gone:1", server.host + "/demo:latest"
+    done = run_tinyreg("pull", gone, there, "--root", tmp_path / "back")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["tinyreg: %s: %s has no gone:1" % (gone, server.host)]
+    assert there in done.stdout
+
+
+@pytest.mark.parametrize("arguments, wanted", [
+    (["pull"], "no image is named"),
+    (["pull", "Not/An/Image"], "invalid repository name"),
+    (["pull", "127.0.0.1:1/x"], "can't reach 127.0.0.1:1: Connection refused"),
+    (["pull", "no-such-host.invalid/x"], "no-such-host.invalid"),
+    (["push", "nothing", "--to", "127.0.0.1:1"], "repository name not known to registry: docker.io/library/nothing"),
+    (["push", "x", "--to", "http://lab"], "write HOST[:PORT] or HOST[:PORT]/PREFIX"),
+    (["pull", "x", "--ca", "/nowhere"], "can't use /nowhere as the CA"),
+    (["pull", "-f", "/nowhere"], "/nowhere: No such file or directory"),
+])
+def test_what_is_wrong_is_told_in_one_line(tmp_path, arguments, wanted):
+    Directory(str(tmp_path / "back"))
+    done = run_tinyreg(*(arguments + ["--root", tmp_path / "back"]))
+    assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
+    assert wanted in done.stderr
+
+
+def test_push_goes_below_the_prefix_and_back_to_its_own_registry(server, tmp_path):
+    store = Directory(str(tmp_path / "store"))
+    first = make_image(store, "docker.io/library/alpine", "3.19")
+    second = make_image(store, server.host.replace(":", "_") + "/team/app", "1", layers=(b"app",))
+    done = run_tinyreg("push", "alpine:3.19", "--to", server.host + "/mirror", "--root", store.root)
+    assert done.returncode == 0, done.stderr
+    done = run_tinyreg("push", server.host + "/team/app:1", "--to", server.host, "--root", store.root)
+    assert done.returncode == 0, done.stderr
+    there = Directory(server.root)
+    assert there.resolve("mirror/docker.io/library/alpine", "3.19") == first.digest
+    assert there.resolve("team/app", "1") == second.digest
+
+
+def test_pull_that_is_killed_goes_on_inside_the_blob(store, server, start_proxy, tmp_path):
+    """kill -9 half-way, then again: only the rest is fetched."""
+    size = 8 << 20
+    make_image(store, "demo", layers=(os.urandom(size),))
+    copy(store, Remote(server.host), "demo", "latest")
+    held, stalled = threading.Event(), []
+
+    def spoil(handler):
+        if handler.command == "GET" and "/blobs/" in handler.path and not held.is_set() and handler.path not in stalled:
+            stalled.append(handler.path)
+            body = urllib.request.urlopen("http://%s%s" % (server.host, handler.path)).read()
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(body)))
+            handler.end_headers()
+            part = body[:5 << 20]
+            handler.wfile.write(part)
+            handler.server.sent += len(part)
+            if len(body) > len(part):
+                held.wait(30)
+                return handler.cut()
+            return True
+
+    proxy = start_proxy(server.host, spoil)
+    root = tmp_path / "back"
+    command = [sys.executable, TINYREG, "pull", proxy.host + "/demo", "--root", str(root)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def parts():
+        return sum(path.stat().st_size for path in root.glob("docker/registry/v2/repositories/**/_uploads/*/data"))
+
+    deadline = time.monotonic() + 30
+    while parts() < 5 << 20 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    held.set()
+    assert parts() >= 5 << 20
+    proxy.sent = 0
+    done = run_tinyreg("pull", proxy.host + "/demo", "--root", root)
+    assert done.returncode == 0, done.stderr
+    assert size - (5 << 20) <= proxy.sent < size - (5 << 20) + 10000
+    assert holdings(Directory(str(root)), proxy.host.replace(":", "_") + "/demo") == holdings(store, "demo")
+
+
+def test_ctrl_c_ends_a_pull_that_waits_for_its_upstream(filled, server, start_proxy, tmp_path):
+    asked, go_on = threading.Event(), threading.Event()
+
+    def spoil(handler):
+        if handler.command == "GET" and "/blobs/" in handler.path:
+            asked.set()
+            go_on.wait(60)
+
+    command = [sys.executable, TINYREG, "pull", start_proxy(server.host, spoil).host + "/demo", "--root",
+               str(tmp_path / "back")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert asked.wait(30)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=10)
+    go_on.set()
+    assert (process.returncode, output, errors) == (130, b"", b"")
+
+
+def test_a_terminal_shows_a_bar(filled, server, start_proxy, tmp_path):
+    """In one line that moves, which the line that stays replaces."""
+    import pty
+    proxy = start_proxy(server.host, lambda handler: time.sleep(0.2) if "/blobs/" in handler.path else None)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, TINYREG, "pull", proxy.host + "/demo", "--root", str(tmp_path / "back")]
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # a terminal whose last writer is gone
+        while True:
+            block = os.read(ours, 65536)
+            if not block:
+                break
+            shown += block
+    os.close(ours)
+    assert process.wait() == 0
+    bars = re.findall(rb"\r\S+/demo:latest \[[#-]{20}\] \d+ %, in total [0-9.]+ \w+ of 3.0 MiB", shown)
+    assert bars, shown
+    assert shown.rstrip().splitlines()[-1].endswith(b"referrers: none found")
+
+
+def test_pull_goes_through_the_proxy_that_the_environment_names(filled, server, start_proxy, tmp_path):
+    proxy = start_proxy(server.host)
+    environment = dict(os.environ, http_proxy="http://me:secret@" + proxy.host)
+    done = run_tinyreg("pull", "far.example/demo", "--plain-http", "--root", tmp_path / "back", env=environment)
+    assert done.returncode == 0, done.stderr
+    verb, path, headers = proxy.seen[0]
+    assert (verb, path) == ("CONNECT", "far.example:80")
+    assert headers["proxy-authorization"] == "Basic " + base64.b64encode(b"me:secret").decode()
+
+
+def test_pull_over_tls_names_the_ca_that_is_not_trusted(filled, server, tmp_path, start_tls):
+    host, ca = start_tls(server)
+    image = host + "/demo"
+    done = run_tinyreg("pull", image, "--ca", ca, "--root", tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    other = start_tls(server)[1]
+    done = run_tinyreg("pull", image, "--ca", other, "--root", tmp_path / "back2")
+    assert done.returncode == 1 and "its certificate is not trusted" in done.stderr and "--ca FILE" in done.stderr
+    assert run_tinyreg("pull", image, "--insecure", "--root", tmp_path / "back3").returncode == 0
+    done = run_tinyreg("pull", image, "--plain-http", "--retries", "0", "--root", tmp_path / "back4")
+    assert done.returncode == 1 and "leave out --plain-http" in done.stderr
+
+
+@pytest.fixture
+def start_tls(tmp_path):
+    """A function that puts a TLS listener, with a certificate of its own, before a server; returns (host, CA file)."""
+    import ssl
+    openssl = shutil.which("openssl")
+    if not openssl:
+        pytest.skip("openssl is not installed")
+    started = []
+
+    def start(server):
+        base = str(tmp_path / ("tls%d" % len(started)))
+        subprocess.run([openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", base + ".key", "-out",
+                        base + ".crt", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1",
+                        "-days", "9"], check=True, stderr=subprocess.DEVNULL)
+        proxy = Proxy(server.host)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(base + ".crt", base + ".key")
+        proxy.socket = context.wrap_socket(proxy.socket, server_side=True, do_handshake_on_connect=False)
+        started.append(proxy)
+        return proxy.host, base + ".crt"
+
+    yield start
+    for proxy in started:
+        proxy.shutdown()
+        proxy.server_close()
+
+
+# Names on reads
+
+def get(url):
+    """(status, headers) of a GET."""
+    try:
+        with urllib.request.urlopen(url) as answer:
+            return answer.status, answer.headers
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers
+
+
+def test_a_mirror_answers_for_every_origin(server):
+    store = Directory(server.root)
+    hub = make_image(store, "docker.io/library/alpine", "3.19", layers=(b"hub",))
+    quay = make_image(store, "quay.io/library/alpine", "3.19", layers=(b"quay",))
+    own = make_image(store, "app", "1", layers=(b"own",))
+    make_referrer(store, "docker.io/library/alpine", hub)
+    asked = [("library/alpine/manifests/3.19?ns=docker.io", hub, "docker.io"),
+             ("library/alpine/manifests/3.19?ns=quay.io", quay, "quay.io"),
+             ("library/alpine/manifests/3.19", hub, None), ("alpine/manifests/3.19", hub, None),
+             ("quay.io/library/alpine/manifests/3.19", quay, None), ("app/manifests/1?ns=docker.io", own, None)]
+    for path, manifest, origin in asked:
+        status, headers = get(server.url + "/v2/" + path)
+        assert (status, headers["Docker-Content-Digest"]) == (200, manifest.digest), path
+        assert headers["OCI-Namespace"] == origin, path
+    assert get(server.url + "/v2/library/alpine/manifests/3.19?ns=ghcr.io")[0] == 404  # not docker.io's of that path
+    blob = hub.blobs[1].digest
+    assert get("%s/v2/library/alpine/blobs/%s?ns=docker.io" % (server.url, blob))[0] == 200
+    assert get(server.url + "/v2/alpine/tags/list")[0] == 200
+    with urllib.request.urlopen("%s/v2/alpine/referrers/%s" % (server.url, hub.digest)) as answer:
+        assert len(json.loads(answer.read().decode())["manifests"]) == 1
+    assert get(server.url + "/v2/app/manifests/2")[0] == 404
+
+
+def test_pushes_take_the_name_as_it_is(store, server):
+    make_image(Directory(server.root), "docker.io/library/alpine", "3.19")
+    make_image(store, "alpine", "mine", layers=(b"mine",))
+    copy(store, Remote(server.host), "alpine", "mine")
+    assert sorted(Directory(server.root).repositories()) == ["alpine", "docker.io/library/alpine"]
+    assert get(server.url + "/v2/alpine/manifests/3.19")[0] == 200
+
+
+def test_ls_and_rm_take_short_names(store):
+    make_image(store, "docker.io/library/alpine", "3.19")
+    assert "3.19" in run_tinyreg("ls", "alpine", "--root", store.root).stdout
+    assert run_tinyreg("rm", "alpine:3.19", "--root", store.root).returncode == 0
+    assert not list(store.tags("docker.io/library/alpine"))
+
+
+# Pull-through
+
+@pytest.fixture
+def mirror(filled, server, start_proxy, start_server, tmp_path):
+    """(a server with an upstream, the proxy in front of that upstream): library/demo is there."""
+    proxy = start_proxy(server.host)
+    copy(filled, Remote(server.host), "demo", "latest", "library/demo")
+    front = start_server(tmp_path / "mirror", "--upstream", "docker.io=http://" + proxy.host, "--upstream-ttl", "0")
+    return front, proxy
+
+
+def test_pull_through_fetches_once_and_serves_when_the_upstream_is_away(mirror, filled, server):
+    front, proxy = mirror
+    assert holdings(Remote(front.host), "docker.io/library/demo") == holdings(filled, "demo")
+    proxy.seen.clear()
+    assert holdings(Remote(front.host), "library/demo") == holdings(filled, "demo")
+    assert not proxy.asked("GET", "/blobs/") and not proxy.asked("GET", "/manifests/")
+    changed = make_image(Directory(server.root), "library/demo", "latest", layers=(b"new",))
+    assert Remote(front.host).resolve("docker.io/library/demo", "latest") == changed.digest
+    server.stop()
+    proxy.server_close()
+    assert Remote(front.host).resolve("docker.io/library/demo", "latest") == changed.digest
+    assert get(front.url + "/v2/docker.io/library/demo/manifests/other")[0] == 404
+
+
+def test_pull_through_answers_clients_that_say_ns(mirror, filled):
+    front, proxy = mirror
+    status, headers = get(front.url + "/v2/library/demo/manifests/latest?ns=docker.io")
+    assert (status, headers["OCI-Namespace"]) == (200, "docker.io")
+    assert get(front.url + "/v2/library/demo/manifests/latest?ns=quay.io")[0] == 404
+    assert not proxy.asked("GET", "ns=")
+
+
+def test_parallel_clients_share_one_download_that_streams(mirror, filled, server, monkeypatch):
+    front, proxy = mirror
+    digest = filled.manifest("demo", filled.resolve("demo", "latest")).blobs[1].digest
+    go_on = threading.Event()
+
+    def spoil(handler):
+        if handler.command == "GET" and "/blobs/" in handler.path:
+            body = urllib.request.urlopen("http://%s%s" % (server.host, handler.path)).read()
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(body)))
+            handler.end_headers()
+            handler.wfile.write(body[:2 << 20])
+            handler.wfile.flush()
+            assert go_on.wait(20)
+            handler.wfile.write(body[2 << 20:])
+            return True
+
+    proxy.spoil = spoil
+    url = "%s/v2/docker.io/library/demo/blobs/%s" % (front.url, digest)
+    clients = [urllib.request.urlopen(url) for _ in range(3)]
+    try:
+        starts = [client.read(1 << 20) for client in clients]  # before the upstream has sent all
+        go_on.set()
+        for start, client in zip(starts, clients):
+            assert Digest.of(start + client.read()) == digest
+    finally:
+        go_on.set()
+        for client in clients:
+            client.close()
+    assert len(proxy.asked("GET", "/blobs/")) == 1
+    request = urllib.request.Request(url, headers={"Range": "bytes=100-199"})
+    with urllib.request.urlopen(request) as answer:
+        assert answer.status == 206 and len(answer.read()) == 100
+
+
+def test_wrong_bytes_from_upstream_never_arrive_whole(mirror, filled):
+    front, proxy = mirror
+    digest = filled.manifest("demo", filled.resolve("demo", "latest")).blobs[1].digest
+    size = filled.manifest("demo", filled.resolve("demo", "latest")).blobs[1].size
+    proxy.spoil = lambda handler: (handler.command == "GET" and "/blobs/" in handler.path
+                                   and handler.answer(200, {}, b"x" * size) or None)
+    with urllib.request.urlopen("%s/v2/docker.io/library/demo/blobs/%s" % (front.url, digest)) as answer:
+        with pytest.raises(http.client.IncompleteRead):
+            answer.read()
+    assert digest not in set(Directory(front.root).digests())
+
+
+def test_pushes_below_an_upstream_s_name_are_refused(mirror, filled):
+    front, proxy = mirror
+    with pytest.raises(RegistryError) as caught:
+        copy(filled, Remote(front.host), "demo", "latest", "docker.io/library/mine")
+    assert caught.value.code == "DENIED"
+    copy(filled, Remote(front.host), "demo", "latest", "mine")
+    assert Remote(front.host).resolve("mine", "latest") == filled.resolve("demo", "latest")
+
+
+def test_pull_through_logs_in_and_gives_no_login_away(filled, server, start_proxy, start_server, tmp_path, home):
+    copy(filled, Remote(server.host), "demo", "latest", "library/demo")
+    proxy = start_proxy(server.host, TokenServer(users=[base64.b64encode(b"me:secret").decode()]))
+    front = start_server(tmp_path / "mirror", "--upstream", "docker.io=http://" + proxy.host)
+    status, headers = get(front.url + "/v2/docker.io/library/demo/manifests/latest")
+    assert status == 404 and "WWW-Authenticate" not in headers
+    save_login(home, proxy.host)
+    second = start_server(tmp_path / "mirror2", "--upstream", "docker.io=http://" + proxy.host)
+    assert holdings(Remote(second.host), "docker.io/library/demo") == holdings(filled, "demo")
+    assert "secret" not in second.log() and "me" not in front.log().split()
+
+
+# Real clients
+
+def test_containerd_mirrors_every_registry_by_its_ns(ctr, server, tmp_path):
+    """hosts.toml as `clients` prints it: one server for all; containerd says in `ns` whom it means."""
+    store = Directory(server.root)
+    images = {name: make_image(store, name, "1", layers=(name.encode(),))
+              for name in ("docker.io/library/demo", "quay.io/team/demo", "lab.example_5000/team/demo")}
+    folder = tmp_path / "certs.d" / "_default"
+    folder.mkdir(parents=True)
+    (folder / "hosts.toml").write_text('server = "http://{0}"\n[host."http://{0}"]\n'
+                                       '  capabilities = ["pull", "resolve"]\n'.format(server.host))
+    for name, manifest in images.items():
+        image = name.replace("_5000", ":5000") + ":1"
+        ctr("content", "fetch", "--hosts-dir", str(tmp_path / "certs.d"), image)
+        assert manifest.digest in ctr("images", "ls", "name==" + image)
+        ctr("images", "rm", "--sync", image)
+
+
+def test_skopeo_pushes_under_a_short_name_what_is_here_under_the_long_one(skopeo, server, tmp_path):
+    """Its HEAD finds the blobs in docker.io/library/demo, so it does not send them."""
+    store = Directory(server.root)
+    manifest = make_image(store, "docker.io/library/demo", "1")
+    source = "docker://%s/docker.io/library/demo:1" % server.host
+    skopeo("copy", "--src-tls-verify=false", source, "dir:%s/d" % tmp_path)
+    skopeo("copy", "--dest-tls-verify=false", "dir:%s/d" % tmp_path, "docker://%s/demo:2" % server.host)
+    assert Directory(server.root).resolve("demo", "2") == manifest.digest
+    for blob in manifest.blobs:
+        assert read_blob(store, "demo", blob.digest)
+
+
+@needs_distribution
+def test_skopeo_s_image_goes_through_distribution_pull_push_and_back(skopeo, distribution, server, tmp_path):
+    made = Directory(str(tmp_path / "made"))
+    make_image(made, "demo", "1")
+    copy(made, Remote(server.host), "demo", "1")
+    skopeo("copy", "--src-tls-verify=false", "--dest-tls-verify=false", "docker://%s/demo:1" % server.host,
+           "docker://%s/team/demo:1" % distribution)
+    image = "%s/team/demo:1" % distribution
+    done = run_tinyreg("pull", image, "--root", tmp_path / "store")
+    assert done.returncode == 0, done.stderr
+    done = run_tinyreg("push", image, "--to", server.host + "/far", "--root", tmp_path / "store")
+    assert done.returncode == 0, done.stderr
+    name = "far/%s/team/demo" % distribution.replace(":", "_")
+    found = skopeo("inspect", "--tls-verify=false", "--format", "{{.Digest}}", "docker://%s/%s:1" % (server.host, name))
+    assert found == Remote(distribution).resolve("team/demo", "1")
+
+
+def test_no_other_image_stands_in_for_one_that_may_not_be_pulled(start_server, tmp_path):
+    (tmp_path / "rules").write_text("** @anonymous pull\nalpine @anonymous none\nquay.io/** @anonymous none\n"
+                                    "docker.io/library/secret @anonymous none\n")
+    server = start_server(None, "--anonymous", "pull", "--rules", str(tmp_path / "rules"))
+    store = Directory(server.root)
+    for name in ("alpine", "docker.io/library/alpine", "quay.io/team/app", "team/app", "docker.io/library/secret"):
+        make_image(store, name, "1", layers=(name.encode(),))
+    for path, status in [("docker.io/library/alpine/manifests/1", 200), ("alpine/manifests/1", 403),
+                         ("team/app/manifests/1", 200), ("team/app/manifests/1?ns=quay.io", 403),
+                         ("secret/manifests/1", 404), ("docker.io/library/secret/manifests/1", 403)]:
+        assert get(server.url + "/v2/" + path)[0] == status, path
