@@ -10,6 +10,8 @@
     python3 tinyreg.py serve FILE...           serve archives as they lie, read-only
     python3 tinyreg.py ls                      what it holds
     python3 tinyreg.py rm NAME:TAG             delete a tag
+    python3 tinyreg.py gc                      delete what nothing refers to any more
+    python3 tinyreg.py verify                  read everything again, and say what is damaged
 
 Python 3.6 or newer and its standard library; Linux, macOS, the BSDs.
 
@@ -32,6 +34,8 @@ one folder of our own, whose content can be lost without losing an image:
         notify/events.N, …          notifications waiting for their endpoints, and where each endpoint is
         live                        what /live shows, while somebody looks
         usage                       how large everything is, measured a while ago
+        gc                          held by the one garbage collection; its mtime is when that was
+        damaged/                    what verify --repair put aside
         referrers/NAME/_index       which manifest is about which other; made anew when missing
         ranges/sha256/abcd…/…       ranges of a blob from parts of a split archive, until its others come
 
@@ -131,6 +135,7 @@ MAX_SEGMENTS = 64            # … and how many of them are kept for an endpoint
 MIN_ROOM = 64 << 20          # bytes that must be free for a server to call itself ready
 ROWS = 100                   # entries in one table of the page
 MAX_DESCRIBED = 1000         # manifests that are read to say how large an index is
+COLLECTED_AT_ONCE = 64      # folders that gc takes away while it holds the lock alone: some milliseconds
 PAGE_SIZE = 1000             # entries in one page of the catalog or of referrers, and the most that n may ask for
 
 TICK = 5.0                   # seconds; how often a waiting connection looks at its time limits
@@ -143,6 +148,9 @@ LINGER_LIMIT = 5.0           # seconds to read what a refused client is still se
 NOTIFY_LIMIT = 15.0          # seconds that an endpoint may take for one notification
 NOTIFY_POLL = 0.2            # seconds between two looks for events that another process has queued
 USAGE_LIFE = 60.0            # seconds that a measurement of the store is used for, or 50 times what it took
+TOLD_AGAIN = 60.0            # seconds; a link that is younger is not touched again when a client is told of it
+UPLOAD_IDLE = 24 * 3600.0    # seconds after which an upload session that nobody writes to is forgotten
+UPKEEP = 3600.0              # seconds between two looks for such sessions
 PACE_WINDOW = 30.0           # seconds in which a body, in or out, must move …
 PACE_BYTES = 30 << 10        # … so many bytes: 1 KiB a second
 
@@ -694,10 +702,12 @@ class Files:
         return os.path.join(self.scratch, uuid.uuid4().hex)
 
     def write(self, path, content, private=False):
-        """Put a small file in place, whole and durable. One that has this content already is left. Raises OSError.
+        """Put a small file in place, whole and durable. One that has this content already only becomes as young as a
+        new one. Raises OSError.
 
         `private`: for its owner's eyes only, from its first byte on; the owner stays the one that the file had."""
         if not private and read_file(path, len(content) + 1) == content:
+            os.utime(path)
             return sync_directory(os.path.dirname(path))
         temporary = self.scratch_path()
         try:
@@ -731,13 +741,25 @@ class Files:
 
     def remove(self, path):
         """Take away a file or a folder with all in it, at once and durably. Raises OSError, FileNotFoundError."""
-        grave = self.scratch_path()
-        os.rename(path, grave)
+        grave = self.bury(path)
         sync_directory(os.path.dirname(path))
-        if os.path.isdir(grave):
-            shutil.rmtree(grave, ignore_errors=True)
-        else:
+        self.dispose(grave)
+
+    def bury(self, path):
+        """Take a file or folder away from under its name: some microseconds, however large it is, and no space on a
+        full disk. Returns where it is now; the caller syncs its parent, and disposes of it. Raises OSError."""
+        grave = self.scratch_path() + ".grave"
+        os.rename(path, grave)
+        return grave
+
+    def dispose(self, grave):
+        """Delete something in scratch, which two may do at once."""
+        try:
             os.unlink(grave)
+        except FileNotFoundError:
+            pass
+        except OSError:  # EISDIR, EPERM: a folder
+            shutil.rmtree(grave, ignore_errors=True)
 
 
 class Watch:
@@ -1074,16 +1096,30 @@ def read_config(registry, name, manifest):
 EMPTY_DIGESTS = tuple(Digest.of(b"", algorithm) for algorithm in ALGORITHMS)
 
 
+def digest_folders(*path, shards=False):
+    """Yield (digest, folder) for what is named by a digest below a folder's sha256 and sha512. Raises OSError."""
+    for algorithm in ALGORITHMS:
+        top = os.path.join(*(path + (algorithm,)))
+        for folder in [os.path.join(top, shard) for shard in list_directory(top)] if shards else [top]:
+            for encoded in list_directory(folder):
+                digest = "%s:%s" % (algorithm, encoded)
+                if DIGEST.fullmatch(digest):
+                    yield Digest(digest), os.path.join(folder, encoded)
+
+
 class Directory(Registry):
     """A store in a directory. Several processes may have it open at once.
 
-    `sparse` takes image manifests whose blobs are missing. Without `create`, a root that is no store yet is an
-    error. Raises OSError.
+    `sparse` takes image manifests whose blobs are missing. Uploads are refused when they would leave less than
+    `min_free` bytes on the disk, or are larger than `max_blob`, if that is not 0. Without `create`, a root that is no
+    store yet is an error. Raises OSError.
     """
 
-    def __init__(self, root, sparse=False, create=True):
+    def __init__(self, root, sparse=False, create=True, min_free=0, max_blob=0):
         self.root = os.path.abspath(root)
         self.sparse = sparse
+        self.min_free = min_free
+        self.max_blob = max_blob
         self.tree = os.path.join(self.root, "docker", "registry", "v2")
         self.own = os.path.join(self.root, "tinyreg")
         scratch = os.path.join(self.own, "scratch")
@@ -1092,6 +1128,9 @@ class Directory(Registry):
                 make_directories(path)
         elif not os.path.isdir(self.tree):
             raise FileNotFoundError(errno.ENOENT, "no registry is stored here", self.root)
+        else:
+            with contextlib.suppress(OSError):  # Distribution's volume has no such folder; a read-only one needs none
+                make_directories(scratch)
         self.files = Files(scratch)
         self.lock = SharedLock(os.path.join(self.own, "lock"))
         self.immutable = []  # patterns of TAG or NAME:TAG
@@ -1133,6 +1172,28 @@ class Directory(Registry):
 
     def _write_link(self, folder, digest):
         self.files.write(os.path.join(folder, "link"), digest.encode("ascii"))
+
+    def _told(self, folder):
+        """Whether a link is still there for a client to be told of. A link's mtime is when that was last so: gc
+        leaves it, and the blob behind it, for as long as its grace period."""
+        link = os.path.join(folder, "link")
+        try:
+            if time.time() - os.stat(link).st_mtime > TOLD_AGAIN:
+                os.utime(link)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            pass  # a store that we may only read
+        return True
+
+    def _hold(self, name, digest):
+        """Keep gc off what a repository has of this digest; whether it has anything. The lock is held, shared."""
+        held = False
+        for folder in (self.layer_path(name, digest), self.revision_path(name, digest)):
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(os.path.join(folder, "link"))
+                held = True
+        return held
 
     def _open_data(self, digest):
         """The open file with a blob's bytes, or None; an empty file that should not be is logged and missing."""
@@ -1199,29 +1260,36 @@ class Directory(Registry):
         return digest
 
     def manifest(self, name, digest):
-        if self._read_link(self.revision_path(name, digest)) is None:
+        revision = self.revision_path(name, digest)
+        if self._read_link(revision) is None or not self._told(revision):
             raise self._unknown(name, "MANIFEST_UNKNOWN", digest)
-        content = read_file(self.blob_path(digest), MAX_MANIFEST + 1)
-        if content is None or Digest.of(content, digest.algorithm) != digest:
+        content = self._manifest_content(digest)
+        if content is None:
             logger.warning("damaged manifest, taken as missing: %s in %s", digest, name)
             raise RegistryError("MANIFEST_UNKNOWN", digest)
         return Manifest(content, digest)
 
+    def _manifest_content(self, digest):
+        """The bytes of a manifest; None where they are missing or are not its digest's. Raises OSError."""
+        content = read_file(self.blob_path(digest), MAX_MANIFEST + 1)
+        return content if content is not None and Digest.of(content, digest.algorithm) == digest else None
+
     def open_blob(self, name, digest):
-        target = self._read_link(self.layer_path(name, digest))
+        layer = self.layer_path(name, digest)
+        target = self._read_link(layer)
         file = self._open_data(target) if target else None
+        if file is not None and not self._told(layer):
+            file.close()
+            file = None
         if file is None:
             raise self._unknown(name, "BLOB_UNKNOWN", digest)
         return Blob(file, 0, os.fstat(file.fileno()).st_size)
 
     def digests(self, name=None):
         if name is None:
-            for algorithm in ALGORITHMS:
-                top = os.path.join(self.tree, "blobs", algorithm)
-                for shard in list_directory(top):
-                    for encoded in list_directory(os.path.join(top, shard)):
-                        if os.path.isfile(os.path.join(top, shard, encoded, "data")):
-                            yield Digest("%s:%s" % (algorithm, encoded))
+            for digest, folder in digest_folders(self.tree, "blobs", shards=True):
+                if os.path.isfile(os.path.join(folder, "data")):
+                    yield digest
         else:
             found = set(self._revisions(name))
             for digest in self._linked(os.path.join(self.repository_path(name), "_layers")):
@@ -1232,11 +1300,9 @@ class Directory(Registry):
 
     def _linked(self, top):
         """Yield the digests whose folders below _layers or revisions have a link."""
-        for algorithm in ALGORITHMS:
-            for encoded in list_directory(os.path.join(top, algorithm)):
-                digest = "%s:%s" % (algorithm, encoded)
-                if DIGEST.fullmatch(digest) and self._read_link(os.path.join(top, algorithm, encoded)):
-                    yield Digest(digest)
+        for digest, folder in digest_folders(top):
+            if self._read_link(folder):
+                yield digest
 
     def _revisions(self, name):
         return self._linked(os.path.join(self.repository_path(name), "_manifests", "revisions"))
@@ -1322,13 +1388,8 @@ class Directory(Registry):
         has been looked at, whoever stored it. Those without a line are looked at now. It can't be wrong, only
         short; so it needs no fsync and no lock, and a line that a crash cut off is written again.
         """
-        path = os.path.join(self.own, "referrers", name, "_index")
-        known = {}
-        for line in (read_file(path, -1) or b"").decode("ascii", "replace").splitlines():
-            digest, _, subject = line.partition(" ")
-            if DIGEST.fullmatch(digest) and (subject == "-" or DIGEST.fullmatch(subject)):
-                known[digest] = subject
-        fresh = {digest: self._subject_of(name, digest) for digest in self._revisions(name) if digest not in known}
+        path, known = self._referrers_index(name)
+        fresh = {digest: self._subject_of(digest) for digest in self._revisions(name) if digest not in known}
         if fresh:
             with contextlib.suppress(OSError):  # a full disk costs time here, not the answer
                 os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -1339,22 +1400,35 @@ class Directory(Registry):
             by_subject.setdefault(subject, set()).add(digest)
         return by_subject
 
-    def _subject_of(self, name, digest):
+    def _referrers_index(self, name):
+        """The path of that index, and what is in it: {digest: subject}."""
+        path = os.path.join(self.own, "referrers", name, "_index")
+        known = {}
+        for line in (read_file(path, -1) or b"").decode("ascii", "replace").splitlines():
+            digest, _, subject = line.partition(" ")
+            if DIGEST.fullmatch(digest) and (subject == "-" or DIGEST.fullmatch(subject)):
+                known[digest] = subject
+        return path, known
+
+    def _subject_of(self, digest):
         """The subject of a stored manifest, `-` where it has none, None where the manifest can't be read now."""
+        content = self._manifest_content(digest)
         try:
-            return self.manifest(name, digest).subject or "-"
-        except RegistryError as error:
-            return None if error.code == "MANIFEST_UNKNOWN" else "-"
+            return None if content is None else Manifest(content, digest).subject or "-"
+        except RegistryError:
+            return "-"
 
     # Writing
 
     def start_upload(self, name, algorithm="sha256", session_id=None):
         session = DirectoryUpload(self, name, session_id or str(uuid.uuid4()))
-        make_directories(self.repository_path(name))  # links will be below it
-        os.makedirs(session.folder, exist_ok=session_id is not None)
-        with open(os.path.join(session.folder, "startedat"), "w") as file:
-            file.write(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-        open(session.path, "xb").close()
+        self.check_room()
+        with self.lock.shared():  # gc takes empty repositories away
+            make_directories(self.repository_path(name))  # links will be below it
+            os.makedirs(session.folder, exist_ok=session_id is not None)
+            with open(os.path.join(session.folder, "startedat"), "w") as file:
+                file.write(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+            open(session.path, "xb").close()
         self.hashes.keep(session.id, SessionHash(algorithm))
         return session
 
@@ -1411,12 +1485,21 @@ class Directory(Registry):
         found = os.statvfs(self.root)
         return found.f_bavail * found.f_frsize
 
+    def check_room(self):
+        """Raises UNAVAILABLE with status 507 where the disk has less than `min_free` bytes left."""
+        if self.min_free and self.free_space() < self.min_free:
+            raise RegistryError("UNAVAILABLE", status=507, message="the store is full: the registry's disk has "
+                                "less than %d bytes left, which it keeps free (--min-free)" % self.min_free)
+
     def publish_blob(self, name, temporary, digest):
         """Rename a file that is checked and synced to its place among the blobs, and link the repository to it.
 
-        A blob that is there already is replaced: that costs nothing, and mends it if it was damaged.
+        A blob that is there already is replaced: that costs nothing, and mends it if it was damaged. The link's
+        folders come first: on a disk that is full, better they fail than leave a blob that nothing refers to.
         """
         with self.lock.shared():
+            os.utime(temporary)  # its last byte may have come long ago, but gc should see it as new
+            make_directories(self.layer_path(name, digest))
             self.files.publish(temporary, self.blob_path(digest))
             self._write_link(self.layer_path(name, digest), digest)
 
@@ -1429,6 +1512,7 @@ class Directory(Registry):
             if file is None:
                 return False
             file.close()
+            os.utime(self.blob_path(target))
             self._write_link(self.layer_path(name, digest), target)
         return True
 
@@ -1444,13 +1528,19 @@ class Directory(Registry):
     def put_manifest(self, name, manifest, tags=()):
         tags = list(tags)
         fixed = any(self._is_immutable(name, tag) for tag in tags)
+        wanted = [] if self.sparse else [blob for blob in manifest.blobs if not blob.foreign]
+        missing = {blob.digest for blob in wanted if not self._has(name, blob)}
         with self.lock.alone() if fixed else self.lock.shared():  # of two first pushes at once, one must be the second
             for tag in tags:
                 self._check_movable(name, tag, manifest.digest)
-            if not self.sparse:
-                missing = [blob.digest for blob in manifest.blobs if not blob.foreign and not self._has(name, blob)]
-                if missing:
-                    raise RegistryError("MANIFEST_BLOB_UNKNOWN", *sorted(set(missing)))
+            # Another look, because gc may just have taken one; from here on it sees that they are wanted.
+            mentioned = {entry.digest for entry in manifest.blobs + manifest.manifests}
+            if manifest.subject:
+                mentioned.add(manifest.subject)
+            gone = {digest for digest in mentioned if not self._hold(name, digest)}
+            missing |= gone.intersection(blob.digest for blob in wanted)
+            if missing:
+                raise RegistryError("MANIFEST_BLOB_UNKNOWN", *sorted(missing))
             self.files.write(self.blob_path(manifest.digest), manifest.content)
             self._write_link(self.revision_path(name, manifest.digest), manifest.digest)
             for tag in tags:
@@ -1680,15 +1770,26 @@ class DirectoryUpload(UploadSession):
                 self.measure()
                 raise self._misplaced()
             try:
+                self._check_size(len(block))
                 while block:
                     count = file.write(block)
                     self.offset += count
                     block = block[count:]
                 self.intact = True
+            except RegistryError:
+                self.cancel()
+                raise
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     self.cancel()  # a full disk needs the space more than the client needs half a blob
                 raise
+
+    def _check_size(self, count):
+        """Raises UNAVAILABLE, SIZE_INVALID where the store should not take so many bytes more."""
+        self.store.check_room()
+        if self.store.max_blob and self.offset + count > self.store.max_blob:
+            raise RegistryError("SIZE_INVALID", status=413, message="this registry takes blobs of up to %d bytes "
+                                "(--max-blob)" % self.store.max_blob)
 
     def commit(self, digest):
         with self._open() as file, self._locked(file):
@@ -1711,6 +1812,450 @@ class DirectoryUpload(UploadSession):
     def cancel(self):
         self.store.hashes.forget(self.id)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def expire(self, limit):
+        """Forget the session unless someone has written to it after this time; whether it is forgotten."""
+        try:
+            with self._open() as file, self._locked(file):
+                if os.fstat(file.fileno()).st_mtime >= limit:
+                    return False
+                self.cancel()
+        except RegistryError:  # it became a blob meanwhile, or a crash came before its first byte
+            if os.path.exists(self.path):
+                return False
+            self.cancel()
+        return True
+
+# Upkeep: garbage collection
+
+MENTIONED = re.compile(rb"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
+
+
+def key_of(digest):
+    """60 bits of a digest, in 32 bytes of memory. Two digests that share them would keep each other from gc."""
+    return int(digest[7:22], 16)
+
+
+def keys_mentioned(content):
+    """The keys of all digests in a manifest. That is more than what it refers to, and so on the safe side: it takes
+    no knowledge of types, be they older than Docker's schema 2 or newer than this file."""
+    if b"\\" in content:
+        with contextlib.suppress(ValueError):
+            content += to_json(load_json(content))  # where no digest hides behind \u0061
+    return frozenset(map(key_of, MENTIONED.findall(content)))
+
+
+def look_at(path):
+    """(mtime, size) of a file; (0, 0) where there is none. Raises OSError."""
+    try:
+        found = os.stat(path)
+        return found.st_mtime, found.st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return 0.0, 0
+
+
+def fail(error):
+    """For os.walk, which would take a folder that it can't read for an empty one."""
+    if not isinstance(error, FileNotFoundError):  # taken away meanwhile
+        raise error
+
+
+def repository_folders(store):
+    """Yield the name of every folder that is a repository, also if it never held a manifest. Raises OSError."""
+    top = os.path.join(store.tree, "repositories")
+    os.stat(top)  # a disk that is not mounted must not look like a store without repositories
+    for folder, children, _ in os.walk(top, onerror=fail, followlinks=True):
+        if any(child.startswith("_") for child in children):
+            yield os.path.relpath(folder, top)
+        children[:] = [child for child in children if not child.startswith("_")]
+
+
+def has_files(folders):
+    """Whether there is a file anywhere in these folders. Raises OSError."""
+    return any(files for folder in folders for _, _, files in os.walk(folder, onerror=fail))
+
+
+def collect_garbage(store, **how):
+    """Run a Collection, and return it. Raises OSError; BlockingIOError where another process is at it.
+
+    The mtime of the file that keeps others out says when this was last done."""
+    with open(os.path.join(store.own, "gc"), "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.utime(lock.fileno())
+        collection = Collection(store, **how)
+        collection.run()
+    return collection
+
+
+class Collection:
+    """One run of garbage collection, beside pushes.
+
+    It finds out without a lock what is referred to. The rest goes in small batches, with the lock alone, after one
+    more look: whoever links to a blob, or puts a manifest that needs one, makes the link young (a new link's blob
+    too), and what is younger than the grace period, or than this run, stays. Links go before content, so a crash
+    leaves at worst content for the next run. All manifests of a repository stay, unless `untagged` drops those that
+    no tag leads to: over an index to its children, between a manifest and its subject in both directions.
+    """
+
+    def __init__(self, store, grace=0.0, untagged=False, dry_run=False, tell=None):
+        self.store = store
+        self.grace = grace + TOLD_AGAIN if grace else 0.0  # clients are told of links that are not touched again yet
+        self.untagged = untagged
+        self.dry_run = dry_run
+        self.tell = tell or (lambda kind, what, size: None)  # is called for each thing that goes
+        self.wanted = set()                                  # the keys of what stays
+        self.unsynced = set()                                # folders from which links went
+        self.counts = collections.Counter()                  # of what goes, by kind; and its "bytes"
+        self.unread = []                                     # manifests and tags that can't be read
+
+    def run(self):
+        """Raises OSError, and has then deleted less than it could."""
+        probe = self.store.files.scratch_path()
+        with self.store.lock.alone():  # so pushes that began before have their links in place
+            open(probe, "xb").close()  # asks the clock of the file system, which may be another host's
+        self.young = os.stat(probe).st_mtime - self.grace
+        os.unlink(probe)
+        self.purge()
+        for name in repository_folders(self.store):
+            self._collect_repository(name)
+            self._collect_empty(name)
+        self._sync()
+        blobs = digest_folders(self.store.tree, "blobs", shards=True)
+        self._take("blobs", "data", (entry for entry in blobs if key_of(entry[0]) not in self.wanted))
+
+    def _sync(self):
+        """Make it durable that links are gone, before what they led to goes."""
+        while self.unsynced:
+            with contextlib.suppress(FileNotFoundError):  # of a repository that went whole
+                sync_directory(self.unsynced.pop())
+
+    def purge(self):
+        """Take away upload sessions that nobody has written to for a day, and what crashes left in scratch."""
+        limit = time.time() - UPLOAD_IDLE
+        for name in repository_folders(self.store):
+            for session_id in list_directory(os.path.join(self.store.repository_path(name), "_uploads")):
+                session = DirectoryUpload(self.store, name, session_id)
+                age, size = look_at(session.path)
+                if (age or look_at(session.folder)[0]) < limit and (self.dry_run or session.expire(limit)):
+                    self._count("uploads", "%s %s" % (name, session_id), size)
+        for entry in list_directory(self.store.files.scratch):
+            path = os.path.join(self.store.files.scratch, entry)
+            with contextlib.suppress(FileNotFoundError):
+                # What has no such name may be a file that is about to get its own.
+                if not self.dry_run and (entry.endswith(".grave") or os.stat(path).st_ctime < limit):
+                    self.store.files.dispose(path)
+
+    def _count(self, kind, what, size=0):
+        self.counts[kind] += 1
+        self.counts["bytes"] += size
+        self.tell(kind, what, size)
+
+    def _collect_repository(self, name):
+        """Note what the manifests of a repository mention, and take away its links to anything else."""
+        folder = self.store.repository_path(name)
+        revisions, mentions, unread = {}, {}, len(self.unread)
+        for digest, revision in digest_folders(folder, "_manifests", "revisions"):
+            if os.path.exists(os.path.join(revision, "link")):
+                revisions[digest] = revision
+                mentions[key_of(digest)] = self._mentions(name, digest)
+        reached = self._reached(name, revisions, mentions) if self.untagged else mentions
+        sound = len(self.unread) == unread  # else nobody knows what is referred to, and everything stays
+        idle = [entry for entry in revisions.items() if sound and key_of(entry[0]) not in reached]
+        stay = self._take("manifests", "link", idle)
+        for digest, _ in set(idle).difference(stay):
+            del mentions[key_of(digest)]
+        self._sync()
+        kept = set(mentions).union(*mentions.values())
+
+        def idle_layers():
+            for digest, layer in digest_folders(folder, "_layers"):
+                if sound and key_of(digest) not in kept:
+                    yield digest, layer
+                else:
+                    self._want(digest, layer)
+
+        for digest, layer in self._take("links", "link", idle_layers()):
+            self._want(digest, layer)
+        self.wanted |= kept
+
+    def _want(self, digest, layer):
+        self.wanted.add(key_of(digest))
+        if digest.algorithm != "sha256":  # Distribution stored what such a link names by its sha256
+            self.wanted.add(key_of(self.store._read_link(layer) or digest))
+
+    def _mentions(self, name, digest):
+        content = self.store._manifest_content(digest)
+        if content is None:
+            self.unread.append("%s@%s" % (name, digest))
+            return frozenset()
+        return keys_mentioned(content)
+
+    def _reached(self, name, revisions, mentions):
+        """The keys of the manifests that a tag leads to, or one that is young, with what they mention."""
+        tags = os.path.join(self.store.repository_path(name), "_manifests", "tags")
+        todo = [key_of(digest) for digest, revision in revisions.items()
+                if look_at(os.path.join(revision, "link"))[0] >= self.young]
+        for tag in list_directory(tags):
+            digest = self.store._read_link(os.path.join(tags, tag, "current"))
+            if digest:
+                todo.append(key_of(digest))
+            elif os.path.exists(os.path.join(tags, tag, "current", "link")):
+                self.unread.append("%s:%s" % (name, tag))
+        about = {}
+        for digest in revisions:
+            subject = self.store._subject_of(digest) or "-"
+            if subject != "-":
+                about.setdefault(key_of(subject), []).append(key_of(digest))
+        reached = set()
+        while todo:
+            key = todo.pop()
+            if key not in reached:
+                reached.add(key)
+                todo += about.get(key, [])
+                todo += mentions.get(key, ())
+        return reached
+
+    def _take(self, kind, file, entries):
+        """Take away the folders of the (digest, folder) entries whose file is not young. Returns the other entries."""
+        stay, entries = [], iter(entries)
+        batch = list(itertools.islice(entries, COLLECTED_AT_ONCE))
+        while batch:
+            looks = {entry: look_at(os.path.join(entry[1], file)) for entry in batch}
+            old = [entry for entry in batch if looks[entry][0] < self.young]
+            if old and not self.dry_run:
+                old = self._bury(file, old)
+            for entry in old:
+                self._count(kind, entry[0], looks[entry][1] if kind == "blobs" else 0)
+            stay += set(batch).difference(old)
+            batch = list(itertools.islice(entries, COLLECTED_AT_ONCE))
+        return stay
+
+    def _bury(self, file, entries):
+        """Take away what is still old, with the lock alone; returns that."""
+        began, graves = time.monotonic(), []
+        with self.store.lock.alone():
+            waited = time.monotonic() - began
+            looks = {entry: look_at(os.path.join(entry[1], file)) for entry in entries}
+            old = [entry for entry in entries if looks[entry][0] < self.young]
+            for entry in old:
+                path = os.path.join(entry[1], file)
+                with contextlib.suppress(FileNotFoundError):  # an empty folder, or someone else has deleted it
+                    if looks[entry][1] <= COPY_BUFFER:
+                        os.unlink(path)
+                    else:  # to free the bytes takes the file system a while, which nobody should wait for
+                        graves.append(self.store.files.bury(path))
+        for grave in graves:
+            self.store.files.dispose(grave)
+        for _, folder in old:
+            try:
+                os.rmdir(folder)
+                self.unsynced.add(os.path.dirname(folder))
+            except OSError:  # something else is in it, or again
+                self.unsynced.add(folder)
+        if waited > 0.001:
+            time.sleep(waited)  # those who share the lock get as much time as they had to give
+        return old
+
+    def _collect_empty(self, name):
+        """Take away a repository in which no file is left, and the folders above it if they are empty."""
+        path = self.store.repository_path(name)
+
+        def find():
+            folders = [os.path.join(path, entry) for entry in list_directory(path) if entry.startswith("_")]
+            return [] if has_files(folders) else folders
+
+        if not find() or self.dry_run:
+            return
+        with self.store.lock.alone():
+            graves = [self.store.files.bury(folder) for folder in find()]
+            with contextlib.suppress(OSError):
+                while graves and path != os.path.join(self.store.tree, "repositories"):
+                    os.rmdir(path)  # not if another repository is below
+                    path = os.path.dirname(path)
+        self.unsynced.add(path)
+        for grave in graves:
+            self.store.files.dispose(grave)
+        if graves:
+            with contextlib.suppress(OSError):
+                os.unlink(self.store._referrers_index(name)[0])
+            self._count("repositories", name)
+
+# Upkeep: verification
+
+
+class Verification:
+    """One reading of everything in the store, beside pushes; afterwards `findings` is {(what, name, path): images that
+    it harms}. `rate` limits the reading to so many bytes a second; `progress(blobs, bytes)` is called now and then."""
+
+    MOVABLE = ("damaged link", "link to a missing blob", "tag without manifest", "damaged referrers index")
+
+    def __init__(self, store, rate=0, progress=None):
+        self.store = store
+        self.rate = rate
+        self.progress = progress or (lambda blobs, size: None)
+        self.blobs = 0
+        self.bytes = 0
+        self.damaged = {}   # {digest: (path, look_at it: a file that replaces it is younger)}
+        self.harmed = {}    # {damaged digest: set of images}
+        self.findings = {}
+        self.moved = []
+        self.mutex = threading.Lock()
+        self.failure = None
+
+    def run(self, repair=False):
+        """Read it all; with `repair`, put aside what is damaged or leads nowhere. Raises OSError."""
+        self._read_blobs()
+        for name in repository_folders(self.store):
+            found = self._check(name)
+            if found:  # a second look, because a deletion may have been under way
+                found = {key: images for key, images in self._check(name).items() if key in found}
+            self.findings.update(found)
+            if repair and found:
+                with self.store.lock.alone():
+                    for what, _, path in self._check(name):
+                        if what in self.MOVABLE:
+                            self._put_aside(path)
+        for digest, (path, seen) in self.damaged.items():
+            self.findings["damaged blob", digest, path] = self.harmed.get(digest, set())
+            if repair:
+                with self.store.lock.alone():
+                    if look_at(path) == seen:
+                        self._put_aside(path)
+
+    def _read_blobs(self):
+        """Hash every blob, in as many threads as there are processors: hashlib lets them run at once."""
+        self.entries = digest_folders(self.store.tree, "blobs", shards=True)
+        self.began = time.monotonic()
+        threads = [threading.Thread(target=self._read_some, daemon=True) for _ in range(os.cpu_count() or 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.5)
+                self.progress(self.blobs, self.bytes)
+        if self.failure:
+            raise self.failure
+
+    def _read_some(self):
+        try:
+            while not self.failure:
+                with self.mutex:
+                    digest, folder = next(self.entries, (None, None))
+                if digest is None:
+                    return
+                self._read_blob(digest, os.path.join(folder, "data"))
+        except OSError as error:
+            self.failure = error
+
+    def _read_blob(self, digest, path):
+        hasher, seen = hashlib.new(digest.algorithm), look_at(path)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                for block in iter(lambda: file.read(COPY_BUFFER), b""):
+                    hasher.update(block)
+                    self._count(len(block))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+        self._count(0, 1)
+        if hasher.hexdigest() != digest.encoded:
+            self.damaged[digest] = (path, seen)
+
+    def _count(self, size, blobs=0):
+        with self.mutex:
+            self.blobs += blobs
+            self.bytes += size
+        if self.rate:
+            time.sleep(max(self.bytes / self.rate - (time.monotonic() - self.began), 0.0))
+
+    def _check(self, name):
+        """The findings in one repository; takes `harmed` further."""
+        folder = os.path.join(self.store.repository_path(name), "_manifests")
+        found = {}
+        layers = self._check_links(found, os.path.join(os.path.dirname(folder), "_layers"))
+        revisions = self._check_links(found, os.path.join(folder, "revisions"))
+        index = self.store._referrers_index(name)
+        held = set(layers).union(revisions)
+        needs = {digest: self._needs(found, name, digest, held, index) for digest in revisions}
+        bad = {digest for _, digest, _ in found}
+        bad.update(digest for digest, target in itertools.chain(layers.items(), revisions.items())
+                   if target in self.damaged)
+        images = {}
+
+        def note(image, digest):
+            reached, todo = set(), [digest]
+            while todo:
+                digest = todo.pop()
+                if digest not in reached:
+                    reached.add(digest)
+                    todo += needs.get(digest, ())
+            for digest in reached & bad:
+                images.setdefault(digest, set()).add(image)
+                self.harmed.setdefault(layers.get(digest) or digest, set()).add(image)
+            return reached
+
+        tagged = set()
+        for tag in list_directory(os.path.join(folder, "tags")):
+            image, path = "%s:%s" % (name, tag), self.store.tag_path(name, tag)
+            target = self._check_link(found, tag, os.path.join(path, "current"))
+            self._check_links(found, os.path.join(path, "index"), history=True)
+            if target and target not in revisions:
+                found["tag without manifest", tag, os.path.join(path, "current", "link")] = set()
+            elif target:
+                tagged |= note(image, target)
+            images[tag] = {image}
+        for digest in set(revisions) - tagged:
+            note("%s@%s" % (name, digest), digest)
+        return {key: images.get(key[1], set()) for key in found}
+
+    def _check_links(self, found, top, history=False):
+        """{digest: what its link names} of the links that are there. What a tag once meant may be gone."""
+        targets = {}
+        for digest, folder in digest_folders(top):
+            target = self._check_link(found, digest, folder)
+            if target and (history or os.path.isfile(self.store.blob_path(target))):
+                targets[digest] = target
+            elif target:
+                found["link to a missing blob", digest, os.path.join(folder, "link")] = set()
+        return targets
+
+    def _check_link(self, found, name, folder):
+        path = os.path.join(folder, "link")
+        target = self.store._read_link(folder)
+        if target is None and os.path.exists(path):
+            found["damaged link", name, path] = set()
+        return target
+
+    def _needs(self, found, name, digest, held, index):
+        """The digests of what a manifest can't be pulled without; an index may lack children."""
+        content = self.store._manifest_content(digest)
+        try:
+            manifest = Manifest(content or b"{}", digest)
+            blobs = [blob.digest for blob in manifest.blobs if not blob.foreign]
+            children = [child.digest for child in manifest.manifests]
+            subject = manifest.subject or "-"
+        except RegistryError:
+            return []
+        for blob in blobs:
+            if blob not in held:
+                found["missing blob", blob, self.store.layer_path(name, blob)] = set()
+        if content and index[1].get(digest, subject) != subject:
+            found["damaged referrers index", digest, index[0]] = set()
+        return blobs + children
+
+    def _put_aside(self, path):
+        """Move a file to ROOT/tinyreg/damaged, under the path it had. Raises OSError."""
+        aside = os.path.join(self.store.own, "damaged", os.path.relpath(path, self.store.root))
+        while os.path.exists(aside):
+            aside += "~"
+        with contextlib.suppress(FileNotFoundError):
+            make_directories(os.path.dirname(aside))
+            os.rename(path, aside)
+            sync_directory(os.path.dirname(aside))
+            sync_directory(os.path.dirname(path))
+            self.moved.append(aside)
 
 # ---------------------------------------------------------------------------------------------------------
 # 7  Archive
@@ -3609,7 +4154,8 @@ class Copy:
         """Count what the target lacks of the plan: {digest: bytes}."""
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             held = list(pool.map(functools.partial(self.target.held, self.target_name), self.blobs.values()))
-        lacking = {blob.digest: blob.size - found for blob, found in zip(self.blobs.values(), held) if blob.size > found}
+        lacking = {blob.digest: blob.size - found for blob, found in zip(self.blobs.values(), held)
+                   if blob.size > found}
         self.report.needed_blobs, self.report.needed_bytes = len(lacking), sum(lacking.values())
         return lacking
 
@@ -5615,8 +6161,8 @@ def log_in(registry, access, request):
 
 
 def get_archive(registry, access, request, name, reference=None, digest=None):
-    """An image as a tar that docker load, podman load, ctr import and tinyreg.py load read; its signatures and SBOMs are
-    in it. Blobs are read while they are sent. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+    """An image as a tar that docker load, podman load, ctr import and tinyreg.py load read, with its signatures and
+    SBOMs. Blobs are read while they are sent. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
     reference = reference or digest
     writer, report = ArchiveWriter(), Report(name)
     copy(registry, writer, name, reference, report=report)
@@ -6652,7 +7198,8 @@ class CommandError(Exception):
 def open_store(options, create=False):
     """The Directory at --root. Raises CommandError."""
     try:
-        return Directory(options.root, sparse=getattr(options, "sparse", False), create=create)
+        limits = {name: getattr(options, name, 0) for name in ("sparse", "min_free", "max_blob")}
+        return Directory(options.root, create=create, **limits)
     except FileNotFoundError as error:
         if create:
             raise CommandError("can't make %s: %s" % (options.root, error.strerror))
@@ -6677,6 +7224,7 @@ def serve(options):
             upstreams = {space: (Remote(host, plain_http=plain, retries=1, patience=5.0), prefix)
                          for space, host, plain, prefix in options.upstream}
             store = PullThrough(options.root, upstreams, options.upstream_ttl, options.sparse)
+        store.min_free, store.max_blob = options.min_free, options.max_blob
         store.immutable = options.immutable_tags
         if not options.read_only:
             check_writable(store)
@@ -6696,6 +7244,8 @@ def serve(options):
         server.start()
         if number == 0:
             threading.Thread(target=feed_watchdog, daemon=True).start()
+            if isinstance(store, Directory) and not options.read_only:
+                threading.Thread(target=keep_up, args=(store, options.gc_every, options.grace), daemon=True).start()
         while next_signal() != signal.SIGTERM:
             if options.log_file:  # SIGHUP; changed users, rules and certificates are noticed without it
                 open_log_file(options.log_file)
@@ -7239,6 +7789,85 @@ def positive(text):
     return int(text)
 
 
+def collect(options):
+    """Delete what nothing refers to; or say what that would be."""
+    store = open_store(options)
+    gone = []
+
+    def tell(kind, what, size):
+        if options.json:
+            gone.append({"kind": kind[:-1], "name": what, "size": size})
+        elif options.dry_run:
+            print("%s  %s%s" % (kind[:-1], what, "  %d bytes" % size if size else ""))
+
+    try:
+        done = collect_garbage(store, grace=options.grace, untagged=options.untagged, dry_run=options.dry_run,
+                               tell=tell)
+    except BlockingIOError:
+        raise CommandError("another gc is at work in %s; it does the same" % store.root)
+    if options.json:
+        print(json.dumps({"dryRun": options.dry_run, "size": done.counts["bytes"], "removed": gone,
+                          "unreadable": done.unread}, indent=2))
+    elif not options.quiet:
+        print("%s %s; %s" % ("would remove" if options.dry_run else "removed", ", ".join(
+            "%d %s" % (done.counts[kind], kind) for kind in ("manifests", "links", "blobs", "uploads", "repositories")),
+            in_units(done.counts["bytes"])))
+    if done.unread:
+        print("tinyreg: kept all that may belong to what can't be read (see tinyreg.py verify): "
+              + ", ".join(done.unread[:10]) + (" …" if done.unread[10:] else ""), file=sys.stderr)
+    return 0
+
+
+def verify(options):
+    """Read everything in the store again; name what is damaged and what that harms. Exit status 1 if anything is."""
+    if options.archives:
+        return verify_archives(options)
+    logger.setLevel(logging.ERROR)  # what it would warn of is in the report
+    shown = sys.stderr.isatty() and not options.quiet
+
+    def progress(blobs, size):
+        if shown:
+            sys.stderr.write("\r%d blobs, %s read " % (blobs, in_units(size)))
+
+    check = Verification(open_store(options), options.rate, progress)
+    check.run(options.repair)
+    if shown:
+        sys.stderr.write("\n")
+    report = [{"what": what, "name": name, "path": path, "harms": sorted(images)}
+              for (what, name, path), images in sorted(check.findings.items())]
+    if options.json:
+        print(json.dumps({"blobs": check.blobs, "size": check.bytes, "damage": report, "moved": check.moved}, indent=2))
+    else:
+        for entry in report:
+            print("%s: %s (%s)%s" % (entry["what"], entry["name"], entry["path"],
+                                     "".join("\n    harms " + image for image in entry["harms"])))
+        for path in check.moved:
+            print("put aside: " + path)
+        if not options.quiet:
+            print("%d blobs, %s: %s" % (check.blobs, in_units(check.bytes), "all is well" if not report else
+                                        "%d damaged or missing; push the images that it harms again" % len(report)))
+    return 1 if report else 0
+
+
+def keep_up(store, every, grace):
+    """Until the process ends: purge idle upload sessions once an hour, and collect garbage every so many seconds
+    (0: never), whichever of the processes that share the store does it."""
+    while True:
+        pause = UPKEEP
+        try:
+            if every and time.time() - look_at(os.path.join(store.own, "gc"))[0] >= every:
+                collect_garbage(store, grace=grace)
+            else:
+                Collection(store).purge()
+            if every:
+                pause = min(pause, look_at(os.path.join(store.own, "gc"))[0] + every - time.time())
+        except BlockingIOError:
+            pass
+        except Exception:
+            logger.exception("garbage collection failed")
+        time.sleep(max(pause, 1.0))
+
+
 def already(done):
     """The end of an error line for a command that did a part of its work."""
     return " (deleted before it: %s)" % ", ".join(done) if done else ""
@@ -7583,6 +8212,14 @@ def build_parser():
                      help="how long a tag is taken as right before the upstream is asked again")
     from_environment(command, "--drain", metavar="TIME", type=seconds, default=30.0,
                      help="how long running transfers may take to end after SIGTERM")
+    from_environment(command, "--min-free", metavar="SIZE", type=byte_count, default=0,
+                     help="refuse uploads that would leave less than this free on the disk, for example 10G")
+    from_environment(command, "--max-blob", metavar="SIZE", type=byte_count, default=0,
+                     help="refuse blobs that are larger; 0 is no limit")
+    from_environment(command, "--gc-every", metavar="TIME", type=seconds, default=0.0,
+                     help="delete what nothing refers to this often, for example 24h; 0 is never")
+    from_environment(command, "--grace", metavar="TIME", type=seconds, default=3600.0,
+                     help="how long --gc-every leaves what a client was told about")
     command = add_command(commands, pull, "pull", "Copy images from their registries into the store.",
                           "  tinyreg.py pull alpine:3.19 quay.io/prometheus/prometheus:v2.53.0\n"
                           "  tinyreg.py pull -f images.txt --platform linux/amd64 --dry-run\n")
@@ -7624,6 +8261,23 @@ def build_parser():
     command.add_argument("images", metavar="IMAGE", nargs="+", help="NAME:TAG deletes the tag; NAME@DIGEST deletes the "
                          "manifest and every tag that points to it")
     command.add_argument("--json", action="store_true", help="print JSON")
+    command = add_command(commands, collect, "gc", "Delete what nothing refers to; safe beside a running server.",
+                          "  tinyreg.py gc --dry-run\n  tinyreg.py gc\n  tinyreg.py gc --untagged --grace 7d\n")
+    command.add_argument("--untagged", action="store_true", help="also delete manifests that no tag leads to, "
+                         "itself or over an index or a subject")
+    command.add_argument("--grace", metavar="TIME", type=seconds, default=3600.0,
+                         help="leave what was pushed, or a client was told about, this short ago")
+    command.add_argument("--dry-run", action="store_true", help="only list what would go, with its size")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command = add_command(commands, verify, "verify", "Read everything again; name what is damaged, and what it harms.",
+                          "  tinyreg.py verify --rate 50M\n  tinyreg.py verify --repair\n"
+                          "  tinyreg.py verify /media/stick/images-*.tar\n")
+    command.add_argument("archives", metavar="FILE", nargs="*", help="re-read these archives instead of the store")
+    command.add_argument("--rate", metavar="SIZE", type=byte_count, default=0,
+                         help="read so much a second; 0 is no limit")
+    command.add_argument("--repair", action="store_true", help="move what is damaged into ROOT/tinyreg/damaged, "
+                         "so that pushing the image again mends it")
+    command.add_argument("--json", action="store_true", help="print JSON")
     add_archive_commands(commands)
     return parser
 
@@ -7657,10 +8311,6 @@ def add_archive_commands(commands):
     command.add_argument("--want", metavar="FILE", help="write the digests that are missing into this file")
     command.add_argument("--to", metavar="HOST[:PORT][/PREFIX]", help="put them into this registry, not into the store")
     add_transfer_options(command, images=False)
-    command = add_command(commands, verify_archives, "verify", "Re-read archives where they lie: every digest.",
-                          "  tinyreg.py verify /media/stick/images-*.tar\n")
-    command.add_argument("archives", metavar="FILE", nargs="+", help="what load and serve read")
-    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def flush_output():

@@ -1,0 +1,267 @@
+"""Disks that are full, broken or read-only, and limits of the host: clear answers, and no lasting harm."""
+
+import contextlib
+import errno
+import http.client
+import io
+import json
+import os
+import resource
+import subprocess
+
+import pytest
+
+from conftest import run_tinyreg
+from samples import CONFIG, image, make_image, push_blob, read_blob, to_manifest
+from tinyreg import Digest, Directory, RegistryError, Request, dispatch, Access
+
+MEGABYTE = 1 << 20
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path)], stderr=subprocess.PIPE)
+    if done.returncode:
+        pytest.skip("may not mount a tmpfs here: %s" % done.stderr.decode().strip())
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def ask(server, method, path, body=None, headers=None):
+    """One request; (status, headers, body)."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    with contextlib.closing(connection):
+        try:
+            connection.request(method, path, body, headers or {})
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # refused in the middle of the body; the answer says why
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read()
+
+
+def push(server, name, content):
+    """(status, body) of an upload, in one chunk and in its end."""
+    digest = Digest.of(content)
+    status, headers, body = ask(server, "POST", "/v2/%s/blobs/uploads/" % name)
+    if status == 202:
+        location = headers["Location"]
+        status, headers, body = ask(server, "PATCH", location, content)
+    if status == 202:
+        status, headers, body = ask(server, "PUT", "%s?digest=%s" % (location, digest))
+    return status, body
+
+
+def put_image(server, name, tag, layers):
+    content = json.dumps(image(layers)).encode()
+    return ask(server, "PUT", "/v2/%s/manifests/%s" % (name, tag), content,
+               {"Content-Type": "application/vnd.oci.image.manifest.v1+json"})
+
+
+def free(path):
+    disk = os.statvfs(str(path))
+    return disk.f_bavail * disk.f_frsize
+
+
+def test_a_full_disk(start_server, small_disk, tmp_path):
+    """A blob too large is refused and its space comes back; reads go on; smaller pushes, rm and gc work."""
+    server = start_server(small_disk / "registry")
+    layer = os.urandom(3 * MEGABYTE)
+    for content in (layer, CONFIG):
+        assert push(server, "app", content)[0] == 201
+    assert put_image(server, "app", "one", (layer,))[0] == 201
+    before = free(small_disk)
+    for _ in range(3):
+        status, body = push(server, "app", os.urandom(6 * MEGABYTE))
+        assert status == 507
+        error, = json.loads(body.decode())["errors"]
+        assert error["code"] == "UNAVAILABLE" and "the store is full" in error["message"]
+    assert free(small_disk) > before - 100000
+    assert ask(server, "GET", "/v2/app/blobs/" + Digest.of(layer))[2] == layer
+    small = os.urandom(MEGABYTE)
+    assert push(server, "app", small)[0] == 201
+
+    # To the last byte: not even a manifest fits, nothing can be written, and all can be read and deleted.
+    with contextlib.suppress(OSError), open(str(small_disk / "filler"), "wb") as filler:
+        while True:
+            filler.write(bytes(4096))
+            filler.flush()
+    status, _, body = put_image(server, "app", "two", (layer, small))
+    assert status == 507 and b"the store is full" in body
+    assert push(server, "app", b"x" * 100)[0] == 507
+    assert ask(server, "GET", "/v2/app/manifests/one")[0] == 200
+    assert ask(server, "GET", "/v2/app/manifests/two")[0] == 404
+    assert ask(server, "DELETE", "/v2/app/manifests/" + Digest.of(json.dumps(image((layer,))).encode()))[0] == 202
+    shown = run_tinyreg("gc", "--grace", "0", "--root", server.root)
+    assert shown.returncode == 0, shown.stderr
+    assert free(small_disk) > 4 * MEGABYTE  # all images are gone
+    assert push(server, "app", layer)[0] == 201
+    assert "Traceback" not in server.log()
+
+
+def test_no_space_between_a_blob_and_its_link(small_disk):
+    """With one page after the other to spare, an upload is there whole or not at all, and what it took comes back."""
+    store = Directory(str(small_disk / "registry"))
+    push_blob(store, "app", b"first")
+    content = b"x" * 5000
+    results = set()
+    for pages in range(12):
+        with open(str(small_disk / "filler"), "wb") as filler:
+            filler.write(bytes(free(small_disk) - pages * 4096))
+        before = free(small_disk)
+        try:
+            push_blob(store, "app", content)
+            results.add("stored")
+            store.delete_blob("app", Digest.of(content))
+            os.unlink(store.blob_path(Digest.of(content)))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+            results.add("full")
+            with pytest.raises(RegistryError):
+                store.open_blob("app", Digest.of(content))
+            if os.path.exists(store.blob_path(Digest.of(content))):  # before the link, which found no place
+                os.unlink(store.blob_path(Digest.of(content)))
+        assert free(small_disk) >= before
+        os.unlink(str(small_disk / "filler"))
+    assert results == {"stored", "full"}
+    assert os.listdir(store.files.scratch) == []
+
+
+def test_min_free(start_server, small_disk):
+    server = start_server(small_disk / "registry", "--min-free", "4M")
+    layer = os.urandom(MEGABYTE)
+    for content in (layer, CONFIG):
+        assert push(server, "app", content)[0] == 201
+    status, body = push(server, "app", os.urandom(5 * MEGABYTE))  # while it is appended
+    assert status == 507 and b"the store is full" in body and b"--min-free" in body
+    assert free(small_disk) > 6 * MEGABYTE
+    with open(str(small_disk / "filler"), "wb") as filler:
+        filler.write(bytes(4 * MEGABYTE))
+    assert ask(server, "POST", "/v2/app/blobs/uploads/")[0] == 507  # before it begins
+    assert put_image(server, "app", "latest", (layer,))[0] == 201   # what is there may become an image
+    os.unlink(str(small_disk / "filler"))
+    assert push(server, "app", os.urandom(MEGABYTE))[0] == 201
+
+
+def test_max_blob(start_server):
+    server = start_server(None, "--max-blob", "1M")
+    assert push(server, "app", b"x" * MEGABYTE)[0] == 201
+    status, body = push(server, "app", b"x" * (MEGABYTE + 1))
+    assert status == 413 and b"up to 1048576 bytes" in body
+    uploads = os.path.join(server.root, "docker/registry/v2/repositories/app/_uploads")
+    assert os.listdir(uploads) == []
+
+
+@pytest.mark.parametrize("size", ["", "G", "-1G", "10X", "1e3"])
+def test_sizes_that_are_none(size):
+    shown = run_tinyreg("serve", "--max-blob=" + size)
+    assert shown.returncode == 2 and "is no size: write for example 500M" in shown.stderr
+
+
+def start_limited(start_server, limit, value):
+    """A server under a limit of the host."""
+    soft, hard = resource.getrlimit(limit)
+    resource.setrlimit(limit, (value, hard))
+    try:
+        return start_server()
+    finally:
+        resource.setrlimit(limit, (soft, hard))
+
+
+def test_a_limit_on_the_size_of_files(start_server):
+    server = start_limited(start_server, resource.RLIMIT_FSIZE, 2 * MEGABYTE)
+    status, body = push(server, "app", b"x" * (3 * MEGABYTE))
+    assert status == 507 and b"larger than a file may be" in body
+    assert os.listdir(os.path.join(server.root, "docker/registry/v2/repositories/app/_uploads")) == []
+    assert push(server, "app", b"x" * MEGABYTE)[0] == 201
+
+
+def test_a_limit_on_open_files(start_server):
+    """Answers are 503 while there are too many connections, and right again after."""
+    server = start_limited(start_server, resource.RLIMIT_NOFILE, 40)
+    assert push(server, "app", CONFIG)[0] == 201
+    connections = []
+    answers = set()
+    for _ in range(60):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=2)
+        connections.append(connection)
+        try:
+            connection.request("GET", "/v2/app/blobs/" + Digest.of(CONFIG))
+            answer = connection.getresponse()
+            body = answer.read()
+            answers.add(answer.status)
+            assert answer.status == 200 or b"too many files open" in body
+        except OSError:  # not accepted any more; nor are the next
+            break
+    for connection in connections:
+        connection.close()
+    assert answers == {200, 503}
+    assert push(server, "app", b"afterwards")[0] == 201
+    assert put_image(server, "app", "latest", ())[0] == 201
+    assert "Traceback" not in server.log()
+
+
+# Every write, failed in turn, through the handlers
+
+CALLS = ["open", "mkdir", "rename", "fsync", "utime", "replace"]
+
+
+class FailingOs:
+    """Fails the N-th call of those functions of os that change something."""
+
+    def __init__(self, patch, number, error):
+        self.left = number
+        self.error = error
+        for name in CALLS:
+            patch.setattr(os, name, self.wrap(getattr(os, name)))
+
+    def wrap(self, function):
+        def call(*arguments, **settings):
+            self.left -= 1
+            if self.left == 0:
+                raise OSError(self.error, os.strerror(self.error))
+            return function(*arguments, **settings)
+        return call
+
+
+def request(store, method, target, body=b""):
+    headers = {"content-length": str(len(body)), "content-type": "application/vnd.oci.image.manifest.v1+json"}
+    if method != "PUT":
+        del headers["content-type"]
+    return dispatch(store, Access("admin"), Request(method, target, headers, io.BytesIO(body)))
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE],
+                         ids=errno.errorcode.get)
+def test_each_step_of_a_push_fails_in_turn(tmp_path, monkeypatch, error):
+    """The client hears 507 or 503 and why; nothing is half there; and the same push then succeeds."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    layer = b"the layer"
+    manifest = to_manifest(image((layer,)))
+    steps = 0
+    for number in range(1, 400):
+        store = Directory(str(tmp_path / str(number)))
+        answers = []
+        with pytest.MonkeyPatch.context() as patch:
+            failing = FailingOs(patch, number, error)
+            for content in (layer, CONFIG):
+                answers.append(request(store, "POST", "/v2/app/blobs/uploads/?digest=" + Digest.of(content), content))
+            answers.append(request(store, "PUT", "/v2/app/manifests/latest", manifest.content))
+            steps = number
+            if failing.left > 0:
+                break
+        failed = [answer for answer in answers if answer.status != 201]
+        if failed:
+            assert failed[0].status in (503, 507)
+            assert (b"full" in failed[0].body) == (error in (errno.ENOSPC, errno.EDQUOT))
+        else:
+            assert answers[-1].status == 201  # it was a step that can be done without
+        with contextlib.suppress(RegistryError):
+            digest = store.resolve("app", "latest")
+            for blob in store.manifest("app", digest).blobs:
+                read_blob(store, "app", blob.digest)
+        assert make_image(store, "app", layers=(layer,)).digest == manifest.digest
+        assert read_blob(store, "app", Digest.of(layer)) == layer
+    assert 30 < steps < 399
