@@ -4591,11 +4591,10 @@ class Access:
 
         Where some may come without a password, docker needs Bearer, and alone: logged out, it gives up on Basic
         instead of trying without. Everywhere else Basic, which needs no URL that a proxy could spoil."""
-        host = request.header("host")
+        host = request.forwarded("host", request.header("host"))
         challenge = 'Basic realm="tinyreg"'
-        if self.policy.most and request.path.startswith("/v2") and re.fullmatch(r"[\w.:\[\]-]+", host):
-            scheme = "https" if request.header("x-forwarded-proto", request.scheme).startswith("https") else "http"
-            challenge = 'Bearer realm="%s://%s/token",service="tinyreg"' % (scheme, host)
+        if self.policy.most and request.path.startswith("/v2") and host:
+            challenge = 'Bearer realm="%s://%s/token",service="tinyreg"' % (request.outer_scheme(), host)
             challenge += "".join(',%s="%s"' % item for item in sorted(problem.items()))
         return RegistryError("UNAUTHORIZED", message=message, headers=[("WWW-Authenticate", challenge)])
 
@@ -5700,7 +5699,8 @@ def answer_read(registry, access, request, handler, name, **found):
         if not access.allows(request, "pull", candidate):
             continue
         try:
-            if handler is get_referrers and candidate != names[-1]:
+            if (handler is get_referrers and candidate != names[-1]
+                    and not any(registry.referrers(candidate, found["digest"]))):
                 registry.manifest(candidate, found["digest"])  # no referrers is no error, so look for their subject
             response = handler(registry, access, request, name=candidate, **found)
         except RegistryError as error:
@@ -7334,12 +7334,17 @@ def tls_folder(root):
 
 
 def token_key(store):
-    """The key that signs tokens, the same in all servers of the store; made if it is not there yet. Raises OSError."""
+    """The key that signs tokens, the same in all servers of the store; made if it is not there yet. None, so that only
+    this server's processes know each other's tokens, where the store can't be written to."""
     path = os.path.join(store.own, "token.key")
-    with alone(path + ".lock"):
-        if not os.path.exists(path):
-            store.files.write(path, os.urandom(32), private=True)
-    return read_file(path)
+    try:
+        with alone(path + ".lock"):
+            if not os.path.exists(path):
+                store.files.write(path, os.urandom(32), private=True)
+        return read_file(path)
+    except OSError as error:
+        logger.warning("tokens end with this server: %s", error)
+        return None
 
 
 def check_writable(store):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from conftest import run_tinyreg
-from samples import make_image, push_blob
+from samples import make_image, make_referrer, push_blob
 
 import tinyreg
 from tinyreg import (Access, Directory, Request, dispatch, is_checkable, new_hash, parse_glob, parse_rules, parse_users)
@@ -252,7 +252,7 @@ def test_tokens_are_good_for_what_was_asked_and_the_rules_allow(world, user, sco
 def test_a_token_for_a_short_name_is_good_where_a_mirror_finds_it(world):
     access = world.access("** * pull\npub/** @anonymous pull")
     token = token_for(world, access, "repository:library/alpine:pull", "alice")
-    for name, status in [("docker.io/library/alpine", 200), ("alpine", 200), ("zoo", 401)]:
+    for name, status in [("docker.io/library/alpine", 200), ("alpine", 401), ("zoo", 401)]:
         assert world.status(access, "GET", "/v2/%s/tags/list" % name, authorization=token) == status
 
 
@@ -424,6 +424,25 @@ def test_addresses_that_guess_are_forgotten_before_they_fill_the_memory(world, m
     for number in range(20):
         world.ask(access, "GET", "/v2/", "alice", "guess", client="10.1.0.%d" % number)
     assert len(access.failures) <= 6
+
+
+def test_other_names_that_a_read_may_mean_are_checked_each_and_hide_no_404(world):
+    """docker.io/library/alpine answers for alpine only to those who may pull it; and a repository that is not there yet
+    is no 403, which would end a push."""
+    access = world.access("team/** alice push\nalpine * pull\nlibrary/alpine * pull\ndocker.io/** bob pull")
+    targets = ["/v2/alpine/manifests/latest", "/v2/library/alpine/manifests/latest?ns=docker.io",
+               "/v2/docker.io/library/alpine/manifests/latest"]
+    assert [world.status(access, "GET", target, "bob") for target in targets] == [200, 200, 200]
+    assert [world.status(access, "GET", target, "alice") in (403, 404) for target in targets] == [True] * 3
+    assert world.status(access, "HEAD", "/v2/team/new/blobs/sha256:" + "0" * 64, "alice") == 404
+    assert world.status(access, "HEAD", "/v2/zoo/manifests/latest", "alice") == 403
+
+
+def test_referrers_of_a_subject_that_is_not_here_are_not_looked_for_under_another_name(world):
+    subject = tinyreg.Manifest(b'{"config": {}}', tinyreg.Digest.of(b'{"config": {}}'))
+    make_referrer(world.store, "zoo", subject)
+    answer = world.ask(world.access(), "GET", "/v2/zoo/referrers/" + subject.digest, "alice")
+    assert len(json.loads(answer.body.decode())["manifests"]) == 1
 
 
 # Files that change
