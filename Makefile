@@ -29,7 +29,7 @@ lint: .venv/lint
 
 .venv/test: Makefile
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet pytest pytest-xdist hypothesis
+	.venv/bin/python -m pip install --quiet pytest pytest-xdist hypothesis prometheus_client
 	touch $@
 
 .venv/lint: Makefile
