@@ -443,7 +443,7 @@ def small(run, who):
                                   ("GET small blob", wrk, blob), ("HEAD blob", ab + ["-ik"], blob),
                                   ("GET manifest, new connections", ab, manifest)]:
             run.add(bench, who, **measure_requests(server, tool, path))
-        run.add("after small answers", who, **{"MiB": server.memory()})
+        run.add("after small answers", who, MiB=server.memory())
 
 
 def images(run, who):
@@ -545,7 +545,7 @@ def growth(run, who):
             wrk = ["wrk", "-t2", "-c8", "-d1s"]
             run.add(bench, who, **measure_requests(server, wrk, "/v2/repository0/manifests/v0"))
             image = make_image(os.urandom(10240))
-            use = measure(server, 1, lambda client, number: client.push_image("fresh", "latest", image))
+            use = measure(server, 1, lambda client, number, image=image: client.push_image("fresh", "latest", image))
             run.add(bench, who, **{"image pushed ms": use.seconds * 1e3, "idle MiB": server.memory()})
         commands = {"gc": ["docker-registry", "garbage-collect", write_config(run, root, 1)]}
         if who == TINYREG:

@@ -1,4 +1,4 @@
-"""Hostile input: whatever bytes come in, the answer is below 500, nothing is written outside the store, nobody waits."""
+"""Hostile input: whatever comes in, the answer is below 500, nothing is written outside the store, nobody waits."""
 
 import json
 import os
@@ -59,13 +59,15 @@ def filled(start_server, tmp_path):
 
 TRICKS = [
     "/v2/../../etc/passwd", "/v2/..%2f..%2fetc/passwd", "/v2/%2e%2e/manifests/latest", "/v2/a/../../b/manifests/latest",
-    "/v2/lib/a/manifests/..", "/v2/lib/a/manifests/%2e%2e%2f%2e%2e", "/v2/lib/a/manifests/latest%00", "/v2/%00/tags/list",
+    "/v2/lib/a/manifests/..", "/v2/lib/a/manifests/%2e%2e%2f%2e%2e", "/v2/lib/a/manifests/latest%00",
+    "/v2/%00/tags/list",
     "/v2/lib/a/blobs/sha256:../../../x", "/v2/lib/a/blobs/sha256:" + "a" * 63 + "%2f", "/v2/lib/a/blobs/uploads/..",
     "/v2/lib/a/blobs/uploads/%2e%2e%2fx", "/v2/lib/_uploads/tags/list", "/v2/_layers/tags/list", "/v2/.git/tags/list",
     "/v2//tags/list", "//v2/lib/a/tags/list", "/v2/lib/a/tags/list/../list", "/v2/" + "a/" * 3000 + "tags/list",
     "/v2/" + "a" * 7000 + "/tags/list", "/v2/lib/a/tags/list?n=-1", "/v2/lib/a/tags/list?n=99999999999999999999",
     "/v2/lib/a/tags/list?n=1&last=%ff%fe", "/v2/_catalog?n=1e9", "/v2/_catalog?last=../../..", "/v2/%ff%fe/tags/list",
-    "/v2/lib/a/referrers/" + DIGEST + "?artifactType=%00&n=0", "/v2/lib/a/referrers/sha256:xyz", "/?a=b", "*", "http://x/v2/",
+    "/v2/lib/a/referrers/" + DIGEST + "?artifactType=%00&n=0", "/v2/lib/a/referrers/sha256:xyz", "/?a=b", "*",
+    "http://x/v2/",
     "/v2/lib/a/manifests/latest?ns=../../../etc", "/v2/lib/a/manifests/latest?ns=%00", "/v2/\u00e4/tags/list",
     "/v2/lib/a/manifests/sha256:" + "0" * 64 + "?tag=" + "&tag=".join(["x"] * 900),
 ]
@@ -136,7 +138,8 @@ def test_a_request_that_can_be_read_in_two_ways_is_refused(server, head, status)
 
 @pytest.mark.parametrize("chunks", [
     b"g\r\n", b"-1\r\n", b"+2\r\nab\r\n0\r\n\r\n", b"0x2\r\nab\r\n0\r\n\r\n", b"2\nab\n0\n\n", b"2\r\nabc\r\n0\r\n\r\n",
-    b"2 2\r\nab\r\n0\r\n\r\n", b"\r\n", b" 2\r\nab\r\n0\r\n\r\n", b"ffffffffffffffff\r\n", b"2;" + b"x" * 2000 + b"\r\nab\r\n",
+    b"2 2\r\nab\r\n0\r\n\r\n", b"\r\n", b" 2\r\nab\r\n0\r\n\r\n", b"ffffffffffffffff\r\n",
+    b"2;" + b"x" * 2000 + b"\r\nab\r\n",
     b"0\r\n" + b"X: y\r\n" * 20000 + b"\r\n", b"2\r\nab0\r\n\r\n",
 ])
 def test_malformed_chunks(server, chunks):
@@ -149,19 +152,25 @@ def test_malformed_chunks(server, chunks):
 
 def statuses_and_location(server):
     answer = exchange(server, (HEAD % ("POST", "/v2/a/blobs/uploads/", "Content-Length: 0\r\n")).encode())
-    return next(line.split(b" ", 1)[1].decode() for line in answer.split(b"\r\n") if line.startswith(b"Location:"))
+    lines = answer.split(b"\r\n")
+    return next(line.split(b" ", 1)[1].decode() for line in lines if line.startswith(b"Location:"))
 
 
 # Generated requests
 
-WORDS = [b"GET", b"PUT", b"POST", b"PATCH", b"HEAD", b"DELETE", b" ", b"/", b"/v2/", b"lib/a", b"/manifests/", b"/blobs/",
-         b"latest", b"uploads/", b"sha256:", b"0" * 64, b"?n=1", b"?digest=", b"%2e%2e", b"HTTP/1.1", b"HTTP/1.0", b"\r\n",
-         b"\n", b"\r\n\r\n", b"Host: x\r\n", b"Content-Length: ", b"5", b"0", b"99999999999999999", b"Transfer-Encoding: chunked\r\n",
-         b"Expect: 100-continue\r\n", b"Content-Range: 0-4\r\n", b"Range: bytes=0-\r\n", b"hello", b"{}", b"\x00", b"\x16\x03",
+WORDS = [b"GET", b"PUT", b"POST", b"PATCH", b"HEAD", b"DELETE", b" ", b"/", b"/v2/", b"lib/a", b"/manifests/",
+         b"/blobs/",
+         b"latest", b"uploads/", b"sha256:", b"0" * 64, b"?n=1", b"?digest=", b"%2e%2e", b"HTTP/1.1", b"HTTP/1.0",
+         b"\r\n",
+         b"\n", b"\r\n\r\n", b"Host: x\r\n", b"Content-Length: ", b"5", b"0", b"99999999999999999",
+         b"Transfer-Encoding: chunked\r\n",
+         b"Expect: 100-continue\r\n", b"Content-Range: 0-4\r\n", b"Range: bytes=0-\r\n", b"hello", b"{}",
+         b"\x00", b"\x16\x03",
          b"\xff", b"5\r\nhello\r\n0\r\n\r\n", b"Connection: close\r\n", b"Accept: */*\r\n", b": ", b"a" * 300]
 GOOD = [(HEAD % ("GET", "/v2/lib/a/manifests/latest", "")).encode(),
         (HEAD % ("GET", "/v2/lib/a/blobs/" + DIGEST, "Range: bytes=0-3\r\n")).encode(),
-        (HEAD % ("PUT", "/v2/lib/b/manifests/x", "Content-Length: 2\r\nContent-Type: application/json\r\n")).encode() + b"{}",
+        (HEAD % ("PUT", "/v2/lib/b/manifests/x", "Content-Length: 2\r\nContent-Type: application/json\r\n")).encode()
+        + b"{}",
         (HEAD % ("POST", "/v2/lib/a/blobs/uploads/?digest=" + DIGEST, "Content-Length: 9\r\n")).encode() + b"layer one",
         (HEAD % ("DELETE", "/v2/lib/a/manifests/none", "")).encode()]
 
@@ -246,8 +255,10 @@ def test_chunked_bodies_arrive_as_they_were(content, sizes, step):
 JSON_VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) |
                            st.sampled_from([DIGEST, "sha256:x", "application/vnd.oci.image.manifest.v1+json"]),
                            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
-                               ["mediaType", "digest", "size", "urls", "annotations", "x"]), inner, max_size=4), max_leaves=8)
-FIELDS = ["schemaVersion", "mediaType", "config", "layers", "manifests", "subject", "blobs", "annotations", "artifactType"]
+                               ["mediaType", "digest", "size", "urls", "annotations", "x"]), inner, max_size=4),
+                           max_leaves=8)
+FIELDS = ["schemaVersion", "mediaType", "config", "layers", "manifests", "subject", "blobs", "annotations",
+          "artifactType"]
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -262,7 +273,8 @@ def test_generated_manifests(tmp_path, changes, whole):
         digest = dict(answers[0].headers)["Docker-Content-Digest"]
         subject = store.manifest("a", Digest(digest)).subject
         answers += [dispatch(store, access, Request(method, target, {})) for method, target in (
-            ("GET", "/v2/a/manifests/x"), ("GET", "/v2/a/referrers/" + (subject or digest)), ("DELETE", "/v2/a/manifests/" + digest))]
+            ("GET", "/v2/a/manifests/x"), ("GET", "/v2/a/referrers/" + (subject or digest)),
+            ("DELETE", "/v2/a/manifests/" + digest))]
         load_json(answers[2].body)
     assert all(isinstance(answer, Response) and answer.status < 500 for answer in answers)
 
@@ -315,7 +327,8 @@ def test_an_expectation_is_refused_before_the_body(server, target, status):
 
 
 def test_json_that_is_deep_or_huge_is_refused_quickly(server):
-    for content in (b'{"a":' + b"[" * 2000000, b'{"a":' + b"9" * 4000000 + b"}", b"[" * 4000000, b'{"a":"' + b"\\u0000" * 600000):
+    for content in (b'{"a":' + b"[" * 2000000, b'{"a":' + b"9" * 4000000 + b"}", b"[" * 4000000,
+                    b'{"a":"' + b"\\u0000" * 600000):
         head = HEAD % ("PUT", "/v2/a/manifests/x", "Content-Length: %d\r\n" % len(content))
         assert statuses(exchange(server, head.encode() + content)) == [400]
     assert "Traceback" not in server.log()

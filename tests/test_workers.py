@@ -65,8 +65,9 @@ class Model:
         self.layers = {name: set() for name in self.manifests}
         self.known = [samples.to_manifest(samples.image(layers=())), samples.to_manifest(
             samples.image(layers=(), artifactType="x/y"))]
-        self.known += [samples.to_manifest(samples.image(layers=(), artifactType="x/z", subject={
-            "mediaType": OCI_MANIFEST, "digest": subject.digest, "size": len(subject.content)})) for subject in self.known[:2]]
+        for subject in self.known[:2]:
+            about = {"mediaType": OCI_MANIFEST, "digest": subject.digest, "size": len(subject.content)}
+            self.known.append(samples.to_manifest(samples.image(layers=(), artifactType="x/z", subject=about)))
         self.ever = set()  # repositories that have held a manifest
 
     def change(self, client):
@@ -75,8 +76,8 @@ class Model:
         what = self.choice.choice(["push"] * 4 + ["untag", "delete", "blob", "unblob"])
         if what == "push":
             self._blob(client, name, samples.CONFIG)
-            status = client.ask("PUT", "/v2/%s/manifests/%s" % (name, tag), manifest.content, {"Content-Type": OCI_MANIFEST})[0]
-            assert status == 201
+            assert client.ask("PUT", "/v2/%s/manifests/%s" % (name, tag), manifest.content,
+                              {"Content-Type": OCI_MANIFEST})[0] == 201
             self.manifests[name].add(manifest.digest)
             self.tags[name][tag] = manifest.digest
             self.ever.add(name)
@@ -120,7 +121,8 @@ class Model:
             assert found["repositories"] == sorted(self.ever)
         elif what == "blob":
             digest = Digest.of(b"layer of " + tag.encode())
-            assert client.ask(method, "/v2/%s/blobs/%s" % (name, digest))[0] == (200 if digest in self.layers[name] else 404)
+            status = client.ask(method, "/v2/%s/blobs/%s" % (name, digest))[0]
+            assert status == (200 if digest in self.layers[name] else 404)
         elif what == "referrers":
             found = json.loads(client.ask("GET", "/v2/%s/referrers/%s" % (name, manifest.digest))[2].decode())
             wanted = [known.digest for known in self.known
