@@ -371,9 +371,10 @@ def stores(tmp_path, act):
     make_image(store, "a", "latest")
     make_image(store, "a", "other", layers=(b"of another image",))
     shutil.copytree(store.root, str(tmp_path / "counted"))
+    counted = Directory(str(tmp_path / "counted"), create=False)
     with pytest.MonkeyPatch.context() as patch:
         tracer = Tracer(patch, STEPS)
-        act(Directory(str(tmp_path / "counted"), create=False))
+        act(counted)
     assert len(tracer.calls) > 5
     for step in range(1, len(tracer.calls) + 1):
         shutil.copytree(store.root, str(tmp_path / str(step)))
