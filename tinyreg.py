@@ -1023,11 +1023,12 @@ class Registry:
 
 
 class UploadSession:
-    """A blob on its way in: append, then commit or cancel. `id` names it, `offset` is how many bytes it has.
+    """A blob on its way in: append, then commit or cancel. `id` names it, `offset` is how many bytes it has."""
 
-    `state` is a text that helps whoever finds the session again, and gives it to `restore`; "" if there is none."""
-
-    state = ""
+    @property
+    def state(self):
+        """A text that helps whoever finds the session again, and gives it to `restore`; "" if there is none."""
+        return ""
 
     def restore(self, state):
         """Use what `state` was when the session was last seen, if it can be trusted."""
@@ -1628,10 +1629,8 @@ class SessionHash:
         """`SIZE:ALGORITHM:ENCODED`, of the first SIZE bytes; "" if that is not what has been hashed."""
         return "%d:%s:%s" % (size, self.algorithm, self.hasher.hexdigest()) if size == self.offset else ""
 
-    def finish(self, file, size):
+    def finish(self, file):
         """The sum of a whole file, of which what has not been hashed yet is read. Raises OSError."""
-        if self.offset > size:  # a write failed behind a block that was hashed
-            self.__init__(self.algorithm)
         self.offset = update_hash(self.hasher, file, self.offset)
         return self.sum(self.offset)
 
@@ -1796,7 +1795,7 @@ class DirectoryUpload(UploadSession):
             try:
                 size = os.fstat(file.fileno()).st_size
                 found = self.sum if self.sum.startswith("%d:%s:" % (size, digest.algorithm)) else \
-                    self.store.hashes.take(self.id, digest.algorithm).finish(file, size)
+                    self.store.hashes.take(self.id, digest.algorithm).finish(file)
                 if found != "%d:%s" % (size, digest):
                     raise RegistryError("DIGEST_INVALID", {"wanted": digest, "got": found.partition(":")[2],
                                                            "size": size})
@@ -2674,7 +2673,8 @@ class Archive(Registry):
             digest = self._make_manifest(members, expect(dict, image))
             tags = expect(list, image.get("RepoTags") or [])
             for tag in tags:
-                self._root(*stored_image(expect(str, tag)), digest)
+                name, reference = stored_image(expect(str, tag))
+                self._root(name, reference, digest)
             if not tags:
                 nameless.append((default, "latest" if len(images) == 1 else digest, digest))
         return nameless
@@ -7903,8 +7903,9 @@ def save(options):
     writer = ArchiveWriter(digest for path in options.have for digest in digests_in(path))
     for text in wanted_images(options):
         report = Report(text)
-        copy(store, writer, *split_stored(store, text), platforms=options.platform,
-             referrers=not options.no_referrers, report=report)
+        name, reference = split_stored(store, text)
+        copy(store, writer, name, reference, platforms=options.platform, referrers=not options.no_referrers,
+             report=report)
         if report.missing:
             raise CommandError("%s: the store lacks %s; pull or push it again" % (text, ", ".join(report.missing)))
         saved.append(report)
@@ -8012,37 +8013,37 @@ def keep_ranges(store, archive, folder):
 
 def verify_archives(options):
     """Re-read archives where they lie: every blob, and whether all that the images need is there."""
-    report = {"files": [], "images": {}}
+    files, images = [], {}
     for path in options.archives:
         entry = {"file": path, "blobs": 0, "sha256": None, "damaged": []}
         try:
             entry["blobs"], entry["sha256"], entry["damaged"] = verify_file(path)
         except (RegistryError, OSError) as error:  # media that can't be read are damaged as well
             entry["damaged"] = [str(error)]
-        report["files"].append(entry)
-    damaged = {digest for entry in report["files"] for digest in entry["damaged"]}
-    archive = open_archive([entry["file"] for entry in report["files"] if entry["blobs"]])
+        files.append(entry)
+    damaged = {digest for entry in files for digest in entry["damaged"]}
+    archive = open_archive([entry["file"] for entry in files if entry["blobs"]])
     for name, reference, digest in archive.images():
         contents = archive.contents([digest])
         needed = {blob.digest for blob in contents.blobs.values() if not blob.foreign}
         found = {"damaged": sorted(contents.lacking | needed & damaged), "missing": sorted(needed - set(archive.blobs))}
         if any(found.values()):
-            report["images"]["%s%s%s" % (name, "@" if reference == digest else ":", reference)] = found
+            images["%s%s%s" % (name, "@" if reference == digest else ":", reference)] = found
     if options.json:
-        print(json.dumps(report, indent=2))
+        print(json.dumps({"files": files, "images": images}, indent=2))
     elif not options.quiet:
-        for entry in report["files"]:
+        for entry in files:
             state = "%d DAMAGED" % len(entry["damaged"]) if entry["damaged"] else "all intact"
             print("%s: %d blobs, %s%s" % (entry["file"], entry["blobs"], state,
                                           ", sha256:" + entry["sha256"] if entry["sha256"] else ""))
-    for entry in report["files"]:
+    for entry in files:
         for what in entry["damaged"]:
             print("tinyreg: %s: damaged: %s" % (entry["file"], what), file=sys.stderr)
-    for image, found in sorted(report["images"].items()):
+    for image, found in sorted(images.items()):
         print("tinyreg: %s: %s" % (image, "; ".join("%s: %s" % (how, ", ".join(digests))
                                                     for how, digests in sorted(found.items()) if digests)),
               file=sys.stderr)
-    return 1 if damaged or report["images"] else 0
+    return 1 if damaged or images else 0
 
 
 class Parser(argparse.ArgumentParser):

@@ -372,8 +372,8 @@ def test_a_root_that_may_not_be_written():
     done = run_tinyreg("serve", "--root", "/tinyreg-test", "--listen", "127.0.0.1:0", python=python,
                        preexec_fn=become_nobody)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "tinyreg: can't use /tinyreg-test as the store: Permission denied; choose another directory " \
-                          "with --root\n"
+    assert done.stderr == ("tinyreg: can't use /tinyreg-test as the store: Permission denied; "
+                           "choose another directory with --root\n")
 
 
 @pytest.mark.parametrize("options, lines", [([], 2), (["--quiet"], 0)])

@@ -83,7 +83,8 @@ def push_until_told(server, number, acknowledged, unsure, stop):
         name = "app%d" % dice.randrange(2)
         tag = "%d-%d" % (number, dice.randrange(10))
         layers = [b"layer %d" % dice.randrange(20) * 5000 for _ in range(2)]
-        content = json.dumps(image(layers, annotations={"serial": "%d %d" % (number, dice.randrange(10 ** 9))})).encode()
+        serial = {"serial": "%d %d" % (number, dice.randrange(10 ** 9))}
+        content = json.dumps(image(layers, annotations=serial)).encode()
         unsure[name, tag] = unsure.get((name, tag), ()) + (Digest.of(content),)
         try:
             client = Client(server.port)
@@ -132,7 +133,8 @@ def test_an_upload_goes_on_after_kill(server):
     client = Client(server.port)
     status, headers, _ = client.ask("GET", location)
     assert (status, headers["Range"]) == (204, "0-%d" % ((2 << 20) - 1))
-    assert client.ask("PATCH", location, content[2 << 20:], **{"Content-Range": "%d-%d" % (2 << 20, (3 << 20) - 1)})[0] == 202
+    place = {"Content-Range": "%d-%d" % (2 << 20, (3 << 20) - 1)}
+    assert client.ask("PATCH", location, content[2 << 20:], **place)[0] == 202
     assert client.ask("PUT", "%s?digest=%s" % (location, Digest.of(content)))[0] == 201
     assert client.ask("GET", "/v2/app/blobs/" + Digest.of(content))[2] == content
 
@@ -228,7 +230,8 @@ class Disk:
 
 
 CALL = re.compile(r"^\d+ +(\w+)\((.*)\) += (-?\d+|\?)")
-TRACED = "openat,open,creat,write,pwrite64,mkdir,mkdirat,rename,renameat,renameat2,unlink,unlinkat,rmdir,fsync,fdatasync,sendto"
+TRACED = ("openat,open,creat,write,pwrite64,mkdir,mkdirat,rename,renameat,renameat2,unlink,unlinkat,rmdir,"
+          "fsync,fdatasync,sendto")
 
 
 def read_trace(path, root):

@@ -446,7 +446,8 @@ print(pushed)
 def test_no_acknowledged_manifest_ever_lacks_a_blob(store, untagged):
     """Three processes that push images with shared layers, and delete some; and gc without any grace, in a loop."""
     here = os.path.dirname(os.path.abspath(__file__))
-    pushers = [subprocess.Popen([sys.executable, "-c", PUSHER, os.path.dirname(TINYREG), here, store.root, str(seed), "6"],
+    command = [sys.executable, "-c", PUSHER, os.path.dirname(TINYREG), here, store.root]
+    pushers = [subprocess.Popen(command + [str(seed), "6"],
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
                for seed in range(3)]
     runs, went = 0, 0

@@ -250,7 +250,8 @@ def test_pipelining(server, wire):
     requests = [("GET", ("GET /v2/ HTTP/1.1", host), b""),
                 ("PATCH", ("PATCH %s HTTP/1.1" % location, host, "Content-Length: 4"), b"0123"),
                 ("HEAD", ("HEAD /v2/a/tags/list HTTP/1.1", host), b""),
-                ("PATCH", ("PATCH %s HTTP/1.1" % location, host, "Transfer-Encoding: chunked"), b"3\r\n456\r\n0\r\n\r\n"),
+                ("PATCH", ("PATCH %s HTTP/1.1" % location, host, "Transfer-Encoding: chunked"),
+                 b"3\r\n456\r\n0\r\n\r\n"),
                 ("POST", ("POST /v2/a/tags/list HTTP/1.1", host, "Content-Length: 5"), b"GET /"),
                 ("PUT", ("PUT %s HTTP/1.1" % by_digest(location, digest), host, "Content-Length: 3"), b"789"),
                 ("GET", ("GET /v2/a/blobs/%s HTTP/1.1" % digest, host), b"")]
@@ -262,7 +263,8 @@ def test_pipelining(server, wire):
 
 def test_a_request_that_arrives_byte_by_byte(server, wire):
     location = start_upload(wire)
-    request = "PATCH %s HTTP/1.1\r\nHost: registry\r\nTransfer-Encoding: chunked\r\n\r\n2;x=y\r\nab\r\n1\r\nc\r\n0\r\nX: y\r\n\r\n"
+    request = ("PATCH %s HTTP/1.1\r\nHost: registry\r\nTransfer-Encoding: chunked\r\n\r\n"
+               "2;x=y\r\nab\r\n1\r\nc\r\n0\r\nX: y\r\n\r\n")
     wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for byte in (request % location).encode():
         wire.sock.sendall(bytes([byte]))
@@ -450,7 +452,7 @@ def test_every_address(start_server, connect):
 # TLS on a port that has none
 
 def test_tls_on_a_plain_port(server, wire):
-    """Trap 3: Go's clients take an answer that begins with HTTP/ for what it is, and those who may fall back to HTTP."""
+    """Trap 3: Go's clients take an answer that begins with HTTP/ for what it is, and may fall back to HTTP."""
     hello = ssl.MemoryBIO()
     tls = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), hello, server_hostname="registry")
     with pytest.raises(ssl.SSLWantReadError):

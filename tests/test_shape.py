@@ -22,7 +22,8 @@ PYTHONS = found_pythons()
 DISK = {"os", "shutil", "fcntl", "mmap", "tempfile", "glob", "open"}
 SOCKETS = {"socket", "selectors", "socketserver"}
 CLOCK = {"time", "datetime"}
-NEVER = {"Errors": (DISK - {"os"}) | SOCKETS, "Values": DISK | SOCKETS | CLOCK, "Directory": SOCKETS | {"http", "urllib"},
+NEVER = {"Errors": (DISK - {"os"}) | SOCKETS, "Values": DISK | SOCKETS | CLOCK,
+         "Directory": SOCKETS | {"http", "urllib"},
          "Access": SOCKETS, "API": SOCKETS | {"shutil", "fcntl"}, "Page": SOCKETS | {"shutil", "fcntl"}}
 
 
