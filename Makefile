@@ -10,7 +10,7 @@ help:
 	@echo "make test      run all tests, on all cores (JOBS=1: one after another; ARGS='-k NAME': some of them)"
 	@echo "make bench     measure the speed of transfers"
 	@echo "make lint      check the style, the types, and that tinyreg.py runs on Python 3.6"
-	@echo "make install   copy tinyreg.py to $(DESTDIR)$(PREFIX)/bin/tinyreg (PREFIX=, DESTDIR=)"
+	@echo "make install   copy tinyreg.py to $(DESTDIR)$(PREFIX)/bin/tinyreg, with a systemd unit (PREFIX=, DESTDIR=)"
 	@echo "make clean     delete what the above leave behind"
 
 # The tools live in .venv. Each stamp says that its tools are there, for this version of this file.
@@ -37,9 +37,46 @@ lint: .venv/lint
 	.venv/bin/python -m pip install --quiet ruff==0.17.6 mypy==2.4.1 vermin==1.9.2
 	touch $@
 
+# For systemd: tinyreg with a user of its own, its store in /var/lib/tinyreg, its options (TINYREG_LISTEN=:5000 and so
+# on) in /etc/default/tinyreg, and nothing of the host that it does not need.
+define UNIT
+[Unit]
+Description=tinyreg, a container registry
+After=network.target
+
+[Service]
+Type=notify
+NotifyAccess=all
+EnvironmentFile=-/etc/default/tinyreg
+Environment=TINYREG_ROOT=/var/lib/tinyreg
+ExecStart=$(PREFIX)/bin/tinyreg serve
+ExecReload=/bin/kill -HUP $$MAINPID
+WatchdogSec=60
+Restart=on-failure
+KillMode=mixed
+TimeoutStopSec=60
+LimitNOFILE=65536
+DynamicUser=yes
+StateDirectory=tinyreg
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+
+[Install]
+WantedBy=multi-user.target
+endef
+export UNIT
+
 install:
-	install -d "$(DESTDIR)$(PREFIX)/bin"
+	install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(PREFIX)/lib/systemd/system"
 	install -m 755 tinyreg.py "$(DESTDIR)$(PREFIX)/bin/tinyreg"
+	printf '%s\n' "$$UNIT" > "$(DESTDIR)$(PREFIX)/lib/systemd/system/tinyreg.service"
 
 clean:
 	rm -rf .venv .pytest_cache .hypothesis __pycache__ tests/__pycache__

@@ -140,6 +140,8 @@ PAGE_SIZE = 1000             # entries in one page of the catalog or of referrer
 
 TICK = 5.0                   # seconds; how often a waiting connection looks at its time limits
 CACHED_FOR = 1.0             # seconds that an answer may be repeated; so a token's end or a new rule counts by then
+MAX_CONNECTIONS = 256        # of one client, in one worker: so that one laptop can't starve a room …
+MAX_UPLOADS = 1000           # … and upload sessions. What comes from this machine, so from a proxy, is not limited
 SPARE_THREADS = 16           # threads that wait for a connection, per listening socket; more end with theirs
 IDLE_LIMIT = 60.0            # seconds that a kept connection may wait for its next request
 HEAD_LIMIT = 20.0            # seconds from a request's first byte to the end of its header block
@@ -301,6 +303,11 @@ def parse_tag(text):
 def parse_reference(text):
     """A tag (str) or a Digest. Raises DIGEST_INVALID, MANIFEST_INVALID."""
     return parse_digest(text) if ":" in text else parse_tag(text)
+
+
+def is_loopback(address):
+    """Whether an IP address is this machine's own."""
+    return address.startswith("127.") or address == "::1"
 
 
 def parse_session_id(text):
@@ -841,19 +848,27 @@ class SharedLock:
         self.mark = ChangeMark(path + ".changes")
 
     @contextlib.contextmanager
-    def _held(self, how):
+    def _held(self, how, changes=True):
         self.mark.open()  # now, so that it can't fail when something has been changed
-        with open(self.path, "ab") as lock:
-            with open(self.turnstile, "ab") as turnstile:
+        lock = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            turnstile = os.open(self.turnstile, os.O_WRONLY | os.O_CREAT, 0o666)
+            try:
                 fcntl.flock(turnstile, fcntl.LOCK_EX)
                 fcntl.flock(lock, how)
-            try:
-                yield  # closing a file gives up its lock, and so does a kill -9
             finally:
-                self.mark.change()
+                os.close(turnstile)
+            try:
+                yield
+            finally:
+                if changes:
+                    self.mark.change()
+        finally:
+            os.close(lock)  # gives the lock up, and so does a kill -9
 
-    def shared(self):
-        return self._held(fcntl.LOCK_SH)
+    def shared(self, changes=True):
+        """`changes`: whether what is done meanwhile is something that readers see."""
+        return self._held(fcntl.LOCK_SH, changes)
 
     def alone(self):
         return self._held(fcntl.LOCK_EX)
@@ -967,6 +982,14 @@ class Registry:
     def find_upload(self, name, session_id):
         """The UploadSession of this id. Raises BLOB_UPLOAD_UNKNOWN."""
         raise RegistryError("BLOB_UPLOAD_UNKNOWN", session_id)
+
+    def has_upload(self, name, session_id):
+        """Whether there is such an UploadSession."""
+        try:
+            self.find_upload(name, session_id)
+        except RegistryError:
+            return False
+        return True
 
     def resume_upload(self, name, digest):
         """The UploadSession in which an earlier put_blob of this digest was interrupted, or a new one."""
@@ -1424,7 +1447,7 @@ class Directory(Registry):
     def start_upload(self, name, algorithm="sha256", session_id=None):
         session = DirectoryUpload(self, name, session_id or str(uuid.uuid4()))
         self.check_room()
-        with self.lock.shared():  # gc takes empty repositories away
+        with self.lock.shared(changes=False):  # gc takes empty repositories away
             make_directories(self.repository_path(name))  # links will be below it
             os.makedirs(session.folder, exist_ok=session_id is not None)
             with open(os.path.join(session.folder, "startedat"), "w") as file:
@@ -1719,15 +1742,17 @@ class DirectoryUpload(UploadSession):
 
     @contextlib.contextmanager
     def _locked(self, file):
-        """The session's file to ourselves. Raises BLOB_UPLOAD_UNKNOWN if it became a blob, or nothing, meanwhile."""
+        """The session's file to ourselves; yields its size. Raises BLOB_UPLOAD_UNKNOWN if it became a blob, or nothing,
+        meanwhile."""
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
+            found = os.fstat(file.fileno())
             try:
-                if not os.path.samestat(os.stat(self.path), os.fstat(file.fileno())):
+                if not os.path.samestat(os.stat(self.path), found):
                     raise self._unknown()
             except FileNotFoundError:
                 raise self._unknown()
-            yield
+            yield found.st_size
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)
 
@@ -1763,9 +1788,9 @@ class DirectoryUpload(UploadSession):
                     self.sum = known.sum(self.offset)
 
     def _write(self, file, block):
-        with self._locked(file):
+        with self._locked(file) as size:
             self.intact = False  # until all is written: what was hashed may not be what the file has
-            if os.fstat(file.fileno()).st_size != self.offset:
+            if size != self.offset:
                 self.measure()
                 raise self._misplaced()
             try:
@@ -1791,9 +1816,8 @@ class DirectoryUpload(UploadSession):
                                 "(--max-blob)" % self.store.max_blob)
 
     def commit(self, digest):
-        with self._open() as file, self._locked(file):
+        with self._open() as file, self._locked(file) as size:
             try:
-                size = os.fstat(file.fileno()).st_size
                 found = self.sum if self.sum.startswith("%d:%s:" % (size, digest.algorithm)) else \
                     self.store.hashes.take(self.id, digest.algorithm).finish(file)
                 if found != "%d:%s" % (size, digest):
@@ -4503,6 +4527,7 @@ class Access:
         self.secret = os.urandom(32)  # of the cache of verified passwords
         self.verified = set()
         self.failures = {}            # address: (how many wrong passwords, since when)
+        self.uploads = {}             # address: [(name, id)] of upload sessions
         self.slow = threading.Lock()  # held while a password is hashed: one core is enough for guessers
         self.watch = Watch(users, rules)
         self.policy = Policy(anonymous, {}, None)
@@ -4671,6 +4696,22 @@ class Access:
             hint = "with a line in its --rules file: %s %s %s" % (name or "**", who.user or "@anonymous", needed)
         raise RegistryError("DENIED", message="%s may %s%s; whoever runs this registry can allow more %s" % (
             who.user or "clients", IN_WORDS[LEVELS[level]], " in " + name if name else "", hint))
+
+    # How much
+
+    def admit_upload(self, registry, request):
+        """Raises TOOMANYREQUESTS if a client has too many upload sessions open that it began in this process."""
+        begun = self.uploads.get(request.client, ())
+        if len(begun) >= MAX_UPLOADS:
+            begun = self.uploads[request.client] = [session for session in begun if registry.has_upload(*session)]
+            if len(begun) >= MAX_UPLOADS:
+                raise RegistryError("TOOMANYREQUESTS", headers=[("Retry-After", "60")],
+                                    message="%s has too many uploads open; finish or cancel some" % request.client)
+
+    def note_upload(self, request, session):
+        """Count an upload session that a client has begun."""
+        if not is_loopback(request.client):
+            self.uploads.setdefault(request.client, []).append((session.name, session.id))
 
     def in_words(self, reach):
         """For the banner, in lines: who may do what. `reach` is who can connect."""
@@ -5537,7 +5578,9 @@ def start_upload(registry, access, request, name):
             raise
         session.commit(digest)
         return created_blob(name, digest)
+    access.admit_upload(registry, request)
     session = registry.start_upload(name, parse_algorithm(request.get("digest-algorithm", "sha256")))
+    access.note_upload(request, session)
     return Response(202, upload_headers(session))
 
 
@@ -6783,6 +6826,14 @@ class Connection:
         finally:
             self.sock.close()
 
+    def refuse(self):
+        """Close the connection of a client that has too many; where it would be understood, with a word."""
+        with contextlib.suppress(OSError, ClientLeft), self.sock:
+            if not self.server.tls:
+                error = RegistryError("TOOMANYREQUESTS", message="too many connections from %s" % self.client,
+                                      headers=[("Retry-After", "5")])
+                self._send(Response.of_error(error), "GET", version="1.1", keep=False)
+
     def _start_tls(self):
         """Shake hands, unless the client speaks plain HTTP. Raises OSError, ClientLeft."""
         first, began = None, time.monotonic()
@@ -7024,6 +7075,7 @@ class Server:
         self.stopping = False
         self.kept = KeptAnswers(registry)
         self.connections = set()
+        self.crowds = collections.Counter()   # connections, by the client's address
         self.waiting = collections.Counter()  # threads that wait, by listener
         self.changed = threading.Condition()
 
@@ -7069,11 +7121,19 @@ class Server:
         connection = Connection(self, sock, address)
         with self.changed:
             self.connections.add(connection)
+            self.crowds[connection.client] += 1
+            crowded = self.crowds[connection.client] > MAX_CONNECTIONS and not is_loopback(connection.client)
         try:
-            connection.run()
+            if crowded:
+                connection.refuse()
+            else:
+                connection.run()
         finally:
             with self.changed:
                 self.connections.discard(connection)
+                self.crowds[connection.client] -= 1
+                if not self.crowds[connection.client]:
+                    del self.crowds[connection.client]
                 self.changed.notify_all()
 
     def stop(self):
@@ -7230,9 +7290,11 @@ def serve(options):
             check_writable(store)
     store.read_only = options.read_only
     listeners = inherited_listeners() or listen_everywhere(options.listen)
-    local = all(is_loopback(listener) for listener in listeners)
-    access = open_access(options, store, local)
-    tls = open_tls(options, store)
+    local = all(is_loopback(listener.getsockname()[0]) for listener in listeners)
+    # Our keys are in the store, also where archives are served in place of it.
+    home = Directory(options.root) if options.archives and (options.users or options.tls) else store
+    access = open_access(options, home, local)
+    tls = open_tls(options, home)
     routes = {(method, row[1].__name__) for _, handlers in ROUTES for method, row in handlers.items()}
     observation = Observation(getattr(store, "own", None), style, routes, options.notify, options.workers)
     if options.log_file:
@@ -7310,7 +7372,7 @@ def open_tls(options, store):
         raise CommandError("--tls-key goes with --tls-cert, and --tls without both")
     if options.tls_client_ca and not (certificate or options.tls):
         raise CommandError("--tls-client-ca goes with --tls or --tls-cert")
-    folder = tls_folder(store.root)
+    folder = tls_folder(os.path.abspath(options.root))
     hosts = {host for host, _ in options.listen if "%" not in host} - {"", "0.0.0.0", "::"}
 
     def renew():
@@ -7373,11 +7435,6 @@ def listen_everywhere(addresses):
     return listeners
 
 
-def is_loopback(listener):
-    host = listener.getsockname()[0]
-    return host.startswith("127.") or host == "::1"
-
-
 def banner(store, listeners, access, local, tls=None):
     """What serve says first: where it listens and stores, who may do what, and two commands to try."""
     urls, ports = [], []
@@ -7388,12 +7445,13 @@ def banner(store, listeners, access, local, tls=None):
         urls.append("http%s://%s:%d%s" % ("s" if tls else "", "[%s]" % host if ":" in host else host, port,
                                         " (every address of this machine)" if everywhere else ""))
     reach = "whoever is on this machine" if local else "whoever can reach it"
+    closed = ["but nobody push or delete: it is read-only"] if store.read_only or isinstance(store, Archive) else []
     return "\n".join([
         "tinyreg %s" % __version__,
         "  listens on  " + ", ".join(urls),
         ("  serves      %s (read-only)" if isinstance(store, Archive) else "  stores in   %s") % store.root,
         ] + (["  CA          /ca.crt, SHA-256 " + fingerprint(tls.ca)] if tls and tls.ca else []) + [
-        "  access      " + "\n              ".join(access.in_words(reach)),
+        "  access      " + "\n              ".join(access.in_words(reach) + closed),
         "  try         " + (archive_example(store, ports[0]) if isinstance(store, Archive) else
                             "docker tag alpine %s/alpine && docker push %s/alpine\n"
                             "              docker pull %s/alpine" % (ports[0], ports[0], ports[0])),

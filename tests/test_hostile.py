@@ -1,10 +1,12 @@
 """Hostile input: whatever comes in, the answer is below 500, nothing is written outside the store, nobody waits."""
 
+import http.client
 import json
 import os
 import random
 import socket
 import threading
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -332,3 +334,57 @@ def test_json_that_is_deep_or_huge_is_refused_quickly(server):
         head = HEAD % ("PUT", "/v2/a/manifests/x", "Content-Length: %d\r\n" % len(content))
         assert statuses(exchange(server, head.encode() + content)) == [400]
     assert "Traceback" not in server.log()
+
+
+def own_address():
+    """An address of this machine that is not its loopback; skips where there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            pytest.skip("this machine has no address but its loopback")
+        return probe.getsockname()[0]
+
+
+def test_one_client_can_t_have_all_connections(start_server):
+    """The ones beyond the limit hear why, and whoever comes from elsewhere is served."""
+    address = own_address()
+    asked = (HEAD % ("GET", "/v2/a/tags/list", "")).encode()
+    server = start_server(None, "--workers", "1", listen=":0", MAX_CONNECTIONS=10)
+    held = [socket.create_connection((address, server.port), timeout=PATIENCE) for _ in range(10)]
+    for sock in held:
+        sock.sendall(asked)
+        assert statuses(sock.recv(1 << 16)) == [404]
+    with socket.create_connection((address, server.port), timeout=PATIENCE) as sock:
+        answer = sock.recv(1 << 16)
+    assert statuses(answer) == [429] and b"Retry-After" in answer and b"too many connections" in answer
+    assert statuses(exchange(server, asked)) == [404]  # from 127.0.0.1
+    for sock in held:
+        sock.close()
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        with socket.create_connection((address, server.port), timeout=PATIENCE) as sock:
+            sock.sendall(asked)
+            if statuses(sock.recv(1 << 16)) == [404]:
+                break
+        assert time.monotonic() < deadline
+
+
+def test_one_client_can_t_have_all_upload_sessions(start_server):
+    """Those that have ended don't count."""
+    address = own_address()
+    server = start_server(None, "--workers", "1", "--anonymous", "push", listen=":0", MAX_UPLOADS=3)
+
+    def ask(method, path):
+        connection = http.client.HTTPConnection(address, server.port, timeout=PATIENCE)
+        connection.request(method, path)
+        answer = connection.getresponse()
+        answer.read()
+        connection.close()
+        return answer.status, answer.getheader("Location")
+
+    locations = [ask("POST", "/v2/a/blobs/uploads/")[1] for _ in range(3)]
+    assert ask("POST", "/v2/a/blobs/uploads/")[0] == 429
+    assert ask("DELETE", locations[0])[0] == 204
+    assert ask("POST", "/v2/a/blobs/uploads/")[0] == 202
+    assert ask("POST", "/v2/a/blobs/uploads/")[0] == 429

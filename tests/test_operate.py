@@ -177,6 +177,23 @@ def test_it_serves_on_sockets_that_systemd_opened(tmp_path, family, host):
         process.stdout.close()
 
 
+def test_make_install(tmp_path):
+    """The program runs from where it was put, and systemd finds nothing wrong with the unit."""
+    if not shutil.which("make"):
+        pytest.skip("make is not installed")
+    subprocess.run(["make", "install", "DESTDIR=%s" % tmp_path, "PREFIX=/opt/tinyreg"], cwd=os.path.dirname(TINYREG),
+                   check=True, stdout=subprocess.DEVNULL)
+    program = tmp_path / "opt/tinyreg/bin/tinyreg"
+    assert subprocess.run([str(program), "--version"], stdout=subprocess.PIPE).stdout.startswith(b"tinyreg ")
+    unit = (tmp_path / "opt/tinyreg/lib/systemd/system/tinyreg.service").read_text()
+    assert "ExecStart=/opt/tinyreg/bin/tinyreg serve\n" in unit and "kill -HUP $MAINPID\n" in unit
+    if shutil.which("systemd-analyze"):
+        (tmp_path / "tinyreg.service").write_text(unit.replace("/opt/tinyreg/bin/tinyreg", str(program)))
+        checked = subprocess.run(["systemd-analyze", "verify", str(tmp_path / "tinyreg.service")],
+                                 stderr=subprocess.PIPE, universal_newlines=True)
+        assert checked.returncode == 0 and "tinyreg.service" not in checked.stderr
+
+
 # nginx
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import http.client
 import os
 import re
 import shutil
@@ -471,3 +472,27 @@ def test_secrets_are_in_no_file_that_others_may_read_and_in_no_log(tmp_path, sta
             if os.stat(path).st_mode & 0o077 and (b"PRIVATE KEY" in content or name.endswith(".key")):
                 readable.append(path)
     assert readable == []
+
+
+def test_archives_are_served_with_users_and_tls_and_the_keys_lie_in_the_store(start_server, tmp_path):
+    make_image(Directory(str(tmp_path / "near")), "demo", "1")
+    archive, users = str(tmp_path / "images.tar"), str(tmp_path / "users")
+    assert run_tinyreg("save", "demo:1", "-o", archive, "--root", tmp_path / "near").returncode == 0
+    assert run_tinyreg("passwd", "alice", "--users", users, "--stdin", input="secret\n").returncode == 0
+    server = start_server(tmp_path / "far", archive, "--tls", "--users", users)
+    context = ssl.create_default_context(cafile=str(tmp_path / "far" / "tinyreg" / "tls" / "ca.crt"))
+
+    def ask(method, path, login):
+        connection = http.client.HTTPSConnection("127.0.0.1", server.port, timeout=30, context=context)
+        connection.request(method, path, headers={"Authorization": "Basic " + base64.b64encode(login).decode()})
+        answer = connection.getresponse()
+        body = answer.read()
+        connection.close()
+        return answer.status, body
+
+    assert ask("GET", "/v2/demo/tags/list", b"alice:secret") == (200, b'{"name":"demo","tags":["1"]}\n')
+    assert ask("GET", "/v2/demo/tags/list", b"alice:wrong")[0] == 401
+    status, body = ask("POST", "/v2/demo/blobs/uploads/", b"alice:secret")
+    assert status == 403 and b"read-only" in body
+    server.stop()
+    assert "nobody push or delete: it is read-only" in server.banner
