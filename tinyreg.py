@@ -2402,10 +2402,11 @@ class JoinedBlob(Blob):
 # Reading tars
 
 def tar_number(field):
-    """A number in a tar header: octal, or GNU's base 256 for what is too large for that. Raises ValueError."""
+    """A number in a tar header: octal, or GNU's base 256 for what is too large for that; -1 where there is none."""
     if field[0] & 0x80:
         return int.from_bytes(field, "big") - (0x80 << 8 * (len(field) - 1))
-    return int(field.strip(b" \0") or b"0", 8)
+    match = re.fullmatch(rb"[ \0]*([0-7]*)[ \0]*", field)
+    return int(match.group(1) or b"0", 8) if match else -1
 
 
 def pax_records(text):
@@ -4719,7 +4720,7 @@ class Access:
         lines = ["%s may %s%s" % (reach, IN_WORDS[self.anonymous], " without a password" if users else
                                   " (change it with --anonymous)" if self.anonymous != "admin" else "")]
         if users:
-            lines.append("users of %s may %s" % (users, IN_WORDS[LEVELS[self.policy.default]]))
+            lines.append("those in %s may %s" % (users, IN_WORDS[LEVELS[self.policy.default]]))
         return lines + (["and what the rules in %s say" % rules] if rules else [])
 
 # ---------------------------------------------------------------------------------------------------------

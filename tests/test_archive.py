@@ -746,3 +746,9 @@ def test_archive_errors_are_registry_errors_with_the_file_first(tmp_path):
     with pytest.raises(ArchiveError) as error:
         Archive([str(tmp_path / "x.tar")])
     assert str(error.value) == "%s: not a tar file" % (tmp_path / "x.tar")
+
+
+def test_what_is_no_archive_is_said_to_be_none(tmp_path):
+    for command in ("load", "verify", "serve"):
+        done = run_tinyreg(command, TINYREG, "--root", tmp_path / "registry")
+        assert done.returncode == 1 and done.stderr.strip().endswith("not a tar file") and done.stderr.count("\n") == 1
