@@ -5861,7 +5861,8 @@ def element(kind, *content, **attributes):
                       for key, value in attributes.items() if value is not None)
     if kind in ("meta", "link", "input"):
         return Markup("<%s%s>" % (kind, written))
-    return Markup("<%s%s>%s</%s>\n" % (kind, written, markup(content), kind))
+    end = "" if kind in ("a", "code", "pre", "time") else "\n"  # a space after these would be seen
+    return Markup("<%s%s>%s</%s>%s" % (kind, written, markup(content), kind, end))
 
 
 def link(text, **query):
@@ -5884,8 +5885,9 @@ def definitions(pairs):
 
 
 def command_line(text):
-    """A command to copy; without script the button stays hidden."""
-    return element("div", element("pre", text), Markup('<button type="button" hidden>Copy</button>'), class_="copy")
+    """Commands, or a file's lines, to copy; without script the button stays hidden."""
+    lines = Markup("\n".join(markup(line) for line in text.splitlines()))  # each escaped, the line ends kept
+    return element("div", element("pre", lines), Markup('<button type="button" hidden>Copy</button>'), class_="copy")
 
 
 def page(title, *content, status=200):
@@ -5893,7 +5895,7 @@ def page(title, *content, status=200):
     head = [element("meta", charset="utf-8"), element("meta", name="viewport", content="width=device-width"),
             element("title", title + " – tinyreg"), element("link", rel="icon", href="data:,"),
             element("style", Markup(PAGE_STYLE))]
-    links = [element("a", text, href=href) for href, text in (
+    links = [[element("a", text, href=href), " "] for href, text in (
         ("./", "Repositories"), ("use", "How to use it"), ("disk", "Disk use"), ("live", "Live"))]
     body = [element("header", element("strong", "Container registry"), element("nav", links, aria_label="Pages")),
             element("main", element("h1", title), content),

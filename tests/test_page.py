@@ -157,6 +157,13 @@ def test_pull_commands_name_the_host_that_the_client_sees(registry):
     assert "rm -rf" not in document.text and not document.all("b")
 
 
+def test_what_is_to_be_copied_has_its_lines(registry):
+    text = Document(fetch(registry.url + "/use")[2]).text
+    assert "docker tag alpine {0}/me/alpine\ndocker push {0}/me/alpine".format(registry.host) in text
+    assert '[[registry]]\nlocation = "%s"\ninsecure = true' % registry.host in text
+    assert "\\n" not in text
+
+
 def test_configs_that_are_not_what_they_should_be_are_no_error(registry, tmp_path):
     store = Directory(str(tmp_path / "registry"))
     for number, config in enumerate((
