@@ -1987,7 +1987,8 @@ class Collection:
         stay = self._take("manifests", "link", idle)
         for digest, _ in set(idle).difference(stay):
             del mentions[key_of(digest)]
-        self._sync()
+        if len(stay) < len(idle):
+            self._sync()
         kept = set(mentions).union(*mentions.values())
 
         def idle_layers():
