@@ -4757,7 +4757,12 @@ def without_secrets(target):
 
 def timestamp():
     """Now, in UTC, as logs have it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return format_second(int(time.time()))
+
+
+@functools.lru_cache(maxsize=2)
+def format_second(second):
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
 
 
 def as_text(exchange):
@@ -5230,7 +5235,9 @@ class Observation:
 
     def record(self, exchange):
         """Tell all who want to know of an exchange; its target has secrets that nobody is told."""
-        exchange = exchange._replace(target=without_secrets(exchange.target))
+        target = without_secrets(exchange.target)
+        if target != exchange.target:  # a copy costs as much as all the rest of this
+            exchange = exchange._replace(target=target)
         self.metrics.count(exchange)
         if self.live:
             self.live.write(exchange)
@@ -6830,10 +6837,11 @@ class Connection:
         finally:
             self.sock.close()
 
-    def refuse(self):
-        """Close the connection of a client that has too many; where it would be understood, with a word."""
-        with contextlib.suppress(OSError, ClientLeft), self.sock:
-            if not self.server.tls:
+    def refuse(self, silently):
+        """Close the connection of a client that has too many, after a word; but only when it has asked: Go's clients
+        don't take an answer that comes before."""
+        with contextlib.suppress(OSError, ClientLeft, RegistryError), self.sock:
+            if not silently and self.incoming.read_head():
                 error = RegistryError("TOOMANYREQUESTS", message="too many connections from %s" % self.client,
                                       headers=[("Retry-After", "5")])
                 self._send(Response.of_error(error), "GET", version="1.1", keep=False)
@@ -7126,10 +7134,10 @@ class Server:
         with self.changed:
             self.connections.add(connection)
             self.crowds[connection.client] += 1
-            crowded = self.crowds[connection.client] > MAX_CONNECTIONS and not is_loopback(connection.client)
+            crowd = 0 if is_loopback(connection.client) else self.crowds[connection.client]
         try:
-            if crowded:
-                connection.refuse()
+            if crowd > MAX_CONNECTIONS:
+                connection.refuse(silently=self.tls or crowd > 2 * MAX_CONNECTIONS)  # a refusal costs a thread
             else:
                 connection.run()
         finally:

@@ -356,6 +356,7 @@ def test_one_client_can_t_have_all_connections(start_server):
         sock.sendall(asked)
         assert statuses(sock.recv(1 << 16)) == [404]
     with socket.create_connection((address, server.port), timeout=PATIENCE) as sock:
+        sock.sendall(asked)
         answer = sock.recv(1 << 16)
     assert statuses(answer) == [429] and b"Retry-After" in answer and b"too many connections" in answer
     assert statuses(exchange(server, asked)) == [404]  # from 127.0.0.1
