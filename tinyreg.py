@@ -6,6 +6,8 @@
     python3 tinyreg.py serve --listen :5000 --tls --users FILE     with HTTPS, and passwords
     python3 tinyreg.py passwd NAME --users FILE                    set a password
     python3 tinyreg.py clients docker          what makes docker (or containerd, podman, k3s) trust it
+    python3 tinyreg.py pull IMAGE              copy an image from its registry into the store
+    python3 tinyreg.py push IMAGE --to HOST    copy it to another registry
     python3 tinyreg.py save NAME -o FILE       write images into an archive; load FILE takes them in
     python3 tinyreg.py serve FILE...           serve archives as they lie, read-only
     python3 tinyreg.py ls                      what it holds
