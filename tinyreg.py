@@ -3285,6 +3285,7 @@ class Reply:
     def __init__(self, wire, key, connection, response):
         self.wire, self.key, self.connection, self.response = wire, key, connection, response
         self.status = response.status
+        self.content = None  # the body, once it has been read
 
     def header(self, name):
         """The value, those of repeated headers joined; "" where there is none."""
@@ -3292,13 +3293,15 @@ class Reply:
 
     def read(self, limit=MAX_MANIFEST):
         """The body, or its first `limit` + 1 bytes; closes. Raises OSError, HTTPException where it was cut."""
-        try:
-            content = self.response.read(limit + 1)
-            if self.response.length and len(content) <= limit:
-                raise http.client.IncompleteRead(content, self.response.length)
-            return content
-        finally:
-            self.close()
+        if self.content is None:
+            try:
+                content = self.response.read(limit + 1)
+                if self.response.length and len(content) <= limit:
+                    raise http.client.IncompleteRead(content, self.response.length)
+                self.content = content
+            finally:
+                self.close()
+        return self.content
 
     def readinto(self, view):
         return self.response.readinto(view)
@@ -3450,8 +3453,9 @@ class Remote(Registry):
             self.say("%s; waiting %d s" % (why, wait))
         time.sleep(wait)
 
-    def send(self, method, url, headers=None, body=None, scope=None):
-        """The Reply to a request, after retries. `url` may be a path. With a `scope` we log in if asked to. Raises
+    def send(self, method, url, headers=None, body=None, scope=None, whole=True):
+        """The Reply to a request, after retries. `url` may be a path. With a `scope` we log in if asked to. The reply's
+        body has been read, so that one that is cut is asked for again, unless it is a blob (`whole` false). Raises
         RegistryError; with a body that can't be sent twice, OSError and HTTPException as they come."""
         streamed = not isinstance(body, (bytes, type(None)))
         for attempt in itertools.count():
@@ -3460,6 +3464,8 @@ class Remote(Registry):
             try:
                 reply = self._follow(method, urllib.parse.urljoin(self._find_base(), url), headers or {}, body, scope)
                 if reply.status not in RETRIED:
+                    if whole:
+                        reply.read()
                     return reply
                 wait = parse_retry_after(reply.header("Retry-After"))
                 failure = self.refusal(reply)
@@ -3594,11 +3600,12 @@ class Remote(Registry):
         hint = PLAIN_HINT if self.plain_http and reply.status == 400 else ""
         return RegistryError(code, message="%s answered %d: %s%s" % (self.host, reply.status, message, hint))
 
-    def call(self, method, name, rest, wanted=(200,), headers=None, body=None, action="pull", unknown="NAME_UNKNOWN"):
+    def call(self, method, name, rest, wanted=(200,), headers=None, body=None, action="pull", unknown="NAME_UNKNOWN",
+             whole=True):
         """The Reply to a request about a repository, if its status is wanted. Raises RegistryError."""
         url = rest if rest.startswith("/v2/") else "/v2/%s%s" % (name, rest)
         scope = "repository:%s:%s" % (name, action) if name else "registry:catalog:*"
-        reply = self.send(method, url, headers, body, scope)
+        reply = self.send(method, url, headers, body, scope, whole)
         if reply.status in wanted:
             return reply
         what = rest.rpartition("/")[2]
@@ -3769,7 +3776,7 @@ class RemoteBlob(Blob):
         start = self.offset + self.position
         headers = {"Range": "bytes=%d-" % start} if start else {}
         reply = self.remote.call("GET", self.name, "/blobs/" + self.digest, (200, 206, 416), headers,
-                                 unknown="BLOB_UNKNOWN")
+                                 unknown="BLOB_UNKNOWN", whole=False)
         if reply.status == 206 and not reply.header("Content-Range").startswith("bytes %d-" % start):
             reply.close()
             raise RegistryError("UNAVAILABLE", message="%s sends another range than was asked for" % self.remote.host)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import uuid
 
 import pytest
@@ -276,6 +277,12 @@ def test_two_copies_of_one_blob_at_once_share_it(target):
     first.start()
     assert entered.wait(10)
     second.start()
+    deadline = time.monotonic() + 30
+    waits = False
+    while not waits:  # until the second copy waits for the first one's lock
+        assert time.monotonic() < deadline
+        with open("/proc/locks") as locks:
+            waits = any("-> FLOCK" in line and " %d " % os.getpid() in line for line in locks)
     go_on.set()
     first.join(10)
     second.join(10)

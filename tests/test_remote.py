@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 
@@ -585,6 +586,31 @@ def test_a_blob_that_is_cut_goes_on_from_there(filled, server, back, start_proxy
     copy(Remote(proxy.host), back, "demo", "latest", jobs=1)
     assert holdings(back, "demo") == holdings(filled, "demo")
     assert "bytes=1048576-" in ranges and "bytes=2097152-" in ranges
+
+
+def test_a_manifest_that_is_cut_is_asked_for_again(filled, server, back, start_proxy, quick):
+    cuts = []
+
+    def spoil(handler):
+        if handler.command == "GET" and "/manifests/" in handler.path and len(cuts) < 2:
+            cuts.append(handler.path)
+            return 10
+
+    copy(Remote(start_proxy(server.host, spoil).host), back, "demo", "latest", jobs=1)
+    assert len(cuts) == 2 and holdings(back, "demo") == holdings(filled, "demo")
+
+
+def test_an_upstream_that_always_cuts_its_manifests_is_told_of_in_one_line(filled, start_server, server, start_proxy,
+                                                                           tmp_path):
+    """And to a client of the pull-through cache it is an upstream that is away, not a bug."""
+    proxy = start_proxy(server.host, lambda handler: 10 if "/manifests/" in handler.path else None)
+    done = run_tinyreg("pull", proxy.host + "/demo", "--retries", "1", "--root", tmp_path / "root")
+    assert done.returncode == 1 and "can't reach" in done.stderr and "Traceback" not in done.stderr
+    cache = start_server(tmp_path / "cache", "--upstream", "up=http://" + proxy.host)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(cache.url + "/v2/up/demo/manifests/latest")
+    assert refused.value.code in (404, 503)
+    assert "Traceback" not in cache.log()
 
 
 def test_without_ranges_a_cut_blob_is_read_over(filled, server, back, start_proxy, quick):
