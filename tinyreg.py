@@ -3174,6 +3174,7 @@ ACCEPT = ", ".join(MANIFEST_TYPES)
 RETRIED = (408, 429, 500, 502, 503, 504)
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 10
+MAX_ANSWER = 4 * MAX_MANIFEST  # bytes of an answer that is no blob: some registries list all tags at once
 CONNECT_TIMEOUT = 15.0       # seconds to reach another registry
 REMOTE_TIMEOUT = 60.0        # seconds without a byte from it
 LONGEST_WAIT = 300.0         # seconds; who says Retry-After with more than that means "come back another day"
@@ -3301,7 +3302,7 @@ class Reply:
                 self.content = content
             finally:
                 self.close()
-        return self.content
+        return self.content[:limit + 1]
 
     def readinto(self, view):
         return self.response.readinto(view)
@@ -3465,7 +3466,7 @@ class Remote(Registry):
                 reply = self._follow(method, urllib.parse.urljoin(self._find_base(), url), headers or {}, body, scope)
                 if reply.status not in RETRIED:
                     if whole:
-                        reply.read()
+                        reply.read(MAX_ANSWER)
                     return reply
                 wait = parse_retry_after(reply.header("Retry-After"))
                 failure = self.refusal(reply)
@@ -3621,7 +3622,7 @@ class Remote(Registry):
             reply = self.call("GET", name, following)
             link = re.search(r'<([^>]*)>\s*;[^,]*rel="?next"?', reply.header("Link"))
             try:
-                for entry in read(load_json(reply.read(MAX_MANIFEST * 4))):
+                for entry in read(load_json(reply.read(MAX_ANSWER))):
                     yield entry
             except (ValueError, LookupError, TypeError) as error:
                 raise RegistryError("UNSUPPORTED", message="%s answered nonsense: %s" % (self.host, error))
@@ -3640,7 +3641,6 @@ class Remote(Registry):
         path = "/manifests/" + tag
         reply = self.call("HEAD", name, path, (200, 405), {"Accept": ACCEPT}, unknown="MANIFEST_UNKNOWN")
         digest = reply.header("Docker-Content-Digest")
-        reply.read()
         if DIGEST.fullmatch(digest):
             return Digest(digest)
         return Digest.of(self.call("GET", name, path, headers={"Accept": ACCEPT}, unknown="MANIFEST_UNKNOWN").read())
@@ -3657,7 +3657,6 @@ class Remote(Registry):
             if error.code in ("BLOB_UNKNOWN", "NAME_UNKNOWN"):
                 return None
             raise
-        reply.read()
         return int(reply.header("Content-Length") or 0)
 
     def open_blob(self, name, digest):
@@ -3710,7 +3709,6 @@ class Remote(Registry):
             path = "/blobs/uploads/?" + urllib.parse.urlencode({"mount": digest, "from": source})
             reply = self.call("POST", name, path, (201, 202), {"Content-Length": "0"}, b"",
                               "pull,push repository:%s:pull" % source)
-            reply.read()
             if reply.status == 202:  # it would rather have the bytes, and has begun an upload
                 self.sessions[name, digest] = reply.header("Location")
                 return False
@@ -3750,7 +3748,6 @@ class Remote(Registry):
                     continue
             reply = self.call("PUT", name, "/manifests/" + reference, (200, 201, 202),
                               {"Content-Type": manifest.media_type}, manifest.content, "pull,push")
-            reply.read()
             if manifest.subject and not reply.header("OCI-Subject"):
                 self._add_to_fallback(name, manifest)
 
@@ -3840,7 +3837,6 @@ class RemoteUpload(UploadSession):
         reply = self.remote.send(method, self.location, headers, body, scope)
         if reply.status not in wanted:
             raise self.remote.refusal(reply, "UNSUPPORTED", self.name)
-        reply.read()
         if reply.header("Location"):
             here = urllib.parse.urljoin(self.remote.base, self.location)
             self.location = urllib.parse.urljoin(here, reply.header("Location"))

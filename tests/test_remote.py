@@ -613,6 +613,13 @@ def test_an_upstream_that_always_cuts_its_manifests_is_told_of_in_one_line(fille
     assert "Traceback" not in cache.log()
 
 
+def test_a_list_of_tags_may_be_larger_than_a_manifest(start_proxy):
+    tags = ["%0128d" % number for number in range(50000)]
+    body = json.dumps({"name": "demo", "tags": tags}).encode()
+    proxy = start_proxy(None, lambda handler: handler.answer(200, {"Content-Type": "application/json"}, body))
+    assert len(body) > tinyreg.MAX_MANIFEST and list(Remote(proxy.host).tags("demo")) == tags
+
+
 def test_without_ranges_a_cut_blob_is_read_over(filled, server, back, start_proxy, quick):
     cuts = []
 
