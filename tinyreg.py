@@ -307,6 +307,11 @@ def parse_reference(text):
     return parse_digest(text) if ":" in text else parse_tag(text)
 
 
+def image_text(name, reference):
+    """NAME:TAG or NAME@DIGEST: what split_image takes apart."""
+    return "%s%s%s" % (name, "@" if isinstance(reference, Digest) else ":", reference)
+
+
 def is_loopback(address):
     """Whether an IP address is this machine's own."""
     return address.startswith("127.") or address == "::1"
@@ -644,6 +649,11 @@ def list_directory(path):
         return []
 
 
+def cores():
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Behind:
     """A second thread for one call at a time, for instance a write while the next block arrives.
 
@@ -747,6 +757,12 @@ class Files:
                     raise
                 # A deletion took the folder away between the two calls: make it again.
         sync_directory(directory)
+
+    def probe(self):
+        """Raises OSError if nothing can be written."""
+        path = self.scratch_path()
+        self.write(path, b"")
+        os.unlink(path)
 
     def remove(self, path):
         """Take away a file or a folder with all in it, at once and durably. Raises OSError, FileNotFoundError."""
@@ -1377,11 +1393,8 @@ class Directory(Registry):
                 "shared": {digest: names[:5] for digest, names in holders.items() if len(names) > 1}}
 
     def check_ready(self):
-        probe = self.files.scratch_path()
-        self.files.write(probe, b"")
-        os.unlink(probe)
-        disk = os.statvfs(self.root)
-        if disk.f_bavail * disk.f_frsize < MIN_ROOM:
+        self.files.probe()
+        if self.free_space() < MIN_ROOM:
             raise RegistryError("UNAVAILABLE", message="less than 64 MiB are free on the store's disk")
 
     # Referrers
@@ -1744,8 +1757,8 @@ class DirectoryUpload(UploadSession):
 
     @contextlib.contextmanager
     def _locked(self, file):
-        """The session's file to ourselves; yields its size. Raises BLOB_UPLOAD_UNKNOWN if it became a blob, or nothing,
-        meanwhile."""
+        """The session's file to ourselves; yields its os.stat_result. Raises BLOB_UPLOAD_UNKNOWN if it became a blob,
+        or nothing, meanwhile."""
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             found = os.fstat(file.fileno())
@@ -1754,7 +1767,7 @@ class DirectoryUpload(UploadSession):
                     raise self._unknown()
             except FileNotFoundError:
                 raise self._unknown()
-            yield found.st_size
+            yield found
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)
 
@@ -1790,9 +1803,9 @@ class DirectoryUpload(UploadSession):
                     self.sum = known.sum(self.offset)
 
     def _write(self, file, block):
-        with self._locked(file) as size:
+        with self._locked(file) as found:
             self.intact = False  # until all is written: what was hashed may not be what the file has
-            if size != self.offset:
+            if found.st_size != self.offset:
                 self.measure()
                 raise self._misplaced()
             try:
@@ -1818,12 +1831,13 @@ class DirectoryUpload(UploadSession):
                                 "(--max-blob)" % self.store.max_blob)
 
     def commit(self, digest):
-        with self._open() as file, self._locked(file) as size:
+        with self._open() as file, self._locked(file) as found:
+            size = found.st_size
             try:
-                found = self.sum if self.sum.startswith("%d:%s:" % (size, digest.algorithm)) else \
+                actual = self.sum if self.sum.startswith("%d:%s:" % (size, digest.algorithm)) else \
                     self.store.hashes.take(self.id, digest.algorithm).finish(file)
-                if found != "%d:%s" % (size, digest):
-                    raise RegistryError("DIGEST_INVALID", {"wanted": digest, "got": found.partition(":")[2],
+                if actual != "%d:%s" % (size, digest):
+                    raise RegistryError("DIGEST_INVALID", {"wanted": digest, "got": actual.partition(":")[2],
                                                            "size": size})
                 os.fsync(file.fileno())
                 self.store.publish_blob(self.name, self.path, digest)
@@ -1841,8 +1855,8 @@ class DirectoryUpload(UploadSession):
     def expire(self, limit):
         """Forget the session unless someone has written to it after this time; whether it is forgotten."""
         try:
-            with self._open() as file, self._locked(file):
-                if os.fstat(file.fileno()).st_mtime >= limit:
+            with self._open() as file, self._locked(file) as found:
+                if found.st_mtime >= limit:
                     return False
                 self.cancel()
         except RegistryError:  # it became a blob meanwhile, or a crash came before its first byte
@@ -2152,7 +2166,7 @@ class Verification:
         """Hash every blob, in as many threads as there are processors: hashlib lets them run at once."""
         self.entries = digest_folders(self.store.tree, "blobs", shards=True)
         self.began = time.monotonic()
-        threads = [threading.Thread(target=self._read_some, daemon=True) for _ in range(os.cpu_count() or 1)]
+        threads = [threading.Thread(target=self._read_some, daemon=True) for _ in range(cores())]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -2938,7 +2952,7 @@ class ArchiveWriter(Registry):
             if isinstance(reference, Digest) and digest in children:
                 continue
             entry = {"mediaType": manifest.media_type, "digest": digest, "size": len(manifest.content)}
-            short = "%s%s%s" % (name, "@" if isinstance(reference, Digest) else ":", reference)
+            short = image_text(name, reference)
             about = re.fullmatch(r"(sha256)-([0-9a-f]{64})(\..+)?", reference)
             subject = manifest.subject or about and "%s:%s" % about.group(1, 2)
             if subject:
@@ -3894,8 +3908,8 @@ class PullThrough(Directory):
 
     AWAY = 30.0  # seconds in which an upstream that could not be reached is not asked again
 
-    def __init__(self, root, upstreams, ttl=300.0, sparse=False):
-        super().__init__(root, sparse)
+    def __init__(self, root, upstreams, ttl=300.0, **settings):
+        super().__init__(root, **settings)
         self.cache = Directory(root, sparse=True)  # an image comes before its blobs
         self.upstreams, self.ttl = upstreams, ttl
         self.ask_again = {}  # (name, tag or subject), or a Remote: when
@@ -5281,9 +5295,10 @@ class Observation:
         found = []
         with contextlib.suppress(OSError, TypeError):
             found.append(("last_gc_seconds", os.stat(os.path.join(self.folder, "gc")).st_mtime))
-        return found + [('notifications_waiting{endpoint="%s"}' % re.sub(r'[\\"]', "_", harmless(endpoint.shown)),
-                 self.notifications.waiting(endpoint))
-                for endpoint in (self.notifications.endpoints if self.notifications else ())]
+        for endpoint in self.notifications.endpoints if self.notifications else ():
+            name = re.sub(r'[\\"]', "_", harmless(endpoint.shown))
+            found.append(('notifications_waiting{endpoint="%s"}' % name, self.notifications.waiting(endpoint)))
+        return found
 
 # ---------------------------------------------------------------------------------------------------------
 # 12  API
@@ -7272,11 +7287,11 @@ class CommandError(Exception):
     """What the user is told, in one line that says what to do."""
 
 
-def open_store(options, create=False):
-    """The Directory at --root. Raises CommandError."""
+def open_store(options, create=False, kind=Directory):
+    """The Directory at --root, or one of a kind that is made like it. Raises CommandError."""
     try:
         limits = {name: getattr(options, name, 0) for name in ("sparse", "min_free", "max_blob")}
-        return Directory(options.root, create=create, **limits)
+        return kind(options.root, create=create, **limits)
     except FileNotFoundError as error:
         if create:
             raise CommandError("can't make %s: %s" % (options.root, error.strerror))
@@ -7296,12 +7311,12 @@ def serve(options):
     if options.archives:
         store = open_archive(options.archives)
     else:
-        store = open_store(options, create=not options.read_only)
+        kind = Directory
         if options.upstream:
             upstreams = {space: (Remote(host, plain_http=plain, retries=1, patience=5.0), prefix)
                          for space, host, plain, prefix in options.upstream}
-            store = PullThrough(options.root, upstreams, options.upstream_ttl, options.sparse)
-        store.min_free, store.max_blob = options.min_free, options.max_blob
+            kind = functools.partial(PullThrough, upstreams=upstreams, ttl=options.upstream_ttl)
+        store = open_store(options, create=not options.read_only, kind=kind)
         store.immutable = options.immutable_tags
         if not options.read_only:
             check_writable(store)
@@ -7429,9 +7444,7 @@ def token_key(store):
 def check_writable(store):
     """Raises CommandError if nothing can be stored; better now than at the first push."""
     try:
-        probe = store.files.scratch_path()
-        store.files.write(probe, b"")
-        os.unlink(probe)
+        store.files.probe()
     except OSError as error:
         raise CommandError("can't write to %s: %s; choose another directory with --root" % (store.root, error.strerror))
 
@@ -7485,7 +7498,7 @@ def stored_name(store, name):
 def archive_example(archive, host):
     """A command that pulls the first image of an archive."""
     name, reference, _ = next(archive.images(), ("alpine", "latest", None))
-    return "docker pull %s/%s%s%s" % (host, name, "@" if isinstance(reference, Digest) else ":", reference)
+    return "docker pull %s/%s" % (host, image_text(name, reference))
 
 
 def list_store(options):
@@ -7596,7 +7609,6 @@ def read_password(options):
     if not 0 < size <= MAX_PASSWORD or "\0" in password:
         raise CommandError("a password has 1 to %d bytes of UTF-8; nothing was changed" % MAX_PASSWORD)
     return password
-
 
 
 def client_script(files):
@@ -8048,8 +8060,8 @@ def load(options):
         return Copy(archive, target, name, reference, push_name(host, prefix, name) if host else name,
                     options.platform, not options.no_referrers, report)
 
-    work = [("%s%s%s" % (name, "@" if reference == digest else ":", reference),
-             functools.partial(planned, name, reference, digest)) for name, reference, digest in archive.images()]
+    work = [(image_text(name, reference), functools.partial(planned, name, reference, digest))
+            for name, reference, digest in archive.images()]
     if not work:
         raise CommandError("no images in " + archive.root)
     status = run_copies(options, work, target, progress)
@@ -8103,7 +8115,7 @@ def verify_archives(options):
         needed = {blob.digest for blob in contents.blobs.values() if not blob.foreign}
         found = {"damaged": sorted(contents.lacking | needed & damaged), "missing": sorted(needed - set(archive.blobs))}
         if any(found.values()):
-            images["%s%s%s" % (name, "@" if reference == digest else ":", reference)] = found
+            images[image_text(name, reference)] = found
     if options.json:
         print(json.dumps({"files": files, "images": images}, indent=2))
     elif not options.quiet:
@@ -8149,11 +8161,6 @@ def seconds(text):
     if not match:
         raise argparse.ArgumentTypeError("%r is no time: write for example 30s, 5m or 24h" % text)
     return float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
-
-
-def cores():
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def worker_count(text):
