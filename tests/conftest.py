@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -107,6 +108,15 @@ def start_server(tmp_path):
 def server(start_server):
     """A fresh registry on a free port of 127.0.0.1, in which anyone may do everything."""
     return start_server()
+
+
+def until(condition, seconds=20):
+    """Wait for a condition; returns its value."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+    return condition()
 
 
 def run_tinyreg(*arguments, **settings):

@@ -12,19 +12,11 @@ import urllib.error
 import urllib.request
 
 import pytest
+from conftest import until
 from samples import CONFIG, image
 
 import tinyreg
 from tinyreg import Digest, Endpoint, Metrics, Notifications
-
-
-def until(condition, seconds=20):
-    """Wait for a condition; returns its value."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
-    return condition()
 
 
 class Hook:

@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from conftest import run_tinyreg
+from conftest import run_tinyreg, until
 from samples import make_image
 
 import tinyreg
@@ -32,15 +32,6 @@ def fetch(url, **headers):
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
-
-
-def until(condition, seconds=20):
-    """Wait for a condition; returns its value."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
-    return condition()
 
 
 def samples(server):

@@ -9,13 +9,12 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
 
 import pytest
-from conftest import TINYREG, run_tinyreg
+from conftest import TINYREG, run_tinyreg, until
 from samples import image, make_image, to_manifest
 
 from tinyreg import Digest, Directory, RegistryError, parse_glob
@@ -31,15 +30,6 @@ def call(server, method, path, body=None, **headers):
             return answer.status, answer.headers, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.headers, error.read().decode()
-
-
-def until(condition, seconds=20):
-    """Wait for a condition; returns its value."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
-    return condition()
 
 
 def test_read_only_refuses_what_writes_and_says_so(start_server, tmp_path):

@@ -6,12 +6,11 @@ import os
 import random
 import signal
 import threading
-import time
 
 import pytest
 
 import samples
-from conftest import run_tinyreg
+from conftest import run_tinyreg, until
 from tinyreg import OCI_MANIFEST, Digest, Directory
 
 SEED = 20240602
@@ -46,13 +45,6 @@ def workers_of(server):
             except (OSError, IndexError):
                 pass
     return pids
-
-
-def await_until(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 class Model:
@@ -231,10 +223,10 @@ def test_the_state_of_another_session_is_ignored(server):
 
 def test_a_worker_that_dies_is_replaced(start_server):
     server = start_server(None, "--workers", "2")
-    await_until(lambda: len(workers_of(server)) == 2)
+    until(lambda: len(workers_of(server)) == 2, PATIENCE)
     before = workers_of(server)
     os.kill(before[0], signal.SIGKILL)
-    await_until(lambda: len(workers_of(server)) == 2 and before[0] not in workers_of(server))
+    until(lambda: len(workers_of(server)) == 2 and before[0] not in workers_of(server), PATIENCE)
     for _ in range(20):
         assert Client(server).ask("GET", "/v2/")[0] == 200
 
@@ -242,7 +234,7 @@ def test_a_worker_that_dies_is_replaced(start_server):
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_all_processes(start_server, how):
     server = start_server(None, "--workers", "3")
-    await_until(lambda: len(workers_of(server)) == 3)
+    until(lambda: len(workers_of(server)) == 3, PATIENCE)
     workers = workers_of(server)
     assert server.stop(how) == 0
     assert not any(os.path.exists("/proc/%d" % pid) for pid in workers)
@@ -250,7 +242,7 @@ def test_a_signal_ends_all_processes(start_server, how):
 
 def test_workers_end_when_their_supervisor_is_killed(start_server):
     server = start_server(None, "--workers", "3")
-    await_until(lambda: len(workers_of(server)) == 3)
+    until(lambda: len(workers_of(server)) == 3, PATIENCE)
     workers = workers_of(server)
     server.stop(signal.SIGKILL)
-    await_until(lambda: not any(os.path.exists("/proc/%d" % pid) for pid in workers))
+    until(lambda: not any(os.path.exists("/proc/%d" % pid) for pid in workers), PATIENCE)
