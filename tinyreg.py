@@ -30,13 +30,14 @@ one folder of our own, whose content can be lost without losing an image:
     ROOT/tinyreg/
         scratch/                    files being written, folders being deleted
         lock, lock.turnstile        pushes share it, deletions take it alone
-        lock.changes                eight bytes that differ after every change, for what workers keep in memory
+        lock.changes                eight bytes that differ after every change, for what workers keep in memory; not
+                                    with serve --shared, because the memory of several hosts is not one
         tls/                        ca.crt, ca.key, server.pem: the CA and the certificate that serve --tls made
         token.key                   signs the tokens of clients that have logged in
         notify/events.N, …          notifications waiting for their endpoints, and where each endpoint is
-        live                        what /live shows, while somebody looks
+        live.HOST                   what /live on this host shows, while somebody looks
         usage                       how large everything is, measured a while ago
-        gc                          held by the one garbage collection; its mtime is when that was
+        gc, verify                  what came of the last one, its mtime is when; gc is held while one runs
         damaged/                    what verify --repair put aside
         referrers/NAME/_index       which manifest is about which other; made anew when missing
         ranges/sha256/abcd…/…       ranges of a blob from parts of a split archive, until its others come
@@ -860,15 +861,16 @@ class SharedLock:
     passes a turnstile first, and who wants it alone stands in the turnstile until the sharers inside have left.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, marked=True):
         self.path = path
         self.turnstile = path + ".turnstile"
-        self.mark = ChangeMark(path + ".changes")
+        self.mark = ChangeMark(path + ".changes") if marked else None
 
     @contextlib.contextmanager
     def _held(self, how, changes=True):
-        self.mark.open()  # now, so that it can't fail when something has been changed
-        lock = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
+        if self.mark:
+            self.mark.open()  # now, so that it can't fail when something has been changed
+        lock = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS lets only readers share a lock
         try:
             turnstile = os.open(self.turnstile, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
@@ -879,7 +881,7 @@ class SharedLock:
             try:
                 yield
             finally:
-                if changes:
+                if changes and self.mark:
                     self.mark.change()
         finally:
             os.close(lock)  # gives the lock up, and so does a kill -9
@@ -1155,9 +1157,14 @@ class Directory(Registry):
     `sparse` takes image manifests whose blobs are missing. Uploads are refused when they would leave less than
     `min_free` bytes on the disk, or are larger than `max_blob`, if that is not 0. Without `create`, a root that is no
     store yet is an error. Raises OSError.
+
+    `shared`: other hosts have it open as well. What they see of each other is what the file system promises: locks
+    between hosts, a rename at once, and that who opens a file has what was written before another host closed it.
+    Nothing is taken for unchanged then. An upload may go on at another host, which reads it again at its end, since
+    that host's `key` is another.
     """
 
-    def __init__(self, root, sparse=False, create=True, min_free=0, max_blob=0):
+    def __init__(self, root, sparse=False, create=True, min_free=0, max_blob=0, shared=False):
         self.root = os.path.abspath(root)
         self.sparse = sparse
         self.min_free = min_free
@@ -1174,7 +1181,7 @@ class Directory(Registry):
             with contextlib.suppress(OSError):  # Distribution's volume has no such folder; a read-only one needs none
                 make_directories(scratch)
         self.files = Files(scratch)
-        self.lock = SharedLock(os.path.join(self.own, "lock"))
+        self.lock = SharedLock(os.path.join(self.own, "lock"), marked=not shared)
         self.immutable = []  # patterns of TAG or NAME:TAG
         self.hashes = SessionHashes()
         self.key = os.urandom(32)  # signs the states of upload sessions; worker processes inherit it
@@ -1254,7 +1261,7 @@ class Directory(Registry):
     # Reading
 
     def version(self):
-        return self.lock.mark.value()
+        return self.lock.mark and self.lock.mark.value()
 
     def _unknown(self, name, code, detail):
         """The error for something that is not there: NAME_UNKNOWN where the whole repository isn't."""
@@ -1529,6 +1536,13 @@ class Directory(Registry):
         if self.min_free and self.free_space() < self.min_free:
             raise RegistryError("UNAVAILABLE", status=507, message="the store is full: the registry's disk has "
                                 "less than %d bytes left, which it keeps free (--min-free)" % self.min_free)
+
+    def check_size(self, size):
+        """Raises UNAVAILABLE, SIZE_INVALID where a blob of so many bytes should not be taken, or no further."""
+        self.check_room()
+        if self.max_blob and size > self.max_blob:
+            raise RegistryError("SIZE_INVALID", status=413, message="this registry takes blobs of up to %d bytes "
+                                "(--max-blob)" % self.max_blob)
 
     def publish_blob(self, name, temporary, digest):
         """Rename a file that is checked and synced to its place among the blobs, and link the repository to it.
@@ -1809,7 +1823,7 @@ class DirectoryUpload(UploadSession):
                 self.measure()
                 raise self._misplaced()
             try:
-                self._check_size(len(block))
+                self.store.check_size(self.offset + len(block))
                 while block:
                     count = file.write(block)
                     self.offset += count
@@ -1822,13 +1836,6 @@ class DirectoryUpload(UploadSession):
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     self.cancel()  # a full disk needs the space more than the client needs half a blob
                 raise
-
-    def _check_size(self, count):
-        """Raises UNAVAILABLE, SIZE_INVALID where the store should not take so many bytes more."""
-        self.store.check_room()
-        if self.store.max_blob and self.offset + count > self.store.max_blob:
-            raise RegistryError("SIZE_INVALID", status=413, message="this registry takes blobs of up to %d bytes "
-                                "(--max-blob)" % self.store.max_blob)
 
     def commit(self, digest):
         with self._open() as file, self._locked(file) as found:
@@ -1868,10 +1875,13 @@ class DirectoryUpload(UploadSession):
 # Upkeep: garbage collection
 
 MENTIONED = re.compile(rb"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
+TAG_ABOUT = re.compile(r"sha(?:256|512)-[0-9a-f]{64}(?:\..*)?")  # cosign's, and the Referrers Tag Schema's
+CURRENT = os.path.join("current", "link")
 
 
 def key_of(digest):
-    """60 bits of a digest, in 32 bytes of memory. Two digests that share them would keep each other from gc."""
+    """60 bits of a digest, or of the one in a TAG_ABOUT, in 32 bytes of memory. Two digests that share them would keep
+    each other from gc."""
     return int(digest[7:22], 16)
 
 
@@ -1884,10 +1894,16 @@ def keys_mentioned(content):
     return frozenset(map(key_of, MENTIONED.findall(content)))
 
 
-def look_at(path):
-    """(mtime, size) of a file; (0, 0) where there is none. Raises OSError."""
+def look_at(path, opened=False):
+    """(mtime, size) of a file; (0, 0) where there is none. Raises OSError.
+
+    NFS may tell what it knew of a file a minute ago, but not of one that has just been `opened`."""
     try:
-        found = os.stat(path)
+        if opened:
+            with open(path, "rb", buffering=0) as file:
+                found = os.fstat(file.fileno())
+        else:
+            found = os.stat(path)
         return found.st_mtime, found.st_size
     except (FileNotFoundError, NotADirectoryError):
         return 0.0, 0
@@ -1914,15 +1930,20 @@ def has_files(folders):
     return any(files for folder in folders for _, _, files in os.walk(folder, onerror=fail))
 
 
-def collect_garbage(store, **how):
-    """Run a Collection, and return it. Raises OSError; BlockingIOError where another process is at it.
+def note_result(store, what, **numbers):
+    """Leave behind what came of something, for /metrics; the file's mtime says when. A full disk does not matter."""
+    with contextlib.suppress(OSError), open(os.path.join(store.own, what), "wb", buffering=0) as file:
+        file.write(to_json(numbers))
 
-    The mtime of the file that keeps others out says when this was last done."""
+
+def collect_garbage(store, **how):
+    """Run a Collection, and return it. Raises OSError; BlockingIOError where another process is at it."""
     with open(os.path.join(store.own, "gc"), "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.utime(lock.fileno())
         collection = Collection(store, **how)
         collection.run()
+        if not collection.dry_run:
+            note_result(store, "gc", freed_bytes=collection.counts["bytes"])
     return collection
 
 
@@ -1934,12 +1955,18 @@ class Collection:
     too), and what is younger than the grace period, or than this run, stays. Links go before content, so a crash
     leaves at worst content for the next run. All manifests of a repository stay, unless `untagged` drops those that
     no tag leads to: over an index to its children, between a manifest and its subject in both directions.
+
+    With `keep` or `older_than` tags expire: those in a repository that are none of the `keep` that were moved last, and
+    were last moved more than `older_than` seconds ago; `among` is a pattern of the repositories that are meant. With
+    them go the manifests to which no other tag leads. A tag about a manifest goes with that, and counts for nothing.
     """
 
-    def __init__(self, store, grace=0.0, untagged=False, dry_run=False, tell=None):
+    def __init__(self, store, grace=0.0, untagged=False, dry_run=False, tell=None, keep=None, older_than=None,
+                 among=None):
         self.store = store
         self.grace = grace + TOLD_AGAIN if grace else 0.0  # clients are told of links that are not touched again yet
         self.untagged = untagged
+        self.keep, self.older_than, self.among = keep, older_than, among
         self.dry_run = dry_run
         self.tell = tell or (lambda kind, what, size: None)  # is called for each thing that goes
         self.wanted = set()                                  # the keys of what stays
@@ -1952,7 +1979,8 @@ class Collection:
         probe = self.store.files.scratch_path()
         with self.store.lock.alone():  # so pushes that began before have their links in place
             open(probe, "xb").close()  # asks the clock of the file system, which may be another host's
-        self.young = os.stat(probe).st_mtime - self.grace
+        self.now = os.stat(probe).st_mtime
+        self.young = self.now - self.grace
         os.unlink(probe)
         self.purge()
         for name in repository_folders(self.store):
@@ -1997,8 +2025,12 @@ class Collection:
             if os.path.exists(os.path.join(revision, "link")):
                 revisions[digest] = revision
                 mentions[key_of(digest)] = self._mentions(name, digest)
-        reached = self._reached(name, revisions, mentions) if self.untagged else mentions
+        expired, reached, tags = self._expired(name), mentions, []
+        if self.untagged or expired:
+            reached, tags = self._reached(name, revisions, mentions, expired)
         sound = len(self.unread) == unread  # else nobody knows what is referred to, and everything stays
+        if sound and tags:
+            self._take("tags", CURRENT, [(tag, self.store.tag_path(*tag.split(":"))) for tag in tags])
         idle = [entry for entry in revisions.items() if sound and key_of(entry[0]) not in reached]
         stay = self._take("manifests", "link", idle)
         for digest, _ in set(idle).difference(stay):
@@ -2030,30 +2062,59 @@ class Collection:
             return frozenset()
         return keys_mentioned(content)
 
-    def _reached(self, name, revisions, mentions):
-        """The keys of the manifests that a tag leads to, or one that is young, with what they mention."""
+    def _expired(self, name):
+        """{tag: digest} of the tags of a repository that are to go. One stays if it is young, or if a client was just
+        told of its manifest, which then stays as well, and no later run would know that it was meant to go."""
+        if self.keep is None and self.older_than is None or self.among and not self.among.fullmatch(name):
+            return {}
+        moved, targets = {}, {}
+        for tag in list_directory(os.path.join(self.store.repository_path(name), "_manifests", "tags")):
+            folder = self.store.tag_path(name, tag)
+            digest = None if TAG_ABOUT.fullmatch(tag) else self.store._read_link(os.path.join(folder, "current"))
+            if digest:
+                moved[tag], targets[tag] = look_at(os.path.join(folder, CURRENT))[0], digest
+        limit = min(self.young, self.now - (self.older_than or 0.0))
+        expired = [tag for tag in sorted(moved, key=moved.get, reverse=True)[self.keep or 0:] if moved[tag] < limit]
+        kept = {targets[tag] for tag in set(targets).difference(expired)}
+        return {tag: targets[tag] for tag in expired if targets[tag] in kept or look_at(os.path.join(
+            self.store.revision_path(name, targets[tag]), "link"))[0] < self.young}
+
+    def _reached(self, name, revisions, mentions, expired):
+        """The keys of the manifests that stay, with what they mention, and the tags that go (NAME:TAG). What stays is
+        young, or a tag leads to it; and, without `untagged`, what was not expired tags' alone."""
         tags = os.path.join(self.store.repository_path(name), "_manifests", "tags")
         todo = [key_of(digest) for digest, revision in revisions.items()
                 if look_at(os.path.join(revision, "link"))[0] >= self.young]
+        about, notes = {}, []
         for tag in list_directory(tags):
             digest = self.store._read_link(os.path.join(tags, tag, "current"))
-            if digest:
+            if digest and expired and TAG_ABOUT.fullmatch(tag) and key_of(tag) in mentions:
+                about.setdefault(key_of(tag), []).append(key_of(digest))
+                notes.append(tag)
+            elif digest and tag not in expired:
                 todo.append(key_of(digest))
-            elif os.path.exists(os.path.join(tags, tag, "current", "link")):
+            elif not digest and os.path.exists(os.path.join(tags, tag, CURRENT)):
                 self.unread.append("%s:%s" % (name, tag))
-        about = {}
         for digest in revisions:
             subject = self.store._subject_of(digest) or "-"
             if subject != "-":
                 about.setdefault(key_of(subject), []).append(key_of(digest))
-        reached = set()
-        while todo:
-            key = todo.pop()
-            if key not in reached:
-                reached.add(key)
-                todo += about.get(key, [])
-                todo += mentions.get(key, ())
-        return reached
+
+        def follow(todo):
+            reached = set()
+            while todo:
+                key = todo.pop()
+                if key not in reached:
+                    reached.add(key)
+                    todo += about.get(key, [])
+                    todo += mentions.get(key, ())
+            return reached
+
+        if not self.untagged:
+            todo += set(mentions) - follow([key_of(digest) for digest in expired.values()])
+        reached = follow(todo)
+        tags = list(expired) + [tag for tag in notes if key_of(tag) not in reached]
+        return reached, ["%s:%s" % (name, tag) for tag in tags]
 
     def _take(self, kind, file, entries):
         """Take away the folders of the (digest, folder) entries whose file is not young. Returns the other entries."""
@@ -2075,23 +2136,28 @@ class Collection:
         began, graves = time.monotonic(), []
         with self.store.lock.alone():
             waited = time.monotonic() - began
-            looks = {entry: look_at(os.path.join(entry[1], file)) for entry in entries}
+            looks = {entry: look_at(os.path.join(entry[1], file), opened=True) for entry in entries}
             old = [entry for entry in entries if looks[entry][0] < self.young]
             for entry in old:
                 path = os.path.join(entry[1], file)
                 with contextlib.suppress(FileNotFoundError):  # an empty folder, or someone else has deleted it
-                    if looks[entry][1] <= COPY_BUFFER:
+                    if file == CURRENT:
+                        graves.append(self.store.files.bury(entry[1]))  # with what the tag once meant
+                    elif looks[entry][1] <= COPY_BUFFER:
                         os.unlink(path)
                     else:  # to free the bytes takes the file system a while, which nobody should wait for
                         graves.append(self.store.files.bury(path))
-        for grave in graves:
-            self.store.files.dispose(grave)
         for _, folder in old:
             try:
-                os.rmdir(folder)
+                if os.path.isdir(folder):
+                    os.rmdir(folder)
                 self.unsynced.add(os.path.dirname(folder))
             except OSError:  # something else is in it, or again
                 self.unsynced.add(folder)
+        if file == CURRENT:
+            self._sync()  # a tag is gone before what it leads to is, and before its parts are
+        for grave in graves:
+            self.store.files.dispose(grave)
         if waited > 0.001:
             time.sleep(waited)  # those who share the lock get as much time as they had to give
         return old
@@ -2161,6 +2227,7 @@ class Verification:
                 with self.store.lock.alone():
                     if look_at(path) == seen:
                         self._put_aside(path)
+        note_result(self.store, "verify", findings=len(self.findings), read_bytes=self.bytes)
 
     def _read_blobs(self):
         """Hash every blob, in as many threads as there are processors: hashlib lets them run at once."""
@@ -3910,7 +3977,7 @@ class PullThrough(Directory):
 
     def __init__(self, root, upstreams, ttl=300.0, **settings):
         super().__init__(root, **settings)
-        self.cache = Directory(root, sparse=True)  # an image comes before its blobs
+        self.cache = Directory(root, **dict(settings, sparse=True))  # an image comes before its blobs
         self.upstreams, self.ttl = upstreams, ttl
         self.ask_again = {}  # (name, tag or subject), or a Remote: when
         self.downloads = {}  # (name, digest): Download
@@ -3992,6 +4059,7 @@ class PullThrough(Directory):
                 raise
         if self.cache.mount(name, digest):
             return super().open_blob(name, digest)
+        self.cache.check_size(size)
         remote, path = self._upstream(name)
         with self.mutex:
             download = self.downloads.get((name, digest))
@@ -4926,6 +4994,10 @@ METRICS = {  # name, without tinyreg_: (type, help)
     "store_measured_seconds": ("gauge", "When the store was measured, as Unix time"),
     "store_free_bytes": ("gauge", "Free space on the store's disk"),
     "last_gc_seconds": ("gauge", "When garbage was collected last, as Unix time"),
+    "last_gc_freed_bytes": ("gauge", "Bytes that it freed"),
+    "last_verify_seconds": ("gauge", "When everything was read again last (tinyreg.py verify), as Unix time"),
+    "last_verify_findings": ("gauge", "What was damaged or missing then"),
+    "last_verify_read_bytes": ("gauge", "Bytes that it read"),
 }
 
 
@@ -5096,8 +5168,8 @@ class Notifications:
     One log of events for all endpoints, in segments of 1 MiB named by their number; each endpoint has a file with its
     position in it: "SEGMENT OFFSET". An event is queued before its request is answered; what an endpoint misses is
     kept through kill -9 and restarts, delivered in order, at least once. With more than 64 segments, some 90,000
-    events, the oldest is dropped, which is logged and counted. Several processes append, under a lock; the one
-    that gets the lock of an endpoint's file sends to it, and when that one dies the next does."""
+    events, the oldest is dropped, which is logged and counted. Several processes, also on several hosts, append, under
+    a lock; the one that gets the lock of an endpoint's file sends to it, and when that one dies the next does."""
 
     def __init__(self, folder, endpoints, metrics):
         self.folder = folder
@@ -5184,7 +5256,7 @@ class Notifications:
 
     def _empty(self, endpoint):
         """Deliver to one endpoint for ever, once no other process does."""
-        with open(os.path.join(self.folder, endpoint.key), "rb") as mine:
+        with open(os.path.join(self.folder, endpoint.key), "r+b") as mine:  # NFS lets only writers have a lock alone
             fcntl.flock(mine, fcntl.LOCK_EX)
             while True:
                 try:
@@ -5243,7 +5315,8 @@ class Observation:
         self.instance = str(uuid.uuid4())
         self.folder = folder
         self.metrics = Metrics(routes, processes)
-        self.live = Live(os.path.join(folder, "live"), self.metrics) if folder else None
+        # Hosts that share the folder would write over each other's lines.
+        self.live = Live(os.path.join(folder, "live." + socket.gethostname()), self.metrics) if folder else None
         self.notifications = Notifications(os.path.join(folder, "notify"), endpoints, self.metrics) if folder else None
 
     def start(self, process):
@@ -5293,8 +5366,11 @@ class Observation:
     def gauges(self):
         """Metrics that are not counted but looked up, as (name, number)."""
         found = []
-        with contextlib.suppress(OSError, TypeError):
-            found.append(("last_gc_seconds", os.stat(os.path.join(self.folder, "gc")).st_mtime))
+        for what in ("gc", "verify") if self.folder else ():
+            with contextlib.suppress(OSError, ValueError):  # not yet, or by an earlier version
+                path = os.path.join(self.folder, what)
+                found.append(("last_%s_seconds" % what, os.stat(path).st_mtime))
+                found += [("last_%s_%s" % (what, name), value) for name, value in load_json(read_file(path) or b"").items()]
         for endpoint in self.notifications.endpoints if self.notifications else ():
             name = re.sub(r'[\\"]', "_", harmless(endpoint.shown))
             found.append(('notifications_waiting{endpoint="%s"}' % name, self.notifications.waiting(endpoint)))
@@ -5413,7 +5489,9 @@ def etag_matches(header, digest):
 
 def content_headers(digest, content_type):
     """What every answer with a blob or manifest carries. The digest is in the algorithm that the client asked with:
-    containerd compares it to the letter."""
+    containerd compares it to the letter. What another program stored may call itself what no header can say."""
+    if not re.fullmatch("[!-~]([ -~]*[!-~])?", content_type):
+        content_type = OCTET_STREAM
     return [("Content-Type", content_type), ("Docker-Content-Digest", digest), ("ETag", '"%s"' % digest)]
 
 
@@ -6864,7 +6942,13 @@ class Connection:
             if not silently and self.incoming.read_head():
                 error = RegistryError("TOOMANYREQUESTS", message="too many connections from %s" % self.client,
                                       headers=[("Retry-After", "5")])
-                self._send(Response.of_error(error), "GET", version="1.1", keep=False)
+                self._refuse_head(error)
+
+    def _refuse_head(self, error, version="1.1"):
+        """Answer, and record, what did not become a request."""
+        self._send(Response.of_error(error), "GET", version=version, keep=False)
+        self.server.observation.record(Exchange(self.client, "", "-", "-", "", "", "", error.status, 0,
+                                                len(error.body()), 0.0, "", ""))
 
     def _start_tls(self):
         """Shake hands, unless the client speaks plain HTTP. Raises OSError, ClientLeft."""
@@ -6901,7 +6985,7 @@ class Connection:
                 return True
             method, target, version, headers = parse_head(head)
         except RegistryError as error:
-            self._send(Response.of_error(error), "GET", version="1.0" if error.status == 400 else "1.1", keep=False)
+            self._refuse_head(error, version="1.0" if error.status == 400 else "1.1")
             self._linger()
             return False
         return self._answer(head, method, target, version, headers, started)
@@ -7290,7 +7374,7 @@ class CommandError(Exception):
 def open_store(options, create=False, kind=Directory):
     """The Directory at --root, or one of a kind that is made like it. Raises CommandError."""
     try:
-        limits = {name: getattr(options, name, 0) for name in ("sparse", "min_free", "max_blob")}
+        limits = {name: getattr(options, name, 0) for name in ("sparse", "min_free", "max_blob", "shared")}
         return kind(options.root, create=create, **limits)
     except FileNotFoundError as error:
         if create:
@@ -7404,6 +7488,9 @@ def open_tls(options, store):
         raise CommandError("--tls-key goes with --tls-cert, and --tls without both")
     if options.tls_client_ca and not (certificate or options.tls):
         raise CommandError("--tls-client-ca goes with --tls or --tls-cert")
+    if options.tls and options.shared:
+        raise CommandError("--tls makes a certificate for this host, and --shared has several: give each the same one "
+                           "with --tls-cert, or let the load balancer speak TLS")
     folder = tls_folder(os.path.abspath(options.root))
     hosts = {host for host, _ in options.listen if "%" not in host} - {"", "0.0.0.0", "::"}
 
@@ -7482,7 +7569,7 @@ def banner(store, listeners, access, local, tls=None):
         ("  serves      %s (read-only)" if isinstance(store, Archive) else "  stores in   %s") % store.root,
         ] + (["  CA          /ca.crt, SHA-256 " + fingerprint(tls.ca)] if tls and tls.ca else []) + [
         "  access      " + "\n              ".join(access.in_words(reach) + closed),
-        "  try         " + (archive_example(store, ports[0]) if isinstance(store, Archive) else
+        "  try         " + (example(store, ports[0]) if closed else
                             "docker tag alpine %s/alpine && docker push %s/alpine\n"
                             "              docker pull %s/alpine" % (ports[0], ports[0], ports[0])),
         "  Ctrl-C ends it.",
@@ -7495,9 +7582,11 @@ def stored_name(store, name):
     return next((found for found in names if os.path.isdir(store.repository_path(found))), names[0])
 
 
-def archive_example(archive, host):
-    """A command that pulls the first image of an archive."""
-    name, reference, _ = next(archive.images(), ("alpine", "latest", None))
+def example(store, host):
+    """A command that pulls the first image of a store or an archive."""
+    images = store.images() if isinstance(store, Archive) else (
+        (name, tag, None) for name in store.repositories() for tag in store.tags(name))
+    name, reference, _ = next(images, ("alpine", "latest", None))
     return "docker pull %s/%s" % (host, image_text(name, reference))
 
 
@@ -7894,7 +7983,7 @@ def collect(options):
 
     try:
         done = collect_garbage(store, grace=options.grace, untagged=options.untagged, dry_run=options.dry_run,
-                               tell=tell)
+                               tell=tell, keep=options.keep, older_than=options.older_than, among=options.repositories)
     except BlockingIOError:
         raise CommandError("another gc is at work in %s; it does the same" % store.root)
     if options.json:
@@ -7902,7 +7991,8 @@ def collect(options):
                           "unreadable": done.unread}, indent=2))
     elif not options.quiet:
         print("%s %s; %s" % ("would remove" if options.dry_run else "removed", ", ".join(
-            "%d %s" % (done.counts[kind], kind) for kind in ("manifests", "links", "blobs", "uploads", "repositories")),
+            "%d %s" % (done.counts[kind], kind) for kind in ("tags", "manifests", "links", "blobs", "uploads",
+                                                             "repositories") if kind != "tags" or done.counts[kind]),
             in_units(done.counts["bytes"])))
     if done.unread:
         print("tinyreg: kept all that may belong to what can't be read (see tinyreg.py verify): "
@@ -8283,6 +8373,9 @@ def build_parser():
     from_environment(command, "--sparse", action="store_true", default=False,
                      help="take image manifests whose blobs are missing (pulls of such an image fail)")
     from_environment(command, "--read-only", action="store_true", default=False, help="refuse pushes and deletions")
+    from_environment(command, "--shared", action="store_true", default=False,
+                     help="servers on other hosts have this directory too: keep no answers in memory; the README says "
+                     "what the file system must promise, and how to mount NFS")
     from_environment(command, "--immutable-tags", metavar="GLOB", type=parse_glob, action="append", default=[],
                      help="tags (v*) or images (prod/**:*) that clients can't move or delete; may be repeated")
     from_environment(command, "--notify", metavar="URL", type=endpoint, action="append", default=[],
@@ -8350,9 +8443,17 @@ def build_parser():
                          "manifest and every tag that points to it")
     command.add_argument("--json", action="store_true", help="print JSON")
     command = add_command(commands, collect, "gc", "Delete what nothing refers to; safe beside a running server.",
-                          "  tinyreg.py gc --dry-run\n  tinyreg.py gc\n  tinyreg.py gc --untagged --grace 7d\n")
+                          "  tinyreg.py gc --dry-run\n  tinyreg.py gc\n  tinyreg.py gc --untagged --grace 7d\n"
+                          "  tinyreg.py gc --keep 10 --older-than 90d --repositories 'team/**' --dry-run\n")
     command.add_argument("--untagged", action="store_true", help="also delete manifests that no tag leads to, "
                          "itself or over an index or a subject")
+    command.add_argument("--keep", metavar="N", type=positive, help="delete the tags of each repository except the N "
+                         "that were last pushed (or loaded, or pulled into the store), and the manifests to which no "
+                         "other tag leads, with their signatures; whether a server has --immutable-tags does not matter")
+    command.add_argument("--older-than", metavar="TIME", type=seconds, help="delete the tags that were last pushed "
+                         "longer ago, for example 90d, likewise; with --keep only what both would delete")
+    command.add_argument("--repositories", metavar="GLOB", type=parse_glob, help="in which repositories --keep and "
+                         "--older-than delete tags; * stays within one component, ** does not (default: all)")
     command.add_argument("--grace", metavar="TIME", type=seconds, default=3600.0,
                          help="leave what was pushed, or a client was told about, this short ago")
     command.add_argument("--dry-run", action="store_true", help="only list what would go, with its size")

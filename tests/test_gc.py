@@ -4,6 +4,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from conftest import TINYREG, run_tinyreg
 from samples import (CONFIG, descriptor, image, index, make_image, make_referrer, push_blob, read_blob,
                      to_manifest)
-from tinyreg import DOCKER_SCHEMA1, Collection, Digest, Directory, RegistryError, collect_garbage
+from tinyreg import DOCKER_SCHEMA1, OCI_MANIFEST, Collection, Digest, Directory, RegistryError, collect_garbage
 
 HOUR = 3600
 
@@ -321,6 +322,134 @@ def test_repositories_on_a_disk_that_is_not_mounted(store):
     shown = run_tinyreg("gc", "--root", store.root)
     assert shown.returncode == 1 and "No such file or directory" in shown.stderr
     assert has_data(store, b"layer")
+
+
+# Tags that expire
+
+def age_tag(store, name, tag, hours):
+    """Let a tag be as if it had been moved hours ago."""
+    then = time.time() - hours * HOUR
+    os.utime(os.path.join(store.tag_path(name, tag), "current", "link"), (then, then))
+
+
+@pytest.fixture
+def aged(store):
+    """A store whose repository `app` has the tags 1 (an hour old) to 5 (five hours old), each with a layer of its own;
+    all but the tags is older."""
+    for number in range(1, 6):
+        make_image(store, "app", str(number), layers=(b"shared", b"layer %d" % number))
+    make_image(store, "other", "old", layers=(b"other",))
+    make_old(store)
+    for number in range(1, 6):
+        age_tag(store, "app", str(number), number)
+    return store
+
+
+@pytest.mark.parametrize("how, left", [
+    ({"keep": 2}, "12"), ({"keep": 9}, "12345"), ({"older_than": 3.5 * HOUR}, "123"),
+    ({"keep": 1, "older_than": 3.5 * HOUR}, "123"), ({"keep": 4, "older_than": 1.5 * HOUR}, "1234"),
+    ({"keep": 1, "grace": 2.5 * HOUR}, "12"), ({}, "12345")])
+def test_tags_expire_with_what_only_they_led_to(aged, how, left):
+    gone = gc(aged, **dict(how, among=None))
+    assert list(aged.tags("app")) == list(left)
+    assert {what for kind, what in gone if kind == "tags" and what.startswith("app")} == {
+        "app:%s" % tag for tag in "12345" if tag not in left}
+    for tag in "12345":
+        assert has_blob(aged, "app", b"layer " + tag.encode()) is (tag in left)
+        assert has_data(aged, b"layer " + tag.encode()) is (tag in left)
+    assert has_blob(aged, "app", b"shared")
+    for tag in left:
+        assert aged.manifest("app", aged.resolve("app", tag))
+    assert not [name for name in os.listdir(aged.tag_path("app", "")) if name not in left]  # Distribution lists these
+
+
+def test_what_had_no_tag_before_stays_unless_untagged_is_said(aged):
+    untagged = make_image(aged, "app", None, layers=(b"by digest",))
+    child = make_image(aged, "app", "5", layers=(b"child",))
+    multi = to_manifest(index(child))
+    aged.put_manifest("app", multi)
+    make_old(aged)
+    gc(aged, keep=1, among=re.compile("app"))
+    assert len(list(aged.tags("app"))) == 1 and list(aged.tags("other")) == ["old"]
+    assert {untagged.digest, child.digest, multi.digest} <= set(aged._revisions("app"))
+    assert has_blob(aged, "app", b"by digest") and has_blob(aged, "app", b"child")
+    gc(aged, keep=1, untagged=True, among=re.compile("app"))
+    assert not {untagged.digest, multi.digest} & set(aged._revisions("app"))
+
+
+def test_two_tags_of_one_manifest(aged):
+    aged.put_manifest("app", aged.manifest("app", aged.resolve("app", "5")), ["latest"])
+    age_tag(aged, "app", "latest", 0.5)
+    aged.manifest("app", aged.resolve("app", "latest"))  # a client was told of it
+    gc(aged, keep=1, grace=60)
+    assert list(aged.tags("app")) == ["latest"] and has_blob(aged, "app", b"layer 5")
+
+
+def test_signatures_are_no_tags_and_go_with_what_they_sign(aged):
+    kept, gone = aged.resolve("app", "1"), aged.resolve("app", "5")
+    for digest in (kept, gone):
+        make_image(aged, "app", "sha256-%s.sig" % digest.encoded, layers=(b"signed " + digest.encode(),))
+        about = {"mediaType": OCI_MANIFEST, "digest": digest, "size": 1}
+        attached = make_image(aged, "app", None, layers=(b"sbom " + digest.encode(),), subject=about)
+        aged.put_manifest("app", to_manifest(index(attached)), ["sha256-" + digest.encoded])
+    elsewhere = "sha256-%s.sig" % Digest.of(b"in another repository").encoded
+    make_image(aged, "app", elsewhere, layers=(b"alone",))
+    moved = {tag: os.stat(os.path.join(aged.tag_path("app", tag), "current", "link")).st_mtime for tag in "12345"}
+    make_old(aged)
+    for tag, then in moved.items():
+        os.utime(os.path.join(aged.tag_path("app", tag), "current", "link"), (then, then))
+    gc(aged, keep=1)
+    assert set(aged.tags("app")) == {"1", "sha256-" + kept.encoded, "sha256-%s.sig" % kept.encoded, elsewhere}
+    for digest, stays in ((kept, True), (gone, False)):
+        for what in (b"signed ", b"sbom "):
+            assert has_data(aged, what + digest.encode()) is stays
+    assert has_data(aged, b"alone")
+
+
+def test_a_tag_that_moves_meanwhile_stays(aged, monkeypatch):
+    manifest = aged.manifest("app", aged.resolve("app", "1"))
+    again = aged.manifest("app", aged.resolve("app", "4"))
+    take = Collection._take
+
+    def push_first(collection, kind, file, entries):
+        if kind == "tags" and not aged.lock.pushed:
+            aged.lock.pushed = True
+            aged.put_manifest("app", manifest, ["5"])
+            aged.put_manifest("app", again, ["new"])
+        return take(collection, kind, file, entries)
+
+    aged.lock.pushed = False
+    monkeypatch.setattr(Collection, "_take", push_first)
+    collect_garbage(aged, keep=2)
+    assert list(aged.tags("app")) == ["1", "2", "5", "new"] and aged.resolve("app", "5") == manifest.digest
+    assert aged.manifest("app", aged.resolve("app", "new")) and has_blob(aged, "app", b"layer 4")
+
+
+def test_what_a_client_was_just_told_of_stays_with_its_tag(aged):
+    aged.manifest("app", aged.resolve("app", "4"))
+    gc(aged, keep=2, grace=30 * 60)
+    assert list(aged.tags("app")) == ["1", "2", "4"] and has_blob(aged, "app", b"layer 4")
+
+
+def test_no_tag_expires_where_a_manifest_is_damaged(aged):
+    with open(aged.blob_path(aged.resolve("app", "5")), "w"):
+        pass
+    gc(aged, keep=1)
+    assert list(aged.tags("app")) == list("12345") and has_data(aged, b"layer 4")
+
+
+def test_the_command_shows_what_would_expire_and_lets_it(aged):
+    before = files_below(aged.tree)
+    command = ["gc", "--root", aged.root, "--keep", "2", "--older-than", "210m", "--repositories", "a*"]
+    shown = run_tinyreg(*command + ["--dry-run"]).stdout.splitlines()
+    assert [line for line in shown if line.startswith("tag ")] == ["tag  app:4", "tag  app:5"]
+    assert shown[-1].startswith("would remove 2 tags, 2 manifests, 2 links, 4 blobs")
+    assert files_below(aged.tree) == before
+    removed = json.loads(run_tinyreg(*command + ["--json"]).stdout)["removed"]
+    assert {"kind": "tag", "name": "app:5", "size": 0} in removed
+    assert list(aged.tags("app")) == list("123") and list(aged.tags("other")) == ["old"]
+    assert run_tinyreg("gc", "--root", aged.root, "--keep", "0").returncode == 2
+    assert run_tinyreg("verify", "--root", aged.root).returncode == 0
 
 
 # The command
