@@ -321,7 +321,7 @@ def write_out(state, root):
 
 def record(root, trace):
     """Run a server, push, move a tag, delete, push again and collect garbage, all under strace. Returns what each
-    acknowledged request promised: {(name, tag): digest} after each answer."""
+    acknowledged request promised: {(name, tag): digest} after each answer, and at the end of it all."""
     strace = ["strace", "-f", "-y", "-s", "10000000", "-e", "trace=" + TRACED, "-e", "signal=none", "-o"]
     environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1")
     server = subprocess.Popen(strace + [trace + ".1", sys.executable, TINYREG, "serve", "--root", root, "--quiet",
@@ -350,6 +350,7 @@ def record(root, trace):
             did(client.push_manifest(name, tag, content), 201, **{"%s:%s" % (name, tag): Digest.of(content)})
             return Digest.of(content)
 
+        push("app", "older", (b"layer zero",))
         first = push("app", "latest", (b"layer one", b"layer two"))
         push("app", "latest", (b"layer one", b"layer three"))
         did(client.ask("POST", "/v2/deep/er/blobs/uploads/?from=app&mount=" + Digest.of(b"layer one"))[0], 201,
@@ -363,9 +364,10 @@ def record(root, trace):
         for child in open("/proc/%d/task/%d/children" % (server.pid, server.pid)).read().split():
             os.kill(int(child), signal.SIGKILL)
         server.communicate(timeout=60)
-    subprocess.run(strace + [trace + ".2", sys.executable, TINYREG, "gc", "--grace", "0", "--untagged", "--root", root],
-                   check=True, stdout=subprocess.DEVNULL, env=environment)
-    return promised
+    for number, option in enumerate((["--untagged"], ["--keep", "1"]), 2):
+        subprocess.run(strace + ["%s.%d" % (trace, number), sys.executable, TINYREG, "gc", "--grace", "0", "--root", root]
+                       + option, check=True, stdout=subprocess.DEVNULL, env=environment)
+    return promised + [dict(promised[-1], **{"app:older": None})]
 
 
 @pytest.fixture
@@ -388,8 +390,8 @@ def test_a_power_cut_after_each_operation(memory_path, monkeypatch):
     promised = record(root, trace)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     operations = read_trace(trace + ".1", root)
-    assert operations.count(("answer",)) == len(promised) - 1
-    operations += read_trace(trace + ".2", root)
+    assert operations.count(("answer",)) == len(promised) - 2
+    operations += read_trace(trace + ".2", root) + read_trace(trace + ".3", root)
     disk, answers, dice, seen = Disk(), 0, random.Random(1), set()
     copy = os.path.join(memory_path, "copy")
     for number, operation in enumerate(operations):
@@ -398,7 +400,7 @@ def test_a_power_cut_after_each_operation(memory_path, monkeypatch):
         else:
             perform(disk, operation)
         now, after = promised[answers], promised[min(answers + 1, len(promised) - 1)]
-        collecting = answers == len(promised) - 1
+        collecting = answers == len(promised) - 2
         for keep in (lambda: True, lambda: False, lambda: dice.random() < 0.5, lambda: dice.random() < 0.8):
             state = disk.after_cut(keep)
             seal = hashlib.sha256(repr((answers, sorted(state.items(), key=str))).encode()).digest()
@@ -412,6 +414,7 @@ def test_a_power_cut_after_each_operation(memory_path, monkeypatch):
             except (AssertionError, RegistryError) as error:
                 pytest.fail("%s: %r" % (where, error))
     assert len(seen) > 300
+    assert "app:older" in now and ("app", "older") not in check_store(Directory(copy))
 
 
 def check_promises(store, now, after, collecting):
