@@ -268,6 +268,13 @@ def test_banner(start_server, root):
     assert "docker pull localhost:%d/" % server.port in server.banner
 
 
+def test_banner_of_a_read_only_server(start_server, store, root):
+    make_image(store, "a/b", "v1")
+    server = start_server(root, "--read-only")
+    server.stop()
+    assert "docker push" not in server.banner and "docker pull localhost:%d/a/b:v1\n" % server.port in server.banner
+
+
 @pytest.mark.parametrize("listen, options, words", [
     (":0", [], "may pull (change it with --anonymous)"),
     (":0", ["--anonymous", "push"], "may pull and push"),

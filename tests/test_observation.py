@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 from conftest import run_tinyreg, until
-from samples import make_image
+from samples import make_image, push_blob
 
 import tinyreg
 from tinyreg import Directory, Exchange, Live, Metrics, explain, harmless, without_secrets
@@ -240,6 +240,36 @@ def test_prometheus_reads_the_metrics_and_they_are_true(start_server, tmp_path):
     assert 0 < found["tinyreg_cache_hits_total", ()] < 20
     assert found["tinyreg_store_blobs", ()] == 4 and found["tinyreg_store_repositories", ()] == 1
     assert found["tinyreg_store_bytes", ()] > 1000 and found["tinyreg_store_free_bytes", ()] > 0
+
+
+@pytest.mark.parametrize("request_bytes, status", [
+    (b"no request\r\n\r\n", 400), (b"GET /v2/ HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 70000, 431), (b"GET ", 408)])
+def test_what_is_refused_before_it_is_a_request_is_logged_and_counted(start_server, request_bytes, status):
+    server = start_server(None, HEAD_LIMIT=0.1, TICK=0.05)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
+        sock.sendall(request_bytes)
+        assert b" %d " % status in sock.recv(100)
+    assert re.fullmatch(r"\S+Z 127\.0\.0\.1 - - %d [1-9][0-9]* [0-9.]+ms\n" % status, until(server.log))
+    labels = (("method", "other"), ("route", "none"), ("status", str(status)))
+    assert samples(server)["tinyreg_requests_total", labels] == 1
+
+
+def test_what_gc_and_verify_found_is_in_the_metrics(start_server, tmp_path):
+    store = Directory(str(tmp_path / "registry"))
+    manifest = make_image(store, "lab/app", "v1", (b"x" * 1000,))
+    push_blob(store, "lab/app", b"stray")
+    server = start_server()
+    assert not [name for name, _ in samples(server) if name.startswith("tinyreg_last_")]
+    for command in (["gc", "--dry-run", "--grace", "0"], ["gc", "--grace", "0"], ["verify"]):
+        assert run_tinyreg(*command, "--root", server.root).returncode == 0
+        found = {name: value for (name, _), value in samples(server).items() if name.startswith("tinyreg_last_")}
+        assert found.get("tinyreg_last_gc_freed_bytes") == (None if "--dry-run" in command else 5)
+    assert found["tinyreg_last_verify_findings"] == 0 and found["tinyreg_last_verify_read_bytes"] > 1000
+    assert abs(found["tinyreg_last_verify_seconds"] - time.time()) < 60
+    with open(store.blob_path(manifest.blobs[1].digest), "w") as file:
+        file.write("damaged")
+    assert run_tinyreg("verify", "--root", server.root).returncode == 1
+    assert samples(server)["tinyreg_last_verify_findings", ()] == 1
 
 
 def test_buckets_grow_and_no_count_is_lost_among_threads():

@@ -998,6 +998,18 @@ def test_parallel_clients_share_one_download_that_streams(mirror, filled, server
         assert answer.status == 206 and len(answer.read()) == 100
 
 
+@pytest.mark.parametrize("limit, status", [("--min-free=8000T", 507), ("--max-blob=1M", 413)])
+def test_the_limits_of_the_store_are_those_of_what_is_fetched(mirror, filled, start_server, tmp_path, limit, status):
+    _, proxy = mirror
+    limited = start_server(tmp_path / "limited", "--upstream", "docker.io=http://" + proxy.host, limit)
+    digest = filled.manifest("demo", filled.resolve("demo", "latest")).blobs[1].digest
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen("%s/v2/docker.io/library/demo/blobs/%s" % (limited.url, digest))
+    with caught.value as answer:
+        assert answer.code == status and limit.split("=")[0] in answer.read().decode()
+    assert digest not in set(Directory(limited.root).digests())
+
+
 def test_wrong_bytes_from_upstream_never_arrive_whole(mirror, filled):
     front, proxy = mirror
     digest = filled.manifest("demo", filled.resolve("demo", "latest")).blobs[1].digest

@@ -502,6 +502,18 @@ def test_a_head_that_takes_too_long(short, connect):
     assert wire.is_closed()
 
 
+@pytest.mark.parametrize("media_type", ["application/\u043e\u0431\u0440\u0430\u0437", "a/b\r\nX-Forged: yes", "\xe9", " "])
+def test_a_stored_media_type_that_no_header_can_carry(server, connect, media_type):
+    """Another program may have stored such a manifest."""
+    store = store_of(server)
+    content = json.dumps({"schemaVersion": 2, "mediaType": media_type, "config": {}}).encode()
+    push_blob(store, "a", content)
+    store._write_link(store.revision_path("a", Digest.of(content)), Digest.of(content))
+    reply = connect(server).ask("GET /v2/a/manifests/" + Digest.of(content))
+    assert (reply.status, reply.body, reply.headers["content-type"]) == (200, content, "application/octet-stream")
+    assert "x-forged" not in reply.headers and "Traceback" not in server.log()
+
+
 def test_a_body_that_takes_too_long(short, connect):
     """What came of it is kept."""
     wire = connect(short)
