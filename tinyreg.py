@@ -2076,8 +2076,11 @@ class Collection:
         limit = min(self.young, self.now - (self.older_than or 0.0))
         expired = [tag for tag in sorted(moved, key=moved.get, reverse=True)[self.keep or 0:] if moved[tag] < limit]
         kept = {targets[tag] for tag in set(targets).difference(expired)}
-        return {tag: targets[tag] for tag in expired if targets[tag] in kept or look_at(os.path.join(
-            self.store.revision_path(name, targets[tag]), "link"))[0] < self.young}
+
+        def is_young(digest):
+            return look_at(os.path.join(self.store.revision_path(name, digest), "link"))[0] >= self.young
+
+        return {tag: targets[tag] for tag in expired if targets[tag] in kept or not is_young(targets[tag])}
 
     def _reached(self, name, revisions, mentions, expired):
         """The keys of the manifests that stay, with what they mention, and the tags that go (NAME:TAG). What stays is
@@ -4894,6 +4897,7 @@ EXPLANATIONS = {
                                416: "they don't follow what is here; Range says where to go on"}),
     "PUT finish_upload": ("that was all of the blob for {name}", {201: "its digest is right: it is stored as {digest}",
                           400: "the bytes have another digest: they were damaged on the way, and are thrown away"}),
+    "- ": ("something that is no HTTP request; perhaps HTTPS, which is not spoken here", {}),
     "DELETE cancel_upload": ("forget my upload to {name}", {204: "forgotten"}),
 }
 MEANINGS = {400: "I don't understand that", 401: "who are you? Come back with a user and a password",
@@ -5367,10 +5371,11 @@ class Observation:
         """Metrics that are not counted but looked up, as (name, number)."""
         found = []
         for what in ("gc", "verify") if self.folder else ():
+            path = os.path.join(self.folder, what)
             with contextlib.suppress(OSError, ValueError):  # not yet, or by an earlier version
-                path = os.path.join(self.folder, what)
                 found.append(("last_%s_seconds" % what, os.stat(path).st_mtime))
-                found += [("last_%s_%s" % (what, name), value) for name, value in load_json(read_file(path) or b"").items()]
+                numbers = load_json(read_file(path) or b"")
+                found += [("last_%s_%s" % (what, name), number) for name, number in numbers.items()]
         for endpoint in self.notifications.endpoints if self.notifications else ():
             name = re.sub(r'[\\"]', "_", harmless(endpoint.shown))
             found.append(('notifications_waiting{endpoint="%s"}' % name, self.notifications.waiting(endpoint)))
@@ -8448,8 +8453,8 @@ def build_parser():
     command.add_argument("--untagged", action="store_true", help="also delete manifests that no tag leads to, "
                          "itself or over an index or a subject")
     command.add_argument("--keep", metavar="N", type=positive, help="delete the tags of each repository except the N "
-                         "that were last pushed (or loaded, or pulled into the store), and the manifests to which no "
-                         "other tag leads, with their signatures; whether a server has --immutable-tags does not matter")
+                         "that were last pushed (load and pull count as well), and the manifests to which no other tag "
+                         "leads, with their signatures; it does not know of a server's --immutable-tags")
     command.add_argument("--older-than", metavar="TIME", type=seconds, help="delete the tags that were last pushed "
                          "longer ago, for example 90d, likewise; with --keep only what both would delete")
     command.add_argument("--repositories", metavar="GLOB", type=parse_glob, help="in which repositories --keep and "

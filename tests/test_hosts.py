@@ -339,6 +339,10 @@ class Storm:
         for thread in self.threads:
             thread.start()
 
+    def reach(self, goal):
+        """Wait until so many pushes have been acknowledged."""
+        until(lambda: len(self.acknowledged) >= goal or self.failures, 60)
+
     def end(self):
         self.stop.set()
         for thread in self.threads:
@@ -416,7 +420,7 @@ def test_a_storm_on_three_hosts_of_which_one_dies(skopeo, tmp_path):
         try:
             collected = set()
             for goal in (20, 40, 60, 80):
-                until(lambda: len(storm.acknowledged) >= goal or storm.failures, 60)
+                storm.reach(goal)
                 if goal == 40:
                     hosts.network.kill(2)
                 done = run(*hosts.command(3, "gc", "--root", hosts.root, "--untagged", "--grace", "0", "--json"))

@@ -146,6 +146,11 @@ def test_off_and_quiet_say_nothing(start_server):
 
 # The narration
 
+def test_what_is_no_request_is_explained():
+    words = explain(exchange(method="-", route="", target="-", status=400))
+    assert "something that is no HTTP request" in words and "- -" not in words
+
+
 def test_every_handler_of_the_protocol_is_explained():
     for pattern, handlers in tinyreg.ROUTES:
         for method, (_, handler) in handlers.items():

@@ -502,7 +502,7 @@ def test_a_head_that_takes_too_long(short, connect):
     assert wire.is_closed()
 
 
-@pytest.mark.parametrize("media_type", ["application/\u043e\u0431\u0440\u0430\u0437", "a/b\r\nX-Forged: yes", "\xe9", " "])
+@pytest.mark.parametrize("media_type", ["application/\u0439", "a/b\r\nX-Forged: yes", "\xe9", " "])
 def test_a_stored_media_type_that_no_header_can_carry(server, connect, media_type):
     """Another program may have stored such a manifest."""
     store = store_of(server)
