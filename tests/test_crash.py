@@ -371,8 +371,9 @@ def record(root, trace):
             os.kill(int(child), signal.SIGKILL)
         server.communicate(timeout=60)
     for number, option in enumerate((["--untagged"], ["--keep", "1"]), 2):
-        subprocess.run(strace + ["%s.%d" % (trace, number), sys.executable, TINYREG, "gc", "--grace", "0", "--root", root]
-                       + option, check=True, stdout=subprocess.DEVNULL, env=environment)
+        command = [sys.executable, TINYREG, "gc", "--grace", "0", "--root", root] + option
+        subprocess.run(strace + ["%s.%d" % (trace, number)] + command, check=True, stdout=subprocess.DEVNULL,
+                       env=environment)
     return promised + [dict(promised[-1], **{"app:" + tag: None for tag in OLDER})]
 
 

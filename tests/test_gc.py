@@ -16,7 +16,8 @@ import pytest
 from conftest import TINYREG, run_tinyreg
 from samples import (CONFIG, descriptor, image, index, make_image, make_referrer, push_blob, read_blob,
                      to_manifest)
-from tinyreg import DOCKER_SCHEMA1, OCI_MANIFEST, Collection, Digest, Directory, RegistryError, collect_garbage
+from tinyreg import (DOCKER_SCHEMA1, OCI_MANIFEST, Collection, Digest, Directory, Manifest, RegistryError,
+                     collect_garbage)
 
 HOUR = 3600
 
@@ -407,8 +408,8 @@ def test_signatures_are_no_tags_and_go_with_what_they_sign(aged):
 
 
 def test_a_tag_that_moves_meanwhile_stays(aged, monkeypatch):
-    manifest = aged.manifest("app", aged.resolve("app", "1"))
-    again = aged.manifest("app", aged.resolve("app", "4"))
+    first, fourth = aged.resolve("app", "1"), aged.resolve("app", "4")
+    manifest, again = [Manifest(aged._manifest_content(digest), digest) for digest in (first, fourth)]
     take = Collection._take
 
     def push_first(collection, kind, file, entries):
