@@ -538,6 +538,31 @@ def test_a_push_after_the_marking(store, monkeypatch, when, how):
         read_blob(store, name, blob.digest)
 
 
+def test_gc_does_not_go_by_what_nfs_remembers_of_a_file(store, monkeypatch):
+    """An NFS client may answer stat from memory, for up to a minute, while another host touches the file."""
+    manifest = make_image(store, "app", "gone", layers=(b"layer",))
+    store.delete_tag("app", "gone")
+    make_old(store)
+    real, remembered, take = os.stat, {}, Collection._take
+
+    def stat(path, **settings):
+        found = real(path, **settings)
+        return remembered.setdefault(path, found) if str(path).startswith(store.tree) else found
+
+    def push_first(collection, kind, file, entries):
+        entries = list(entries)
+        if kind == "manifests":
+            for _, folder in entries:
+                os.stat(os.path.join(folder, file))
+            store.put_manifest("app", manifest, ["again"])
+        return take(collection, kind, file, entries)
+
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(Collection, "_take", push_first)
+    collect_garbage(store, untagged=True)
+    assert store.manifest("app", store.resolve("app", "again")) and has_blob(store, "app", b"layer")
+
+
 PUSHER = """
 import itertools, json, os, random, sys, time
 sys.path[:0] = sys.argv[1:3]
