@@ -7977,6 +7977,8 @@ def positive(text):
 
 def collect(options):
     """Delete what nothing refers to; or say what that would be."""
+    if options.repositories and options.keep is None and options.older_than is None:
+        raise CommandError("--repositories says where --keep or --older-than delete tags; add one of them")
     store = open_store(options)
     gone = []
 

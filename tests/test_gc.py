@@ -450,6 +450,8 @@ def test_the_command_shows_what_would_expire_and_lets_it(aged):
     assert {"kind": "tag", "name": "app:5", "size": 0} in removed
     assert list(aged.tags("app")) == list("123") and list(aged.tags("other")) == ["old"]
     assert run_tinyreg("gc", "--root", aged.root, "--keep", "0").returncode == 2
+    alone = run_tinyreg("gc", "--root", aged.root, "--repositories", "a*")
+    assert alone.returncode == 1 and "--keep" in alone.stderr and len(alone.stderr.splitlines()) == 1
     assert run_tinyreg("verify", "--root", aged.root).returncode == 0
 
 
