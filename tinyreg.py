@@ -655,63 +655,6 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Behind:
-    """A second thread for one call at a time, for instance a write while the next block arrives.
-
-    The thread is made with the first call. Leaving the `with` waits for the last one. Two bare locks hand the calls
-    over, for thousands of them a gigabyte: an executor's queue and futures cost as much as the hashing."""
-
-    def __init__(self):
-        self.call = None   # what to do next; None ends the thread
-        self.error = None
-        self.busy = False
-        self.thread = None
-        self.given, self.done = threading.Lock(), threading.Lock()
-        self.given.acquire()
-        self.done.acquire()
-
-    def _work(self):
-        while True:
-            self.given.acquire()
-            if self.call is None:
-                return
-            function, arguments = self.call
-            try:
-                function(*arguments)
-            except BaseException as error:
-                self.error = error
-            self.done.release()
-
-    def run(self, function, *arguments):
-        """Wait for the call before, then start this one. Raises what the call before raised."""
-        self.wait()
-        if self.thread is None:
-            self.thread = threading.Thread(target=self._work, daemon=True)
-            self.thread.start()
-        self.call, self.busy = (function, arguments), True
-        self.given.release()
-
-    def wait(self):
-        """Raises what the last call raised, once."""
-        if self.busy:
-            self.done.acquire()
-            self.busy = False
-        error, self.error = self.error, None
-        if error:
-            raise error
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc_info):
-        try:
-            self.wait()
-        finally:
-            if self.thread:
-                self.call = None
-                self.given.release()
-
-
 class Files:
     """Durable writes and deletions by way of a scratch folder, which must lie on the same file system."""
 
@@ -1786,32 +1729,22 @@ class DirectoryUpload(UploadSession):
             fcntl.flock(file, fcntl.LOCK_UN)
 
     def append(self, body, start=None):
-        with self._open() as file, Behind() as writer:
+        with self._open() as file:
             self.offset = os.fstat(file.fileno()).st_size
             if start not in (None, self.offset):
                 raise self._misplaced()
-            known, offset, buffers = self.store.hashes.take(self.id), self.offset, []
+            known, buffer, more = self.store.hashes.take(self.id), memoryview(bytearray(COPY_BUFFER)), True
             try:
-                more = True
                 while more:
-                    # Two buffers in turn: one is filled and hashed while the other is written.
-                    buffers.insert(0, buffers.pop() if len(buffers) > 1 else memoryview(bytearray(COPY_BUFFER)))
                     filled = 0
                     try:
                         while more and filled < COPY_BUFFER:
-                            count = body.readinto(buffers[0][filled:])
+                            count = body.readinto(buffer[filled:])
                             more, filled = count > 0, filled + count
                     finally:  # what came before a client left is kept: it may come back for the rest
-                        block = buffers[0][:filled]
-                        known.update(block, offset)
-                        offset += filled
-                        if more:
-                            writer.run(self._write, file, block)
-                        else:
-                            writer.wait()
-                            self._write(file, block)
+                        known.update(buffer[:filled], self.offset)
+                        self._write(file, buffer[:filled])
             finally:
-                writer.wait()
                 if self.intact and known.offset == self.offset:
                     self.store.hashes.keep(self.id, known)
                     self.sum = known.sum(self.offset)
@@ -6542,19 +6475,21 @@ class Pace:
         self.waited = 0.0
         self.moved = 0
 
-    @contextlib.contextmanager
-    def waiting(self):
-        """Around a system call that the client can hold up; it ends after TICK seconds at the latest."""
+    def call(self, function, *arguments):
+        """What a system call returns that the client can hold up: how many bytes it moved; None if that was nothing,
+        for TICK seconds. Raises ClientLeft."""
         start = time.monotonic()
         try:
-            yield
+            moved = function(*arguments)
         except BlockingIOError:
-            pass
+            moved = None
+        self.moved += moved or 0
         self.waited += time.monotonic() - start
         if self.waited > PACE_WINDOW:
             if self.moved < PACE_BYTES:
                 raise ClientLeft("too slow")
             self.waited, self.moved = 0.0, 0
+        return moved
 
 
 class Incoming:
@@ -6616,11 +6551,9 @@ class Incoming:
             return count
         count = None
         while count is None:
-            with self.pace.waiting():
-                count = self.sock.recv_into(view)
+            count = self.pace.call(self.sock.recv_into, view)
         if not count and len(view):
             raise ClientLeft("left in the middle of a body")
-        self.pace.moved += count
         return count
 
     def read_line(self, limit):
@@ -7077,10 +7010,7 @@ class Connection:
     def _send_all(self, content):
         view, pace = memoryview(content), Pace()
         while view:
-            with pace.waiting():
-                count = self.sock.send(view)
-                pace.moved += count
-                view = view[count:]
+            view = view[pace.call(self.sock.send, view) or 0:]
 
     def _send_blob(self, blob):
         """Let the kernel copy a file to the socket; or read it, for TLS. Raises OSError, RegistryError, ClientLeft."""
@@ -7088,12 +7018,10 @@ class Connection:
             return self._send_read(blob)
         offset, end, pace = blob.offset, blob.offset + blob.length, Pace()
         while offset < end:
-            with pace.waiting():
-                count = os.sendfile(self.sock.fileno(), blob.file.fileno(), offset, min(end - offset, 1 << 30))
-                if not count:
-                    raise OSError(errno.EIO, "a blob became shorter while it was sent")
-                pace.moved += count
-                offset += count
+            count = pace.call(os.sendfile, self.sock.fileno(), blob.file.fileno(), offset, min(end - offset, 1 << 30))
+            if count == 0:
+                raise OSError(errno.EIO, "a blob became shorter while it was sent")
+            offset += count or 0
 
     def _send_stream(self, stream, chunked):
         """Send a body as it is made. If the server stops before its end, the client sees that the end is missing."""
