@@ -4967,12 +4967,13 @@ class Metrics:
         """The sum over all processes."""
         return sum(self.numbers[self.cells[name]::len(self.cells)])
 
-    def count(self, exchange):
+    def count(self, exchange, cached=False):
         """Add one exchange."""
         block = self.blocks.get((exchange.method, exchange.route), self.blocks["other", "none"])
         with self.mutex:
             row = self.row * len(self.cells)
             seconds = row + block + len(STATUSES)
+            self.numbers[row + 2] += cached
             self.numbers[row] += exchange.received
             self.numbers[row + 1] += exchange.sent
             self.numbers[row + block + self.statuses.get(exchange.status, len(STATUSES) - 1)] += 1
@@ -5262,12 +5263,12 @@ class Observation:
         if self.notifications:
             self.notifications.start()
 
-    def record(self, exchange):
+    def record(self, exchange, cached=False):
         """Tell all who want to know of an exchange; its target has secrets that nobody is told."""
         target = without_secrets(exchange.target)
         if target != exchange.target:  # a copy costs as much as all the rest of this
             exchange = exchange._replace(target=target)
-        self.metrics.count(exchange)
+        self.metrics.count(exchange, cached)
         if self.live:
             self.live.write(exchange)
         if self.style != "off":
@@ -6916,9 +6917,8 @@ class Connection:
             kept = self.server.kept.find((self.certificate, head)) if not self.plain else None
             if kept and not self.server.stopping:
                 self._send_all(kept.content)
-                self.server.observation.metrics.add("cache_hits_total")
                 self.server.observation.record(kept.exchange._replace(client=self.client,
-                                                                      seconds=time.monotonic() - started))
+                                                                      seconds=time.monotonic() - started), cached=True)
                 self.idle = True
                 return True
             method, target, version, headers = parse_head(head)
@@ -7876,17 +7876,17 @@ def add_transfer_options(command, to=None, images=True):
     """The options that pull, push and load have in common; `to` is the help of --to, where it is needed, and `images`
     whether images are named."""
     if images:
-        command.add_argument("-f", "--file", metavar="FILE", action="append",
-                             help="read images from FILE as well, one a line, # begins a comment; - is stdin")
+        command.add_argument("-f", "--file", metavar="FILE", action="append", help="read images from FILE as well, one "
+                             "a line, # begins a comment; - is stdin")
     if to:
         command.add_argument("--to", metavar="HOST[:PORT][/PREFIX]", required=True, help=to)
-    command.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", action="append", help="copy images for "
-                         "this platform only; may be repeated; the index keeps its digest (default: all)")
-    command.add_argument("--no-referrers", action="store_true",
-                         help="leave signatures, SBOMs and the like behind")
+    command.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", action="append",
+                         help="copy images for this platform only; may be repeated; the index keeps its digest "
+                         "(default: all)")
+    command.add_argument("--no-referrers", action="store_true", help="leave signatures, SBOMs and the like behind")
     command.add_argument("--jobs", metavar="N", type=positive, default=4, help="blobs that are copied at once")
-    command.add_argument("--retries", metavar="N", type=int, default=5,
-                         help="how often a request is tried again, with longer and longer pauses")
+    command.add_argument("--retries", metavar="N", type=int, default=5, help="how often a request is tried again, with "
+                         "longer and longer pauses")
     command.add_argument("--ca", metavar="FILE", help="trust the certificates of this CA (PEM) as well")
     command.add_argument("--insecure", action="store_true", help="don't check certificates, and take plain HTTP where "
                          "there is no TLS: whoever is on the way can read passwords and change tags")
@@ -7894,13 +7894,6 @@ def add_transfer_options(command, to=None, images=True):
                          "and change tags")
     command.add_argument("--dry-run", action="store_true", help="say what would be copied, and copy nothing")
     command.add_argument("--json", action="store_true", help="print JSON")
-
-
-def positive(text):
-    """A number from 1 on the command line. Raises ArgumentTypeError."""
-    if not re.fullmatch("[1-9][0-9]{0,3}", text):
-        raise argparse.ArgumentTypeError("%r is no number from 1 to 9999" % text)
-    return int(text)
 
 
 def collect(options):
@@ -8158,10 +8151,37 @@ def verify_archives(options):
     return 1 if damaged or images else 0
 
 
+SWITCHES = ("--tls", "--sparse", "--read-only", "--shared")  # the options of serve that take no value …
+REPEATED = ("--listen", "--tls-name", "--immutable-tags", "--notify", "--upstream")  # … and that take several
+
+
+def variable_of(option):
+    """The environment's variable for an option of serve."""
+    return "TINYREG_" + option.lstrip("-").replace("-", "_").upper()
+
+
+def with_environment(given):
+    """The arguments of serve, after what the environment's variables say of the options that are not among them."""
+    found = []
+    for variable, value in sorted(os.environ.items()):
+        option = "--" + variable[len("TINYREG_"):].lower().replace("_", "-")
+        named = any(argument.partition("=")[0] == option for argument in given)
+        if variable != variable_of(option) or option == "--root" or named or not value:
+            continue
+        if option not in SWITCHES:
+            found += ["%s=%s" % (option, word) for word in (value.split() if option in REPEATED else [value])]
+        elif value.lower() not in ("0", "no", "false"):
+            found.append(option)
+    return found + given
+
+
 class Parser(argparse.ArgumentParser):
     """Errors in one line, with exit status 2."""
 
     def error(self, message):
+        option = re.match("argument (--[a-z-]+)", message)
+        if option and os.environ.get(variable_of(option.group(1))):
+            message += "; %s is set" % variable_of(option.group(1))
         self.exit(2, "%s: %s (see %s --help)\n" % (self.prog, message, self.prog))
 
 
@@ -8169,15 +8189,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults, where there are any, and leaves the examples as they are."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
-class Repeated(argparse.Action):
-    """An option that may be repeated. What the command line says replaces what the environment said."""
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        given = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [value] if given is self.default else given + [value])
+def positive(text):
+    """A number from 1 on the command line. Raises ArgumentTypeError."""
+    if not re.fullmatch("[1-9][0-9]{0,3}", text):
+        raise argparse.ArgumentTypeError("%r is no number from 1 to 9999" % text)
+    return int(text)
 
 
 def seconds(text):
@@ -8186,13 +8205,6 @@ def seconds(text):
     if not match:
         raise argparse.ArgumentTypeError("%r is no time: write for example 30s, 5m or 24h" % text)
     return float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
-
-
-def worker_count(text):
-    """A number of processes. Raises ArgumentTypeError."""
-    if not re.fullmatch(r"[1-9][0-9]{0,2}", text):
-        raise argparse.ArgumentTypeError("%r is no number of processes: write 1 to 999" % text)
-    return int(text)
 
 
 def byte_count(text):
@@ -8241,33 +8253,6 @@ def add_command(commands, function, name, purpose, examples):
     return parser
 
 
-def from_environment(parser, name, **settings):
-    """An option of serve, which TINYREG_<OPTION> sets as well. Raises SystemExit for a wrong value there."""
-    variable = "TINYREG_" + name.lstrip("-").replace("-", "_").upper()
-    value = os.environ.get(variable)
-    settings["help"] += " (%s)" % variable
-    if value and settings.get("action") == "store_true":
-        settings["default"] = value.lower() not in ("0", "no", "false")
-    elif value and settings.get("action") == "append":
-        settings["default"] = [parser_value(parser, variable, word, **settings) for word in value.split()]
-    elif value:
-        settings["default"] = parser_value(parser, variable, value, **settings)
-    if settings.get("action") == "append":
-        settings["action"] = Repeated
-    parser.add_argument(name, **settings)
-
-
-def parser_value(parser, variable, text, type=str, choices=None, **others):
-    """A value from the environment, converted and checked as on the command line."""
-    try:
-        value = type(text)
-    except argparse.ArgumentTypeError as error:
-        parser.error("%s: %s" % (variable, error))
-    if choices and value not in choices:
-        parser.error("%s: %r is none of: %s" % (variable, text, ", ".join(choices)))
-    return value
-
-
 def build_parser():
     parser = Parser(prog="tinyreg.py", formatter_class=HelpFormatter, description="A container registry in one file.",
                     epilog="examples:\n  python3 tinyreg.py                        serve ./registry on 127.0.0.1:5000\n"
@@ -8280,62 +8265,61 @@ def build_parser():
                           "  tinyreg.py serve --root /srv/registry --listen :5000 --anonymous push\n"
                           "  tinyreg.py serve --listen :5000 --tls --users users --rules rules\n"
                           "  tinyreg.py serve /media/usb/images.tar\n")
+    command.description += (" Each option is a variable in the environment, too: --log-file is TINYREG_LOG_FILE. Where "
+                            "an option may be repeated, spaces separate the values.")
     command.add_argument("archives", metavar="ARCHIVE", nargs="*", help="serve the images in these archives instead of "
                          "the store, read-only")
-    from_environment(command, "--listen", metavar="[HOST]:PORT", type=address, action="append",
-                     help="address to listen on; :5000 is every address; may be repeated "
-                     "(default: 127.0.0.1:5000, which Docker trusts without TLS)")
-    from_environment(command, "--anonymous", metavar="LEVEL", choices=LEVELS,
-                     help="what clients without a password may do: none, pull, push or admin, which deletes "
-                     "(default: none with --users or --tls-client-ca; else admin if only this machine can reach it, "
-                     "and pull if others can)")
-    from_environment(command, "--users", metavar="FILE",
-                     help="htpasswd file of those who may log in; see tinyreg.py passwd")
-    from_environment(command, "--rules", metavar="FILE",
-                     help="lines REPOSITORY-GLOB USER|*|@anonymous pull|push|admin|none; the last that matches counts; "
-                     "* stays within one component of a name, ** does not; the user * is everyone who has logged in "
-                     "(without rules users may do everything)")
-    from_environment(command, "--tls", action="store_true", default=False,
-                     help="serve HTTPS, with a CA and a certificate for this host that are made and renewed as needed "
-                     "(with the openssl command); clients get the CA at /ca.crt; see tinyreg.py clients")
-    from_environment(command, "--tls-name", metavar="NAME", type=str, action="append",
-                     help="one more name or address to make the certificate for; may be repeated")
-    from_environment(command, "--tls-cert", metavar="FILE",
-                     help="serve HTTPS with this certificate (and its chain, PEM)")
-    from_environment(command, "--tls-key", metavar="FILE", help="its key, unless that is in the same file")
-    from_environment(command, "--tls-client-ca", metavar="FILE",
-                     help="take only clients with a certificate from this CA; its subject's CN is the user")
-    from_environment(command, "--sparse", action="store_true", default=False,
-                     help="take image manifests whose blobs are missing (pulls of such an image fail)")
-    from_environment(command, "--read-only", action="store_true", default=False, help="refuse pushes and deletions")
-    from_environment(command, "--shared", action="store_true", default=False,
-                     help="servers on other hosts have this directory too: keep no answers in memory; the README says "
-                     "what the file system must promise, and how to mount NFS")
-    from_environment(command, "--immutable-tags", metavar="GLOB", type=parse_glob, action="append", default=[],
-                     help="tags (v*) or images (prod/**:*) that clients can't move or delete; may be repeated")
-    from_environment(command, "--notify", metavar="URL", type=endpoint, action="append", default=[],
-                     help="POST events to this URL, in Distribution's format; may be repeated; settings follow a #: "
-                     "actions=push,mount,delete,pull & repositories=GLOB,... & secret=FILE & headers=FILE")
-    from_environment(command, "--log", metavar="STYLE", choices=list(LOG_FORMATS) + ["off"], default="text",
-                     help="text, json, off, or explain, which says in words what happens")
-    from_environment(command, "--log-file", metavar="FILE", help="log there, not to stderr; SIGHUP opens it anew")
-    from_environment(command, "--workers", metavar="N", type=worker_count,
-                     default=min(4, cores()), help="processes that serve")
-    from_environment(command, "--upstream", metavar="NS=URL", type=upstream, action="append",
-                     help="fetch what is missing below NS/ from URL, and keep it; may be repeated; logins are those of "
-                     "docker login; pushes below NS/ are refused (example: docker.io=https://registry-1.docker.io)")
-    from_environment(command, "--upstream-ttl", metavar="TIME", type=seconds, default=300.0,
-                     help="how long a tag is taken as right before the upstream is asked again")
-    from_environment(command, "--drain", metavar="TIME", type=seconds, default=30.0,
-                     help="how long running transfers may take to end after SIGTERM")
-    from_environment(command, "--min-free", metavar="SIZE", type=byte_count, default=0,
-                     help="refuse uploads that would leave less than this free on the disk, for example 10G")
-    from_environment(command, "--max-blob", metavar="SIZE", type=byte_count, default=0,
-                     help="refuse blobs that are larger; 0 is no limit")
-    from_environment(command, "--gc-every", metavar="TIME", type=seconds, default=0.0,
-                     help="delete what nothing refers to this often, for example 24h; 0 is never")
-    from_environment(command, "--grace", metavar="TIME", type=seconds, default=3600.0,
-                     help="how long --gc-every leaves what a client was told about")
+    command.add_argument("--listen", metavar="[HOST]:PORT", type=address, action="append",
+                         help="address to listen on; :5000 is every address; may be repeated (default: 127.0.0.1:5000, "
+                         "which Docker trusts without TLS)")
+    command.add_argument("--anonymous", metavar="LEVEL", choices=LEVELS, help="what clients without a password may do: "
+                         "none, pull, push or admin, which deletes (default: none with --users or --tls-client-ca; "
+                         "else admin if only this machine can reach it, and pull if others can)")
+    command.add_argument("--users", metavar="FILE", help="htpasswd file of those who may log in; see tinyreg.py passwd")
+    command.add_argument("--rules", metavar="FILE", help="lines REPOSITORY-GLOB USER|*|@anonymous "
+                         "pull|push|admin|none; the last that matches counts; * stays within one component of a name, "
+                         "** does not; the user * is everyone who has logged in (without rules users may do "
+                         "everything)")
+    command.add_argument("--tls", action="store_true", help="serve HTTPS, with a CA and a certificate for this host "
+                         "that are made and renewed as needed (with the openssl command); clients get the CA at "
+                         "/ca.crt; see tinyreg.py clients")
+    command.add_argument("--tls-name", metavar="NAME", action="append", help="one more name or address to make the "
+                         "certificate for; may be repeated")
+    command.add_argument("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate (and its chain, PEM)")
+    command.add_argument("--tls-key", metavar="FILE", help="its key, unless that is in the same file")
+    command.add_argument("--tls-client-ca", metavar="FILE", help="take only clients with a certificate from this CA; "
+                         "its subject's CN is the user")
+    command.add_argument("--sparse", action="store_true", help="take image manifests whose blobs are missing (pulls of "
+                         "such an image fail)")
+    command.add_argument("--read-only", action="store_true", help="refuse pushes and deletions")
+    command.add_argument("--shared", action="store_true", help="servers on other hosts have this directory too: keep "
+                         "no answers in memory; the README says what the file system must promise, and how to mount "
+                         "NFS")
+    command.add_argument("--immutable-tags", metavar="GLOB", type=parse_glob, action="append", default=[],
+                         help="tags (v*) or images (prod/**:*) that clients can't move or delete; may be repeated")
+    command.add_argument("--notify", metavar="URL", type=endpoint, action="append", default=[],
+                         help="POST events to this URL, in Distribution's format; may be repeated; settings follow a "
+                         "#: actions=push,mount,delete,pull & repositories=GLOB,... & secret=FILE & headers=FILE")
+    command.add_argument("--log", metavar="STYLE", choices=list(LOG_FORMATS) + ["off"], default="text",
+                         help="text, json, off, or explain, which says in words what happens")
+    command.add_argument("--log-file", metavar="FILE", help="log there, not to stderr; SIGHUP opens it anew")
+    command.add_argument("--workers", metavar="N", type=positive, default=min(4, cores()), help="processes that serve")
+    command.add_argument("--upstream", metavar="NS=URL", type=upstream, action="append",
+                         help="fetch what is missing below NS/ from URL, and keep it; may be repeated; logins are "
+                         "those of docker login; pushes below NS/ are refused (example: "
+                         "docker.io=https://registry-1.docker.io)")
+    command.add_argument("--upstream-ttl", metavar="TIME", type=seconds, default=300.0,
+                         help="how long a tag is taken as right before the upstream is asked again")
+    command.add_argument("--drain", metavar="TIME", type=seconds, default=30.0, help="how long running transfers may "
+                         "take to end after SIGTERM")
+    command.add_argument("--min-free", metavar="SIZE", type=byte_count, default=0,
+                         help="refuse uploads that would leave less than this free on the disk, for example 10G")
+    command.add_argument("--max-blob", metavar="SIZE", type=byte_count, default=0,
+                         help="refuse blobs that are larger; 0 is no limit")
+    command.add_argument("--gc-every", metavar="TIME", type=seconds, default=0.0, help="delete what nothing refers to "
+                         "this often, for example 24h; 0 is never")
+    command.add_argument("--grace", metavar="TIME", type=seconds, default=3600.0, help="how long --gc-every leaves "
+                         "what a client was told about")
     command = add_command(commands, pull, "pull", "Copy images from their registries into the store.",
                           "  tinyreg.py pull alpine:3.19 quay.io/prometheus/prometheus:v2.53.0\n"
                           "  tinyreg.py pull -f images.txt --platform linux/amd64 --dry-run\n")
@@ -8365,12 +8349,12 @@ def build_parser():
                           "  tinyreg.py clients containerd --mirror | ssh root@node sh\n"
                           "  tinyreg.py clients docker --install\n")
     command.add_argument("client", metavar="CLIENT", nargs="?", choices=CLIENTS, help="one of %(choices)s")
-    command.add_argument("--host", metavar="HOST:PORT",
-                         help="what clients call the registry (default: this host's name, and port 5000)")
+    command.add_argument("--host", metavar="HOST:PORT", help="what clients call the registry (default: this host's "
+                         "name, and port 5000)")
     command.add_argument("--mirror", action="store_true", help="let them take images of every origin from it, too")
     command.add_argument("--install", action="store_true", help="run the script here instead of printing it")
-    command.add_argument("--ca", metavar="FILE",
-                         help="the CA of the registry's certificate (default: the one that serve --tls has made)")
+    command.add_argument("--ca", metavar="FILE", help="the CA of the registry's certificate (default: the one that "
+                         "serve --tls has made)")
     command.add_argument("--plain-http", action="store_true", help="the registry has no TLS")
     command = add_command(commands, remove, "rm", "Delete tags and manifests.",
                           "  tinyreg.py rm alpine:3.19\n  tinyreg.py rm alpine@sha256:0123...\n")
@@ -8380,8 +8364,8 @@ def build_parser():
     command = add_command(commands, collect, "gc", "Delete what nothing refers to; safe beside a running server.",
                           "  tinyreg.py gc --dry-run\n  tinyreg.py gc\n  tinyreg.py gc --untagged --grace 7d\n"
                           "  tinyreg.py gc --keep 10 --older-than 90d --repositories 'team/**' --dry-run\n")
-    command.add_argument("--untagged", action="store_true", help="also delete manifests that no tag leads to, "
-                         "itself or over an index or a subject")
+    command.add_argument("--untagged", action="store_true", help="also delete manifests that no tag leads to, itself "
+                         "or over an index or a subject")
     command.add_argument("--keep", metavar="N", type=positive, help="delete the tags of each repository except the N "
                          "that were last pushed (load and pull count as well), and the manifests to which no other tag "
                          "leads, with their signatures; it does not know of a server's --immutable-tags")
@@ -8389,18 +8373,18 @@ def build_parser():
                          "longer ago, for example 90d, likewise; with --keep only what both would delete")
     command.add_argument("--repositories", metavar="GLOB", type=parse_glob, help="in which repositories --keep and "
                          "--older-than delete tags; * stays within one component, ** does not (default: all)")
-    command.add_argument("--grace", metavar="TIME", type=seconds, default=3600.0,
-                         help="leave what was pushed, or a client was told about, this short ago")
+    command.add_argument("--grace", metavar="TIME", type=seconds, default=3600.0, help="leave what was pushed, or a "
+                         "client was told about, this short ago")
     command.add_argument("--dry-run", action="store_true", help="only list what would go, with its size")
     command.add_argument("--json", action="store_true", help="print JSON")
     command = add_command(commands, verify, "verify", "Read everything again; name what is damaged, and what it harms.",
                           "  tinyreg.py verify --rate 50M\n  tinyreg.py verify --repair\n"
                           "  tinyreg.py verify /media/stick/images-*.tar\n")
     command.add_argument("archives", metavar="FILE", nargs="*", help="re-read these archives instead of the store")
-    command.add_argument("--rate", metavar="SIZE", type=byte_count, default=0,
-                         help="read so much a second; 0 is no limit")
-    command.add_argument("--repair", action="store_true", help="move what is damaged into ROOT/tinyreg/damaged, "
-                         "so that pushing the image again mends it")
+    command.add_argument("--rate", metavar="SIZE", type=byte_count, default=0, help="read so much a second; 0 is no "
+                         "limit")
+    command.add_argument("--repair", action="store_true", help="move what is damaged into ROOT/tinyreg/damaged, so "
+                         "that pushing the image again mends it")
     command.add_argument("--json", action="store_true", help="print JSON")
     add_archive_commands(commands)
     return parser
@@ -8412,18 +8396,17 @@ def add_archive_commands(commands):
                           "  tinyreg.py save -f images.txt -o images.tar --have have.txt --split 3900M\n"
                           "  tinyreg.py save alpine -o - | ssh HOST docker load\n")
     command.add_argument("images", metavar="IMAGE", nargs="*", help="NAME[:TAG] or NAME@DIGEST")
-    command.add_argument("-f", "--file", metavar="FILE", action="append",
-                         help="read images from FILE as well, one a line, # begins a comment; - is stdin")
+    command.add_argument("-f", "--file", metavar="FILE", action="append", help="read images from FILE as well, one a "
+                         "line, # begins a comment; - is stdin")
     command.add_argument("-o", "--output", metavar="FILE", required=True, help="the archive; - is stdout")
     command.add_argument("--platform", metavar="OS/ARCH", action="append", default=[],
                          help="leave out the images of an index for other platforms; may be repeated")
-    command.add_argument("--no-referrers", action="store_true",
-                         help="leave signatures, SBOMs and the like behind")
+    command.add_argument("--no-referrers", action="store_true", help="leave signatures, SBOMs and the like behind")
     command.add_argument("--no-self", action="store_true", help="leave out tinyreg.py itself")
     command.add_argument("--have", metavar="FILE", action="append", default=[], help="leave out the blobs that are in "
                          "this list (`ls --digests` of the far side) or archive; may be repeated")
-    command.add_argument("--split", metavar="SIZE", type=byte_count,
-                         help="write parts of at most this size, for example 3900M for a FAT32 stick")
+    command.add_argument("--split", metavar="SIZE", type=byte_count, help="write parts of at most this size, for "
+                         "example 3900M for a FAT32 stick")
     command.add_argument("--dry-run", action="store_true", help="say how much it would be, and write nothing")
     command.add_argument("--json", action="store_true", help="print JSON")
     command = add_command(commands, load, "load", "Put the images of archives into the store.",
@@ -8455,6 +8438,8 @@ def main(argv=None):
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version"):
         arguments.insert(0, "serve")
+    if arguments[0] == "serve":
+        arguments[1:] = with_environment(arguments[1:])
     options = build_parser().parse_args(arguments)
     if options.command == "serve":
         options.listen = options.listen or [("127.0.0.1", 5000)]

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+import tinyreg
 from conftest import TINYREG, found_pythons, run_tinyreg
 from samples import CONFIG, image, index, make_image, make_referrer, push_blob, to_manifest
 from tinyreg import OCI_INDEX, OCI_MANIFEST, Digest, Directory, __version__
@@ -66,10 +67,19 @@ def test_help_of_each_command():
         assert "default: None" not in done.stdout and "default: False" not in done.stdout
 
 
-def test_each_option_of_serve_can_come_from_the_environment():
-    shown = run_tinyreg("serve", "--help").stdout
-    for option in set(re.findall(r"^  (--[a-z-]+)", shown, re.MULTILINE)) - {"--help", "--quiet"}:
-        assert "TINYREG_" + option[2:].replace("-", "_").upper() in shown
+def test_each_option_of_serve_can_come_from_the_environment(monkeypatch):
+    shown = run_tinyreg("serve", "--help").stdout.split("\n\nexamples:")[0]
+    texts = {text.split()[0]: " ".join(text.split()) for text in shown.split("\n  --")[1:]}
+    options = {"--" + name for name in texts} - {"--quiet", "--root"}
+    assert len(options) > 20
+    for option in options:
+        text = texts[option[2:]]
+        assert (option in tinyreg.SWITCHES) == (re.match(r"\S+ [\[A-Z]+\S*( |$)", text) is None), text
+        assert (option in tinyreg.REPEATED) == ("may be repeated" in text), text
+        monkeypatch.setenv(tinyreg.variable_of(option), "one two")
+    values = {argument.partition("=")[0] for argument in tinyreg.with_environment([])}
+    assert values == options
+    assert tinyreg.with_environment(["--listen", ":1"]).count("--listen") == 1
 
 
 def test_version():
