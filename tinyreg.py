@@ -234,6 +234,10 @@ class RegistryError(Exception):
         return to_json({"errors": entries or [{"code": self.code, "message": self.message}]})
 
 
+class CommandError(argparse.ArgumentTypeError):
+    """What whoever runs tinyreg is told, in one line that says what to do; also by argparse, about an option."""
+
+
 class ClientLeft(Exception):
     """The client closed its connection, or moved too slowly, in the middle of a request or an answer."""
 
@@ -6671,29 +6675,29 @@ def host_names():
 
 
 def alternative_names(names):
-    """These names and addresses as subjectAltName wants them. Raises ValueError."""
+    """These names and addresses as subjectAltName wants them. Raises CommandError."""
     for name in names:
         if not re.fullmatch(r"[0-9A-Za-z_.:*-]+", name):
-            raise ValueError("%r is no name or address to make a certificate for" % name)
+            raise CommandError("%r is no name or address to make a certificate for" % name)
     return ",".join(("IP:" if re.fullmatch(r"[0-9.]+|.*:.*", name) else "DNS:") + name for name in sorted(names))
 
 
 def openssl(*arguments, folder=None, check=True):
-    """Whether the openssl command succeeds. Raises ValueError where it is missing or (`check`) fails."""
+    """Whether the openssl command succeeds. Raises CommandError where it is missing or (`check`) fails."""
     try:
         done = subprocess.run(("openssl",) + arguments, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT)
     except OSError as error:
-        raise ValueError("--tls needs the openssl command, to make certificates (%s); install it, or bring your own "
+        raise CommandError("--tls needs the openssl command, to make certificates (%s); install it, or bring your own "
                          "certificate with --tls-cert and --tls-key" % error.strerror)
     if check and done.returncode:
-        raise ValueError("openssl %s failed: %s" % (arguments[0], done.stdout.decode("utf-8", "replace").strip()))
+        raise CommandError("openssl %s failed: %s" % (arguments[0], done.stdout.decode("utf-8", "replace").strip()))
     return done.returncode == 0
 
 
 def make_certificates(files, folder, names):
     """See to it that there are, in `folder`, a CA (ca.key, ca.crt) and a certificate that it has made for these names
-    (server.pem, with its key), both for some time to come. Raises ValueError, OSError."""
+    (server.pem, with its key), both for some time to come. Raises CommandError, OSError."""
 
     def lasts(name, days):
         return openssl("x509", "-noout", "-checkend", str(days * 86400), "-in", os.path.join(folder, name), check=False)
@@ -6734,7 +6738,7 @@ def make_certificates(files, folder, names):
 class Certificates:
     """What the TLS of a server goes by. Files that change are read again; `renew`, if given, is called every hour.
 
-    `ca` is the content of the CA's certificate, where it is ours to give out. Raises OSError, ValueError."""
+    `ca` is the content of the CA's certificate, where it is ours to give out. Raises OSError, CommandError."""
 
     def __init__(self, certificate, key=None, client_ca=None, ca=None, renew=None):
         self.files = (certificate, key, client_ca)
@@ -6758,7 +6762,7 @@ class Certificates:
                 context.verify_mode = ssl.CERT_REQUIRED
         except OSError as error:  # SSLError is one, and its strerror is longer than its reason
             reason = getattr(error, "reason", None) or error.strerror
-            raise ValueError("can't use %s for TLS: %s" % (", ".join(filter(None, self.files)), reason))
+            raise CommandError("can't use %s for TLS: %s" % (", ".join(filter(None, self.files)), reason))
         self.ca = read_file(self.ca_file) if self.ca_file else None
         self.context = context
 
@@ -6770,7 +6774,7 @@ class Certificates:
                 self.renew()
             if self.watch.changed():
                 self._load()
-        except (OSError, ValueError) as error:
+        except (OSError, CommandError) as error:
             logger.error("the former certificate stays in use: %s", error)
         return self.context
 
@@ -7068,10 +7072,10 @@ REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
 def parse_listen(text):
-    """[HOST]:PORT as (host, port); no host means every address. Raises ValueError."""
+    """[HOST]:PORT as (host, port); no host means every address. Raises CommandError."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.%\w]+)\]|([^:\[\]]*)):([0-9]{1,5})", text)
     if not match or int(match.group(3)) > 65535:
-        raise ValueError("%r is no address: write HOST:PORT or :PORT, for example 127.0.0.1:5000 or :5000" % text)
+        raise CommandError("%r is no address: write HOST:PORT or :PORT, for example 127.0.0.1:5000 or :5000" % text)
     return match.group(1) or match.group(2) or "", int(match.group(3))
 
 
@@ -7300,10 +7304,6 @@ def next_signal():
 # ---------------------------------------------------------------------------------------------------------
 
 
-class CommandError(Exception):
-    """What the user is told, in one line that says what to do."""
-
-
 def open_store(options, create=False, kind=Directory):
     """The Directory at --root, or one of a kind that is made like it. Raises CommandError."""
     try:
@@ -7430,16 +7430,11 @@ def open_tls(options, store):
     def renew():
         make_certificates(store.files, folder, hosts | set(options.tls_name or ()) | host_names())
 
-    try:
-        if options.tls:
-            renew()
-            return Certificates(os.path.join(folder, "server.pem"), None, options.tls_client_ca,
-                                os.path.join(folder, "ca.crt"), renew)
-        return Certificates(certificate, key, options.tls_client_ca) if certificate else None
-    except OSError as error:
-        raise CommandError("can't use %s: %s" % (error.filename or "the certificate", error.strerror))
-    except ValueError as error:
-        raise CommandError(str(error))
+    if options.tls:
+        renew()
+        return Certificates(os.path.join(folder, "server.pem"), None, options.tls_client_ca,
+                            os.path.join(folder, "ca.crt"), renew)
+    return Certificates(certificate, key, options.tls_client_ca) if certificate else None
 
 
 def tls_folder(root):
@@ -8193,34 +8188,26 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def positive(text):
-    """A number from 1 on the command line. Raises ArgumentTypeError."""
+    """A number from 1 on the command line. Raises CommandError."""
     if not re.fullmatch("[1-9][0-9]{0,3}", text):
-        raise argparse.ArgumentTypeError("%r is no number from 1 to 9999" % text)
+        raise CommandError("%r is no number from 1 to 9999" % text)
     return int(text)
 
 
 def seconds(text):
-    """A time on the command line: 30, 30s, 5m, 24h, 7d. In seconds. Raises ArgumentTypeError."""
+    """A time on the command line: 30, 30s, 5m, 24h, 7d. In seconds. Raises CommandError."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text)
     if not match:
-        raise argparse.ArgumentTypeError("%r is no time: write for example 30s, 5m or 24h" % text)
+        raise CommandError("%r is no time: write for example 30s, 5m or 24h" % text)
     return float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
 
 
 def byte_count(text):
-    """A number of bytes on the command line: 4096, 700M, 3.9G (powers of 1024). Raises ArgumentTypeError."""
+    """A number of bytes on the command line: 4096, 700M, 3.9G (powers of 1024). Raises CommandError."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kKMGT]?)(?:i?B)?", text)
     if not match:
-        raise argparse.ArgumentTypeError("%r is no size: write for example 700M or 3.9G" % text)
+        raise CommandError("%r is no size: write for example 700M or 3.9G" % text)
     return int(float(match.group(1)) * 1024 ** " KMGT".index(match.group(2).upper() or " "))
-
-
-def address(text):
-    """An address on the command line. Raises ArgumentTypeError."""
-    try:
-        return parse_listen(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error))
 
 
 def endpoint(text):
@@ -8232,10 +8219,10 @@ def endpoint(text):
 
 
 def upstream(text):
-    """NS=URL on the command line as (NS, host, whether it is plain HTTP, prefix). Raises ArgumentTypeError."""
+    """NS=URL on the command line as (NS, host, whether it is plain HTTP, prefix). Raises CommandError."""
     match = re.fullmatch(r"([^=/]+)=(?:(https?)://)?([^/@]+)(?:/(.*?))?/*", text)
     if not match or not HOST.fullmatch(match.group(1)) or not HOST.fullmatch(match.group(3)):
-        raise argparse.ArgumentTypeError("%r is no upstream: write for example docker.io=https://registry-1.docker.io"
+        raise CommandError("%r is no upstream: write for example docker.io=https://registry-1.docker.io"
                                          % text)
     space, scheme, host, prefix = match.groups()
     host = "docker.io" if host in ("registry-1.docker.io", "index.docker.io") else host
@@ -8269,7 +8256,7 @@ def build_parser():
                             "an option may be repeated, spaces separate the values.")
     command.add_argument("archives", metavar="ARCHIVE", nargs="*", help="serve the images in these archives instead of "
                          "the store, read-only")
-    command.add_argument("--listen", metavar="[HOST]:PORT", type=address, action="append",
+    command.add_argument("--listen", metavar="[HOST]:PORT", type=parse_listen, action="append",
                          help="address to listen on; :5000 is every address; may be repeated (default: 127.0.0.1:5000, "
                          "which Docker trusts without TLS)")
     command.add_argument("--anonymous", metavar="LEVEL", choices=LEVELS, help="what clients without a password may do: "
