@@ -1,7 +1,10 @@
 """Blobs, manifests and images for the tests, and the pushing of them through the Registry interface."""
 
+import gzip
+import hashlib
 import io
 import json
+import tarfile
 
 from tinyreg import (DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Digest, parse_manifest)
 
@@ -54,6 +57,26 @@ def make_image(registry, name, tag="latest", layers=(b"layer one", b"layer two")
     manifest = to_manifest(image(layers, config, media_type, algorithm, **fields), algorithm)
     registry.put_manifest(name, manifest, [tag] if tag else [])
     return manifest
+
+
+def real_image(store, name, tag="1", contents=None, architecture="amd64"):
+    """An image that clients can unpack: layers with a file each, and a config that says so."""
+    layers = [tar_of(content) for content in contents or [name.encode()]]
+    diffs = ["sha256:" + hashlib.sha256(layer).hexdigest() for layer in layers]
+    config = {"architecture": architecture, "os": "linux", "config": {"Cmd": ["/name"]},
+              "rootfs": {"type": "layers", "diff_ids": diffs}}
+    return make_image(store, name, tag, layers=[gzip.compress(layer) for layer in layers],
+                      config=json.dumps(config).encode())
+
+
+def tar_of(content):
+    """A tar with one file."""
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as archive:
+        info = tarfile.TarInfo("name")
+        info.size = len(content)
+        archive.addfile(info, io.BytesIO(content))
+    return tar.getvalue()
 
 
 def make_docker_image(registry, name, tag="latest"):

@@ -5,22 +5,18 @@ The clients live in a mount namespace whose /etc is a copy that is gone afterwar
 they are, and the server on an address that no client trusts by itself (as Docker does 127.0.0.1).
 """
 
-import gzip
-import hashlib
 import http.client
-import io
 import json
 import ssl
 import subprocess
 import sys
-import tarfile
 import time
 
 import pytest
 from conftest import TINYREG, Server, run_tinyreg
 from engines import (Client, private_folder, require, require_root, run, running_containerd, running_docker,
                      unavailable, wait_for)
-from samples import make_image
+from samples import make_image, real_image
 from tinyreg import Directory, host_names
 
 RULES = """
@@ -31,18 +27,6 @@ library/** @anonymous pull
 docker.io/library/** @anonymous pull
 secret/** bob none
 """
-
-
-def real_image(store, name, tag="1"):
-    """An image that clients can unpack: one file, and a config that says so."""
-    tar = io.BytesIO()
-    with tarfile.open(fileobj=tar, mode="w") as archive:
-        info = tarfile.TarInfo("name")
-        info.size = len(name)
-        archive.addfile(info, io.BytesIO(name.encode()))
-    config = {"architecture": "amd64", "os": "linux", "config": {"Cmd": ["/name"]},
-              "rootfs": {"type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(tar.getvalue()).hexdigest()]}}
-    return make_image(store, name, tag, layers=[gzip.compress(tar.getvalue())], config=json.dumps(config).encode())
 
 
 def outside_address():
