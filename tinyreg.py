@@ -620,17 +620,20 @@ def sync_directory(path):
         os.close(descriptor)
 
 
-def make_directories(path):
+def make_directories(path, attempts=10):
     """Make a folder and its missing parents, each durable before the next is made. Raises OSError.
 
     A folder that is there already may have been made a moment ago by a process that has not come to its fsync,
-    so its parent is synced all the same; on a clean folder that costs some 50 microseconds.
+    so its parent is synced all the same; on a clean folder that costs some 50 microseconds. A parent may be deleted
+    again before it is used, but /proc says "no such directory" for ever, hence the attempts.
     """
     try:
         os.mkdir(path)
     except FileNotFoundError:
+        if not attempts:
+            raise
         make_directories(os.path.dirname(path))
-        return make_directories(path)
+        return make_directories(path, attempts - 1)
     except FileExistsError:
         if not os.path.isdir(path):
             raise
@@ -1123,6 +1126,7 @@ class Directory(Registry):
             for path in (os.path.join(self.tree, "blobs"), os.path.join(self.tree, "repositories"), scratch):
                 make_directories(path)
         elif not os.path.isdir(self.tree):
+            os.stat(self.tree)  # which says so if it is only that we may not look
             raise FileNotFoundError(errno.ENOENT, "no registry is stored here", self.root)
         else:
             with contextlib.suppress(OSError):  # Distribution's volume has no such folder; a read-only one needs none
@@ -2468,7 +2472,8 @@ def iter_tar(file):
             length = int(extended.get(b"size", length)) if kind in TAR_FILES else 0
             extended = {}
         if not 0 <= length <= size - start:
-            raise ValueError("%s is larger than the rest of the archive, which is damaged or cut off" % printable(name))
+            raise ValueError("%s is larger than the rest of the archive, which is damaged or cut off; copy it "
+                             "again" % printable(name))
         offset = start + padded(length)
         if kind in TAR_TEXTS:
             if length > MAX_TAR_TEXT:
@@ -2664,7 +2669,8 @@ class Archive(Registry):
             members = read_tar(file)
         top = min((match.group(1) for match in map(ARCHIVE_ROOT.fullmatch, members) if match), key=len, default=None)
         if top is None:
-            raise ValueError("no images in it: no index.json, no manifest.json, no docker/registry/v2")
+            raise ValueError("no images in it: no index.json, no manifest.json, no docker/registry/v2" + (
+                "; load it with docker, and save it with a newer one" if "repositories" in members else ""))
         members = {name[len(top):]: member for name, member in members.items() if name.startswith(top)}
         default = repository_for(path)
         if "index.json" in members:
@@ -3455,16 +3461,22 @@ class Remote(Registry):
     def _explain(self, error):
         """The RegistryError for a failure of the network."""
         text = str(error)
-        if isinstance(error, ssl.SSLError) and "CERTIFICATE_VERIFY_FAILED" in text or "doesn't match" in text:
-            advice = "its certificate is not trusted (%s); name its CA with --ca FILE" % re.sub(
-                r".*certificate verify failed:? ?|\(_ssl.*", "", text).strip()
+        if "not yet valid" in text or "has expired" in text:
+            advice = "its certificate %s; is the clock of this machine right? It says %s" % (
+                "is not yet valid" if "not yet valid" in text else "has expired", time.strftime("%Y-%m-%d %H:%M"))
+        elif isinstance(error, ssl.SSLError) and "CERTIFICATE_VERIFY_FAILED" in text or "doesn't match" in text:
+            reason = re.sub(r".*certificate verify failed:? ?|\(_ssl.*", "", text).strip()  # none in Python 3.6
+            advice = "its certificate is not trusted (%s); name its CA with --ca FILE" % (
+                reason or "its CA, its name, or this machine's clock")
         elif isinstance(error, ssl.SSLError):
             advice = "it does not speak TLS; if it is meant to speak plain HTTP, add --plain-http"
         elif isinstance(error, socket.gaierror):
-            advice = "there is no such host"
+            advice = "there is no such host; check the name, and this machine's DNS or /etc/hosts"
+        elif isinstance(error, ConnectionRefusedError):
+            advice = "nothing listens there; check the port, and whether the registry runs"
         else:
             advice = getattr(error, "strerror", None) or text or type(error).__name__
-            advice += PLAIN_HINT if self.plain_http and not isinstance(error, ConnectionRefusedError) else ""
+            advice += PLAIN_HINT if self.plain_http else ""
         return RegistryError("UNAVAILABLE", message="can't reach %s: %s" % (self.host, advice))
 
     def _pause(self, attempt, wait, why):
@@ -3618,7 +3630,8 @@ class Remote(Registry):
         if reply.status in (401, 403):
             return self._unauthorized(self.credentials.find(self.host, what.partition(":")[0]), reply.status)
         if reply.status == 404:
-            return RegistryError(code, message="%s has no %s" % (self.host, what))
+            return RegistryError(code, message="%s has no %s%s" % (
+                self.host, what, "" if "@" in what else "; check its name and tag"))
         hint = PLAIN_HINT if self.plain_http and reply.status == 400 else ""
         return RegistryError(code, message="%s answered %d: %s%s" % (self.host, reply.status, message, hint))
 
@@ -7311,7 +7324,8 @@ def open_store(options, create=False, kind=Directory):
         return kind(options.root, create=create, **limits)
     except FileNotFoundError as error:
         if create:
-            raise CommandError("can't make %s: %s" % (options.root, error.strerror))
+            raise CommandError("can't make %s: %s; choose another directory with --root"
+                               % (os.path.abspath(options.root), error.strerror))
         raise CommandError("no registry is stored in %s; name its directory with --root"
                            % os.path.abspath(options.root))
     except OSError as error:
@@ -7504,10 +7518,16 @@ def banner(store, listeners, access, local, tls=None):
     ])
 
 
-def stored_name(store, name):
-    """The repository that a name on the command line means: alpine is docker.io/library/alpine where only that is."""
+def stored_name(store, name, reference=None):
+    """The repository that a name on the command line means: alpine is docker.io/library/alpine where only that is, or
+    only that has the tag or Digest."""
+    def has(found):
+        return os.path.isdir(store.repository_path(found) if reference is None else
+                             store.revision_path(found, reference) if isinstance(reference, Digest) else
+                             store.tag_path(found, reference))
+
     names = names_to_try(name)
-    return next((found for found in names if os.path.isdir(store.repository_path(found))), names[0])
+    return next(filter(has, names), names[0])
 
 
 def example(store, host):
@@ -7522,6 +7542,8 @@ def list_store(options):
     """The repositories; the tags of one; or, with --digests, every blob."""
     store = open_store(options)
     name = stored_name(store, parse_name(options.repository)) if options.repository else None
+    if name and not os.path.isdir(store.repository_path(name)):
+        raise CommandError("there is no repository %s; tinyreg.py ls lists those that there are" % name)
     if options.digests:
         rows = [[digest] for digest in store.digests(name)]
         report = [row[0] for row in rows]
@@ -7564,7 +7586,7 @@ def remove(options):
     done = []
     for image in options.images:
         name, reference = split_image(image)
-        name = stored_name(store, name)
+        name = stored_name(store, name, reference)
         if reference is None:
             raise CommandError("%s: say which tag (%s:TAG) or manifest (%s@DIGEST) to delete" % (image, name, name))
         try:
@@ -7573,7 +7595,7 @@ def remove(options):
             else:
                 store.delete_tag(name, reference)
         except RegistryError as error:
-            raise CommandError("%s: %s%s" % (image, error.message, already(done)))
+            raise CommandError("%s: %s; tinyreg.py ls shows what is there%s" % (image, error.message, already(done)))
         done.append(image)
         if not options.quiet and not options.json:
             print("deleted " + image)
@@ -7856,15 +7878,20 @@ def push(options):
 
 def split_stored(store, text):
     """(name, reference) of an image in the store, by its name here or by the one at its origin. Raises NAME_INVALID,
-    MANIFEST_INVALID, DIGEST_INVALID."""
+    MANIFEST_INVALID, DIGEST_INVALID, MANIFEST_UNKNOWN."""
     try:
         name, reference = split_image(text)
-        if os.path.isdir(store.repository_path(name)):
-            return name, reference or "latest"
-    except RegistryError:
-        pass  # lab.example:5000/x:1
-    image = parse_image(text)
-    return image.stored_name, image.reference
+        reference = reference or "latest"
+        name = stored_name(store, name, reference)
+    except RegistryError:  # lab.example:5000/x:1
+        image = parse_image(text)
+        name, reference = image.stored_name, image.reference
+    try:
+        store.manifest(name, reference if isinstance(reference, Digest) else store.resolve(name, reference))
+    except RegistryError as error:
+        raise RegistryError(error.code, message="not in the store; `tinyreg.py ls` shows what is, and "
+                            "`tinyreg.py pull` fetches more")
+    return name, reference
 
 
 def add_transfer_options(command, to=None, images=True):
@@ -8003,9 +8030,12 @@ def save(options):
     writer = ArchiveWriter(digest for path in options.have for digest in digests_in(path))
     for text in wanted_images(options):
         report = Report(text)
-        name, reference = split_stored(store, text)
-        copy(store, writer, name, reference, platforms=options.platform, referrers=not options.no_referrers,
-             report=report)
+        try:
+            name, reference = split_stored(store, text)
+            copy(store, writer, name, reference, platforms=options.platform, referrers=not options.no_referrers,
+                 report=report)
+        except RegistryError as error:
+            raise CommandError("%s: %s" % (text, error))
         if report.missing:
             raise CommandError("%s: the store lacks %s; pull or push it again" % (text, ", ".join(report.missing)))
         saved.append(report)
@@ -8118,6 +8148,8 @@ def verify_archives(options):
         entry = {"file": path, "blobs": 0, "sha256": None, "damaged": []}
         try:
             entry["blobs"], entry["sha256"], entry["damaged"] = verify_file(path)
+        except FileNotFoundError:
+            raise CommandError("%s: there is no such file" % path)
         except (RegistryError, OSError) as error:  # media that can't be read are damaged as well
             entry["damaged"] = [str(error)]
         files.append(entry)
@@ -8158,6 +8190,8 @@ def variable_of(option):
 def with_environment(given):
     """The arguments of serve, after what the environment's variables say of the options that are not among them."""
     found = []
+    if {"-h", "--help"} & set(given):
+        return given  # the error for a wrong variable sends people there
     for variable, value in sorted(os.environ.items()):
         option = "--" + variable[len("TINYREG_"):].lower().replace("_", "-")
         named = any(argument.partition("=")[0] == option for argument in given)
@@ -8184,7 +8218,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults, where there are any, and leaves the examples as they are."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        return super()._get_help_string(action) if action.default else action.help
 
 
 def positive(text):
@@ -8247,7 +8281,8 @@ def build_parser():
                     "  python3 tinyreg.py serve --help           the options of a command\n")
     parser.add_argument("--version", action="version", version="tinyreg " + __version__)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
-    command = add_command(commands, serve, "serve", "Serve the store (what tinyreg.py does without a command).",
+    command = add_command(commands, serve, "serve",
+                          "Serve the store to clients that push and pull (what tinyreg.py does without a command).",
                           "  tinyreg.py serve\n"
                           "  tinyreg.py serve --root /srv/registry --listen :5000 --anonymous push\n"
                           "  tinyreg.py serve --listen :5000 --tls --users users --rules rules\n"
@@ -8283,29 +8318,31 @@ def build_parser():
                          "no answers in memory; the README says what the file system must promise, and how to mount "
                          "NFS")
     command.add_argument("--immutable-tags", metavar="GLOB", type=parse_glob, action="append", default=[],
-                         help="tags (v*) or images (prod/**:*) that clients can't move or delete; may be repeated")
+                         help="tags (v*) or images (prod/**:*) that clients can't move or delete; may be repeated "
+                         "(default: none)")
     command.add_argument("--notify", metavar="URL", type=endpoint, action="append", default=[],
                          help="POST events to this URL, in Distribution's format; may be repeated; settings follow a "
-                         "#: actions=push,mount,delete,pull & repositories=GLOB,... & secret=FILE & headers=FILE")
+                         "#: actions=push,mount,delete,pull & repositories=GLOB,... & secret=FILE & headers=FILE "
+                         "(default: none)")
     command.add_argument("--log", metavar="STYLE", choices=list(LOG_FORMATS) + ["off"], default="text",
                          help="text, json, off, or explain, which says in words what happens")
-    command.add_argument("--log-file", metavar="FILE", help="log there, not to stderr; SIGHUP opens it anew")
+    command.add_argument("--log-file", metavar="FILE", help="log there; SIGHUP opens it anew (default: stderr)")
     command.add_argument("--workers", metavar="N", type=positive, default=min(4, cores()), help="processes that serve")
     command.add_argument("--upstream", metavar="NS=URL", type=upstream, action="append",
                          help="fetch what is missing below NS/ from URL, and keep it; may be repeated; logins are "
                          "those of docker login; pushes below NS/ are refused (example: "
                          "docker.io=https://registry-1.docker.io)")
-    command.add_argument("--upstream-ttl", metavar="TIME", type=seconds, default=300.0,
+    command.add_argument("--upstream-ttl", metavar="TIME", type=seconds, default="5m",
                          help="how long a tag is taken as right before the upstream is asked again")
-    command.add_argument("--drain", metavar="TIME", type=seconds, default=30.0, help="how long running transfers may "
+    command.add_argument("--drain", metavar="TIME", type=seconds, default="30s", help="how long running transfers may "
                          "take to end after SIGTERM")
-    command.add_argument("--min-free", metavar="SIZE", type=byte_count, default=0,
+    command.add_argument("--min-free", metavar="SIZE", type=byte_count, default="0",
                          help="refuse uploads that would leave less than this free on the disk, for example 10G")
-    command.add_argument("--max-blob", metavar="SIZE", type=byte_count, default=0,
+    command.add_argument("--max-blob", metavar="SIZE", type=byte_count, default="0",
                          help="refuse blobs that are larger; 0 is no limit")
-    command.add_argument("--gc-every", metavar="TIME", type=seconds, default=0.0, help="delete what nothing refers to "
+    command.add_argument("--gc-every", metavar="TIME", type=seconds, default="0", help="delete what nothing refers to "
                          "this often, for example 24h; 0 is never")
-    command.add_argument("--grace", metavar="TIME", type=seconds, default=3600.0, help="how long --gc-every leaves "
+    command.add_argument("--grace", metavar="TIME", type=seconds, default="1h", help="how long --gc-every leaves "
                          "what a client was told about")
     command = add_command(commands, pull, "pull", "Copy images from their registries into the store.",
                           "  tinyreg.py pull alpine:3.19 quay.io/prometheus/prometheus:v2.53.0\n"
@@ -8355,12 +8392,14 @@ def build_parser():
                          "or over an index or a subject")
     command.add_argument("--keep", metavar="N", type=positive, help="delete the tags of each repository except the N "
                          "that were last pushed (load and pull count as well), and the manifests to which no other tag "
-                         "leads, with their signatures; it does not know of a server's --immutable-tags")
+                         "leads, with their signatures; it does not know of a server's --immutable-tags "
+                         "(default: all are kept)")
     command.add_argument("--older-than", metavar="TIME", type=seconds, help="delete the tags that were last pushed "
-                         "longer ago, for example 90d, likewise; with --keep only what both would delete")
+                         "longer ago, for example 90d, likewise; with --keep only what both would delete "
+                         "(default: any age is kept)")
     command.add_argument("--repositories", metavar="GLOB", type=parse_glob, help="in which repositories --keep and "
                          "--older-than delete tags; * stays within one component, ** does not (default: all)")
-    command.add_argument("--grace", metavar="TIME", type=seconds, default=3600.0, help="leave what was pushed, or a "
+    command.add_argument("--grace", metavar="TIME", type=seconds, default="1h", help="leave what was pushed, or a "
                          "client was told about, this short ago")
     command.add_argument("--dry-run", action="store_true", help="only list what would go, with its size")
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -8368,7 +8407,7 @@ def build_parser():
                           "  tinyreg.py verify --rate 50M\n  tinyreg.py verify --repair\n"
                           "  tinyreg.py verify /media/stick/images-*.tar\n")
     command.add_argument("archives", metavar="FILE", nargs="*", help="re-read these archives instead of the store")
-    command.add_argument("--rate", metavar="SIZE", type=byte_count, default=0, help="read so much a second; 0 is no "
+    command.add_argument("--rate", metavar="SIZE", type=byte_count, default="0", help="read so much a second; 0 is no "
                          "limit")
     command.add_argument("--repair", action="store_true", help="move what is damaged into ROOT/tinyreg/damaged, so "
                          "that pushing the image again mends it")
@@ -8387,13 +8426,14 @@ def add_archive_commands(commands):
                          "line, # begins a comment; - is stdin")
     command.add_argument("-o", "--output", metavar="FILE", required=True, help="the archive; - is stdout")
     command.add_argument("--platform", metavar="OS/ARCH", action="append", default=[],
-                         help="leave out the images of an index for other platforms; may be repeated")
+                         help="leave out the images of an index for other platforms; may be repeated "
+                         "(default: all)")
     command.add_argument("--no-referrers", action="store_true", help="leave signatures, SBOMs and the like behind")
     command.add_argument("--no-self", action="store_true", help="leave out tinyreg.py itself")
     command.add_argument("--have", metavar="FILE", action="append", default=[], help="leave out the blobs that are in "
                          "this list (`ls --digests` of the far side) or archive; may be repeated")
     command.add_argument("--split", metavar="SIZE", type=byte_count, help="write parts of at most this size, for "
-                         "example 3900M for a FAT32 stick")
+                         "example 3900M for a FAT32 stick (default: one file)")
     command.add_argument("--dry-run", action="store_true", help="say how much it would be, and write nothing")
     command.add_argument("--json", action="store_true", help="print JSON")
     command = add_command(commands, load, "load", "Put the images of archives into the store.",

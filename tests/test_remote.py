@@ -712,16 +712,16 @@ def test_an_image_that_fails_does_not_stop_the_others(filled, server, tmp_path):
     gone, there = server.host + "/gone:1", server.host + "/demo:latest"
     done = run_tinyreg("pull", gone, there, "--root", tmp_path / "back")
     assert done.returncode == 1
-    assert done.stderr.splitlines() == ["tinyreg: %s: %s has no gone:1" % (gone, server.host)]
+    assert done.stderr.splitlines() == ["tinyreg: %s: %s has no gone:1; check its name and tag" % (gone, server.host)]
     assert there in done.stdout
 
 
 @pytest.mark.parametrize("arguments, wanted", [
     (["pull"], "no image is named"),
     (["pull", "Not/An/Image"], "invalid repository name"),
-    (["pull", "127.0.0.1:1/x"], "can't reach 127.0.0.1:1: Connection refused"),
+    (["pull", "127.0.0.1:1/x"], "can't reach 127.0.0.1:1: nothing listens there"),
     (["pull", "no-such-host.invalid/x"], "no-such-host.invalid"),
-    (["push", "nothing", "--to", "127.0.0.1:1"], "repository name not known to registry: docker.io/library/nothing"),
+    (["push", "nothing", "--to", "127.0.0.1:1"], "nothing: not in the store; `tinyreg.py ls` shows what is"),
     (["push", "x", "--to", "http://lab"], "write HOST[:PORT] or HOST[:PORT]/PREFIX"),
     (["pull", "x", "--ca", "/nowhere"], "can't use /nowhere as the CA"),
     (["pull", "-f", "/nowhere"], "/nowhere: No such file or directory"),
