@@ -1,42 +1,100 @@
-"""The README: its commands are commands, and its story of the air gap happens as it is told."""
+"""The README: every command line in it is run, from top to bottom, from a folder with nothing but tinyreg.py."""
 
+import json
 import os
 import re
 import shlex
 import shutil
-import subprocess
-import urllib.request
 
 import pytest
 
-import samples
 import tinyreg
 from conftest import TINYREG, found_pythons
-from tinyreg import Directory, parse_image
+from engines import BUSYBOX, require, running_docker, unavailable
+from house import reload, running_house
+from samples import real_image
 
 HERE = os.path.dirname(TINYREG)
 with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
     README = file.read()
 
+# What the README names that isn't here: {as it stands there: what the test has in its place, below its own folder}
+PLACES = {
+    "/where/you/like": "like",
+    "/var/lib/docker-registry": "distribution",
+    "--split 3900M": "--split 1700K",  # a layer of a megabyte fits, and a second does not
+}
+
+# Lines that are not run, and why. What can be checked of them, the tests below check.
+NOT_RUN = {
+    "sudo firewall-cmd --permanent --add-port=5000/tcp && sudo firewall-cmd --reload": "there is no firewall here",
+    "sudo ufw allow 5000/tcp": "there is no firewall here",
+    "sudo systemctl reload docker": "no systemd runs here; the test sends the signal that this sends",
+    "sudo systemctl enable --now tinyreg": "no systemd runs here; systemd-analyze verifies the unit",
+    "docker build -t tinyreg .": "python:3-slim is out in the network",
+    "docker run -d --name tinyreg -p 5000:5000 -v registry:/registry tinyreg": "python:3-slim is out in the network",
+    "docker stop -t 40 tinyreg": "python:3-slim is out in the network",
+    "make test": "this is it",
+    "make lint": "its tools come over the network; CI runs it",
+    "make bench": "it takes minutes",
+}
+
+LACKING_PARTS = ["python3 tinyreg.py load images-1of3.tar", "python3 tinyreg.py load images-2of3.tar"]  # exit with 1
+
+CLIENTS = ["docker", "podman", "buildah", "skopeo", "ctr", "curl", "make"]
+
+# What a line has to print, in part.
+PRINTS = {
+    "python3 tinyreg.py ls": "alpine",
+    "python3 tinyreg.py verify images.tar": "all intact",
+    "python3 tinyreg.py save -f images.txt -o images.tar --split 3900M": "in 3 files",
+    "python3 tinyreg.py verify images-*of3.tar": "images-3of3.tar: ",
+    "python3 tinyreg.py clients k3s --host registry.lab:5000 --mirror --plain-http": "/etc/rancher/k3s/registries.yaml",
+    "python3 tinyreg.py clients docker --host registry.lab:5000": "BEGIN CERTIFICATE",
+    "python3 tinyreg.py gc": "removed",
+    "curl http://localhost:5000/v2/_catalog": '"alpine"',
+    "python3 tinyreg.py verify --repair": "all is well",
+}
+
+
+def without_comment(line):
+    return re.split(r"(?:^|\s+)# ", line)[0].strip()
+
+
+def blocks():
+    """[(title of the section, [line, ...])] of all that is indented."""
+    found, title, lines = [], "", []
+    for line in README.splitlines() + [""]:
+        if line.startswith("    "):
+            lines.append(line[4:])
+            continue
+        if lines:
+            found.append((title, lines))
+        lines = []
+        title = line[3:] if line.startswith("## ") else title
+    return found
+
 
 def commands():
     """Every line of a code block that runs tinyreg.py, without its comment."""
-    lines = [line.strip().partition("   #")[0] for line in README.splitlines() if line.startswith("    ")]
-    return sorted({line.split(" | ")[-1] if line.startswith("docker") else line.split(" | ")[0] for line in lines
-                   if re.search(r"(^|\| )python3 tinyreg\.py\b", line)})
-
-
-def section(title):
-    """The lines of the code blocks of one section."""
-    text = README.split("\n## %s\n" % title)[1].split("\n## ")[0]
-    return [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    lines = [without_comment(line).split(" | ")[-1] for _, lines in blocks() for line in lines]
+    return sorted({line for line in lines if line.startswith("python3 tinyreg.py")})
 
 
 @pytest.mark.parametrize("line", commands())
 def test_each_command_line_is_one(line):
-    words = shlex.split(re.split(r" > | 2> ", line)[0], comments=True)[2:]
+    words = shlex.split(re.split(r" > | 2> ", line)[0])[2:]
     if words != ["--help"]:
         tinyreg.build_parser().parse_args(words or ["serve"])  # exits with 2 if not
+
+
+def test_each_option_exists():
+    known = set()
+    for command in tinyreg.build_parser()._subparsers._group_actions[0].choices.values():
+        known.update(command._option_string_actions)
+    of_others = {"--tls-verify", "--dest-tls-verify", "--src-tls-verify", "--all", "--now", "--name", "--permanent",
+                 "--add-port", "--reload", "--help"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known - of_others == set()
 
 
 def test_the_tests_that_the_readme_names_exist():
@@ -49,48 +107,225 @@ def test_the_tests_that_the_readme_names_exist():
     assert named and named <= found
 
 
-def run(folder, line):
-    """Run a line in a shell; returns what it printed."""
-    done = subprocess.run(["sh", "-ec", line], cwd=str(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          universal_newlines=True, timeout=120)
-    assert done.returncode == 0, (line, done.stdout)
-    return done.stdout
+def test_what_is_said_of_lines_here_is_said_of_lines_there():
+    lines = {without_comment(line) for _, lines in blocks() for line in lines}
+    assert set(NOT_RUN) | set(LACKING_PARTS) | set(PRINTS) | set(BEFORE) <= lines
+    firsts = [lines[0] for _, lines in blocks()]
+    assert all(any(first.startswith(begin) for first in firsts) for begin in FILES)
+    assert all(place in README for place in PLACES)
+
+
+def test_the_container_runs_a_command_line_that_is_one():
+    dockerfile = next(lines for _, lines in blocks() if lines[0].startswith("FROM "))
+    command = json.loads(dockerfile[-1].split("CMD ")[1])
+    assert command[:2] == ["python3", "/tinyreg.py"] and "COPY tinyreg.py /" in dockerfile
+    tinyreg.build_parser().parse_args(command[2:])
 
 
 @pytest.mark.parametrize("version", sorted({min(found_pythons()), max(found_pythons())}))
-def test_the_story_of_the_air_gap(start_server, tmp_path, version):
-    """Line by line, with an upstream of our own under the names that the README has."""
-    upstream = Directory(str(tmp_path / "upstream"))
-    wanted = {"alpine:3.19": "docker.io/library/alpine",
-              "quay.io/prometheus/prometheus:v2.53.0": "quay.io/prometheus/prometheus"}
-    manifests = {name: samples.make_image(upstream, name, image.rpartition(":")[2], (name.encode(),))
-                 for image, name in wanted.items()}
-    host = start_server(tmp_path / "upstream").host
-    near, far = tmp_path / "near", tmp_path / "far"
-    for folder in (near, far):
-        folder.mkdir()
-    shutil.copy(TINYREG, str(near))
+def test_every_line(version, containers):
+    """Line by line, on a machine of its own."""
+    if min(found_pythons()) != (3, 6) and version == min(found_pythons()):
+        pytest.skip("there is no Python 3.6 here")
+    require("docker", "dockerd", "containerd", "runc", "docker-registry", "nginx", "systemd-analyze", *CLIENTS)
+    if BUSYBOX is None:
+        unavailable("not installed: busybox-static")
+    with running_house(found_pythons()[version]) as house, running_docker(house.folder, house.here.enter) as docker:
+        reader = Reader(house, docker, containers)
+        for title, lines in blocks():
+            reader.read(title, lines)
+        reader.close()
 
-    def here(line):
-        line = line.partition("   #")[0].replace("python3", found_pythons()[version])
-        for image, name in wanted.items():
-            line = line.replace(image, "%s/%s:%s" % (host, name, image.rpartition(":")[2]))
-        return line
 
-    pull, save, unpack, verify, serve, docker, load = section("Across the air gap")[:7]
-    assert [line.split()[2] for line in (pull, save, verify, load)] == ["pull", "save", "verify", "load"]
-    run(near, here(pull))
-    run(near, here(save))
-    shutil.copy(str(near / "images.tar"), str(far))
-    run(far, here(unpack))
-    assert "all intact" in run(far, here(verify))
-    assert serve.split("   #")[0].strip() == "python3 tinyreg.py serve images.tar"
-    stick = start_server(far / "unused", str(far / "images.tar"), python=found_pythons()[version])
-    run(far, here(load))
-    store = Directory(str(far / "registry"))
-    for image, name in wanted.items():
-        stored = parse_image(here(image)).stored_name
-        assert store.resolve(stored, image.rpartition(":")[2]) == manifests[name].digest
-        with urllib.request.urlopen("%s/v2/%s/manifests/%s" % (stick.url, stored, image.rpartition(":")[2])) as answer:
-            assert answer.headers["Docker-Content-Digest"] == manifests[name].digest
-    assert not os.path.exists(str(far / "unused"))  # nothing is unpacked, and nothing stored, by serve
+class Reader:
+    """Who goes through the README, in the folders in which its lines are meant to be run."""
+
+    def __init__(self, house, docker, containers):
+        self.house = house
+        self.folder = house.folder + "/stick"  # where the next line runs
+        self.stop = None                       # ends the server that runs, if one does
+        for name in ("stick", "like", "near"):
+            os.mkdir(os.path.join(house.folder, name))
+        shutil.copy(TINYREG, self.folder)
+        shutil.copy(os.path.join(HERE, "README.md"), self.folder)
+        world = house.open_world()
+        real_image(world, "library/alpine", "3.19")
+        real_image(world, "prometheus/prometheus", "v2.53.0", [os.urandom(1000 << 10) for _ in range(3)])
+        house.program("docker", shutil.which("docker"), *docker.command[1:])
+        house.program("ctr", shutil.which("ctr"), "--address", house.folder + "/containerd.sock")
+        house.environment.update(containers, CONTAINERD_SNAPSHOTTER="native")
+        house.sh("mkdir -p /etc/containers /etc/docker; rm -f /etc/docker/daemon.json\n"
+                 "echo '{\"default\": [{\"type\": \"insecureAcceptAnything\"}]}' > /etc/containers/policy.json\n"
+                 "mkdir -p image/bin; cp %s image/bin/; tar -C image -cf root.tar .; docker import root.tar alpine\n"
+                 "podman import root.tar localhost/alpine; podman tag alpine localhost:5000/alpine" % BUSYBOX)
+
+    def read(self, title, lines):
+        """Do what a block of lines says: it is a file, or there are command lines."""
+        for first, use in FILES.items():
+            if lines[0].startswith(first):
+                use(self, "\n".join(lines) + "\n")
+                return
+        script = []
+        for line in lines:
+            command = without_comment(line)
+            if re.match(r"python3 tinyreg\.py( serve .*)?$", command):
+                self.run(script)
+                self.prepare(command)
+                self.serve(command)
+                script = []
+            elif command in BEFORE or command in PRINTS or command in NOT_RUN or command in LACKING_PARTS:
+                self.run(script)
+                self.prepare(command)
+                if command not in NOT_RUN:
+                    said = self.run([line], status=int(command in LACKING_PARTS))
+                    assert PRINTS.get(command, "") in said, (command, said)
+                script = []
+            elif command:
+                script.append(line)
+        self.run(script)
+
+    def prepare(self, command):
+        BEFORE.get(command, lambda reader: None)(self)
+
+    def here(self, text):
+        for named, place in PLACES.items():
+            text = text.replace(named, place if place.startswith("--") else os.path.join(self.house.folder, place))
+        return text
+
+    def run(self, script, status=0):
+        """Run lines in one shell; returns what they print. The shell's folder is where the next lines run.
+
+        There is no terminal, so that passwords are read from standard input."""
+        if not script:
+            return ""
+        text = "set -ex\n%s\n" % self.here("\n".join(script))
+        if not status:
+            text += "pwd > %s/folder" % self.house.folder
+        said = self.house.sh(text, self.folder, status, input="secret\nsecret\n", start_new_session=True)
+        if not status:
+            with open(self.house.folder + "/folder") as file:
+                self.folder = file.read().strip()
+        return said
+
+    def serve(self, command):
+        self.close()
+        self.stop = self.house.serve(self.house.here, self.folder, "sh", "-c", "exec " + self.here(command))
+
+    def close(self):
+        """End the server that runs."""
+        if self.stop:
+            self.stop()
+        self.stop = None
+
+    def go(self, name, *files):
+        """To another folder, new or not, and take files along."""
+        target = os.path.join(self.house.folder, name)
+        os.makedirs(target, exist_ok=True)
+        for file in files:
+            shutil.copy(os.path.join(self.folder, file), target)
+        self.folder = target
+
+    # What the README tells between the lines
+
+    def carry_images(self):
+        self.go("far%d" % len(os.listdir(self.house.folder)), "images.tar")
+
+    def go_back(self):
+        """To where there is a network, with the list of what the far side has."""
+        self.go("like", "have.txt")
+        with open(self.folder + "/images.txt", "w") as file:
+            file.write("alpine:3.19\nquay.io/prometheus/prometheus:v2.53.0  # as in production\n")
+
+    def carry_parts(self):
+        self.go("parts", "tinyreg.py", *["images-%dof3.tar" % number for number in (1, 2, 3)])
+
+    def reload_docker(self):
+        """What systemctl reload docker does."""
+        with open(self.house.folder + "/docker.pid") as file:
+            pid = int(file.read())
+        reload(pid, self.house.folder + "/nsenter.log", "Reloaded configuration")
+
+    def unpack_source(self):
+        self.go("source")
+        for name in ("Makefile", "tinyreg.py"):
+            shutil.copy(os.path.join(HERE, name), self.folder)
+
+    def check_unit(self):
+        """The unit that make install has put there is one for systemd."""
+        said = self.house.sh("systemd-analyze verify /usr/local/lib/systemd/system/tinyreg.service")
+        assert "tinyreg" not in said, said
+        self.go("like")
+
+    def copy_volume(self):
+        shutil.copytree(self.folder + "/registry", self.house.folder + "/distribution")
+
+    # Blocks that are files
+
+    def write_daemon_json(self, text):
+        assert json.loads(text) == {"insecure-registries": ["registry.lab:5000"]}
+        with open(self.house.folder + "/daemon.json", "w") as file:
+            file.write(text)
+
+    def write_rules(self, text):
+        with open(self.folder + "/rules", "w") as file:
+            file.write(text)
+
+    def run_nginx(self, text):
+        """Push through it, with a password where others need none to pull, so that there are tokens."""
+        self.serve("python3 tinyreg.py serve --users users --anonymous pull")
+        conf = ("events {}\npid %s/nginx.pid;\nerror_log stderr;\nhttp {\naccess_log off;\n%s}\n"
+                % (self.house.folder, text))
+        with open(self.house.folder + "/nginx.conf", "w") as file:
+            file.write(conf)
+        self.house.sh(
+            "mkdir -p /etc/nginx; cd /etc/nginx\n"
+            "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=hub.lab -addext subjectAltName=DNS:hub.lab "
+            "-keyout hub.lab.key -out hub.lab.crt 2>/dev/null\n"
+            "mkdir -p /etc/containers/certs.d/hub.lab; cp hub.lab.crt /etc/containers/certs.d/hub.lab/ca.crt\n"
+            "cd {0}\nnginx -t -c {0}/nginx.conf; nginx -c {0}/nginx.conf\n"
+            "trap 'kill $(cat {0}/nginx.pid)' EXIT\n"
+            "skopeo copy --dest-creds alice:secret docker-archive:like/alpine.tar docker://hub.lab/through/nginx:1\n"
+            "skopeo inspect docker://hub.lab/through/nginx:1\n"
+            "! skopeo delete docker://hub.lab/through/nginx:1\n".format(self.house.folder))
+
+    def check_tree(self, text):
+        for path in ("docker/registry/v2/blobs/sha256", "docker/registry/v2/repositories/alpine/_layers/sha256",
+                     "docker/registry/v2/repositories/alpine/_manifests/revisions", "tinyreg"):
+            assert os.path.isdir(os.path.join(self.folder, "registry", path)), path
+
+    def run_distribution(self, text):
+        """Distribution opens the directory."""
+        self.close()
+        path = self.house.folder + "/distribution.yml"
+        with open(path, "w") as file:
+            file.write(self.here(text))
+        said = self.house.sh(
+            "unset REGISTRY_AUTH_FILE  # podman's, but REGISTRY_... is Distribution's\n"
+            "docker-registry serve {0} > {0}.log 2>&1 & trap 'kill $!' EXIT\n"
+            "curl --silent --fail --retry 9 --retry-delay 1 --retry-connrefused "
+            "http://localhost:5000/v2/_catalog || cat {0}.log".format(path))
+        assert '"alpine"' in said
+
+
+# {how the first line of a block begins that is no command: what is done with it}
+FILES = {
+    '{"insecure-registries"': Reader.write_daemon_json,
+    "# REPOSITORY": Reader.write_rules,
+    "server {": Reader.run_nginx,
+    "FROM ": lambda reader, text: None,  # test_the_container_runs_a_command_line_that_is_one
+    "registry/docker/registry/v2/": Reader.check_tree,
+    "version: 0.1": Reader.run_distribution,
+}
+
+# What happens before a line.
+BEFORE = {
+    "sudo systemctl reload docker": Reader.reload_docker,
+    "tar -xf images.tar tinyreg.py": Reader.carry_images,
+    "python3 tinyreg.py pull -f images.txt": Reader.go_back,
+    "python3 tinyreg.py load images-1of3.tar": Reader.carry_parts,
+    "python3 tinyreg.py clients containerd --host registry.lab:5000 --mirror --plain-http":
+        lambda reader: reader.go("like"),
+    "sudo make install": Reader.unpack_source,
+    "sudo systemctl enable --now tinyreg": Reader.check_unit,
+    "python3 tinyreg.py serve --root /var/lib/docker-registry": Reader.copy_volume,
+}
