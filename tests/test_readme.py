@@ -22,6 +22,7 @@ with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
 PLACES = {
     "/where/you/like": "like",
     "/var/lib/docker-registry": "distribution",
+    "/mnt/registry": "shared",
     "--split 3900M": "--split 1700K",  # a layer of a megabyte fits, and a second does not
 }
 
@@ -93,7 +94,7 @@ def test_each_option_exists():
     for command in tinyreg.build_parser()._subparsers._group_actions[0].choices.values():
         known.update(command._option_string_actions)
     of_others = {"--tls-verify", "--dest-tls-verify", "--src-tls-verify", "--all", "--now", "--name", "--permanent",
-                 "--add-port", "--reload", "--help"}
+                 "--add-port", "--reload", "--help", "--entry"}  # Traefik's --entryPoints
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known - of_others == set()
 
 
@@ -288,6 +289,13 @@ class Reader:
             "skopeo inspect docker://hub.lab/through/nginx:1\n"
             "! skopeo delete docker://hub.lab/through/nginx:1\n".format(self.house.folder))
 
+    def check_upstream(self, text):
+        """nginx takes it; test_hosts.py has servers behind one like it."""
+        conf = "events {}\nhttp {\n%sserver { location / { proxy_pass http://registry; } }\n}\n" % text
+        with open(self.house.folder + "/upstream.conf", "w") as file:
+            file.write(conf)
+        self.house.sh("nginx -t -c %s/upstream.conf" % self.house.folder)
+
     def check_tree(self, text):
         for path in ("docker/registry/v2/blobs/sha256", "docker/registry/v2/repositories/alpine/_layers/sha256",
                      "docker/registry/v2/repositories/alpine/_manifests/revisions", "tinyreg"):
@@ -315,6 +323,8 @@ FILES = {
     "FROM ": lambda reader, text: None,  # test_the_container_runs_a_command_line_that_is_one
     "registry/docker/registry/v2/": Reader.check_tree,
     "version: 0.1": Reader.run_distribution,
+    "http:": lambda reader, text: None,  # Traefik, which Debian does not have
+    "upstream registry {": Reader.check_upstream,
 }
 
 # What happens before a line.
