@@ -34,7 +34,7 @@ one folder of our own, whose content can be lost without losing an image:
                                     with serve --shared, because the memory of several hosts is not one
         tls/                        ca.crt, ca.key, server.pem: the CA and the certificate that serve --tls made
         token.key                   signs the tokens of clients that have logged in
-        notify/events.N, …          notifications waiting for their endpoints, and where each endpoint is
+        notify/KEY/NUMBER           notifications that wait for an endpoint, one in a file
         live.HOST                   what /live on this host shows, while somebody looks
         usage                       how large everything is, measured a while ago
         gc, verify                  what came of the last one, its mtime is when; gc is held while one runs
@@ -133,8 +133,7 @@ SMALL_BLOB = 64 << 10        # bytes; a blob up to this goes out in one write wi
 MAX_CACHED = 16 << 20        # bytes of answers that one worker keeps
 HASHED_SESSIONS = 1024       # upload sessions whose hash is kept in memory; others are read again at their end
 MAX_LIVE = 1 << 20           # bytes of the file that /live follows, then a new one begins
-SEGMENT_SIZE = 1 << 20       # bytes of one segment of the queue of notifications …
-MAX_SEGMENTS = 64            # … and how many of them are kept for an endpoint that takes none
+MAX_EVENTS = 10000           # notifications that are kept for an endpoint that takes none
 MIN_ROOM = 64 << 20          # bytes that must be free for a server to call itself ready
 ROWS = 100                   # entries in one table of the page
 MAX_DESCRIBED = 1000         # manifests that are read to say how large an index is
@@ -320,6 +319,17 @@ def image_text(name, reference):
 def is_loopback(address):
     """Whether an IP address is this machine's own."""
     return address.startswith("127.") or address == "::1"
+
+
+def whole_client(address):
+    """What limits count as one client: an IPv4 address, or the IPv6 network of 64 bits, which a host may have whole."""
+    if ":" not in address:
+        return address
+    head, compressed, tail = address.partition("::")
+    groups = head.split(":")
+    if compressed:
+        groups += ["0"] * (8 - len(groups) - len(tail.split(":"))) + tail.split(":")
+    return ":".join(groups[:4])
 
 
 def parse_session_id(text):
@@ -4404,31 +4414,28 @@ def copy(source, target, name, reference, target_name=None, platforms=(), referr
 # ---------------------------------------------------------------------------------------------------------
 
 LEVELS = ("none", "pull", "push", "admin")
-NEEDED = {"look": "none", "login": "none", "pull": "pull", "push": "push", "delete": "admin"}  # action: level that may
-IN_WORDS = {"none": "do nothing", "pull": "pull", "push": "pull and push", "admin": "pull, push and delete"}
-SCOPES = {"pull": "pull", "push": "push", "delete": "admin", "*": "admin"}  # what a token's scope asks for: level
+IN_WORDS = ("do nothing", "pull", "pull and push", "pull, push and delete")
+NEEDED = {"look": 0, "login": 0, "pull": 1, "push": 2, "delete": 3}  # action of a route: level that may
+SCOPES = {"pull": 1, "push": 2, "delete": 3, "*": 3}  # action of a token's scope: level that it asks for
 
 # Not the rules' own words, * and @anonymous; and only what is UTF-8.
 USER = re.compile(r"[^\s:#*@\x00-\x1f\x7f\ud800-\udfff][^\s:#\x00-\x1f\x7f\ud800-\udfff]{0,127}")
 RULE = re.compile(r"([a-z0-9._/*-]+)[ \t]+(\S+)[ \t]+(none|pull|push|admin)")
-SCRYPT = re.compile(r"(\$scrypt\$ln=([0-9]{1,2}),r=([0-9]{1,2}),p=([0-9])\$([A-Za-z0-9+/]+)\$)([A-Za-z0-9+/]*)")
+SCRYPT = re.compile(r"(\$scrypt\$ln=14,r=8,p=1\$([A-Za-z0-9+/]{24})\$)([A-Za-z0-9+/]{43})?")
 BCRYPT_LETTERS = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 MAX_PASSWORD = 72            # bytes; bcrypt reads no more, and Go's refuses more
 TOKEN_LIFE = 300             # seconds; docker asks for a new one when it needs to
-MAX_FAILURES = 10            # wrong passwords that an address may send in …
+MAX_FAILURES = 10            # wrong passwords that a client may send in …
 FAILURE_WINDOW = 60.0        # … so many seconds
-REMEMBERED = 10000           # verified passwords, and addresses that sent wrong ones, kept in memory
+REMEMBERED = 10000           # verified passwords, and clients that sent wrong ones, kept in memory
 
 
 @functools.lru_cache(maxsize=None)
 def load_crypt():
     """The system's crypt(3), or None. It works in a static buffer: Access calls it under a lock."""
-    try:
-        import ctypes  # not at the top: a Python built without libffi serves all the same
-    except ImportError:
-        return None
     for library in ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.so", None):  # None: musl, macOS, OpenBSD
-        with contextlib.suppress(OSError, AttributeError):
+        with contextlib.suppress(ImportError, OSError, AttributeError):
+            import ctypes  # not at the top: a Python built without libffi serves all the same
             crypt = ctypes.CDLL(library).crypt
             crypt.argtypes, crypt.restype = [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_char_p
             return crypt
@@ -4437,15 +4444,11 @@ def load_crypt():
 
 def hash_password(password, setting):
     """As crypt(3): the hash of a password (str) under a setting, which is the begin of a hash or a whole one, so that
-    a right password gives back its hash. Knows what the system knows, and scrypt. "" where neither knows it."""
+    a right password gives back its hash. Knows what the system knows, and our scrypt. "" where neither knows it."""
     match = SCRYPT.fullmatch(setting)
     if match and hasattr(hashlib, "scrypt"):
-        cost, block, parallel = (int(group) for group in match.group(2, 3, 4))
-        with contextlib.suppress(ValueError, MemoryError):
-            salt = base64.b64decode(match.group(5) + "==")
-            found = hashlib.scrypt(password.encode(), salt=salt, n=1 << cost, r=block, p=parallel, dklen=32,
-                                   maxmem=min((256 * block << cost) + (1 << 20), 1 << 30))
-            return match.group(1) + base64.b64encode(found).decode().rstrip("=")
+        found = hashlib.scrypt(password.encode(), salt=base64.b64decode(match.group(2)), n=1 << 14, r=8, p=1, dklen=32)
+        return match.group(1) + base64.b64encode(found).decode().rstrip("=")
     crypt = load_crypt()
     found = crypt and crypt(password.encode(), setting.encode("utf-8", "surrogateescape"))
     return (found or b"").decode("latin-1")
@@ -4458,15 +4461,15 @@ def is_checkable(stored):
 
 
 def new_hash(password):
-    """A hash for a users file: bcrypt, which Distribution reads too, or else scrypt. Raises ValueError."""
-    salt = "".join(random.SystemRandom().choice(BCRYPT_LETTERS) for _ in range(21))
-    found = hash_password(password, "$2y$10$%s." % salt)
-    if len(found) == 60 and is_checkable(found):
-        return found
-    found = hash_password(password, "$scrypt$ln=14,r=8,p=1$%s$" % base64.b64encode(os.urandom(18)).decode())
-    if not SCRYPT.fullmatch(found):
-        raise ValueError("neither this system's crypt(3) nor this Python's hashlib has bcrypt or scrypt")
-    return found
+    """A hash for a users file: bcrypt, which Distribution reads too (as $2y$, which Apache wants, or as $2b$ where the
+    BSDs know no other), or scrypt where crypt(3) has none, as on macOS. Raises UNSUPPORTED."""
+    letters = "".join(random.SystemRandom().choice(BCRYPT_LETTERS) for _ in range(21))
+    salt = base64.b64encode(os.urandom(18)).decode()
+    for setting in ("$2y$10$%s." % letters, "$2b$10$%s." % letters, "$scrypt$ln=14,r=8,p=1$%s$" % salt):
+        found = hash_password(password, setting)
+        if found.startswith(setting[:7]) and is_checkable(found):
+            return found
+    raise RegistryError("UNSUPPORTED", message="neither crypt(3) nor hashlib of this system has bcrypt or scrypt")
 
 
 def parse_users(content):
@@ -4476,7 +4479,7 @@ def parse_users(content):
         user, colon, stored = line.strip().partition(":")
         if not colon or line.startswith("#"):
             continue
-        kind = (re.match(r"\$\w+\$|..", stored) or [""])[0], len(stored)
+        kind = stored[:3], len(stored)
         if kind not in checkable:  # once for each scheme, for a slow hash is slow to try
             checkable[kind] = is_checkable(stored)
         if checkable[kind] and USER.fullmatch(user) and re.fullmatch("[!-~]+", stored):
@@ -4487,132 +4490,72 @@ def parse_users(content):
     return users
 
 
-class Rule(collections.namedtuple("Rule", "pattern everywhere user level")):
-    """One line of a rules file; `everywhere` if its glob matches every repository."""
-
-    __slots__ = ()
-
-
 def parse_rules(content):
-    """The Rules of a rules file, the last line first, for the last match wins. Raises ValueError."""
+    """The [(pattern, user, level)] of a rules file, the last line first, for the last match wins.
+    Raises CommandError."""
     rules = []
     for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
         rule = line.partition("#")[0].strip()
         match = RULE.fullmatch(rule)
         if match:
-            glob, user, level = match.groups()
-            rules.insert(0, Rule(parse_glob(glob), glob == "**", user, LEVELS.index(level)))
+            rules.insert(0, (parse_glob(match.group(1)), match.group(2), LEVELS.index(match.group(3))))
         elif rule:
-            raise ValueError("line %d is no rule: %r; write REPOSITORY-GLOB USER|*|@anonymous pull|push|admin|none"
-                             % (number, rule))
+            raise CommandError("--rules: line %d is no rule: %r; write REPOSITORY-GLOB USER|*|@anonymous "
+                               "pull|push|admin|none" % (number, rule))
     return rules
 
 
-class Policy:
-    """What the users and the rules file say at one time. Never changed: a new one takes its place.
-
-    Where no rule matches, a user may do everything if there are no rules, else nothing; and clients that are no
-    user what --anonymous says. A user may always do what those may: logging out must not help."""
-
-    def __init__(self, anonymous, users, rules):
-        self.anonymous = LEVELS.index(anonymous)
-        self.users = users
-        self.rules = rules  # None where there is no rules file
-        self.default = LEVELS.index("none" if rules is not None else "admin")
-        self.decoy = next(iter(self.users.values()), "")  # what unknown users' passwords are compared to
-        self.most = max([self.anonymous] + [rule.level for rule in rules or () if rule.user == "@anonymous"])
-        self.level = functools.lru_cache(maxsize=4096)(self._level)
-
-    def _matching(self, user):
-        return (rule for rule in self.rules or () if rule.user in ((user, "*") if user else ("@anonymous",)))
-
-    def _level(self, user, name):
-        """What a user, or None, may do in a repository: an index in LEVELS."""
-        found = self.default if user else self.anonymous
-        for rule in self._matching(user):
-            if rule.pattern.fullmatch(name):
-                found = rule.level
-                break
-        return max(found, self.level(None, name)) if user else found
-
-    def pulls_everything(self, user):
-        """Whether no repository is kept from a user, or None."""
-        for rule in self._matching(user):
-            if rule.everywhere or not rule.level:
-                return rule.level > 0
-        return (self.default if user else self.anonymous) > 0
-
-
-class Who(collections.namedtuple("Who", "user grants")):
-    """Who sent a request: a user, or None; and, if a token says so, {repository: level} that it is good for."""
-
-    __slots__ = ()
-
-    def level_granted(self, name):
-        """What the token is good for in a repository. One for `library/alpine` is good for it in every namespace that
-        a mirror may find it in (docker.io/library/alpine), for its client can't know; the rules have the last word."""
-        if self.grants is None:
-            return len(LEVELS)
-        parts = name.split("/")
-        return max(self.grants.get("/".join(parts[start:]), 0) for start in range(len(parts)))
+# Who sent a request: a user, or None; and, if a token says so, {repository: level} that it is good for.
+Who = collections.namedtuple("Who", "user grants")
 
 
 class Access:
     """Who may do what in one registry. `key` signs tokens: servers and workers that share one take each other's.
 
-    Raises OSError and ValueError if the users or rules file can't be read."""
+    Where no rule matches, a user may do everything if there is no rules file, else nothing; and clients that are no
+    user what --anonymous says. A user may always do what those may: logging out must not help. Raises OSError,
+    CommandError if the users or rules file can't be read."""
 
     def __init__(self, anonymous="none", users=None, rules=None, key=None):
-        self.anonymous = anonymous
-        self.files = (users, rules)
+        self.anonymous = LEVELS.index(anonymous)
+        self.users_file, self.rules_file = users, rules
+        self.users, self.rules = {}, []
+        self.default = LEVELS.index("none" if rules else "admin")
         self.key = key or os.urandom(32)
         self.secret = os.urandom(32)  # of the cache of verified passwords
         self.verified = set()
-        self.failures = {}            # address: (how many wrong passwords, since when)
-        self.uploads = {}             # address: [(name, id)] of upload sessions
+        self.failures = {}            # client: (how many wrong passwords, since when)
+        self.uploads = {}             # client: [(name, id)] of upload sessions
         self.slow = threading.Lock()  # held while a password is hashed: one core is enough for guessers
         self.watch = Watch(users, rules)
-        self.policy = Policy(anonymous, {}, None)
-        self._load_users()
-        self._load_rules()
+        self._load()
 
-    def _load_users(self):
-        if self.files[0]:
-            with open(self.files[0], "rb") as file, self.slow:
-                users = parse_users(file.read())
-            self.policy = Policy(self.anonymous, users, self.policy.rules)
-
-    def _load_rules(self):
-        if self.files[1]:
-            try:
-                with open(self.files[1], "rb") as file:
-                    rules = parse_rules(file.read())
-            except ValueError as error:
-                raise ValueError("%s: %s" % (self.files[1], error))
-            self.policy = Policy(self.anonymous, self.policy.users, rules)
-
-    def refresh(self):
-        """Read the users and rules again if they have changed. What can't be read leaves the former ones in force."""
-        if self.watch.changed():
-            for load in (self._load_users, self._load_rules):
-                try:
-                    load()
-                except (OSError, ValueError) as error:
-                    logger.error("the former ones stay in force: %s", error)
+    def _load(self):
+        if self.users_file:
+            with open(self.users_file, "rb") as file, self.slow:
+                self.users = parse_users(file.read())
+        if self.rules_file:
+            with open(self.rules_file, "rb") as file:
+                self.rules = parse_rules(file.read())
 
     # Who
 
     def identify(self, request):
         """Who sent a request. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
-        if request.who is None:
-            self.refresh()
-            scheme, _, value = request.header("authorization").partition(" ")
-            if self.files[0] and scheme.lower() == "basic":
-                request.who = self._check_password(request, value.strip())
-            elif self.files[0] and scheme.lower() == "bearer":
-                request.who = self._check_token(request, value.strip())
-            else:
-                request.who = Who(request.certificate, None)
+        if request.who is not None:
+            return request.who
+        if self.watch.changed():
+            try:
+                self._load()
+            except (OSError, CommandError) as error:
+                logger.error("the former users and rules stay in force: %s", error)
+        scheme, _, value = request.header("authorization").partition(" ")
+        if self.users_file and scheme.lower() == "basic":
+            request.who = Who(self._check_password(request, value.strip()), None)
+        elif self.users_file and scheme.lower() == "bearer":
+            request.who = self._check_token(request, value.strip())
+        else:
+            request.who = Who(request.certificate, None)
         return request.who
 
     def _check_password(self, request, credentials):
@@ -4622,36 +4565,32 @@ class Access:
             user = password = ""
         if "\0" in user + password or len(password) > 1024:
             password = ""  # crypt(3) would read to the NUL only
-        stored = self.policy.users.get(user)
-        seen = hashlib.blake2b("\0".join((user, password, stored or "")).encode(), key=self.secret).digest()
-        if stored and seen in self.verified:
-            return Who(user, None)
-        with self.slow:
-            if stored and seen in self.verified:  # by the one whom we waited for: docker sends several at once
-                return Who(user, None)
-            count, since = self._failures_of(request.client)
-            found = hash_password(password, stored or self.policy.decoy)
-            if stored and password and hmac.compare_digest(found.encode(), stored.encode()):
-                if len(self.verified) >= REMEMBERED:
-                    self.verified.clear()
-                self.verified.add(seen)
-                return Who(user, None)
-            self.failures[request.client] = count + 1, since
-        raise self._unauthorized(request, "wrong user name or password")
+        stored = self.users.get(user, "")
+        seen = hashlib.blake2b("\0".join((user, password, stored)).encode(), key=self.secret).digest()
+        if seen not in self.verified:
+            with self.slow:
+                if seen not in self.verified:  # by the one whom we waited for: docker sends several at once
+                    self._verify(request, password, stored)
+                    self.verified.add(seen)
+        return user
 
-    def _failures_of(self, client):
-        """How many wrong passwords an address has sent lately, and since when. Raises TOOMANYREQUESTS."""
-        now = time.monotonic()
-        if len(self.failures) > REMEMBERED:
-            self.failures.clear()
+    def _verify(self, request, password, stored):
+        """Raises UNAUTHORIZED unless a password is right; TOOMANYREQUESTS if its client has sent many wrong ones."""
+        client, now = whole_client(request.client), time.monotonic()
         count, since = self.failures.get(client, (0, now))
         if now - since > FAILURE_WINDOW:
-            return 0, now
+            count, since = 0, now
         if count >= MAX_FAILURES:
             wait = int(since + FAILURE_WINDOW - now) + 1
-            raise RegistryError("TOOMANYREQUESTS", headers=[("Retry-After", str(wait))],
-                                message="too many wrong passwords from %s; try again in %d seconds" % (client, wait))
-        return count, since
+            raise RegistryError("TOOMANYREQUESTS", headers=[("Retry-After", str(wait))], message="too many wrong "
+                                "passwords from %s; try again in %d seconds" % (request.client, wait))
+        found = hash_password(password, stored or next(iter(self.users.values()), ""))  # who is not there takes as long
+        for memory in (self.verified, self.failures):
+            if len(memory) >= REMEMBERED:
+                memory.clear()
+        if not stored or not password or not hmac.compare_digest(found.encode(), stored.encode()):
+            self.failures[client] = count + 1, since
+            raise self._unauthorized(request, "wrong user name or password")
 
     def _unauthorized(self, request, message=None, **problem):
         """The 401 that makes clients send what they have.
@@ -4660,16 +4599,15 @@ class Access:
         instead of trying without. Everywhere else Basic, which needs no URL that a proxy could spoil."""
         host = request.forwarded("host", request.header("host"))
         challenge = 'Basic realm="tinyreg"'
-        if self.policy.most and request.path.startswith("/v2") and host:
-            challenge = 'Bearer realm="%s://%s/token",service="tinyreg"' % (request.outer_scheme(), host)
-            challenge += "".join(',%s="%s"' % item for item in sorted(problem.items()))
+        if self._most() and request.path.startswith("/v2") and host:
+            problem = dict(realm="%s://%s/token" % (request.outer_scheme(), host), service="tinyreg", **problem)
+            challenge = "Bearer " + ",".join('%s="%s"' % item for item in problem.items())
         return RegistryError("UNAUTHORIZED", message=message, headers=[("WWW-Authenticate", challenge)])
 
     # Tokens: payload.signature, both base64url. The user's hash is signed along: a new password ends the tokens.
 
     def _sign(self, payload, user):
-        stored = self.policy.users.get(user) or ""
-        return hmac.new(self.key, payload + b"." + stored.encode(), "sha256").digest()
+        return hmac.new(self.key, payload + b"." + self.users.get(user, "").encode(), "sha256").digest()
 
     def make_token(self, request, scopes):
         """A token for whoever sent a request with a password (or without, for those who need none), good for the
@@ -4682,8 +4620,7 @@ class Access:
             kind, _, rest = scope.partition(":")
             name, _, actions = rest.rpartition(":")
             if kind.startswith("repository"):
-                levels = [LEVELS.index(SCOPES.get(action, "none")) for action in actions.split(",")]
-                grants[name] = max(levels + [grants.get(name, 0)])
+                grants[name] = max([SCOPES.get(action, 0) for action in actions.split(",")] + [grants.get(name, 0)])
         payload = base64.urlsafe_b64encode(to_json([who.user, int(time.time()) + TOKEN_LIFE, grants]))
         return (payload + b"." + base64.urlsafe_b64encode(self._sign(payload, who.user))).decode()
 
@@ -4698,71 +4635,84 @@ class Access:
             raise self._unauthorized(request, "the token is not valid, or no longer", error="invalid_token")
         return Who(user, grants)
 
-    # What
+    # What; a level is an index in LEVELS.
+
+    def _level(self, user, name):
+        """What the rules let a user, or None, do in a repository."""
+        meant = (user, "*") if user else ("@anonymous",)
+        found = next((level for pattern, user_of_rule, level in self.rules
+                      if user_of_rule in meant and pattern.fullmatch(name)), self.default if user else self.anonymous)
+        return max(found, self._level(None, name)) if user else found
+
+    def _most(self):
+        """What clients that are no user may do in some repository."""
+        return max([self.anonymous] + [level for _, user, level in self.rules if user == "@anonymous"])
 
     def allows(self, request, action, name=None):
         """Whether the client may do this in a repository, or, without a name, anywhere. Raises as identify does."""
         who = self.identify(request)
-        needed = LEVELS.index(NEEDED[action])
         if name is None:
-            return who.user is not None or self.policy.most >= needed
-        return min(self.policy.level(who.user, name), who.level_granted(name)) >= needed
+            return who.user is not None or self._most() >= NEEDED[action]
+        # A token for library/alpine is good in every namespace that a mirror may find it in (docker.io/library/alpine),
+        # for its client can't know; the rules have the last word.
+        parts = name.split("/")
+        granted = who.grants is None or any(who.grants.get("/".join(parts[start:]), 0) >= NEEDED[action]
+                                            for start in range(len(parts)))
+        return granted and self._level(who.user, name) >= NEEDED[action]
 
     def lists(self, request, name):
         """Whether the catalog shows a repository to the client; a token's scopes don't matter for that."""
-        return self.policy.level(self.identify(request).user, name) > 0
+        return self._level(self.identify(request).user, name) > 0
 
     def pulls_everything(self, request):
-        """Whether the client may pull from every repository."""
-        who = self.identify(request)
-        return who.grants is None and self.policy.pulls_everything(who.user)
+        """Whether no repository can be kept from the client."""
+        return not self.rules_file and self.identify(request).grants is None and self.allows(request, "pull")
 
     def check(self, request, action, name=None):
         """The one question of room 12. Raises UNAUTHORIZED if a password could help, else DENIED with what would:
         docker prints the message and stops. Raises TOOMANYREQUESTS."""
-        who = self.identify(request)
-        if self.allows(request, action, name) and not (action == "login" and self.files[0] and not who.user
-                                                       and who.grants is None):
+        who, needed = self.identify(request), NEEDED[action]
+        asked_in = action != "login" or not self.users_file or who != (None, None)
+        if asked_in and self.allows(request, action, name):
             return
-        needed = NEEDED[action]
-        level = self.policy.most if name is None else self.policy.level(who.user, name)
-        if self.files[0] and (who.user is None or level >= LEVELS.index(needed)):  # or the token falls short
+        level = self._most() if name is None else self._level(who.user, name)
+        if self.users_file and (who.user is None or level >= needed):  # or the token falls short
             problem = {"error": "insufficient_scope"} if who.grants is not None else {}
             if name is not None:
                 problem["scope"] = "repository:%s:%s" % (name, {"push": "pull,push", "delete": "*"}.get(action, "pull"))
                 source = request.get("from") or ""
                 problem["scope"] += " repository:%s:pull" % source if NAME.fullmatch(source) else ""
             raise self._unauthorized(request, **problem)
-        hint = "with: tinyreg.py serve --anonymous " + needed
-        if who.user or self.files[1]:
-            hint = "with a line in its --rules file: %s %s %s" % (name or "**", who.user or "@anonymous", needed)
+        help_with = "with: tinyreg.py serve --anonymous " + LEVELS[needed]
+        if who.user or self.rules_file:
+            help_with = "with a line in its --rules file: %s %s %s" % (name or "**", who.user or "@anonymous",
+                                                                        LEVELS[needed])
         raise RegistryError("DENIED", message="%s may %s%s; whoever runs this registry can allow more %s" % (
-            who.user or "clients", IN_WORDS[LEVELS[level]], " in " + name if name else "", hint))
+            who.user or "clients", IN_WORDS[level], " in " + name if name else "", help_with))
 
     # How much
 
-    def admit_upload(self, registry, request):
-        """Raises TOOMANYREQUESTS if a client has too many upload sessions open that it began in this process."""
-        begun = self.uploads.get(request.client, ())
+    def count_upload(self, registry, request, session):
+        """Count an upload session that a client has begun in this process. Raises TOOMANYREQUESTS, and ends it, if the
+        client has too many open; but never for what comes from this machine, and so from a proxy."""
+        if is_loopback(request.client):
+            return
+        begun = self.uploads.setdefault(whole_client(request.client), [])
         if len(begun) >= MAX_UPLOADS:
-            begun = self.uploads[request.client] = [session for session in begun if registry.has_upload(*session)]
-            if len(begun) >= MAX_UPLOADS:
-                raise RegistryError("TOOMANYREQUESTS", headers=[("Retry-After", "60")],
-                                    message="%s has too many uploads open; finish or cancel some" % request.client)
-
-    def note_upload(self, request, session):
-        """Count an upload session that a client has begun."""
-        if not is_loopback(request.client):
-            self.uploads.setdefault(request.client, []).append((session.name, session.id))
+            begun[:] = [found for found in begun if registry.has_upload(*found)]
+        if len(begun) >= MAX_UPLOADS:
+            session.cancel()
+            raise RegistryError("TOOMANYREQUESTS", headers=[("Retry-After", "60")],
+                                message="%s has too many uploads open; finish or cancel some" % request.client)
+        begun.append((session.name, session.id))
 
     def in_words(self, reach):
         """For the banner, in lines: who may do what. `reach` is who can connect."""
-        users, rules = self.files
-        lines = ["%s may %s%s" % (reach, IN_WORDS[self.anonymous], " without a password" if users else
-                                  " (change it with --anonymous)" if self.anonymous != "admin" else "")]
-        if users:
-            lines.append("those in %s may %s" % (users, IN_WORDS[LEVELS[self.policy.default]]))
-        return lines + (["and what the rules in %s say" % rules] if rules else [])
+        lines = ["%s may %s%s" % (reach, IN_WORDS[self.anonymous], " without a password" if self.users_file else
+                                  " (change it with --anonymous)" if self.anonymous < len(LEVELS) - 1 else "")]
+        if self.users_file:
+            lines.append("those in %s may %s" % (self.users_file, IN_WORDS[self.default]))
+        return lines + (["and what the rules in %s say" % self.rules_file] if self.rules_file else [])
 
 # ---------------------------------------------------------------------------------------------------------
 # 11  Observation
@@ -4772,8 +4722,8 @@ class Access:
 # or a file in ROOT/tinyreg. Observing never fails a request; only a notification that can't be queued does.
 # ---------------------------------------------------------------------------------------------------------
 
-# One request and its answer, for whoever watches: `route` is the handler's name, "" where there was none; `name`
-# and `reference` what the path named; `received` and `sent` are bytes of the two bodies.
+# One request and its answer, for whoever watches: `target` is what was asked, without_secrets; `route` the handler's
+# name, "" where there was none; `name` and `reference` what the path named; `received` and `sent` are bytes of bodies.
 Exchange = collections.namedtuple("Exchange", "client user method target route name reference status received sent "
                                   "seconds digest agent")
 
@@ -4790,19 +4740,12 @@ def harmless(text):
 
 def without_secrets(target):
     """A request's target as logs may have it: a value of a query parameter that we have no use for may be a token."""
-    if target.startswith("/") and "?" not in target:
-        return target
     return SECRET_PARAMETER.sub(r"\1***", re.sub(r"^https?://[^/]*", "", target))
 
 
 def timestamp():
     """Now, in UTC, as logs have it."""
-    return format_second(int(time.time()))
-
-
-@functools.lru_cache(maxsize=2)
-def format_second(second):
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def as_text(exchange):
@@ -4818,56 +4761,50 @@ def as_json(exchange):
     return to_json(dict(exchange._asdict(), time=timestamp(), seconds=round(exchange.seconds, 6))).decode().rstrip()
 
 
-# The protocol in words: what a client asks with this method and handler, and what the answers to it mean.
+# The protocol in words: what a client asks of a handler (by HEAD, if that is another question), and what it means to
+# the client if it succeeds, and if there is no such thing.
 EXPLANATIONS = {
-    "GET get_base": ("are you a registry?", {200: "yes, and you may go on", 401: "yes, but who are you? Come back "
-                     "with a user and a password"}),
-    "GET get_catalog": ("which repositories are there?", {200: "here are their names"}),
-    "GET get_tags": ("which tags has {name}?", {200: "here they are"}),
-    "GET get_referrers": ("is anything about {reference}: a signature, an SBOM?", {200: "here is the list; it may be "
-                          "empty"}),
-    "HEAD get_manifest": ("which manifest is {name}:{reference} at the moment?", {200: "{digest}; a client that has "
-                          "it already stops here", 404: "there is none"}),
-    "GET get_manifest": ("the manifest {name}:{reference}, please: the list of what the image consists of",
-                         {200: "here it is ({sent}); next come the blobs on it that the client lacks",
-                          304: "you have it already, it has not changed"}),
-    "PUT put_manifest": ("here is the manifest of {name}:{reference}, store it",
-                         {201: "stored as {digest}: from now on the image can be pulled",
-                          400: "refused: something is wrong with it, or blobs on its list are not here"}),
-    "DELETE delete_manifest": ("delete {name}:{reference}", {202: "done; the blobs stay until garbage is collected"}),
-    "HEAD get_blob": ("has {name} the blob {reference}?", {200: "yes, so it need not be sent",
-                      404: "no, so the client will send it"}),
-    "GET get_blob": ("the blob {reference} of {name}, please", {200: "here it is ({sent})",
-                     206: "here is the part you asked for ({sent})", 304: "you have it already"}),
-    "DELETE delete_blob": ("take the blob {reference} from {name}", {202: "done"}),
-    "POST start_upload": ("a blob for {name} is coming", {202: "send its bytes to the address in Location",
-                          201: "no need to send it: {digest} is here already, {name} has it now"}),
-    "GET get_upload": ("how far is my upload to {name}?", {204: "so far as Range says; go on from there"}),
-    "PATCH append_to_upload": ("here are bytes of a blob for {name} ({received})", {202: "taken; more, or is that all?",
-                               416: "they don't follow what is here; Range says where to go on"}),
-    "PUT finish_upload": ("that was all of the blob for {name}", {201: "its digest is right: it is stored as {digest}",
-                          400: "the bytes have another digest: they were damaged on the way, and are thrown away"}),
-    "- ": ("something that is no HTTP request; perhaps HTTPS, which is not spoken here", {}),
-    "DELETE cancel_upload": ("forget my upload to {name}", {204: "forgotten"}),
+    "get_base": ("are you a registry?", "yes, and you may go on"),
+    "get_catalog": ("which repositories are there?", "here are their names"),
+    "get_tags": ("which tags has {name}?", "here they are"),
+    "get_referrers": ("is anything about {reference}: a signature, an SBOM?", "here is the list; it may be empty"),
+    "HEAD get_manifest": ("which manifest is {image} at the moment?", "{digest}; a client that has it stops here"),
+    "get_manifest": ("the manifest {image}, please: the list of what the image consists of",
+                     "here it is ({sent}); next come the blobs on it that the client lacks"),
+    "put_manifest": ("here is the manifest of {image}; from now on let it be pulled", ""),
+    "delete_manifest": ("delete {image}", "done; the blobs stay until garbage is collected"),
+    "HEAD get_blob": ("has {name} the blob {reference}?", "yes, so it need not be sent", "no, so the client sends it"),
+    "get_blob": ("the blob {reference} of {name}, please", "here it is ({sent})"),
+    "delete_blob": ("take the blob {reference} from {name}", "done"),
+    "start_upload": ("a blob for {name} is coming", "send its bytes to the address in Location"),
+    "get_upload": ("how far is my upload to {name}?", "so far as Range says; go on from there"),
+    "append_to_upload": ("here are bytes of a blob for {name} ({received})", "taken; more, or is that all?"),
+    "finish_upload": ("that was all of the blob for {name}", ""),
+    "cancel_upload": ("forget my upload to {name}", "forgotten"),
+    "- ": ("something that is no HTTP request; perhaps HTTPS, which is not spoken here", ""),
 }
-MEANINGS = {400: "I don't understand that", 401: "who are you? Come back with a user and a password",
-            403: "you may not do that", 404: "that is not here", 405: "that can't be done", 429: "not so fast",
-            503: "not at the moment; try again", 507: "the disk is full"}
+MEANINGS = {201: "right: it is here now as {digest}", 206: "here is the part you asked for ({sent})",
+            304: "you have it already", 400: "that is refused, for something is wrong with it",
+            401: "who are you? Come back with a user and a password", 403: "you may not do that",
+            404: "that is not here", 405: "that can't be done", 416: "that does not follow what is here",
+            429: "not so fast", 503: "not at the moment; try again", 507: "the disk is full"}
 
 
 def explain(exchange):
     """The exchange in words: who asks what, and what the answer tells them."""
-    asked, answers = (EXPLANATIONS.get("%s %s" % (exchange.method, exchange.route))
-                      or EXPLANATIONS.get("GET " + exchange.route) or ("{method} {target}", {}))
-    reply = answers.get(exchange.status) or MEANINGS.get(exchange.status) or ("here it is" if exchange.status < 400
-                                                                             else "that went wrong")
+    question, success, *missing = (EXPLANATIONS.get("%s %s" % (exchange.method, exchange.route))
+                                   or EXPLANATIONS.get(exchange.route) or ("{method} {target}", "here it is"))
+    answer = MEANINGS.get(exchange.status) or (success if exchange.status < 400 else "that went wrong")
+    if missing and exchange.status == 404:
+        answer, = missing
+    reference = shorten(exchange.reference)
     values = dict(exchange._asdict(), sent=in_units(exchange.sent), received=in_units(exchange.received),
-                  reference=shorten(exchange.reference), digest=shorten(exchange.digest))
+                  reference=reference, digest=shorten(exchange.digest),
+                  image=exchange.name + ("@" if ":" in reference else ":") + reference)
     who = exchange.agent.split(" ")[0] or "someone"
     who += " (%s)" % exchange.user if exchange.user else ""
-    asked = asked.replace("{name}:{reference}", "{name}@{reference}") if ":" in exchange.reference else asked
-    return "%s %s at %s: %s -> %d: %s" % (time.strftime("%H:%M:%S"), who, exchange.client, asked.format(**values),
-                                          exchange.status, reply.format(**values))
+    return "%s %s at %s: %s -> %d: %s" % (time.strftime("%H:%M:%S"), who, exchange.client, question.format(**values),
+                                          exchange.status, answer.format(**values))
 
 
 def shorten(digest):
@@ -4877,13 +4814,10 @@ def shorten(digest):
 
 def in_units(size):
     """A number of bytes for people: 1.5 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
-        size /= 1024.0
-    else:
-        unit = "TiB"
-    return "%d B" % size if unit == "B" else "%.1f %s" % (size, unit)
+    if size < 1024:
+        return "%d B" % size
+    power = min((int(size).bit_length() - 1) // 10, 4)
+    return "%.1f %siB" % (size / 1024.0 ** power, " KMGT"[power])
 
 
 LOG_FORMATS = {"text": as_text, "json": as_json, "explain": explain}
@@ -4912,14 +4846,13 @@ class LogHandler(logging.Handler):
         self.style = style
 
     def emit(self, record):
+        level, message = record.levelname, record.getMessage()
         trace = logging.Formatter().formatException(record.exc_info).splitlines() if record.exc_info else []
         if self.style == "json":
-            write_log(to_json({"time": timestamp(), "level": record.levelname.lower(), "message": record.getMessage(),
-                               "trace": trace}).decode().rstrip())
-        else:
-            write_log("%s %s %s" % (timestamp(), record.levelname, record.getMessage()))
-            for line in trace:
-                write_log("    " + line)
+            entry = {"time": timestamp(), "level": level.lower(), "message": message, "trace": trace}
+            return write_log(to_json(entry).decode().rstrip())
+        for line in ["%s %s %s" % (timestamp(), level, message)] + ["    " + line for line in trace]:
+            write_log(line)
 
 
 def start_logging(style="text"):
@@ -5015,50 +4948,6 @@ class Metrics:
         return "\n".join(lines + [""])
 
 
-class Live:
-    """What /live shows: exchanges as lines of JSON in a file that all processes append to, while anyone looks."""
-
-    def __init__(self, path, metrics):
-        self.path = path
-        self.metrics = metrics
-
-    def write(self, exchange):
-        if not self.metrics.total("watchers"):
-            return
-        with contextlib.suppress(OSError), open(self.path, "ab", buffering=0) as file:
-            file.write(as_json(exchange).encode() + b"\n")
-            if file.tell() > MAX_LIVE:
-                os.unlink(self.path)  # those who look read it to its end and go on with the next one
-
-    def follow(self):
-        """Yield Exchanges as they happen, and None every now and then; it never ends by itself."""
-        self.metrics.add("watchers")
-        try:
-            file = open(self.path, "a+b")
-            while True:
-                replaced = not self._is_current(file)  # before the reading: nothing is added to it after that
-                line = file.readline()
-                if line.endswith(b"\n"):
-                    fields = load_json(line)
-                    yield Exchange(*[fields[field] for field in Exchange._fields])
-                elif replaced:
-                    file.close()
-                    file = open(self.path, "a+b")
-                    file.seek(0)
-                else:
-                    file.seek(-len(line), os.SEEK_CUR)
-                    yield None
-                    time.sleep(0.2)
-        finally:
-            self.metrics.add("watchers", -1)
-
-    def _is_current(self, file):
-        try:
-            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
-        except FileNotFoundError:
-            return False
-
-
 # Notifications
 
 EVENT_TYPE = "application/vnd.docker.distribution.events.v2+json"
@@ -5066,143 +4955,85 @@ EVENT_TYPE = "application/vnd.docker.distribution.events.v2+json"
 
 class Endpoint:
     """Where notifications go: URL[#SETTING=VALUE&…]; a fragment is never sent, so it has room for our settings:
-    actions=push,delete,mount,pull  repositories=GLOB,GLOB  secret=FILE  headers=FILE. Raises ValueError."""
+    actions=push,delete,mount,pull  repositories=GLOB,GLOB  secret=FILE  headers=FILE. Raises CommandError."""
 
     def __init__(self, text):
         self.url, _, settings = text.partition("#")
-        settings = dict(urllib.parse.parse_qsl(settings, keep_blank_values=True, strict_parsing=bool(settings)))
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("%r is no URL: write http://HOST[:PORT]/PATH" % self.url)
-        self.parts = parts
+        settings = dict(urllib.parse.parse_qsl(settings, keep_blank_values=True))
+        self.parts = parts = urllib.parse.urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            raise CommandError("write http://HOST[:PORT]/PATH; a password goes as Authorization into headers=FILE")
         self.key = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        self.shown = "%s://%s%s" % (parts.scheme, parts.netloc.rpartition("@")[2], parts.path)  # no password, no token
+        self.shown = "%s://%s%s" % (parts.scheme, parts.netloc, parts.path)  # what follows may be a token
         self.actions = settings.pop("actions", "push,mount,delete").split(",")
         self.globs = [parse_glob(glob) for glob in settings.pop("repositories", "**").split(",")]
         self.secret, self.headers = settings.pop("secret", None), settings.pop("headers", None)
         wrong = list(settings) + sorted(set(self.actions) - {"push", "pull", "mount", "delete"})
         if wrong:
-            raise ValueError("%s: %s is none of actions=push,mount,delete,pull  repositories=GLOB  secret=FILE  "
-                             "headers=FILE" % (self.shown, ", ".join(wrong)))
+            raise CommandError("%s: %s is none of actions=push,mount,delete,pull  repositories=GLOB  secret=FILE  "
+                               "headers=FILE" % (self.shown, ", ".join(wrong)))
 
-    def wants(self, event):
-        return event["action"] in self.actions and any(
-            glob.fullmatch(event["target"]["repository"]) for glob in self.globs)
+    def wants(self, action, name):
+        """Whether it is to hear of this action in this repository."""
+        return action in self.actions and any(glob.fullmatch(name) for glob in self.globs)
 
-    def deliver(self, event):
-        """POST one event in Distribution's envelope. Raises OSError, HTTPException, unless the endpoint took it."""
-        body = json.dumps({"events": [event]}, indent=3).encode("ascii")
+    def deliver(self, body):
+        """POST one event in its envelope. Raises OSError, ValueError, HTTPException, unless the endpoint took it."""
         headers = {"Content-Type": EVENT_TYPE, "User-Agent": "tinyreg/" + __version__}
-        if self.parts.username:
-            words = "%s:%s" % (self.parts.username, self.parts.password or "")
-            headers["Authorization"] = "Basic " + base64.b64encode(urllib.parse.unquote(words).encode()).decode()
         if self.headers:
             with open(self.headers) as file:
-                for line in file:
-                    name, colon, value = line.strip().partition(": ")
-                    headers.update({name: value} if colon else {})
+                headers.update(re.findall(r"^([^\s:]+):[ \t]*(.*?)[ \t]*$", file.read(), re.MULTILINE))
         if self.secret:
             with open(self.secret, "rb") as file:
                 signature = hmac.new(file.read().strip(), body, "sha256").hexdigest()
             headers["X-Hub-Signature-256"] = "sha256=" + signature  # the name and form of GitHub's, widely understood
         kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(self.parts.hostname, self.parts.port, timeout=NOTIFY_LIMIT)
-        try:
+        with contextlib.closing(kind(self.parts.hostname, self.parts.port, timeout=NOTIFY_LIMIT)) as connection:
             target = (self.parts.path or "/") + ("?" + self.parts.query if self.parts.query else "")
             connection.request("POST", target, body, headers)
             status = connection.getresponse().status
-        finally:
-            connection.close()
         if status >= 400:  # Distribution takes 2xx and 3xx for delivered
-            raise OSError(errno.EPROTO, "it answered %d" % status)
+            raise OSError("it answered %d" % status)
 
 
 class Notifications:
-    """The queue of events on disk, and the threads that empty it, one for each endpoint.
+    """The queue on disk, and the threads that empty it: each endpoint has a folder, and in it each event that it has
+    not had yet is a file with the body to send, named by when it was queued.
 
-    One log of events for all endpoints, in segments of 1 MiB named by their number; each endpoint has a file with its
-    position in it: "SEGMENT OFFSET". An event is queued before its request is answered; what an endpoint misses is
-    kept through kill -9 and restarts, delivered in order, at least once. With more than 64 segments, some 90,000
-    events, the oldest is dropped, which is logged and counted. Several processes, also on several hosts, append, under
-    a lock; the one that gets the lock of an endpoint's file sends to it, and when that one dies the next does."""
+    An event is queued before its request is answered; it stays through kill -9 and restarts, and is delivered in
+    order, at least once. When more than MAX_EVENTS wait the oldest are dropped, which is logged and counted. All
+    processes queue, also on several hosts; the one that has an endpoint's `.sender` lock sends, and when that one dies
+    the next does."""
 
     def __init__(self, folder, endpoints, metrics):
-        self.folder = folder
+        self.files = Files(os.path.join(folder, "scratch"))
+        self.folder = os.path.join(folder, "notify")
         self.endpoints = endpoints
         self.metrics = metrics
-        if endpoints:
-            os.makedirs(folder, exist_ok=True)
+        self.source = {"addr": socket.gethostname(), "instanceID": str(uuid.uuid4())}
         for endpoint in endpoints:
-            self._position(endpoint)
+            os.makedirs(self._path(endpoint), exist_ok=True)
 
-    def segments(self):
-        """The numbers of the segments, the oldest first."""
-        return sorted(int(name[7:]) for name in os.listdir(self.folder) if name.startswith("events.")) or [1]
+    def _path(self, endpoint, *number):
+        return os.path.join(self.folder, endpoint.key, *map(str, number))
 
-    def _segment(self, number):
-        return os.path.join(self.folder, "events.%d" % number)
-
-    def _read(self, number, offset):
-        """What a segment has from an offset on, whole lines only."""
-        with contextlib.suppress(FileNotFoundError):
-            with open(self._segment(number), "rb") as file:
-                file.seek(offset)
-                content = file.read()
-                return content[:content.rfind(b"\n") + 1]
-        return b""
-
-    def _position(self, endpoint, moved=None):
-        """Where an endpoint is in the queue, as (segment, offset); `moved` is its new place. One that is new here, or
-        whose place can't be read after a power cut, begins at the end, or the beginning. Raises OSError."""
-        path = os.path.join(self.folder, endpoint.key)
-        content = read_file(path, 100)
-        last = self.segments()[-1]
-        if content is None:
-            moved = last, len(self._read(last, 0))
-        elif moved is None:
-            match = re.fullmatch(rb"([0-9]+) +([0-9]+) *\n", content)
-            return (int(match.group(1)), int(match.group(2))) if match else (0, 0)
-        with open(path, "r+b" if content else "wb", buffering=0) as file:
-            file.write(b"%-20d %-20d\n" % moved)  # always as long, so that it needs no truncation
-        return moved
-
-    def queue(self, event):
-        """Write an event to the end of the queue, durably if it tells of a change. Raises OSError."""
-        line = json.dumps(event).encode("ascii") + b"\n"
-        with open(os.path.join(self.folder, "lock"), "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            segments = self.segments()
-            number = segments[-1]
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(self._segment(number)).st_size >= SEGMENT_SIZE:
-                    number += 1
-            with open(self._segment(number), "a+b", buffering=0) as file:
-                end = file.seek(0, os.SEEK_END)
-                try:
-                    if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
-                        line = b"\n" + line  # what a crash cut off stays a line of its own, which nobody can read
-                    if file.write(line) != len(line):
-                        raise OSError(errno.ENOSPC, "no space left for a notification")
-                    if event["action"] != "pull":
-                        os.fsync(file.fileno())
-                except OSError:
-                    os.ftruncate(file.fileno(), end)
-                    raise
-            if len(segments) > MAX_SEGMENTS:
-                self._drop(segments[0])
-
-    def _drop(self, number):
-        """Give up the oldest segment, which some endpoint has not had yet. Raises OSError."""
-        lost = self._read(number, 0).count(b"\n")
-        os.unlink(self._segment(number))
-        self.metrics.add("events_dropped_total", lost)
-        logger.error("the queue of notifications is full: its oldest %d were dropped", lost)
+    def _numbers(self, endpoint):
+        """The names of the events that an endpoint has not had yet, the oldest first."""
+        return sorted(map(int, os.listdir(self._path(endpoint))))
 
     def waiting(self, endpoint):
-        """How many events an endpoint has not had yet, wanted or not."""
-        segment, offset = self._position(endpoint)
-        return sum(self._read(number, offset if number == segment else 0).count(b"\n")
-                   for number in self.segments() if number >= segment)
+        """How many there are."""
+        return len(self._numbers(endpoint))
+
+    def queue(self, endpoint, event):
+        """Keep an event for an endpoint, durably. Raises OSError."""
+        body = json.dumps({"events": [dict(event, source=self.source)]}, indent=3).encode("ascii")
+        lock = self._path(endpoint) + ".lock"
+        with alone(lock):
+            # Its mtime is the last number, so that no clock that is set back turns the order round.
+            number = max(int(time.time() * 1e9), os.stat(lock).st_mtime_ns + 1)
+            os.utime(lock, ns=(number, number))
+            self.files.write(self._path(endpoint, number), body)
 
     def start(self):
         """Begin to deliver; to be called in each process that serves."""
@@ -5210,55 +5041,28 @@ class Notifications:
             threading.Thread(target=self._empty, args=(endpoint,), daemon=True).start()
 
     def _empty(self, endpoint):
-        """Deliver to one endpoint for ever, once no other process does."""
-        with open(os.path.join(self.folder, endpoint.key), "r+b") as mine:  # NFS lets only writers have a lock alone
-            fcntl.flock(mine, fcntl.LOCK_EX)
+        """Deliver to one endpoint for ever, once no other process does; after failures wait 1, 2, 4 … 60 seconds."""
+        with alone(self._path(endpoint) + ".sender"):
+            delay = 0
             while True:
                 try:
-                    if not self._advance(endpoint):
-                        time.sleep(NOTIFY_POLL)
-                except OSError as error:
-                    logger.error("notifications to %s: %s", endpoint.shown, error)
-                    time.sleep(10)
-
-    def _advance(self, endpoint):
-        """Deliver what a segment has left, or step to the next one; whether there was anything to do."""
-        segment, offset = self._position(endpoint)
-        segments = self.segments()  # before the reading: once there is a next one, nothing is added to this one
-        content = self._read(segment, offset)
-        for line in content.splitlines(True):
-            self._deliver(endpoint, line)
-            offset += len(line)
-            self._position(endpoint, (segment, offset))
-        if content or segments[-1] <= segment:
-            return bool(content)
-        self._position(endpoint, (max(segment + 1, segments[0]), 0))
-        needed = min(self._position(other)[0] for other in self.endpoints)
-        for number in segments:
-            if number < needed:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._segment(number))
-        return True
-
-    def _deliver(self, endpoint, line):
-        """Try until the endpoint has the event: after 1, 2, 4 … 60 seconds."""
-        try:
-            event = load_json(line)
-        except ValueError:
-            return
-        delay = 1
-        while endpoint.wants(event):
-            try:
-                endpoint.deliver(event)
-                if delay > 1:
-                    logger.warning("%s takes notifications again", endpoint.shown)
-                return
-            except (OSError, ValueError, http.client.HTTPException) as error:
-                if delay == 1:
-                    logger.warning("%s does not take notifications: %s; they are kept and tried again",
-                                   endpoint.shown, error or type(error).__name__)
-            time.sleep(delay)
-            delay = min(delay * 2, 60)
+                    numbers = self._numbers(endpoint)
+                    for number in numbers[:-MAX_EVENTS]:
+                        os.unlink(self._path(endpoint, number))
+                        self.metrics.add("events_dropped_total")
+                        logger.error("too many notifications wait for %s: the oldest was dropped", endpoint.shown)
+                    for number in numbers[-MAX_EVENTS:]:
+                        endpoint.deliver(read_file(self._path(endpoint, number)))
+                        os.unlink(self._path(endpoint, number))
+                        if delay:
+                            logger.warning("%s takes notifications again", endpoint.shown)
+                        delay = 0
+                except (OSError, ValueError, http.client.HTTPException) as error:
+                    if not delay:
+                        logger.warning("%s does not take notifications: %s; they are kept and tried again",
+                                       endpoint.shown, error or type(error).__name__)
+                    delay = min(2 * delay or 1, 60)
+                time.sleep(delay or NOTIFY_POLL)
 
 
 class Observation:
@@ -5267,12 +5071,11 @@ class Observation:
 
     def __init__(self, folder, style, routes, endpoints=(), processes=1):
         self.style = style
-        self.instance = str(uuid.uuid4())
         self.folder = folder
         self.metrics = Metrics(routes, processes)
         # Hosts that share the folder would write over each other's lines.
-        self.live = Live(os.path.join(folder, "live." + socket.gethostname()), self.metrics) if folder else None
-        self.notifications = Notifications(os.path.join(folder, "notify"), endpoints, self.metrics) if folder else None
+        self.live = os.path.join(folder, "live." + socket.gethostname()) if folder else None
+        self.notifications = Notifications(folder, endpoints, self.metrics) if folder else None
 
     def start(self, process):
         """Begin in this process, whose number it is."""
@@ -5281,42 +5084,32 @@ class Observation:
             self.notifications.start()
 
     def record(self, exchange, cached=False):
-        """Tell all who want to know of an exchange; its target has secrets that nobody is told."""
-        target = without_secrets(exchange.target)
-        if target != exchange.target:  # a copy costs as much as all the rest of this
-            exchange = exchange._replace(target=target)
+        """Tell all who want to know of an exchange."""
         self.metrics.count(exchange, cached)
-        if self.live:
-            self.live.write(exchange)
+        if self.live and self.metrics.total("watchers"):
+            with contextlib.suppress(OSError), open(self.live, "ab", buffering=0) as file:
+                if file.tell() > MAX_LIVE:
+                    file.truncate(0)
+                file.write(to_json(exchange))
         if self.style != "off":
             write_log(LOG_FORMATS[self.style](exchange))
 
-    def notify(self, action, target, request):
-        """Queue an event as Distribution writes it, if an endpoint wants it; whether one does. `target` has what is
-        known of the content. Raises OSError, unless it tells of a pull, which no full disk stops."""
-        event = {"action": action, "target": dict(target, length=target["size"])}
-        if not self.notifications or not any(endpoint.wants(event) for endpoint in self.notifications.endpoints):
-            return False
-        if target["digest"]:
-            event["target"]["url"] = "%s://%s/v2/%s/%s/%s" % (
-                request.outer_scheme(), request.host(), target["repository"],
-                "blobs" if target["mediaType"] == OCTET_STREAM else "manifests", target["digest"])
-        now = time.time()
-        event.update({
-            "id": str(uuid.uuid4()),
-            "timestamp": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + ".%06dZ" % (now % 1 * 1e6),
-            "request": {"id": str(uuid.uuid4()), "addr": request.client, "host": request.header("host"),
-                        "method": request.method, "useragent": request.header("user-agent")},
-            "actor": {"name": request.who.user} if request.who and request.who.user else {},
-            "source": {"addr": socket.gethostname(), "instanceID": self.instance}})
+    def watch(self):
+        """Yield the Exchanges of all processes as they happen, for /live, and None every now and then; never ends. They
+        come as lines of JSON through a file that grows while anyone looks."""
+        self.metrics.add("watchers")
         try:
-            self.notifications.queue(event)
-        except OSError as error:
-            if action != "pull":
-                raise
-            self.metrics.add("events_dropped_total")
-            logger.error("can't queue a notification: %s", error)
-        return True
+            with open(self.live, "a+b") as file:
+                while True:
+                    if os.fstat(file.fileno()).st_size < file.tell():
+                        file.seek(0)  # it has begun anew
+                    line = file.readline()
+                    with contextlib.suppress(ValueError):  # what the new beginning has cut
+                        yield Exchange(*json.loads(line.decode())) if line else None
+                    if not line:
+                        time.sleep(0.2)
+        finally:
+            self.metrics.add("watchers", -1)
 
     def gauges(self):
         """Metrics that are not counted but looked up, as (name, number)."""
@@ -5371,12 +5164,6 @@ class Request:
     def header(self, name, default=""):
         return self.headers.get(name, default)
 
-    @property
-    def content_length(self):
-        """Of the body, or None where it is not known beforehand."""
-        length = self.headers.get("content-length")
-        return int(length) if length is not None else None
-
     def forwarded(self, name, default):
         """What a proxy says that its client asked it: the first of X-Forwarded-…, if it looks like one."""
         value = self.header("x-forwarded-" + name, default).split(",")[0].strip()
@@ -5390,15 +5177,13 @@ class Request:
         return "https" if self.forwarded("proto", self.scheme) == "https" else "http"
 
     def read_body(self, limit):
-        """The whole body, or its first `limit` + 1 bytes if it is longer."""
-        content = bytearray(limit + 1)
-        filled = 0
-        while filled <= limit:
-            count = self.body.readinto(memoryview(content)[filled:])
-            if not count:
+        """The whole body, or more than `limit` bytes from its begin if it is longer."""
+        content, block = bytearray(), memoryview(bytearray(COPY_BUFFER))
+        for count in iter(lambda: self.body.readinto(block), 0):
+            content += block[:count]
+            if len(content) > limit:
                 break
-            filled += count
-        return bytes(content[:filled])
+        return bytes(content)
 
 
 class Response:
@@ -5417,6 +5202,11 @@ class Response:
     @classmethod
     def of_json(cls, value, headers=(), content_type=JSON):
         return cls(200, [("Content-Type", content_type)] + list(headers), to_json(value))
+
+    @classmethod
+    def of_text(cls, text, status=200):
+        return cls(status, [("Content-Type", "text/plain; charset=utf-8"), ("X-Content-Type-Options", "nosniff")],
+                   text.encode("utf-8", "replace"))
 
     @classmethod
     def of_error(cls, error):
@@ -5439,8 +5229,7 @@ class Stream:
 
 def etag_matches(header, digest):
     """Whether an If-None-Match header names this digest's ETag (RFC 9110, 13.1.2)."""
-    tags = [tag.strip() for tag in header.split(",")]
-    return "*" in tags or '"%s"' % digest in tags or 'W/"%s"' % digest in tags
+    return header.strip() == "*" or '"%s"' % digest in header
 
 
 def content_headers(digest, content_type):
@@ -5453,7 +5242,7 @@ def content_headers(digest, content_type):
 
 def take_page(entries, count):
     """The first `count` of an iterator, and whether there are more."""
-    page = list(itertools.islice(entries, count + 1))
+    page = list(itertools.islice(entries, min(count + 1, sys.maxsize)))
     return page[:count], len(page) > count
 
 
@@ -5488,11 +5277,8 @@ def get_token(registry, access, request):
 
 def get_tags(registry, access, request, name):
     """The tags of a repository (end-8a, end-8b): all of them, unless the client asks for pages. Raises NAME_UNKNOWN."""
-    tags = registry.tags(name, request.get("last", ""))
-    if request.get("n") is None:
-        return Response.of_json({"name": name, "tags": list(tags)})
-    count = parse_count(request.get("n"))
-    tags, more = take_page(tags, min(count, sys.maxsize - 1))
+    count = parse_count(request.get("n", "9" * 18))
+    tags, more = take_page(registry.tags(name, request.get("last", "")), count)
     link = next_link("/v2/%s/tags/list" % name, n=count, last=tags[-1]) if more and tags else []
     return Response.of_json({"name": name, "tags": tags}, link)
 
@@ -5500,21 +5286,14 @@ def get_tags(registry, access, request, name):
 def get_referrers(registry, access, request, name, digest):
     """The manifests that are about another (end-12a, end-12b), as an index, in pages that stay below the size of a
     manifest. An unknown repository has none: oras asks before its first push, and takes a 404 for "unsupported"."""
-    wanted = request.get("artifactType")
-    count = min(parse_count(request.get("n", str(PAGE_SIZE))), PAGE_SIZE)
-    entries, size, more = [], 0, False
-    for manifest in registry.referrers(name, digest, request.get("last", "")):
-        entry = manifest.referrer()
-        if wanted is not None and entry.get("artifactType") != wanted:
-            continue
-        size += len(to_json(entry))
-        more = len(entries) >= count or entries != [] and size > MAX_MANIFEST - 1000
-        if more:
-            break
-        entries.append(entry)
-    headers = [("OCI-Filters-Applied", "artifactType")] if wanted is not None else []
+    wanted, count = request.get("artifactType"), min(parse_count(request.get("n", str(PAGE_SIZE))), PAGE_SIZE)
+    found = (manifest.referrer() for manifest in registry.referrers(name, digest, request.get("last", "")))
+    entries, more = take_page((entry for entry in found if wanted in (None, entry.get("artifactType"))), count)
+    while len(entries) > 1 and len(to_json(entries)) > MAX_MANIFEST - 1000:
+        entries, more = entries[:len(entries) // 2], True
+    query = {} if wanted is None else {"artifactType": wanted}
+    headers = [("OCI-Filters-Applied", "artifactType")] if query else []
     if more and entries:
-        query = {"artifactType": wanted} if wanted is not None else {}
         headers += next_link("/v2/%s/referrers/%s" % (name, digest), n=count, last=entries[-1]["digest"], **query)
     index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
     return Response.of_json(index, headers, content_type=OCI_INDEX)  # no charset: oras compares it to the letter
@@ -5580,20 +5359,19 @@ def delete_manifest(registry, access, request, name, reference):
 def get_blob(registry, access, request, name, digest):
     """A blob, or the one range asked for (end-2). Raises NAME_UNKNOWN, BLOB_UNKNOWN, RANGE_INVALID."""
     headers = content_headers(digest, OCTET_STREAM) + [("Accept-Ranges", "bytes")]
+    wanted = request.header("range") if request.header("if-range", '"%s"' % digest) == '"%s"' % digest else ""
     blob = registry.open_blob(name, digest)
+    if etag_matches(request.header("if-none-match"), digest):
+        blob.close()
+        return Response(304, headers)
     try:
-        if etag_matches(request.header("if-none-match"), digest):
-            blob.close()
-            return Response(304, headers)
-        wanted = None
-        if request.method == "GET" and request.header("if-range", '"%s"' % digest) == '"%s"' % digest:
-            wanted = parse_range(request.header("range"), blob.length)
+        found = parse_range(wanted, blob.length) if request.method == "GET" else None
     except RegistryError:
         blob.close()
         raise
-    if wanted is None:
+    if found is None:
         return Response(200, headers, blob)
-    start, length = wanted
+    start, length = found
     headers.append(("Content-Range", "bytes %d-%d/%d" % (start, start + length - 1, blob.length)))
     return Response(206, headers, blob.part(start, length))
 
@@ -5609,8 +5387,7 @@ def delete_blob(registry, access, request, name, digest):
 def upload_headers(session):
     """Where an upload stands. `Range: 0-0` is an empty one's: docker's client can't read `0--1`."""
     location = "/v2/%s/blobs/uploads/%s" % (session.name, session.id)
-    if session.state:
-        location += "?state=" + session.state
+    location += "?state=" + session.state if session.state else ""
     return [("Location", location), ("Range", "0-%d" % max(session.offset - 1, 0)), ("Docker-Upload-UUID", session.id)]
 
 
@@ -5641,9 +5418,8 @@ def start_upload(registry, access, request, name):
             raise
         session.commit(digest)
         return created_blob(name, digest)
-    access.admit_upload(registry, request)
     session = registry.start_upload(name, parse_algorithm(request.get("digest-algorithm", "sha256")))
-    access.note_upload(request, session)
+    access.count_upload(registry, request, session)
     return Response(202, upload_headers(session))
 
 
@@ -5653,8 +5429,9 @@ def receive(session, request):
     Raises RANGE_INVALID, with the headers that tell the client where to go on; SIZE_INVALID."""
     placed = request.header("content-range")
     first, last = parse_content_range(placed) if placed else (None, None)
-    if placed and request.content_length not in (None, last - first + 1):
-        raise RegistryError("SIZE_INVALID", {"Content-Range": placed, "Content-Length": request.content_length})
+    length = request.header("content-length")
+    if placed and length and int(length) != last - first + 1:
+        raise RegistryError("SIZE_INVALID", {"Content-Range": placed, "Content-Length": length})
     try:
         session.append(request.body, first)
     except RegistryError as error:
@@ -5697,7 +5474,6 @@ def cancel_upload(registry, access, request, name, session):
 
 # Routes: {placeholders} are loose shapes with strict parsers, so that `/v2/Bad/tags/list` is NAME_INVALID.
 
-SHAPES = {"name": ".+", "reference": "[^/]+", "digest": "[^/]+", "session": "[^/]+"}
 PARSERS = {"name": parse_name, "reference": parse_reference, "digest": parse_digest, "session": parse_session_id}
 
 
@@ -5705,12 +5481,9 @@ def compile_routes(rows):
     """[(pattern, {method: (action, handler)})], in the order in which they are tried."""
     paths = collections.OrderedDict()
     for methods, path, action, handler in rows:
-        for method in methods.split():
-            paths.setdefault(path, {})[method] = (action, handler)
-    def group(match):
-        return "(?P<%s>%s)" % (match.group(1), SHAPES[match.group(1)])
-
-    return [(re.compile(re.sub(r"{(\w+)}", group, path)), handlers) for path, handlers in paths.items()]
+        pattern = re.sub(r"{(\w+)}", r"(?P<\1>[^/]+)", path.replace("{name}", "(?P<name>.+?)"))
+        paths.setdefault(re.compile(pattern), {}).update(dict.fromkeys(methods.split(), (action, handler)))
+    return list(paths.items())
 
 
 ROUTES = compile_routes([
@@ -5733,38 +5506,63 @@ ROUTES = compile_routes([
 ])
 
 
-# What notifications tell of, by method and handler. A HEAD is no pull to us: the client has it, or comes again.
-EVENTS = {"GET get_manifest": "pull", "GET get_blob": "pull", "PUT put_manifest": "push", "PUT finish_upload": "push",
-          "POST start_upload": "push", "DELETE delete_manifest": "delete", "DELETE delete_blob": "delete"}
+# What notifications tell of, by handler and status. A HEAD is no pull to us: the client has it, or comes again.
+EVENTS = {("get_manifest", 200): "pull", ("get_blob", 200): "pull", ("get_blob", 206): "pull",
+          ("put_manifest", 201): "push", ("start_upload", 201): "push", ("finish_upload", 201): "push",
+          ("delete_manifest", 202): "delete", ("delete_blob", 202): "delete"}
 
 
 def notify(registry, request, response):
-    """Queue the events of a request that has been carried out; whether there were any. Raises OSError where a change
-    can't be told: then it is not acknowledged either, and the client makes it again."""
-    action = EVENTS.get("%s %s" % (request.method, request.route))
-    headers = dict(response.headers)
-    started = request.route == "start_upload" and response.status == 202
-    if not action or not request.observation or response.status >= 300 or started or not headers.get(
-            "Content-Range", "bytes 0-").startswith("bytes 0-"):  # other parts of a blob are no further pulls
+    """Queue the events of a request that has been carried out, as Distribution writes them, for the endpoints that want
+    them; whether there are any. Raises OSError where a change can't be told: then it is not acknowledged either, and
+    the client makes it again."""
+    action, headers = EVENTS.get((request.route, response.status)), dict(response.headers)
+    if action == "push" and request.get("mount"):
+        action = "mount"
+    notifications, name = request.observation and request.observation.notifications, request.found.get("name")
+    endpoints = notifications.endpoints if notifications else ()
+    wanting = [endpoint for endpoint in endpoints if endpoint.wants(action, name)]
+    # A part of a blob that is not its first is no further pull.
+    if not wanting or request.method == "HEAD" or not headers.get("Content-Range", "bytes 0-").startswith("bytes 0-"):
         return False
-    action = "mount" if request.get("mount") else action
-    name, reference = request.found["name"], request.found.get("reference") or request.found.get("digest", "")
-    digest = headers.get("Docker-Content-Digest", reference if isinstance(reference, Digest) else "")
+    reference = request.found.get("reference") or request.found.get("digest", "")
+    by_tag = "reference" in request.found and not isinstance(reference, Digest)
+    target = describe_target(registry, request, action, name, headers.get("Docker-Content-Digest",
+                                                                          "" if by_tag else reference))
+    tags = [reference] if by_tag else request.query.get("tag") if request.route == "put_manifest" else None
+    for tag in tags or [None]:
+        event = {
+            "id": str(uuid.uuid4()), "timestamp": timestamp(), "action": action,
+            "target": dict(target, tag=tag) if tag else target,
+            "request": {"id": str(uuid.uuid4()), "addr": request.client, "host": request.header("host"),
+                        "method": request.method, "useragent": request.header("user-agent")},
+            "actor": {"name": request.who.user} if request.who.user else {}}
+        for endpoint in wanting:
+            try:
+                notifications.queue(endpoint, event)
+            except OSError as error:
+                if action != "pull":  # which no full disk stops
+                    raise
+                logger.error("can't queue a notification: %s", error)
+    return True
+
+
+def describe_target(registry, request, action, name, digest):
+    """What an event tells of the manifest or blob that it is about."""
     target = {"mediaType": "", "digest": digest, "size": 0, "repository": name}
-    with contextlib.suppress(RegistryError):  # deleted, by this request or since
-        if request.route in ("put_manifest", "get_manifest"):
+    kind = "manifests" if "manifest" in request.route else "blobs"
+    with contextlib.suppress(RegistryError):  # deleted since
+        if action != "delete" and kind == "manifests":
             manifest = registry.manifest(name, Digest(digest))
             target.update(mediaType=manifest.media_type, size=len(manifest.content))
-        elif digest and action != "delete":
+        elif action != "delete":
             with registry.open_blob(name, Digest(digest)) as blob:
                 target.update(mediaType=OCTET_STREAM, size=blob.length)
+    if digest:
+        target["url"] = "%s://%s/v2/%s/%s/%s" % (request.outer_scheme(), request.host(), name, kind, digest)
     if action == "mount" and request.get("from"):
         target["fromRepository"] = request.get("from")
-    by_tag = "reference" in request.found and not isinstance(reference, Digest)
-    tags = [reference] if by_tag else request.query.get("tag", []) if action == "push" else []
-    queued = [request.observation.notify(action, dict(target, **({"tag": tag} if tag else {})), request)
-              for tag in tags or [None]]
-    return any(queued)
+    return dict(target, length=target["size"])
 
 
 def answer(registry, access, request):
@@ -5776,7 +5574,7 @@ def answer(registry, access, request):
         if match:
             break
     else:
-        return Response(404, [("Content-Type", "text/plain")], b"404: nothing here; the registry is at /v2/\n")
+        return Response.of_text("404: nothing here; the registry is at /v2/\n", 404)
     if request.method not in handlers:
         raise RegistryError("UNSUPPORTED", request.method, headers=[("Allow", ", ".join(handlers))])
     action, handler = handlers[request.method]
@@ -5798,7 +5596,7 @@ def answer_read(registry, access, request, handler, name, **found):
     """The answer from the first of the repositories that a read of this name may mean (names_to_try) in which it is.
 
     `ns` is what a mirror's client calls the registry: a key to look up, never an address to dial. Pushes ignore it."""
-    failure, origin = None, request.get("ns")
+    failures, origin = [], request.get("ns")
     names = names_to_try(name, origin)
     access.check(request, "pull", names[0])  # another image in place of one that the client may not pull would deceive
     for candidate in names:
@@ -5812,15 +5610,14 @@ def answer_read(registry, access, request, handler, name, **found):
         except RegistryError as error:
             if error.code not in UNKNOWN_CODES:
                 raise
-            # What to say in the end: that a repository of this name lacks it, else that there is none of this name.
-            if not failure or failure.code == "NAME_UNKNOWN" and (candidate == name or error.code != failure.code):
-                failure = error
+            failures.append(error)
             continue
         request.found["name"] = candidate
         if origin and candidate != name:
             response.headers.append(("OCI-Namespace", origin))
         return response
-    raise failure
+    # Rather that a repository lacks it than that there is no such repository.
+    raise min(failures, key=lambda failure: failure.code == "NAME_UNKNOWN")
 
 
 def dispatch(registry, access, request):
@@ -5844,42 +5641,27 @@ def dispatch(registry, access, request):
 #
 # What a person sees who opens the registry in a browser: HTML and CSS, nothing from elsewhere, no script but for
 # copying and /live. All links are relative, so it works below any path of a proxy. Whatever comes from an image
-# (names, commands, labels) is hostile until escaped, and element() escapes all that is not Markup.
+# (names, commands, labels) is hostile until escaped, and fill() escapes all that is not Markup.
 # ---------------------------------------------------------------------------------------------------------
 
 PAGE_STYLE = """
-:root{color-scheme:light dark;--ink:#1b2330;--dim:#566173;--paper:#fff;--box:#f3f5f8;--line:#d5dae2;--link:#0b57b0;
---own:#0b62c4;--shared:#7a5cc0;--free:#d5dae2}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e9ee;--dim:#a3adbb;--paper:#14181f;--box:#1e242d;--line:#38414e;
---link:#7db8ff;--own:#5aa2f5;--shared:#b49bf0;--free:#38414e}}
+:root{color-scheme:light dark;font:1rem/1.5 system-ui,sans-serif}
 *{box-sizing:border-box}
-body{margin:0;font:1rem/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper)}
-header,main,footer{max-width:70rem;margin:auto;padding:.6rem 1rem}
-header{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;align-items:baseline;border-bottom:1px solid var(--line)}
-header strong{font-size:1.15rem}
-footer{color:var(--dim);font-size:.85rem;margin-top:2rem;border-top:1px solid var(--line)}
-h1{font-size:1.5rem;margin:.7rem 0;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:1.6rem 0 .4rem}
-a{color:var(--link)}a:focus-visible,button:focus-visible,input:focus-visible{outline:3px solid var(--link)}
-code,pre{font:.9em/1.45 ui-monospace,monospace;overflow-wrap:anywhere}
-pre{background:var(--box);border:1px solid var(--line);border-radius:.3rem;padding:.5rem .7rem;margin:0;
-white-space:pre-wrap;flex:1}
-.copy{display:flex;gap:.5rem;align-items:start;margin:.4rem 0}
-button,input{font:inherit;color:inherit;background:var(--box);border:1px solid var(--line);border-radius:.3rem;
-padding:.35rem .7rem}
-form{display:flex;gap:.5rem;margin:.8rem 0;align-items:center;flex-wrap:wrap}input{flex:1;min-width:8rem}
-table{border-collapse:collapse;width:100%}caption{text-align:left;color:var(--dim);padding:.2rem 0}
-th,td{text-align:left;vertical-align:top;padding:.35rem .8rem .35rem 0;border-bottom:1px solid var(--line);
-overflow-wrap:anywhere}th{color:var(--dim);font-weight:600}
-dl{display:grid;grid-template-columns:minmax(6rem,max-content) 1fr;gap:.2rem 1rem}dt{color:var(--dim)}
-dd{margin:0;overflow-wrap:anywhere}
-svg{display:block;width:100%;height:1.1rem}.own{fill:var(--own)}.shared{fill:var(--shared)}.other{fill:var(--dim)}
-.free{fill:var(--free)}nav{display:flex;flex-wrap:wrap;gap:.2rem 1rem}
-summary{cursor:pointer;padding:.2rem 0}
-#live p{margin:.2rem 0;border-bottom:1px solid var(--line);overflow-wrap:anywhere}
-@media(max-width:40rem){thead{position:absolute;clip-path:inset(50%)}tr{display:block;padding:.4rem 0;
-border-bottom:1px solid var(--line)}td{display:block;border:0;padding:.1rem 0}
-td:empty{display:none}td[data-label]::before{content:attr(data-label) " ";color:var(--dim);font-size:.85em}
-dl{display:block}dd{margin:0 0 .4rem}}
+body{max-width:70rem;margin:auto;padding:0 1rem;overflow-wrap:break-word}code{overflow-wrap:anywhere}
+header,nav,form,.copy{display:flex;flex-wrap:wrap;gap:.3rem 1rem;align-items:baseline}
+header{padding:.6rem 0;border-bottom:1px solid #8886}footer{margin:2rem 0 1rem}
+h1{font-size:1.5rem;margin:.8rem 0}h2{font-size:1.15rem;margin:1.6rem 0 .4rem}
+a:focus-visible,button:focus-visible,input:focus-visible{outline:3px solid}
+pre{flex:1;min-width:0;margin:.4rem 0;padding:.5rem .7rem;background:#8882;border-radius:.3rem;white-space:pre-wrap}
+input,button{font:inherit;padding:.3rem .7rem}input{flex:1;min-width:8rem}
+table{border-collapse:collapse;width:100%}caption,th,dt,footer{text-align:left;opacity:.75}caption{padding-top:1rem}
+th,td{text-align:left;vertical-align:top;padding:.35rem .8rem .35rem 0;border-bottom:1px solid #8886}
+dl{display:grid;grid-template-columns:minmax(6rem,max-content) 1fr;gap:.2rem 1rem}dd{margin:0;min-width:0}
+svg{display:block;width:100%;height:1.1rem}.own{fill:#3b82f6}.shared{fill:#a06cf0}.other{fill:#888}.free{fill:#8885}
+summary{cursor:pointer;padding:.2rem 0}#live p{margin:.2rem 0;border-bottom:1px solid #8886}
+@media(max-width:40rem){thead{position:absolute;clip-path:inset(50%)}td:empty{display:none}
+tr,td,dl{display:block}tr{padding:.4rem 0;border-bottom:1px solid #8886}td{border:0;padding:.1rem 0}
+td[data-label]::before{content:attr(data-label) " ";opacity:.75}}
 """
 PAGE_SCRIPT = """
 for(const b of document.querySelectorAll(".copy button")){b.hidden=false;b.onclick=()=>{
@@ -5887,6 +5669,16 @@ getSelection().selectAllChildren(b.previousElementSibling);document.execCommand(
 const live=document.getElementById("live");
 if(live){const e=new EventSource("live/events");e.onmessage=m=>{const p=document.createElement("p");
 p.textContent=m.data;live.prepend(p);while(live.children.length>500)live.lastChild.remove()}}
+"""
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>%s – tinyreg</title><link rel="icon" href="data:,"><style>%s</style></head>
+<body><header><strong>Container registry</strong><nav aria-label="Pages"><a href="./">Repositories</a>
+<a href="use">How to use it</a> <a href="disk">Disk use</a> <a href="live">Live</a></nav></header>
+<main><h1>%s</h1>
+%s</main>
+<footer>tinyreg %s, a registry in one file: <a href="tinyreg.py">take it with you</a></footer>
+<script>%s</script></body></html>
 """
 
 
@@ -5909,7 +5701,7 @@ class Markup(str):
 
 
 def markup(content):
-    """The Markup of what an element contains: Markup, text, a number, None, or a list of such."""
+    """The Markup of what a page contains: Markup, text, a number, None, or a list of such."""
     if isinstance(content, Markup):
         return content
     if isinstance(content, (list, tuple)):
@@ -5917,87 +5709,70 @@ def markup(content):
     return Markup("" if content is None else html.escape(harmless(str(content))))
 
 
-def element(kind, *content, **attributes):
-    """One element; class_ is written `class`, data_label `data-label`, and None leaves an attribute out."""
-    written = "".join(' %s="%s"' % (key.rstrip("_").replace("_", "-"), markup(value))
-                      for key, value in attributes.items() if value is not None)
-    if kind in ("meta", "link", "input"):
-        return Markup("<%s%s>" % (kind, written))
-    end = "" if kind in ("a", "code", "pre", "time") else "\n"  # a space after these would be seen
-    return Markup("<%s%s>%s</%s>%s" % (kind, written, markup(content), kind, end))
+def fill(template, *contents):
+    """Markup from a template of ours, with contents for each %s in it, escaped unless they are Markup."""
+    return Markup(template % tuple(markup(content) for content in contents))
 
 
 def link(text, **query):
     """A link to a page about a repository or an image."""
-    return element("a", text, href="./?" + urllib.parse.urlencode(query))
+    return fill('<a href="./?%s">%s</a>', urllib.parse.urlencode(query), text)
 
 
 def table(caption, headings, rows):
     """A table, which on a phone becomes a list with each heading before its cell; nothing if it has no rows."""
-    body = [element("tr", [element("td", cell, data_label=heading or None, role="cell")
-                           for heading, cell in zip(headings, row)], role="row") for row in rows]
-    head = element("thead", element("tr", [element("th", heading, scope="col") for heading in headings]))
-    return element("table", element("caption", caption), head, element("tbody", body), role="table") if body else None
+    if not rows:
+        return None
+    body = []
+    for row in rows:
+        cells = [fill('<td role="cell" data-label="%s">%s</td>', heading, cell) for heading, cell in zip(headings, row)]
+        body.append(fill('<tr role="row">%s</tr>\n', cells))
+    return fill('<table role="table"><caption>%s</caption><thead><tr>%s</tr></thead><tbody>%s</tbody></table>', caption,
+                [fill('<th scope="col">%s</th>', heading) for heading in headings], body)
 
 
-def definitions(pairs):
-    """A list of terms with their values; those without a value are left out."""
-    shown = [[element("dt", term), element("dd", value)] for term, value in pairs if value not in (None, "", [], {})]
-    return element("dl", shown) if shown else None
+def definitions(heading, pairs):
+    """A list of terms with their values, below a heading if it has one; those without a value are left out. What a list
+    or an object of JSON has stands in lines of its own."""
+    shown = []
+    for term, value in pairs:
+        if isinstance(value, dict):
+            value = ["%s=%s" % (key, part) for key, part in sorted(value.items())]
+        if isinstance(value, list):
+            value = [fill("<code>%s</code><br>", part) for part in value]
+        if value not in (None, "", []):
+            shown.append(fill("<dt>%s</dt><dd>%s</dd>\n", term, value))
+    return [fill("<h2>%s</h2>", heading) if heading else None, fill("<dl>%s</dl>", shown)] if shown else None
 
 
 def command_line(text):
     """Commands, or a file's lines, to copy; without script the button stays hidden."""
     lines = Markup("\n".join(markup(line) for line in text.splitlines()))  # each escaped, the line ends kept
-    return element("div", element("pre", lines), Markup('<button type="button" hidden>Copy</button>'), class_="copy")
+    return fill('<div class="copy"><pre>%s</pre><button type="button" hidden>Copy</button></div>\n', lines)
 
 
-def page(title, *content, status=200):
+def page(title, *content):
     """A whole page as a Response."""
-    head = [element("meta", charset="utf-8"), element("meta", name="viewport", content="width=device-width"),
-            element("title", title + " – tinyreg"), element("link", rel="icon", href="data:,"),
-            element("style", Markup(PAGE_STYLE))]
-    links = [[element("a", text, href=href), " "] for href, text in (
-        ("./", "Repositories"), ("use", "How to use it"), ("disk", "Disk use"), ("live", "Live"))]
-    body = [element("header", element("strong", "Container registry"), element("nav", links, aria_label="Pages")),
-            element("main", element("h1", title), content),
-            element("footer", "tinyreg %s, a registry in one file: " % __version__,
-                    element("a", "take it with you", href="tinyreg.py")),
-            element("script", Markup(PAGE_SCRIPT))]
-    text = "<!DOCTYPE html>\n" + element("html", element("head", head), element("body", body), lang="en")
-    return Response(status, PAGE_HEADERS, text.encode("utf-8", "replace"))
+    text = fill(PAGE, title, Markup(PAGE_STYLE), title, content, __version__, Markup(PAGE_SCRIPT))
+    return Response(200, PAGE_HEADERS, text.encode("utf-8", "replace"))
 
 
-def visible(access, request, name):
-    """Whether who asks may pull from this repository; only those are shown."""
-    return access.allows(request, "pull", name)
+def ago(moment):
+    """How long a Unix time is ago, for people, in the largest unit that fits twice."""
+    passed = time.time() - moment
+    for unit, size in (("years", 31557600), ("months", 2629800), ("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if passed >= 2 * size:
+            return "%d %s ago" % (passed // size, unit)
+    return "a moment ago"
 
 
-def check_visible(access, request, name):
-    """Raises NAME_UNKNOWN: whoever may not see a repository is not told that it is there."""
-    if not visible(access, request, name):
-        raise RegistryError("NAME_UNKNOWN", name)
-
-
-def age(moment):
-    """How long ago an RFC 3339 time was, for people; nothing for what is no time, or the year 0 of reproducible
-    builds."""
+def age(created):
+    """The same of an RFC 3339 time; nothing for what is no time, or the year 0 of reproducible builds."""
     try:
-        then = calendar.timegm(time.strptime(str(moment)[:19], "%Y-%m-%dT%H:%M:%S"))
+        moment = calendar.timegm(time.strptime(str(created)[:19], "%Y-%m-%dT%H:%M:%S"))
     except ValueError:
         return None
-    if then < 86400 * 3660:
-        return None
-    return element("time", "%s ago" % duration(time.time() - then), datetime=str(moment)[:19] + "Z")
-
-
-def duration(seconds):
-    """A time for people, in its largest unit."""
-    for unit, size in (("year", 31557600), ("month", 2629800), ("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= size:
-            count = int(seconds // size)
-            return "%d %s%s" % (count, unit, "s" if count > 1 else "")
-    return "a moment"
+    return ago(moment) if moment > 86400 * 3660 else None
 
 
 # Handlers
@@ -6007,7 +5782,8 @@ def get_page(registry, access, request):
     if request.get("repository") is None:
         return repositories_page(registry, access, request)
     name = parse_name(request.get("repository"))
-    check_visible(access, request, name)
+    if not access.allows(request, "pull", name):  # whoever may not see a repository is not told that it is there
+        raise RegistryError("NAME_UNKNOWN", name)
     if request.get("reference") is None:
         return tags_page(registry, request, name)
     return image_page(registry, access, request, name, parse_reference(request.get("reference")))
@@ -6016,251 +5792,217 @@ def get_page(registry, access, request):
 def repositories_page(registry, access, request):
     """The names, a page of them at a time; the search goes through all of them."""
     wanted = request.get("q", "").strip().lower()
-    names = (name for name in registry.repositories(request.get("last", ""))
-             if wanted in name and visible(access, request, name))
-    names, more = take_page(names, ROWS)
+    names, more = take_page((name for name in registry.repositories(request.get("last", ""))
+                             if wanted in name and access.allows(request, "pull", name)), ROWS)
     rows = []
     for name in names:
-        tags = list(itertools.islice(registry.tags(name), ROWS + 1))
+        tags, _ = take_page(registry.tags(name), 6)
         shown = [[" ", link(tag, repository=name, reference=tag)] for tag in tags[:5]]
-        rows.append((link(name, repository=name), "%d%s" % (min(len(tags), ROWS), "+" if len(tags) > ROWS else ""),
-                     shown + [" …" if len(tags) > 5 else None]))
-    form = element("form", element("label", "Name contains", for_="q"),
-                   element("input", type="search", name="q", id="q", value=wanted), element("button", "Search"),
-                   action="./", role="search")
-    following = link("Next page", last=names[-1], q=wanted) if more else None
-    nothing = ["No repository's name contains “%s”." % wanted if wanted else "There is nothing here yet. ",
-               None if wanted else element("a", "How to push an image", href="use")]
-    return page("Repositories", form, table("in the order of their names", ("Repository", "Tags", "First tags"), rows)
-                or element("p", nothing), following)
+        rows.append((link(name, repository=name), shown + [" …"] * (len(tags) > 5)))
+    return page("Repositories", fill(
+        '<form action="./" role="search"><label for="q">Name contains</label>'
+        '<input type="search" name="q" id="q" value="%s"><button>Search</button></form>', wanted),
+        table("in the order of their names", ("Repository", "Tags"), rows)
+        or fill('<p>There is nothing of that kind here. <a href="use">How to push an image</a></p>'),
+        link("Next page", last=names[-1], q=wanted) if more else None)
+
+
+IMAGE_ROW = ("Name", "Platforms", "Size", "Built", "Digest")
+
+
+def image_row(registry, name, reference):
+    """A table's row about a tag or manifest: with the headings IMAGE_ROW."""
+    try:
+        digest = reference if isinstance(reference, Digest) else registry.resolve(name, reference)
+        found = describe(registry, name, digest)
+    except RegistryError as error:
+        return shorten(reference), "not here: %s" % error.message
+    return (link(shorten(reference), repository=name, reference=reference), ", ".join(found["platforms"]),
+            in_units(found["size"]), age(found["created"]), shorten(digest))
 
 
 def tags_page(registry, request, name):
     """The tags of a repository, a page of them at a time."""
     tags, more = take_page(registry.tags(name, request.get("last", "")), ROWS)
-    rows = []
-    for tag in tags:
-        try:
-            found = describe(registry, name, registry.resolve(name, tag))
-            rows.append((link(tag, repository=name, reference=tag), ", ".join(found["platforms"]),
-                         in_units(found["size"]), age(found["created"]), element("code", shorten(found["digest"]))))
-        except RegistryError as error:
-            rows.append((tag, "", "", "", str(error)))
     return page(name, pull_commands(request, "%s:%s" % (name, tags[0])) if tags else None,
-                table("Tags", ("Tag", "Platforms", "Size", "Built", "Digest"), rows)
-                or element("p", "No tags; what this repository has is reached by its digests only."),
+                table("Tags", IMAGE_ROW, [image_row(registry, name, tag) for tag in tags])
+                or fill("<p>No tags; what this repository has is reached by its digests only.</p>"),
                 link("Next page", repository=name, last=tags[-1]) if more else None)
 
 
 def pull_commands(request, image):
     """What to type to get an image, for each client."""
     where = "%s/%s" % (request.host(), image)
-    plain = "" if request.outer_scheme() == "https" else " --plain-http"
-    return [element("h2", "Pull it"), command_line("docker pull " + where),
+    plain = request.outer_scheme() == "http"
+    return [fill("<h2>Pull it</h2>"), command_line("docker pull " + where),
             command_line("podman pull %s%s" % ("--tls-verify=false " if plain else "", where)),
-            command_line("ctr images pull%s %s" % (plain, where))]
+            command_line("ctr images pull%s %s" % (" --plain-http" if plain else "", where))]
 
 
 def image_page(registry, access, request, name, reference):
     """All that is known of one manifest. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
-    by_digest = isinstance(reference, Digest)
-    digest = reference if by_digest else registry.resolve(name, reference)
-    manifest = registry.manifest(name, digest)
-    found = describe(registry, name, digest)
-    image = name + ("@" if by_digest else ":") + reference
-    children = [child_row(registry, name, child) for child in manifest.manifests[:ROWS]]
+    digest = reference if isinstance(reference, Digest) else registry.resolve(name, reference)
+    manifest, found = registry.manifest(name, digest), describe(registry, name, digest)
+    image, document = image_text(name, reference), manifest.document
     referrers = [(link(about.artifact_type or about.media_type, repository=name, reference=about.digest),
-                  in_units(len(about.content)), element("code", about.digest))
+                  in_units(len(about.content)), shorten(about.digest))
                  for about in itertools.islice(registry.referrers(name, digest), ROWS)]
-    return page(image, definitions([
-        ("Repository", link(name, repository=name)), ("Digest", element("code", digest)),
-        ("Type", manifest.artifact_type if manifest.artifact_type and "config.v1" not in manifest.artifact_type
-         and "container.image" not in manifest.artifact_type else manifest.media_type),
-        ("Platforms", ", ".join(found["platforms"])), ("Built", age(found["created"])),
-        ("Size", "%s in %d blobs and manifests" % (in_units(found["size"]), found["count"])),
-        ("Not here", "%d of the platforms" % found["missing"] if found["missing"] else None)]),
-        pull_commands(request, image), table("Platforms", ("Platform", "Size", "Digest"), children),
+    annotations = document["annotations"] if isinstance(document.get("annotations"), dict) else {}
+    return page(
+        image, definitions(None, [
+            ("Repository", link(name, repository=name)), ("Digest", digest), ("Type", manifest.media_type),
+            ("Artifact type", document.get("artifactType")), ("Platforms", ", ".join(found["platforms"])),
+            ("Built", age(found["created"])),
+            ("Size", "%s in %d blobs and manifests" % (in_units(found["size"]), found["count"])),
+            ("Not here", "%d of the platforms" % found["missing"] if found["missing"] else None)]),
+        pull_commands(request, image),
+        table("Manifests", IMAGE_ROW, [image_row(registry, name, child.digest) for child in manifest.manifests[:ROWS]]),
         image_details(registry, access, request, name, manifest),
-        annotations_of(manifest), table("About this image: signatures, SBOMs and the like",
-                                        ("Type", "Size", "Digest"), referrers),
-        element("p", element("a", "Download it as an archive", href="archive/%s.tar" % image), ", for docker load; or ",
-                element("a", "the manifest as it is", href="v2/%s/manifests/%s" % (name, digest)), "."))
-
-
-def child_row(registry, name, child):
-    """An index's row about one of its children."""
-    digest = element("code", child.digest)
-    try:
-        found = describe(registry, name, child.digest)
-    except RegistryError:
-        return child.media_type, "not here", digest
-    return (link(", ".join(found["platforms"]) or child.media_type, repository=name, reference=child.digest),
-            in_units(found["size"]), digest)
-
-
-def annotations_of(manifest):
-    """The annotations of a manifest, if it has any."""
-    annotations = manifest.document.get("annotations")
-    if not isinstance(annotations, dict) or not annotations:
-        return None
-    return [element("h2", "Annotations"), definitions(sorted(annotations.items()))]
+        definitions("Annotations", sorted(annotations.items())),
+        table("About this image: signatures, SBOMs and the like", ("Type", "Size", "Digest"), referrers),
+        fill('<p><a href="archive/%s.tar">Download it as an archive</a>, for docker load; or '
+             '<a href="v2/%s/manifests/%s">the manifest as it is</a>.</p>', image, name, digest))
 
 
 def image_details(registry, access, request, name, manifest):
-    """The layers of an image with the commands that made them, who else has them, and its config; for an artifact,
-    whose config says nothing, its blobs."""
-    blobs = manifest.blobs
-    if not blobs:
+    """The layers of an image with the commands that made them, who else has them, and its config (which nobody has
+    checked); for an artifact, whose config says nothing, its blobs; for an index nothing."""
+    layers = manifest.blobs[1:] if isinstance(manifest.document.get("config"), dict) else manifest.blobs
+    if not manifest.blobs:
         return None
     config = read_config(registry, name, manifest)
-    history = [entry for entry in as_list(config.get("history")) if isinstance(entry, dict)]
-    makers = [entry for entry in history if not entry.get("empty_layer")]
-    layers = blobs[1:] if isinstance(manifest.document.get("config"), dict) else blobs
+    history = config["history"] if isinstance(config.get("history"), list) else []
+    steps = [(entry.get("created_by"), entry.get("empty_layer")) for entry in history if isinstance(entry, dict)]
+    commands = [command for command, empty in steps if not empty]
     shared = (registry.usage() or {}).get("shared", {})
     rows = []
     for number, layer in enumerate(layers):
-        others = [link(other, repository=other) for other in shared.get(layer.digest, ())
-                  if other != name and visible(access, request, other)]
-        command = makers[number].get("created_by") if len(makers) == len(layers) else None
-        rows.append((number + 1, in_units(layer.size), element("code", command or layer.media_type),
-                     [[" ", other] for other in others],
-                     element("a", shorten(layer.digest), href="v2/%s/blobs/%s" % (name, layer.digest))))
-    settings = config.get("config") if isinstance(config.get("config"), dict) else {}
-    labels = settings.get("Labels") if isinstance(settings.get("Labels"), dict) else {}
-    plain = [(key, element("code", value if isinstance(value, str) else json.dumps(value)))
-             for key, value in sorted(settings.items()) if key not in ("Labels", "Env") and value]
-    others = [element("code", entry.get("created_by")) for entry in history if entry.get("empty_layer")]
+        others = [[" ", link(other, repository=other)] for other in shared.get(layer.digest, ())
+                  if other != name and access.allows(request, "pull", other)]
+        command = commands[number] if len(commands) == len(layers) else None
+        rows.append((number + 1, in_units(layer.size), fill("<code>%s</code>", command or layer.media_type), others,
+                     fill('<a href="v2/%s/blobs/%s">%s</a>', name, layer.digest, shorten(layer.digest))))
+    settings = config["config"] if isinstance(config.get("config"), dict) else {}
     return [table("Layers, the lowest first", ("No.", "Size", "Made by", "Also in", "Digest"), rows),
-            element("h2", "Config") if plain or labels else None,
-            definitions([("Author", config.get("author")), ("Env", [element("code", variable, Markup("<br>"))
-                         for variable in as_list(settings.get("Env"))])] + plain
-                        + [("Steps without a layer", [[step, Markup("<br>")] for step in others])]),
-            element("h2", "Labels") if labels else None, definitions(sorted(labels.items()))]
-
-
-def as_list(value):
-    """The value if it is a list, else an empty one: what a config says is not checked when it is pushed."""
-    return value if isinstance(value, list) else []
+            definitions("Config", [("Author", config.get("author"))] + sorted(settings.items())
+                        + [("Steps without a layer", [command for command, empty in steps if empty])])]
 
 
 def bar(parts, whole, words):
     """A bar as SVG: `parts` are (class, amount) from the left, `whole` is what would fill it; `words` say the same."""
-    shapes, left = [element("title", words)], 0.0
+    shapes, left = [], 0.0
     for kind, amount in parts:
         width = 100.0 * amount / (whole or 1)
-        shapes.append(element("rect", x="%.3f" % left, width="%.3f" % width, height=10, class_=kind))
+        shapes.append(fill('<rect class="%s" x="%s" width="%s" height="10"/>', kind, left, width))
         left += width
-    return element("svg", shapes, viewBox="0 0 100 10", preserveAspectRatio="none", role="img", aria_label=words)
+    return fill('<svg viewBox="0 0 100 10" preserveAspectRatio="none" role="img" aria-label="%s">%s</svg>',
+                words, shapes)
 
 
 def disk_page(registry, access, request):
     """What takes the space, what is shared, and what is free: measured every now and then."""
     usage = registry.usage()
     if usage is None:
-        return page("Disk use", element("p", "This registry is served from an archive; it takes no space of its own."))
-    shown = [(name, own, shared) for name, (own, shared) in usage["repositories"].items()
-             if visible(access, request, name)]
-    shown = sorted(shown, key=lambda entry: (-entry[1], -entry[2], entry[0]))[:ROWS]
-    most = max([own + shared for _, own, shared in shown] + [1])
+        return page("Disk use", fill("<p>This registry is served from an archive; it takes no space of its own.</p>"))
+    shown = [(own, shared, name) for name, (own, shared) in usage["repositories"].items()
+             if access.allows(request, "pull", name)]
+    shown = sorted(shown, reverse=True)[:ROWS]
+    most = max([own + shared for own, shared, _ in shown] + [1])
     rows = [(link(name, repository=name), in_units(own), in_units(shared), bar(
         [("own", own), ("shared", shared)], most, "%s of its own, %s shared" % (in_units(own), in_units(shared))))
-        for name, own, shared in shown]
-    free, total = usage["free"], usage["total"]
-    words = "the store takes %s, other files %s, free are %s" % (
-        in_units(usage["bytes"]), in_units(total - free - usage["bytes"]), in_units(free))
-    return page("Disk use", element("h2", "The disk"), bar(
-        [("own", usage["bytes"]), ("other", total - free - usage["bytes"]), ("free", free)], total, words),
-        element("p", words[0].upper() + words[1:] + "."), definitions([
-            ("Blobs and manifests", "%d, %s" % (usage["blobs"], in_units(usage["bytes"]))),
-            ("In no repository", in_units(usage["unlinked"]) + " (garbage collection frees it)"
-             if usage["unlinked"] else None),
-            ("Uploads under way", usage["uploads"]),
-            ("Measured", duration(time.time() - usage["time"]) + " ago")]), element("h2", "The largest repositories"),
-        element("p", "What only this repository has, and what it shares with others, which is stored once."),
+        for own, shared, name in shown]
+    used, free, total = usage["bytes"], usage["free"], usage["total"]
+    words = "the store takes %s, other files %s, free are %s" % tuple(map(in_units, (used, total - free - used, free)))
+    return page(
+        "Disk use", bar([("own", used), ("other", total - free - used), ("free", free)], total, words),
+        definitions(None, [
+            ("The disk", words), ("Blobs and manifests", "%d, %s" % (usage["blobs"], in_units(used))),
+            ("In no repository", in_units(usage["unlinked"]) + ", which garbage collection frees"),
+            ("Uploads under way", usage["uploads"]), ("Measured", ago(usage["time"]))]),
+        fill("<h2>The largest repositories</h2>"
+             "<p>What only this repository has, and what it shares with others, which is stored once.</p>"),
         table("at most %d" % ROWS, ("Repository", "Own", "Shared", "Picture"), rows))
 
 
-CLIENTS = ("docker", "containerd", "podman", "k3s")
+CLIENTS = {  # where each looks for the CAs of registries, and what to know about that
+    "docker": ("/etc/docker/certs.d", "read at each pull, no restart"),
+    "containerd": ("/etc/containerd/certs.d", "for nerdctl; for ctr with --hosts-dir /etc/containerd/certs.d; for "
+                   "Kubernetes with that folder as config_path in config.toml; no restart"),
+    "podman": ("/etc/containers/certs.d", "for podman, buildah, skopeo, CRI-O"),
+    "k3s": ("/etc/rancher/k3s/certs.d", "on every node"),
+}
 
 
 def client_files(client, host, ca, mirror, origins):
-    """What a client must be told, as [(file, content, remark)]; `ca` is "" for a registry without TLS, `mirror` whether
-    the client shall take images of every origin from it. An entry without content is not needed."""
-    url = ("https://" if ca else "http://") + host
-    # containerd 1.6 wants a host table, and wants to be told the CA of the server, too. Without a file of this kind it
-    # takes the CA that lies in the registry's folder.
-    lines = ['server = "%s"' % url, '[host."%s"]' % url, '  capabilities = ["pull", "resolve"]']
+    """Yield what a client must be told, as (file, content, remark). `ca` is the certificate of the registry's CA, ""
+    where the client's system knows it, None without TLS; `mirror` whether the client shall take images of every origin
+    from it."""
+    folder, usage = CLIENTS[client]
+    ca_file, plain = "%s/%s/ca.crt" % (folder, host), ca is None
+    url = ("http://" if plain else "https://") + host
+    hosts = 'server = "%s"\n%s[host."%s"]\n  capabilities = ["pull", "resolve"%s]\n%s'
     if ca:
-        lines.insert(1, 'ca = "../%s/ca.crt"' % host)
-        lines.append("  " + lines[1])
-    every = "\n".join(lines + [""]) if mirror else ""
-    plain = "" if ca else 'server = "%s"\n[host."%s"]\n' % (url, url)
-    if client == "docker":
-        daemon = dict([("registry-mirrors", [url])] * mirror + [("insecure-registries", [host])] * (not ca))
-        return [("/etc/docker/certs.d/%s/ca.crt" % host, ca, "read at each pull, no restart"),
-                ("/etc/docker/certs.d/_default/hosts.toml", every,
-                 "every origin, for Docker 29 and newer with containerd's image store"),
-                ("/etc/docker/daemon.json", json.dumps(daemon) + "\n" if daemon else "", "then: systemctl reload docker"
-                 + (" (older Docker has mirrors for docker.io only)" if mirror else ""))]
-    if client == "containerd":
-        usage = ("for nerdctl, for ctr with --hosts-dir /etc/containerd/certs.d, for Kubernetes with that folder as "
-                 "config_path in config.toml; no restart")
-        return [("/etc/containerd/certs.d/%s/ca.crt" % host, ca, usage),
-                ("/etc/containerd/certs.d/%s/hosts.toml" % host, plain, usage),
-                ("/etc/containerd/certs.d/_default/hosts.toml", every, "every origin")]
-    if client == "podman":
-        lines = [] if ca else ["[[registry]]", 'location = "%s"' % host, "insecure = true"]
+        yield ca_file, ca, usage
+    if mirror and client in ("docker", "containerd"):
+        ca_line = 'ca = "%s"\n' % ca_file if ca else ""  # containerd 1.6 wants to be told it for the server, too
+        yield (folder + "/_default/hosts.toml", hosts % (url, ca_line, url, "", ca_line),
+               "every origin" + (", for Docker from 29 on with containerd's image store" if client == "docker" else ""))
+    if client == "docker" and (mirror or plain):
+        daemon = dict([("registry-mirrors", [url])] * mirror + [("insecure-registries", [host])] * plain)
+        yield "/etc/docker/daemon.json", json.dumps(daemon), "then: systemctl reload docker" + (
+            " (older Docker has mirrors for docker.io only)" if mirror else "")
+    if client == "containerd" and plain:  # without TLS it wants a table of hosts, with it the CA in the folder will do
+        yield "%s/%s/hosts.toml" % (folder, host), hosts % (url, "", url, ', "push"', ""), usage
+    if client == "podman" and (mirror or plain):
+        insecure = "insecure = true\n" if plain else ""
+        tables = ['location = "%s"\n' % host] if plain else []
         for origin in origins if mirror else ():  # there is no way to say "all"
-            lines += ["[[registry]]", 'prefix = "%s"' % origin, 'location = "%s/%s"' % (host, origin.replace(":", "_"))]
-            lines += [] if ca else ["insecure = true"]
-        return [("/etc/containers/certs.d/%s/ca.crt" % host, ca, "for podman, buildah, skopeo, CRI-O"),
-                ("/etc/containers/registries.conf.d/50-tinyreg.conf", "\n".join(lines + [""]) if lines else "", "")]
-    tls = 'configs:\n  "%s":\n    tls:\n      ca_file: /etc/rancher/k3s/tinyreg-ca.crt\n' % host if ca else ""
-    return [("/etc/rancher/k3s/tinyreg-ca.crt", ca, "on every node"),
-            ("/etc/rancher/k3s/registries.yaml",
-             'mirrors:\n  "%s":\n    endpoint: ["%s"]\n' % ("*" if mirror else host, url) + tls,
-             "then: systemctl restart k3s (or k3s-agent)")]
+            tables.append('prefix = "%s"\nlocation = "%s/%s"\n' % (origin, host, origin.replace(":", "_")))
+        yield ("/etc/containers/registries.conf.d/50-tinyreg.conf",
+               "".join("[[registry]]\n" + table + insecure for table in tables), "read at each pull")
+    if client == "k3s":
+        tls = 'configs:\n  "%s":\n    tls:\n      ca_file: %s\n' % (host, ca_file) if ca else ""
+        mirrors = 'mirrors:\n  "%s":\n    endpoint: ["%s"]\n' % ("*" if mirror else host, url)
+        yield "/etc/rancher/k3s/registries.yaml", mirrors + tls, "then: systemctl restart k3s (or k3s-agent)"
+
+
+def client_script(*arguments):
+    """Shell commands that put the client_files in place; "" if none is needed. Others' settings are not overwritten."""
+    lines = []
+    for path, content, remark in client_files(*arguments):
+        lines += ["# %s: %s" % (path, remark), "f='%s'" % path, 'mkdir -p "${f%/*}"']
+        if path.endswith((".json", ".yaml")):
+            lines.append('if [ -s $f ]; then f=$f.tinyreg; echo "add what is in $f to %s by hand" >&2; fi' % path)
+        lines += ["cat > \"$f\" <<'END'", content.rstrip("\n"), "END\n"]
+    return "\n".join(lines)
 
 
 def client_help(request, mirror):
-    """What to put where, for each client, folded; `mirror` to get what lies elsewhere from here too."""
-    https = request.outer_scheme() == "https"
-    ca = request.ca.decode() if request.ca else "the CA's certificate, unless the system has it" if https else ""
-    found = []
-    for client in CLIENTS:
-        parts = []
-        for file, content, remark in client_files(client, request.host(), ca, mirror, ("docker.io",)):
-            if content and content == ca and request.ca:
-                parts.append(command_line("curl -k --create-dirs -o %s https://%s/ca.crt" % (file, request.host())))
-            elif content:
-                parts.append(element("p", element("code", file), " – " + remark if remark else None))
-                parts.append(command_line(content))
-        found.append(element("details", element("summary", client), parts))
-    return found
+    """What `clients` prints, for each client, folded; `mirror` to get what lies elsewhere from here too."""
+    ca = (request.ca or b"").decode() if request.outer_scheme() == "https" else None
+    scripts = [(client, client_script(client, request.host(), ca, mirror, ["docker.io"])) for client in CLIENTS]
+    return [fill("<details><summary>%s</summary>%s</details>\n", client, command_line(script or "# nothing is needed"))
+            for client, script in scripts]
 
 
 def use_page(registry, access, request):
     """How to use this registry, for somebody who was told its address and nothing else."""
-    host, url = request.host(), "%s://%s" % (request.outer_scheme(), request.host())
-    insecure = "-k " if url.startswith("https") else ""
-    return page(
-        "How to use this registry", element("h2", "1. Let your client trust it"),
-        element("p", "Docker trusts a registry on its own machine as it is. Else, as root:"),
-        client_help(request, mirror=False),
-        element("p", element("a", "The certificate of its CA", href="ca.crt"), " has the SHA-256 fingerprint ",
-                element("code", fingerprint(request.ca)), "; compare it with its owner's.") if request.ca else None,
-        element("h2", "2. Pull an image"), element("p", "Look for one among the ",
-                                                   element("a", "repositories", href="./"), ", then:"),
-        command_line("docker pull %s/NAME:TAG" % host),
-        element("h2", "3. Push your own"),
-        command_line(("docker login %s\n" % host if access.files[0] else "")
-                     + "docker tag alpine %s/me/alpine\ndocker push %s/me/alpine" % (host, host)),
-        element("p", element("a", "Log in", href="login"), " here too, to see what only you may see.")
-        if access.files[0] else None,
-        element("h2", "As a mirror"), element("p", "Then docker pull alpine comes from here, if it is here:"),
-        client_help(request, mirror=True),
-        element("h2", "Run one yourself"), element("p", "This registry is one file of Python; it hands itself out:"),
-        command_line("curl %s-O %s/tinyreg.py\npython3 tinyreg.py --help" % (insecure, url)))
+    host, ca, log_in = request.host(), None, None
+    if request.ca:
+        ca = fill('<p><a href="ca.crt">The certificate of its CA</a> has the SHA-256 fingerprint <code>%s</code>; '
+                  "compare it with its owner's.</p>", fingerprint(request.ca))
+    if access.users_file:
+        log_in = [fill('<p><a href="login">Log in</a> here, to see what only you may see, and there:</p>'),
+                  command_line("docker login " + host)]
+    return page("How to use this registry", fill(
+        """<h2>1. Let your client trust it</h2>
+<p>Docker trusts a registry on its own machine as it is. Else, as root:</p>%s%s%s
+<h2>2. Pull an image</h2><p>Look for one among the <a href="./">repositories</a>, then:</p>%s
+<h2>3. Push your own</h2>%s
+<h2>As a mirror</h2><p>Then docker pull alpine comes from here, if it is here:</p>%s""",
+        client_help(request, mirror=False), ca, log_in, command_line("docker pull %s/NAME:TAG" % host),
+        command_line("docker tag alpine %s/me/alpine\ndocker push %s/me/alpine" % (host, host)),
+        client_help(request, mirror=True)))
 
 
 def log_in(registry, access, request):
@@ -6268,35 +6010,32 @@ def log_in(registry, access, request):
     return Response(303, [("Location", "./")])
 
 
-def get_archive(registry, access, request, name, reference=None, digest=None):
+def get_archive(registry, access, request, name, reference):
     """An image as a tar that docker load, podman load, ctr import and tinyreg.py load read, with its signatures and
     SBOMs. Blobs are read while they are sent. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
-    reference = reference or digest
     writer, report = ArchiveWriter(), Report(name)
     copy(registry, writer, name, reference, report=report)
     if report.missing:
         raise RegistryError("BLOB_UNKNOWN", *report.missing)
-    parts = writer.parts()
+    whole, = writer.parts()
 
     def write_to(send):
         class Tar:
             write = staticmethod(send)
 
-        writer.write(parts[0], Tar)
+        writer.write(whole, Tar)
         send(TAR_END)
 
     file = re.sub("[^A-Za-z0-9._-]+", "_", "%s_%s" % (name, reference)) + ".tar"
     return Response(200, [("Content-Type", "application/x-tar"), ("X-Content-Type-Options", "nosniff"),
                           ("Content-Disposition", "attachment; filename=" + file)],
-                    Stream(write_to, archive_size(parts[0])))
+                    Stream(write_to, archive_size(whole)))
 
 
 def get_own_source(registry, access, request):
     """This file."""
-    file = open(__file__, "rb")
     return Response(200, [("Content-Type", "text/x-python; charset=utf-8"), ("X-Content-Type-Options", "nosniff"),
-                          ("Content-Disposition", "attachment; filename=tinyreg.py")],
-                    Blob(file, 0, os.fstat(file.fileno()).st_size))
+                          ("Content-Disposition", "attachment; filename=tinyreg.py")], read_file(__file__, -1))
 
 
 def check_live(access, request):
@@ -6310,78 +6049,60 @@ def check_live(access, request):
 def live_page(registry, access, request):
     """The page that shows what clients and registry say to each other, as it happens. Raises DENIED."""
     check_live(access, request)
-    return page("Live", element("p", "What clients ask this registry, and what its answers tell them. The newest is on "
-                                "top."),
-                element("noscript", element("p", element("a", "As plain text, without script", href="live/text"))),
-                element("div", id="live", role="log", aria_live="off", tabindex="0", aria_label="Requests"))
+    return page("Live", fill(
+        "<p>What clients ask this registry, and what its answers tell them. The newest is on top.</p>"
+        '<noscript>Without script it is on a terminal: %s</noscript>'
+        '<div id="live" role="log" aria-live="off" tabindex="0" aria-label="Requests"></div>',
+        command_line("curl -N %s://%s/live/events" % (request.outer_scheme(), request.host()))))
 
 
 def live_events(registry, access, request):
-    """The same as server-sent events: for the page's script. Raises DENIED."""
-    return live_stream(access, request, "text/event-stream", "", "data: %s\n\n")
-
-
-def live_text(registry, access, request):
-    """The same as text without end: for browsers without script, and for curl. Raises DENIED."""
-    return live_stream(access, request, "text/plain; charset=utf-8",
-                       "What clients ask this registry, and what its answers tell them:\n\n", "%s\n")
-
-
-def live_stream(access, request, content_type, begin, form):
-    """An answer without end, each line of what happens in this form. Raises DENIED."""
+    """The same as server-sent events, for the page's script, as far as who looks may see it. Raises DENIED."""
     check_live(access, request)
 
     def write_to(send):
-        send(begin.encode())
-        for line in live_lines(access, request):
-            send((form % line if line.strip() else line).encode("utf-8", "replace"))
+        for quiet, exchange in enumerate(request.observation.watch()):
+            if exchange is None:
+                # By an empty block the server notices that it stops; by a line every few seconds, that they have left.
+                send(b"\n" if quiet % 50 == 49 else b"")
+            elif exchange.route != "live_events" and (
+                    not exchange.name or access.allows(request, "pull", exchange.name)):
+                send(("data: %s\n\n" % harmless(explain(exchange))).encode("utf-8", "replace"))
 
-    return Response(200, [("Content-Type", content_type), ("Cache-Control", "no-store"), ("X-Accel-Buffering", "no"),
-                          ("X-Content-Type-Options", "nosniff")], Stream(write_to))
-
-
-def live_lines(access, request):
-    """Yield what happens in words, as far as who looks may see it; and "" a few times a second, an empty line every
-    few seconds, by which the server notices that it stops, and that who looked has left."""
-    for quiet, exchange in enumerate(request.observation.live.follow()):
-        if exchange is None:
-            yield "\n" if quiet % 50 == 49 else ""
-        elif not exchange.route.startswith("live_") and (not exchange.name or visible(access, request, exchange.name)):
-            yield harmless(explain(exchange))
+    return Response(200, [("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"),
+                          ("X-Accel-Buffering", "no"), ("X-Content-Type-Options", "nosniff")], Stream(write_to))
 
 
 # Handlers for machines
 
 def get_metrics(registry, access, request):
     """Numbers for Prometheus."""
-    gauges = []
-    usage = registry.usage()
+    gauges, usage = request.observation.gauges(), registry.usage()
     if usage is not None:
         gauges += [("store_" + name, usage[key]) for name, key in (
             ("bytes", "bytes"), ("blobs", "blobs"), ("unlinked_bytes", "unlinked"), ("uploads", "uploads"),
             ("measured_seconds", "time"), ("free_bytes", "free"))]
         gauges.append(("store_repositories", len(usage["repositories"])))
-    gauges += request.observation.gauges()
     return Response(200, [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")],
                     request.observation.metrics.text(gauges).encode())
 
 
 def get_health(registry, access, request):
     """That the server is alive."""
-    return Response(200, [("Content-Type", "text/plain")], b"ok\n")
+    return Response.of_text("ok\n")
 
 
 def get_readiness(registry, access, request):
     """Whether it can do its work: the store is there, writable unless it is to be read only, and has room.
     Raises OSError, UNAVAILABLE."""
     registry.check_ready()
-    return Response(200, [("Content-Type", "text/plain")], b"ready\n")
+    return Response.of_text("ready\n")
 
 
 def get_ca(registry, access, request):
     """The certificate of the CA that clients should trust; whoever asks, for nobody can log in before that."""
     if not request.ca:
-        return Response(404, [("Content-Type", "text/plain")], b"404: this registry has no CA of its own\n")
+        return Response.of_text("404: this registry has no CA of its own\n", 404)
     return Response(200, [("Content-Type", "application/x-x509-ca-cert")], request.ca)
 
 
@@ -6390,17 +6111,15 @@ def answer_plainly(request):
     host = request.header("host", "HOST")
     if request.path == "/ca.crt" and request.method in ("GET", "HEAD"):
         return get_ca(None, None, request)
-    if request.path == "/" and request.method in ("GET", "HEAD"):
-        text = "This registry speaks HTTPS: https://%s/\n" % host
-        if request.ca:
-            text += ("\nIts CA: http://%s/ca.crt, with the SHA-256 fingerprint\n%s\n(compare it with what the registry "
-                     "printed when it started).\n\nTo trust it with docker and podman, as root:\n\n"
-                     "    mkdir -p /etc/docker/certs.d/%s\n    curl -o /etc/docker/certs.d/%s/ca.crt http://%s/ca.crt\n"
-                     % (host, fingerprint(request.ca), host, host, host))
-        headers = [("Content-Type", "text/plain; charset=utf-8"), ("X-Content-Type-Options", "nosniff")]
-        return Response(200, headers, text.encode("utf-8", "replace"))
-    return Response.of_error(RegistryError("UNSUPPORTED", status=400, message="Client sent an HTTP request to an HTTPS "
-                                           "server; use https://%s" % host))
+    if request.path != "/" or request.method not in ("GET", "HEAD"):
+        return Response.of_error(RegistryError("UNSUPPORTED", status=400, message="Client sent an HTTP request to an "
+                                               "HTTPS server; use https://%s" % host))
+    text = "This registry speaks HTTPS: https://%s/\n" % host
+    if request.ca:
+        text += ("\nIts CA is at http://%s/ca.crt, with the SHA-256 fingerprint\n%s\n(compare it with what the "
+                 "registry printed when it started). docker and podman look for it in\n/etc/docker/certs.d/%s/ca.crt\n"
+                 % (host, fingerprint(request.ca), host))
+    return Response.of_text(text)
 
 
 def fingerprint(certificate):
@@ -6414,12 +6133,10 @@ ROUTES += compile_routes([
     ("GET HEAD", "/disk",        "pull",   disk_page),
     ("GET HEAD", "/use",         "look",   use_page),
     ("GET HEAD", "/login",       "login",  log_in),
-    ("GET HEAD", "/archive/{name}@{digest}[.]tar", "pull", get_archive),
-    ("GET HEAD", "/archive/{name}:{reference}[.]tar", "pull", get_archive),
+    ("GET HEAD", "/archive/{name}[:@]{reference}[.]tar", "pull", get_archive),
     ("GET HEAD", "/tinyreg.py",  "look",   get_own_source),
     ("GET HEAD", "/live",        "pull",   live_page),
     ("GET HEAD", "/live/events", "pull",   live_events),
-    ("GET HEAD", "/live/text",   "pull",   live_text),
     ("GET HEAD", "/metrics",     "pull",   get_metrics),
     ("GET HEAD", "/healthz",     "look",   get_health),
     ("GET HEAD", "/readyz",      "look",   get_readiness),
@@ -6969,7 +6686,7 @@ class Connection:
             if not isinstance(response.body, bytes):
                 response.body.close()
         exchange = Exchange(
-            self.client, request.who and request.who.user or "", method, target, request.route,
+            self.client, request.who and request.who.user or "", method, without_secrets(target), request.route,
             request.found.get("name", ""), request.found.get("reference") or request.found.get("digest", ""),
             response.status, body.received,
             0 if method == "HEAD" else length or 0, time.monotonic() - started,
@@ -7185,10 +6902,11 @@ class Server:
 
     def _serve(self, sock, address):
         connection = Connection(self, sock, address)
+        client = whole_client(connection.client)
         with self.changed:
             self.connections.add(connection)
-            self.crowds[connection.client] += 1
-            crowd = 0 if is_loopback(connection.client) else self.crowds[connection.client]
+            self.crowds[client] += 1
+            crowd = 0 if is_loopback(connection.client) else self.crowds[client]
         try:
             if crowd > MAX_CONNECTIONS:
                 connection.refuse(silently=self.tls or crowd > 2 * MAX_CONNECTIONS)  # a refusal costs a thread
@@ -7197,9 +6915,9 @@ class Server:
         finally:
             with self.changed:
                 self.connections.discard(connection)
-                self.crowds[connection.client] -= 1
-                if not self.crowds[connection.client]:
-                    del self.crowds[connection.client]
+                self.crowds[client] -= 1
+                if not self.crowds[client]:
+                    del self.crowds[client]
                 self.changed.notify_all()
 
     def stop(self):
@@ -7416,16 +7134,11 @@ def feed_watchdog():
 
 
 def open_access(options, store, local):
-    """The Access that the options of serve describe; `local` if nobody but this machine can connect. Raises
+    """The Access that the options of serve describe; `local` if nobody but this machine can connect. Raises OSError,
     CommandError."""
     default = "none" if options.users or options.tls_client_ca else "admin" if local else "pull"
-    try:
-        return Access(options.anonymous or default, options.users, options.rules,
-                      token_key(store) if options.users else None)
-    except OSError as error:
-        raise CommandError("can't read %s: %s" % (error.filename, error.strerror))
-    except ValueError as error:
-        raise CommandError(str(error))
+    return Access(options.anonymous or default, options.users, options.rules,
+                  token_key(store) if options.users else None)
 
 
 def open_tls(options, store):
@@ -7605,29 +7318,22 @@ def remove(options):
 
 
 def passwd(options):
-    """Set a user's password, or remove the user. All other lines of the file stay as they are, to the byte."""
+    """Set a user's password, in a last line, or remove the user. All other lines stay as they are, to the byte."""
     if not USER.fullmatch(options.user):
         raise CommandError("%r is no user name: no spaces and no colons, and not * or @ or # first" % options.user)
     path = os.path.realpath(options.users)
-    try:
-        hashed = None if options.delete else new_hash(read_password(options)).encode()
-    except ValueError as error:
-        raise CommandError(str(error))
+    hashed = None if options.delete else new_hash(read_password(options)).encode()
     with alone(path + ".lock"):
         lines = re.findall(rb"[^\n]*\n|[^\n]+", read_file(path, 64 << 20) or b"")
         prefix = options.user.encode() + b":"
-        places = [place for place, line in enumerate(lines) if line.startswith(prefix)]
-        if options.delete and not places:
+        kept = [line for line in lines if not line.startswith(prefix)]
+        if options.delete and len(kept) == len(lines):
             raise CommandError("there is no user %s in %s" % (options.user, options.users))
-        for place in reversed(places[0 if options.delete else 1:]):
-            del lines[place]
-        if hashed and places:
-            lines[places[0]] = prefix + hashed + b"\n"
-        elif hashed:
-            if lines and not lines[-1].endswith(b"\n"):
-                lines[-1] += b"\n"
-            lines.append(prefix + hashed + b"\n")
-        Files(os.path.dirname(path)).write(path, b"".join(lines), private=True)
+        if kept and not kept[-1].endswith(b"\n"):
+            kept[-1] += b"\n"
+        if hashed:
+            kept.append(prefix + hashed + b"\n")
+        Files(os.path.dirname(path)).write(path, b"".join(kept), private=True)
     if not options.quiet:
         print("%s %s in %s" % ("removed" if options.delete else "set the password of", options.user, options.users))
     return 0
@@ -7650,26 +7356,13 @@ def read_password(options):
     return password
 
 
-def client_script(files):
-    """Shell commands that put a client's files in place. Others' settings are not overwritten."""
-    lines = []
-    for path, content, remark in files:
-        if not content:
-            continue
-        lines += ["# %s%s" % (path, ": " + remark if remark else ""), "f='%s'" % path, 'mkdir -p "${f%/*}"']
-        if path.endswith((".json", ".yaml")):
-            lines.append('if [ -s $f ]; then f=$f.tinyreg; echo "add what is in $f to %s by hand" >&2; fi' % path)
-        lines += ["cat > \"$f\" <<'END'", content.rstrip("\n"), "END"]
-    return "\n".join(lines + [""])
-
-
 def clients(options):
     """Print (or, with --install, run) shell scripts that make clients trust this registry, or use it as a mirror."""
     host = options.host or socket.gethostname() + ":5000"
     if not re.fullmatch(r"[A-Za-z0-9._:\[\]-]+", host):
         raise CommandError("--host %s is not HOST:PORT" % host)
-    ca = "" if options.plain_http else clients_ca(options)
-    script = "".join(client_script(client_files(client, host, ca, options.mirror, known_origins(options.root)))
+    ca = None if options.plain_http else clients_ca(options)
+    script = "".join(client_script(client, host, ca, options.mirror, known_origins(options.root))
                      for client in CLIENTS if options.client in (None, client))
     if not options.install:
         print(script, end="")
@@ -8244,14 +7937,6 @@ def byte_count(text):
     return int(float(match.group(1)) * 1024 ** " KMGT".index(match.group(2).upper() or " "))
 
 
-def endpoint(text):
-    """An endpoint on the command line. Raises ArgumentTypeError."""
-    try:
-        return Endpoint(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error))
-
-
 def upstream(text):
     """NS=URL on the command line as (NS, host, whether it is plain HTTP, prefix). Raises CommandError."""
     match = re.fullmatch(r"([^=/]+)=(?:(https?)://)?([^/@]+)(?:/(.*?))?/*", text)
@@ -8320,7 +8005,7 @@ def build_parser():
     command.add_argument("--immutable-tags", metavar="GLOB", type=parse_glob, action="append", default=[],
                          help="tags (v*) or images (prod/**:*) that clients can't move or delete; may be repeated "
                          "(default: none)")
-    command.add_argument("--notify", metavar="URL", type=endpoint, action="append", default=[],
+    command.add_argument("--notify", metavar="URL", type=Endpoint, action="append", default=[],
                          help="POST events to this URL, in Distribution's format; may be repeated; settings follow a "
                          "#: actions=push,mount,delete,pull & repositories=GLOB,... & secret=FILE & headers=FILE "
                          "(default: none)")

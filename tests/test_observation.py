@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 import signal
 import socket
@@ -14,7 +15,7 @@ from conftest import run_tinyreg, until
 from samples import make_image, push_blob
 
 import tinyreg
-from tinyreg import Directory, Exchange, Live, Metrics, explain, harmless, without_secrets
+from tinyreg import Directory, Exchange, Metrics, Observation, explain, harmless, without_secrets
 
 
 def exchange(**fields):
@@ -174,10 +175,9 @@ def test_a_push_reads_as_a_conversation():
     assert "lab/app@sha256:ab" in lines[4] and "/x{y}" in lines[5]
 
 
-@pytest.mark.parametrize("path, start", [("/live/text", ""), ("/live/events", "data: ")])
-def test_live_shows_what_happens_in_all_workers(start_server, path, start):
+def test_live_shows_what_happens_in_all_workers(start_server):
     server = start_server(None, "--log", "explain", "--workers", "2")
-    with urllib.request.urlopen(server.url + path, timeout=20) as stream:
+    with urllib.request.urlopen(server.url + "/live/events", timeout=20) as stream:
         until(lambda: "tinyreg_watchers 1\n" in fetch(server.url + "/metrics")[1])
         for number in range(8):
             fetch(server.url + "/v2/lab/n%d/tags/list" % number)
@@ -185,7 +185,7 @@ def test_live_shows_what_happens_in_all_workers(start_server, path, start):
         while waiting:
             line = stream.readline().decode()
             found = {words for words in waiting if words in line}
-            assert not found or line.startswith(start)
+            assert not found or line.startswith("data: ")
             waiting -= found
     fetch(server.url + "/v2/")
     until(lambda: "tinyreg_watchers 0\n" in fetch(server.url + "/metrics")[1])
@@ -193,13 +193,12 @@ def test_live_shows_what_happens_in_all_workers(start_server, path, start):
 
 def test_live_is_for_the_classroom_or_an_admin(start_server):
     server = start_server(None, "--anonymous", "pull")
-    assert [fetch(server.url + path)[0] for path in ("/live", "/live/text", "/live/events")] == [403] * 3
+    assert [fetch(server.url + path)[0] for path in ("/live", "/live/events")] == [403] * 2
 
 
 def test_a_server_stops_while_somebody_looks(start_server):
     server = start_server(None, "--log", "explain")
-    with urllib.request.urlopen(server.url + "/live/text", timeout=20) as stream:
-        stream.readline()
+    with urllib.request.urlopen(server.url + "/live/events", timeout=20):
         began = time.monotonic()
         assert server.stop() == 0
         assert time.monotonic() - began < 10  # and not --drain
@@ -207,15 +206,15 @@ def test_a_server_stops_while_somebody_looks(start_server):
 
 def test_the_file_behind_live_stays_small(tmp_path, monkeypatch):
     monkeypatch.setattr(tinyreg, "MAX_LIVE", 2000)
-    live = Live(str(tmp_path / "live"), Metrics([]))
-    lines = live.follow()
+    observation = Observation(str(tmp_path), "off", [])
+    lines = observation.watch()
     assert next(lines) is None
     for number in range(100):
-        live.write(exchange(target="/%d" % number))
+        observation.record(exchange(target="/%d" % number))
         assert next(found for found in lines if found).target == "/%d" % number
-    assert not (tmp_path / "live").exists() or (tmp_path / "live").stat().st_size < 3000
+    assert os.stat(observation.live).st_size < 3000
     lines.close()
-    assert live.metrics.total("watchers") == 0
+    assert observation.metrics.total("watchers") == 0
 
 
 # Metrics

@@ -249,8 +249,7 @@ def test_the_page_works_below_a_path_and_names_the_outer_host(proxied):
     for link in links:
         target = urllib.parse.urljoin(where, link.replace("&amp;", "&"))
         assert target.startswith("data:") or call(url, "GET", target)[0] == 200, target
-    with urllib.request.urlopen(url + "/registry/live/text", timeout=20) as stream:
-        stream.readline()
+    with urllib.request.urlopen(url + "/registry/live/events", timeout=20) as stream:
         until(lambda: "watchers 1" in call(url, "GET", "/registry/metrics")[2])
         call(url, "GET", "/v2/lab/app/tags/list")
         while b"which tags has lab/app?" not in stream.readline():

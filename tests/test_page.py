@@ -265,25 +265,6 @@ def test_disk_use_counts_what_is_shared_once(tmp_path):
     assert usage["unlinked"] == 0
 
 
-def luminance(colour):
-    parts = [int(colour[start:start + 2], 16) / 255 for start in (1, 3, 5)]
-    red, green, blue = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def test_text_has_contrast_enough_in_light_and_dark():
-    themes = [dict(re.findall(r"--(\w+):(#\w{6}|#\w{3})", block))
-              for block in re.findall(r":root{(.*?)}", tinyreg.PAGE_STYLE, re.S)]
-    assert len(themes) == 2
-    for short in themes:
-        theme = {name: "#" + "".join(digit * 2 for digit in colour[1:]) if len(colour) == 4 else colour
-                 for name, colour in short.items()}
-        for ink in ("ink", "dim", "link"):
-            for paper in ("paper", "box"):
-                light, dark = sorted((luminance(theme[ink]), luminance(theme[paper])), reverse=True)
-                assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, paper)
-
-
 # A real browser
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
