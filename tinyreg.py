@@ -907,6 +907,10 @@ class Registry:
     read_only = False  # whether clients are to be refused what writes
     distant = False  # whether reading it takes a network: what is known nearer is then not read from it
 
+    def retry(self, action, *arguments):
+        """What an action returns that reads from here, after more attempts where another one may succeed."""
+        return action(*arguments)
+
     def version(self):
         """A value that differs after every change, for answers that are kept; None if nothing may be kept."""
         return None
@@ -3216,12 +3220,28 @@ CONNECT_TIMEOUT = 15.0       # seconds to reach another registry
 REMOTE_TIMEOUT = 60.0        # seconds without a byte from it
 LONGEST_WAIT = 300.0         # seconds; who says Retry-After with more than that means "come back another day"
 UPLOAD_CHUNK = 64 << 20      # bytes; what a dropped connection costs at most, where the other side keeps whole chunks
-PLAIN_HINT = "; if it speaks HTTPS, leave out --plain-http"
 TOKEN_LIFE = 60              # seconds, where the token server does not say
+NETWORK_ERRORS = (OSError, http.client.HTTPException, ValueError)  # for example for a host that is no name
 CHALLENGE = re.compile(r'(?:^|,)\s*(Basic|Bearer)\b((?:[\s,]*\w+\s*=\s*(?:"(?:\\.|[^"\\])*"|[^\s,"]+))*)', re.I)
 PARAMETER = re.compile(r'(\w+)\s*=\s*(?:"((?:\\.|[^"\\])*)"|([^\s,"]+))')
 
-Login = collections.namedtuple("Login", "kind user secret where")  # kind: password, identity (token), bearer (token)
+Login = collections.namedtuple("Login", "user secret token where")  # the token, if any, is docker's identity token
+
+
+class Passing(RegistryError):
+    """A failure that may pass. `wait` is how many seconds the other side wants to be left alone, if it says so."""
+
+    wait = None
+
+
+@contextlib.contextmanager
+def if_there():
+    """Around what is given up where a repository, manifest or blob that it needs is not there."""
+    try:
+        yield
+    except RegistryError as error:
+        if error.code not in UNKNOWN_CODES:
+            raise
 
 
 def parse_challenges(header):
@@ -3231,125 +3251,81 @@ def parse_challenges(header):
             for scheme, parameters in CHALLENGE.findall(header)}
 
 
-def parse_retry_after(header):
-    """Seconds, from seconds or a date (RFC 9110, 10.2.3); None where there is nothing to read."""
-    if re.fullmatch("[0-9]{1,9}", header.strip()):
-        return float(header)
-    try:
-        return max(email.utils.parsedate_to_datetime(header).timestamp() - time.time(), 0.0)
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return None
+def login_files():
+    """Where docker, podman and skopeo keep their logins, in the order in which we look."""
+    home, runtime = os.path.expanduser("~"), os.environ.get("XDG_RUNTIME_DIR")
+    docker = os.environ.get("DOCKER_CONFIG") or os.path.join(home, ".docker")
+    paths = [os.environ.get("REGISTRY_AUTH_FILE"), runtime and os.path.join(runtime, "containers", "auth.json"),
+             os.path.join(home, ".config", "containers", "auth.json"), os.path.join(docker, "config.json")]
+    return [path for path in paths if path]
 
 
-class Credentials:
-    """The logins that docker, podman and skopeo keep, read and asked for anew each time; `places` is where we look."""
-
-    def __init__(self):
-        home, runtime = os.path.expanduser("~"), os.environ.get("XDG_RUNTIME_DIR")
-        docker = os.environ.get("DOCKER_CONFIG") or os.path.join(home, ".docker")
-        places = ["$DOCKER_AUTH_CONFIG" if "DOCKER_AUTH_CONFIG" in os.environ else None,
-                  os.environ.get("REGISTRY_AUTH_FILE"),
-                  runtime and os.path.join(runtime, "containers", "auth.json"),
-                  os.path.join(home, ".config", "containers", "auth.json"),
-                  os.path.join(docker, "config.json"), os.path.join(home, ".dockercfg")]
-        self.places = [place for place in places if place]
-
-    def _documents(self):
-        """Yield (place, document) of what is there and can be read."""
-        for place in self.places:
-            try:
-                content = (os.environ[place[1:]].encode() if place.startswith("$")
-                           else read_file(place, MAX_MANIFEST))
-                if content:
-                    document = load_json(content)
-                    yield place, {"auths": document} if place.endswith(".dockercfg") else document
-            except (OSError, ValueError) as error:
-                logger.warning("no logins read from %s: %s", place, error)
-
-    def find(self, host, path=""):
-        """The Login for a repository, or None. Keys may name a part of the path; the longest counts."""
-        parts = ("%s/%s" % (host, path)).split("/")
-        keys = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
-        for place, document in self._documents():
-            helpers = {self._key(name): helper for name, helper in (document.get("credHelpers") or {}).items()}
-            helper = helpers.get(host) or document.get("credsStore")
-            entries = {self._key(name): entry for name, entry in (document.get("auths") or {}).items()}
-            login = self._ask(helper, host) if isinstance(helper, str) and helper else None
-            for key in keys:
-                login = login or self._read(entries.get(key), place)
-            if login:
-                return login
-        return None
-
-    @staticmethod
-    def _key(name):
-        """A host, or host and path, as we compare it: https://index.docker.io/v1/ is docker.io."""
-        scheme, found, rest = name.partition("://")
-        name = rest.partition("/")[0] if found else re.sub("/v[12]/?$", "", name)
-        return "docker.io" if name in ("index.docker.io", "registry-1.docker.io") else name
-
-    @staticmethod
-    def _read(entry, place):
-        if not isinstance(entry, dict):
-            return None
-        user, secret = entry.get("username"), entry.get("password")
-        with contextlib.suppress(TypeError, ValueError):
-            user, _, secret = base64.b64decode(entry["auth"]).decode().partition(":") if entry.get("auth") else (
-                user, "", secret)
-        for kind, token in (("bearer", entry.get("registrytoken")), ("identity", entry.get("identitytoken"))):
-            if token:
-                return Login(kind, user or "", token, place)
-        return Login("password", user, secret.rstrip("\0"), place) if user and secret else None
-
-    @staticmethod
-    def _ask(helper, host):
-        """What a credential helper says; one that fails or is not installed has nothing to say."""
-        server = "https://index.docker.io/v1/" if host == "docker.io" else host
-        program = "docker-credential-" + helper
+def find_login(host, path=""):
+    """The Login for a repository, or None. Keys may name a part of its path; the longest counts."""
+    parts = [host] + path.split("/")
+    keys = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    for file in login_files():
         try:
-            answer = subprocess.run([program, "get"], input=server.encode(), stdout=subprocess.PIPE,
-                                    stderr=subprocess.DEVNULL, timeout=REMOTE_TIMEOUT, check=True).stdout
-            found = load_json(answer)
-        except (OSError, ValueError, subprocess.SubprocessError):
-            return None
-        user, secret = found.get("Username") or "", found.get("Secret") or ""
-        return Login("identity" if user == "<token>" else "password", user, secret, program) if secret else None
+            document = load_json(read_file(file) or b"{}")
+            helpers, entries = [{login_key(name): value for name, value in (document.get(field) or {}).items()}
+                                for field in ("credHelpers", "auths")]
+            helper = helpers.get(host) or document.get("credsStore")
+            login = ask_helper(helper, host) if helper else None
+            for key in keys:
+                login = login or read_login(entries.get(key) or {}, file)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            logger.warning("no logins read from %s: %s", file, error)
+            continue
+        if login:
+            return login
+    return None
 
 
-class Reply:
-    """The answer to one request: its status and headers, and a body that is read once. close() keeps the connection
-    for the next request if the body was read to its end."""
+def login_key(name):
+    """A host, or host and path, as we compare it: https://index.docker.io/v1/ is docker.io."""
+    scheme, found, rest = name.partition("://")
+    name = rest.partition("/")[0] if found else re.sub("/v[12]/?$", "", name)
+    return "docker.io" if name in ("index.docker.io", "registry-1.docker.io") else name
 
-    def __init__(self, wire, key, connection, response):
-        self.wire, self.key, self.connection, self.response = wire, key, connection, response
-        self.status = response.status
-        self.content = None  # the body, once it has been read
+
+def read_login(entry, file):
+    """The Login of one entry of a file, or None: beside a helper docker leaves them empty. Raises ValueError."""
+    user, _, secret = base64.b64decode(entry.get("auth", "")).decode().partition(":")
+    token = entry.get("identitytoken")
+    return Login(user, secret.rstrip("\0"), token, file) if secret or token else None
+
+
+def ask_helper(helper, host):
+    """What a credential helper says; one that fails or is not installed has nothing to say."""
+    server = "https://index.docker.io/v1/" if host == "docker.io" else host
+    program = "docker-credential-" + helper
+    try:
+        answer = subprocess.run([program, "get"], input=server.encode(), stdout=subprocess.PIPE,
+                                stderr=subprocess.DEVNULL, timeout=REMOTE_TIMEOUT, check=True).stdout
+        found = load_json(answer)
+        user, secret = found["Username"], found["Secret"]
+    except (OSError, ValueError, KeyError, subprocess.SubprocessError):
+        return None
+    return Login(user, secret, secret if user == "<token>" else None, program)
+
+
+def is_local(netloc):
+    """Whether this is this machine, where docker does without TLS."""
+    return re.fullmatch(r"(localhost|127(\.[0-9]+){3})(:[0-9]+)?", netloc) is not None
+
+
+def basic(user, secret):
+    return "Basic " + base64.b64encode(("%s:%s" % (user, secret)).encode()).decode()
+
+
+class Reply(http.client.HTTPResponse):
+    """The answer to a request. `content` is its body, unless that is a blob's, which `readinto` reads."""
+
+    content = b""
 
     def header(self, name):
         """The value, those of repeated headers joined; "" where there is none."""
-        return ", ".join(self.response.headers.get_all(name, []))
-
-    def read(self, limit=MAX_MANIFEST):
-        """The body, or its first `limit` + 1 bytes; closes. Raises OSError, HTTPException where it was cut."""
-        if self.content is None:
-            try:
-                content = self.response.read(limit + 1)
-                if self.response.length and len(content) <= limit:
-                    raise http.client.IncompleteRead(content, self.response.length)
-                self.content = content
-            finally:
-                self.close()
-        return self.content[:limit + 1]
-
-    def readinto(self, view):
-        return self.response.readinto(view)
-
-    def close(self):
-        connection, self.connection = self.connection, None
-        if connection and self.response.isclosed() and not self.response.will_close:
-            self.wire.keep(self.key, connection)
-        elif connection:
-            connection.close()
+        return self.getheader(name, "")
 
 
 class Wire:
@@ -3362,68 +3338,56 @@ class Wire:
         if insecure:
             self.context.check_hostname = False
             self.context.verify_mode = ssl.CERT_NONE
-        self.idle = {}
-        self.mutex = threading.Lock()
-
-    def keep(self, key, connection):
-        with self.mutex:
-            self.idle.setdefault(key, []).append(connection)
+        self.idle = {}  # (scheme, netloc): connections
 
     def connect(self, scheme, netloc):
         """A new connection, through the proxy that the environment (HTTPS_PROXY …) names, if any. Raises OSError."""
-        proxy = urllib.request.getproxies().get(scheme)
-        direct = not proxy or urllib.request.proxy_bypass(netloc) or is_local(netloc)
-        via = urllib.parse.urlsplit(proxy if proxy and "://" in proxy else "http://%s" % proxy)
-        target = netloc if direct else via.netloc.rpartition("@")[2]
+        kind, proxy = http.client.HTTPConnection, urllib.request.getproxies().get(scheme)
         if scheme == "https":
-            connection = http.client.HTTPSConnection(target, timeout=CONNECT_TIMEOUT, context=self.context)
+            kind = functools.partial(http.client.HTTPSConnection, context=self.context)
+        if not proxy or urllib.request.proxy_bypass(netloc) or is_local(netloc):
+            connection = kind(netloc, timeout=CONNECT_TIMEOUT)
         else:
-            connection = http.client.HTTPConnection(target, timeout=CONNECT_TIMEOUT)
-        if not direct:
-            login = "%s:%s" % (via.username, via.password or "") if via.username else ""
-            headers = {"Proxy-Authorization": basic(*map(urllib.parse.unquote, login.split(":", 1)))} if login else {}
-            connection.set_tunnel(netloc, headers=headers)
+            via = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
+            user, secret = (urllib.parse.unquote(part or "") for part in (via.username, via.password))
+            connection = kind(via.netloc.rpartition("@")[2], timeout=CONNECT_TIMEOUT)
+            connection.set_tunnel(netloc, headers={"Proxy-Authorization": basic(user, secret)} if user else {})
+        connection.response_class = Reply
         connection.connect()
         connection.sock.settimeout(REMOTE_TIMEOUT)
-        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 
-    def request(self, method, url, headers, body=None):
-        """The Reply. A kept connection may have been closed by the other side: then a new one is tried. Raises
-        OSError, HTTPException."""
+    def request(self, method, url, headers, body=None, stream=False):
+        """The Reply; its content has been read, unless it is a blob to `stream`. Raises NETWORK_ERRORS."""
         parts = urllib.parse.urlsplit(url)
-        key = parts.scheme, parts.netloc
         path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-        streamed = not isinstance(body, (bytes, type(None)))
+        idle = self.idle.setdefault(parts[:2], [])
         while True:
-            with self.mutex:
-                connection = self.idle.get(key) and not streamed and self.idle[key].pop()
-            used = bool(connection)
-            connection = connection or self.connect(*key)
             try:
-                try:
+                connection, used = idle.pop(), True
+            except IndexError:
+                connection, used = self.connect(*parts[:2]), False
+            try:
+                with contextlib.suppress(ConnectionError):  # a refusal, which is there to be read, cuts a body short
                     connection.request(method, path, body, headers)
-                except ConnectionError:
-                    if not streamed:
-                        raise  # else a refusal, which may be there to be read, cut our sending short
-                return Reply(self, key, connection, connection.getresponse())
-            except (ConnectionError, http.client.BadStatusLine):
+                reply = connection.getresponse()
+                if stream and reply.status < 300:
+                    if connection.sock:
+                        connection.sock.close()  # the reply has it now, and closes it in the end
+                    return reply
+                reply.content = reply.read(MAX_ANSWER)
+                if reply.length or not reply.isclosed() and not reply.will_close:
+                    raise http.client.IncompleteRead(reply.content)
+                if not reply.will_close:
+                    idle.append(connection)
+                return reply
+            except BaseException as error:
                 connection.close()
-                if not used:
+                # A kept connection may have been closed by the other side: then a new one is tried, unless the body is
+                # a generator, which can't be sent twice.
+                closed = isinstance(error, (ConnectionError, ssl.SSLError, http.client.BadStatusLine))
+                if not closed or not used or hasattr(body, "__next__"):
                     raise
-            except BaseException:
-                connection.close()
-                raise
-
-
-def is_local(netloc):
-    """Whether this is this machine, where docker does without TLS."""
-    host = re.sub(r":[0-9]+$", "", netloc)
-    return host in ("localhost", "[::1]") or re.fullmatch(r"127(\.[0-9]+){3}", host) is not None
-
-
-def basic(user, secret):
-    return "Basic " + base64.b64encode(("%s:%s" % (user, secret)).encode()).decode()
 
 
 class Remote(Registry):
@@ -3434,47 +3398,29 @@ class Remote(Registry):
 
     distant = True
 
-    def __init__(self, host, ca=None, insecure=False, plain_http=False, retries=5, credentials=None, say=None,
+    def __init__(self, host, ca=None, insecure=False, plain_http=False, retries=5, say=logger.warning,
                  patience=LONGEST_WAIT):
         self.host = host
-        self.patience = patience
         self.address = "registry-1.docker.io" if host == "docker.io" else host
-        self.lenient = insecure or is_local(host)
-        self.plain_http = plain_http
-        self.retries = retries
-        self.credentials = credentials or Credentials()
-        self.say = say or logger.warning
+        self.lenient, self.plain_http = insecure or is_local(host), plain_http
+        self.retries, self.say, self.patience = retries, say, patience
         self.wire = Wire(ca, self.lenient and not ca)
         self.base = None        # the URL up to its path, once we know whether it is https
-        self.tokens = {}        # scope: (Authorization, when it ends, what it was asked for with)
+        self.tokens = {}        # scope: (Authorization, when it ends, the challenges that it answers)
         self.mutex = threading.RLock()
         self.held_in = {}       # digest: a repository here that is known to have this blob
         self.sessions = {}      # (name, digest): Location of an upload that a mount began
-        self.no_referrers = False
+        self.no_referrers = self.no_chunks = False  # what the other side has turned out not to know
 
-    # Requests
+    # Failures
 
-    def _find_base(self):
-        """https, unless --plain-http; on this machine, and with --insecure, http where nobody speaks TLS."""
-        with self.mutex:
-            if not self.base:
-                scheme = "http" if self.plain_http else "https"
-                try:
-                    self.wire.connect(scheme, self.address).close()
-                except (ssl.SSLError, ConnectionResetError) as error:
-                    if not self.lenient or self.plain_http or "CERTIFICATE" in str(error):
-                        raise
-                    scheme = "http"
-                self.base = "%s://%s" % (scheme, self.address)
-            return self.base
-
-    def _explain(self, error):
-        """The RegistryError for a failure of the network."""
+    def explain(self, error):
+        """What a failure of the network is, and what to do."""
         text = str(error)
         if "not yet valid" in text or "has expired" in text:
             advice = "its certificate %s; is the clock of this machine right? It says %s" % (
                 "is not yet valid" if "not yet valid" in text else "has expired", time.strftime("%Y-%m-%d %H:%M"))
-        elif isinstance(error, ssl.SSLError) and "CERTIFICATE_VERIFY_FAILED" in text or "doesn't match" in text:
+        elif isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in text:
             reason = re.sub(r".*certificate verify failed:? ?|\(_ssl.*", "", text).strip()  # none in Python 3.6
             advice = "its certificate is not trusted (%s); name its CA with --ca FILE" % (
                 reason or "its CA, its name, or this machine's clock")
@@ -3486,255 +3432,220 @@ class Remote(Registry):
             advice = "nothing listens there; check the port, and whether the registry runs"
         else:
             advice = getattr(error, "strerror", None) or text or type(error).__name__
-            advice += PLAIN_HINT if self.plain_http else ""
-        return RegistryError("UNAVAILABLE", message="can't reach %s: %s" % (self.host, advice))
+            advice += "; if it speaks HTTPS, leave out --plain-http" if self.plain_http else ""
+        return "can't reach %s: %s" % (self.host, advice)
 
-    def _pause(self, attempt, wait, why):
-        """Wait before the next attempt; longer each time, and not all at the same moment."""
-        if wait is None:
-            wait = min(0.5 * 2 ** attempt, 30.0) * random.uniform(0.5, 1.0)
-        if wait > 1:
-            self.say("%s; waiting %d s" % (why, wait))
-        time.sleep(wait)
-
-    def send(self, method, url, headers=None, body=None, scope=None, whole=True):
-        """The Reply to a request, after retries. `url` may be a path. With a `scope` we log in if asked to. The reply's
-        body has been read, so that one that is cut is asked for again, unless it is a blob (`whole` false). Raises
-        RegistryError; with a body that can't be sent twice, OSError and HTTPException as they come."""
-        streamed = not isinstance(body, (bytes, type(None)))
-        for attempt in itertools.count():
-            known = self.base is not None
-            wait = None
-            try:
-                reply = self._follow(method, urllib.parse.urljoin(self._find_base(), url), headers or {}, body, scope)
-                if reply.status not in RETRIED:
-                    if whole:
-                        reply.read(MAX_ANSWER)
-                    return reply
-                wait = parse_retry_after(reply.header("Retry-After"))
-                failure = self.refusal(reply)
-            except (OSError, http.client.HTTPException) as error:
-                failure = self._explain(error)
-                if streamed and known:
-                    raise
-            if streamed or not known and self.base is None or attempt >= self.retries or (wait or 0) > self.patience:
-                raise failure
-            self._pause(attempt, wait, failure)
-
-    def _follow(self, method, url, headers, body, scope):
-        """One request, with the redirects and the login that it takes. A login is for this registry alone: it is not
-        sent along to where a redirect or a Location leads."""
-        challenged, streamed = False, not isinstance(body, (bytes, type(None)))
-        for _ in range(MAX_REDIRECTS):
-            ours = url.startswith(self.base + "/")
-            sent = dict(headers)
-            authorization = self._authorization(scope) if ours and scope else None
-            if authorization:
-                sent["Authorization"] = authorization
-            reply = self.wire.request(method, url, dict(sent, **{"User-Agent": "tinyreg/" + __version__}), body)
-            if reply.status in REDIRECTS and reply.header("Location") and method in ("GET", "HEAD"):
-                there = urllib.parse.urljoin(url, reply.header("Location"))
-                if not re.match("https?://", there):
-                    raise RegistryError("UNAVAILABLE", message="%s redirects to %s" % (self.host, there[:200]))
-                if urllib.parse.urlsplit(there)[:2] != urllib.parse.urlsplit(url)[:2]:
-                    headers = {name: value for name, value in headers.items() if name != "Authorization"}
-                url = there
-            elif reply.status == 401 and ours and scope and not challenged:
-                challenged = True
-                self._log_in(parse_challenges(reply.header("WWW-Authenticate")), scope, authorization)
-                if streamed:
-                    raise ConnectionError("the login ended during an upload")
-            else:
-                return reply
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                reply.read(MAX_HEAD)
-        raise RegistryError("UNAVAILABLE", message="%s redirects more than %d times" % (self.host, MAX_REDIRECTS))
-
-    def _authorization(self, scope):
-        """The header for a scope that we have logged in for; a token that is about to end is renewed."""
-        with self.mutex:
-            header, ends, challenge = self.tokens.get(scope, (None, 0, None))
-            if challenge and time.monotonic() > ends:
-                header = self._fetch_token(challenge, scope)
-            return header
-
-    def _log_in(self, challenges, scope, used):
-        """Get what answers a 401. Raises UNAUTHORIZED."""
-        with self.mutex:
-            if self.tokens.get(scope, (None,))[0] != used:
-                return  # another thread was faster
-            if "bearer" in challenges:
-                self._fetch_token(challenges["bearer"], scope)
-                return
-            login = self.credentials.find(self.host, scope.split(":")[1])
-            header = basic(login.user, login.secret) if login else None
-            if "basic" not in challenges or header in (None, used):
-                raise self._unauthorized(login)
-            self.tokens[scope] = header, 0, None
+    def refusal(self, reply, what=""):
+        """The RegistryError for an answer that is none, to a question about `what`."""
+        if reply.status in (401, 403):
+            return self._unauthorized(find_login(self.host, what.partition(":")[0]), reply.status)
+        code = {404: "NAME_UNKNOWN", 429: "TOOMANYREQUESTS"}.get(reply.status, "UNSUPPORTED")
+        message = http.client.responses.get(reply.status, "")
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # many answer in HTML, or not at all to a HEAD
+            told = load_json(reply.content)["errors"][0]
+            code = told["code"] if told["code"] in ERRORS else code
+            message = told.get("message") or message
+        code = "UNAVAILABLE" if reply.status >= 500 else code
+        message = "%s answered %d: %s" % (self.host, reply.status, message)
+        if reply.status == 404:
+            message = "%s has no %s%s" % (self.host, what, "" if "@" in what else "; check its name and tag")
+        if reply.status not in RETRIED:
+            return RegistryError(code, message=message)
+        failure = Passing(code, message=message)
+        if re.fullmatch("[0-9]{1,9}", reply.header("Retry-After")):
+            failure.wait = float(reply.header("Retry-After"))
+        return failure
 
     def _unauthorized(self, login, status=401):
-        code = "UNAUTHORIZED" if status == 401 else "DENIED"
+        why = "has no such image, or wants a login for it, and there is none in " + ", ".join(login_files())
         if login:
-            return RegistryError(code, message="%s does not let %s do this, with the login from %s; log in with: "
-                                 "docker login %s" % (self.host, login.user or "us", login.where, self.host))
-        return RegistryError(code, message="%s has no such image, or wants a login for it, and there is none in %s; "
-                             "log in with: docker login %s"
-                             % (self.host, ", ".join(self.credentials.places), self.host))
+            why = "does not let %s do this, with the login from %s" % (login.user or "us", login.where)
+        return RegistryError("UNAUTHORIZED" if status == 401 else "DENIED",
+                             message="%s %s; log in with: docker login %s" % (self.host, why, self.host))
 
-    def _fetch_token(self, challenge, scope):
-        """Ask the token server of a Bearer challenge; returns the header. Raises UNAUTHORIZED."""
-        login = self.credentials.find(self.host, scope.split(":")[1])
-        realm = challenge.get("realm", "")
-        if not re.match("https?://", realm):
-            raise RegistryError("UNAVAILABLE", message="%s names no token server" % self.host)
-        if login and realm.startswith("http:") and self.base.startswith("https:"):
-            raise RegistryError("UNAVAILABLE", message="%s wants the login sent to %s without TLS; it was not"
-                                % (self.host, realm))
-        scopes = challenge.get("scope", "").split()
-        asked = {wish.rpartition(":")[0] for wish in scopes}
-        scopes += [wish for wish in scope.split() if wish.rpartition(":")[0] not in asked]
-        if login and login.kind == "bearer":
-            answer = {"token": login.secret, "expires_in": 1 << 30}
-        else:
-            answer = self._ask_for_token(realm, challenge.get("service", ""), scopes, login)
-        token, life = answer.get("token") or answer.get("access_token"), answer.get("expires_in")
-        if not isinstance(token, str):
-            raise self._unauthorized(login)
-        life = life if isinstance(life, int) and life > 0 else TOKEN_LIFE
-        self.tokens[scope] = "Bearer " + token, time.monotonic() + life * 0.9, challenge
-        return "Bearer " + token
+    def retry(self, action, *arguments):
+        """As Registry has it: where the failure is Passing, after longer and longer pauses. In the end it is a
+        RegistryError like others, so that no caller tries all of it again."""
+        for attempt in itertools.count():
+            try:
+                return action(*arguments)
+            except Passing as error:
+                wait = error.wait
+                if wait is None:  # not all at the same moment
+                    wait = min(0.5 * 2 ** attempt, 30.0) * random.uniform(0.5, 1.0)
+                if attempt >= self.retries or wait > self.patience:
+                    raise RegistryError(error.code, message=error.message)
+                if wait > 1:
+                    self.say("%s; waiting %d s" % (error, wait))
+            time.sleep(wait)
 
-    def _ask_for_token(self, realm, service, scopes, login):
-        fields = [("service", service)] if service else []
-        reply = None
-        if login and login.kind == "identity":
-            form = fields + [("grant_type", "refresh_token"), ("client_id", "tinyreg"), ("scope", " ".join(scopes)),
-                             ("refresh_token", login.secret)]
-            reply = self.send("POST", realm, {"Content-Type": "application/x-www-form-urlencoded"},
-                              urllib.parse.urlencode(form).encode())
-        if reply is None or reply.status in (404, 405):
-            password = login and login.kind == "password"
-            fields += [("account", login.user)] if password else []
-            query = urllib.parse.urlencode(fields + [("scope", wish) for wish in scopes])
-            reply = self.send("GET", realm + ("&" if "?" in realm else "?") + query,
-                              {"Authorization": basic(login.user, login.secret)} if password else {})
-        content = reply.read()
-        if reply.status != 200:
-            raise self._unauthorized(login)
-        try:
-            return load_json(content)
-        except ValueError as error:
-            raise RegistryError("UNAVAILABLE", message="%s: %s is no token server: %s" % (self.host, realm, error))
+    # Requests
 
-    def refusal(self, reply, unknown="NAME_UNKNOWN", what=""):
-        """The RegistryError for an answer that is none; `unknown` is what a 404 about `what` means. Closes."""
-        code = {401: "UNAUTHORIZED", 403: "DENIED", 404: unknown, 429: "TOOMANYREQUESTS"}.get(
-            reply.status, "UNAVAILABLE" if reply.status >= 500 else "UNSUPPORTED")
-        message = http.client.responses.get(reply.status, "status %d" % reply.status)
-        try:
-            errors = load_json(reply.read(MAX_HEAD)[:MAX_HEAD]).get("errors")
-            code = errors[0]["code"] if errors[0]["code"] in ERRORS and reply.status < 500 else code
-            message = str(errors[0].get("message") or message)
-        except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
-            pass  # many answer in HTML, or not at all to a HEAD
-        if reply.status in (401, 403):
-            return self._unauthorized(self.credentials.find(self.host, what.partition(":")[0]), reply.status)
-        if reply.status == 404:
-            return RegistryError(code, message="%s has no %s%s" % (
-                self.host, what, "" if "@" in what else "; check its name and tag"))
-        hint = PLAIN_HINT if self.plain_http and reply.status == 400 else ""
-        return RegistryError(code, message="%s answered %d: %s%s" % (self.host, reply.status, message, hint))
+    def _find_base(self):
+        """https, unless --plain-http; on this machine, and with --insecure, http where nobody speaks TLS."""
+        with self.mutex:
+            if not self.base:
+                scheme = "http" if self.plain_http else "https"
+                try:
+                    self.wire.connect(scheme, self.address).close()
+                except NETWORK_ERRORS as error:
+                    silent = isinstance(error, (ssl.SSLError, ConnectionResetError)) and "CERTIFICATE" not in str(error)
+                    if not silent or not self.lenient or self.plain_http:
+                        raise RegistryError("UNAVAILABLE", message=self.explain(error))
+                    scheme = "http"
+                self.base = "%s://%s" % (scheme, self.address)
+            return self.base
 
-    def call(self, method, name, rest, wanted=(200,), headers=None, body=None, action="pull", unknown="NAME_UNKNOWN",
-             whole=True):
+    def exchange(self, method, url, headers=None, body=None, scope=None, stream=False):
+        """The Reply to one request, with the redirects and the login that it takes; `url` may be a path. A login is for
+        this registry alone: it is not sent to where a redirect or a Location leads. Raises Passing, RegistryError."""
+        url = urllib.parse.urljoin(self._find_base(), url)
+        headers = dict(headers or {}, **{"User-Agent": "tinyreg/" + __version__})
+        challenged = False
+        for _ in range(MAX_REDIRECTS):
+            ours = scope and url.startswith(self.base + "/")
+            known = self._authorization(scope) if ours else None
+            if known:
+                headers["Authorization"] = known
+            try:
+                reply = self.wire.request(method, url, headers, body, stream)
+                there = urllib.parse.urljoin(url, reply.header("Location"))
+            except NETWORK_ERRORS as error:
+                raise Passing("UNAVAILABLE", message=self.explain(error))
+            if reply.status in RETRIED:
+                raise self.refusal(reply)
+            if reply.status in REDIRECTS and method in ("GET", "HEAD"):
+                url = there
+                headers.pop("Authorization", None)
+            elif reply.status == 401 and ours and not challenged:
+                challenged = True
+                self._authorization(scope, known, parse_challenges(reply.header("WWW-Authenticate")))
+                if hasattr(body, "__next__"):
+                    raise Passing("UNAVAILABLE", message="the login at %s ended during an upload" % self.host)
+            else:
+                return reply
+        raise RegistryError("UNAVAILABLE", message="%s redirects more than %d times" % (self.host, MAX_REDIRECTS))
+
+    def call(self, method, name, rest, wanted=(200,), headers=None, body=None, action="pull", stream=False):
         """The Reply to a request about a repository, if its status is wanted. Raises RegistryError."""
         url = rest if rest.startswith("/v2/") else "/v2/%s%s" % (name, rest)
-        scope = "repository:%s:%s" % (name, action) if name else "registry:catalog:*"
-        reply = self.send(method, url, headers, body, scope, whole)
+        scope = "repository:%s:%s" % (name, action)
+        reply = self.retry(self.exchange, method, url, headers, body, scope, stream)
         if reply.status in wanted:
             return reply
         what = rest.rpartition("/")[2]
-        raise self.refusal(reply, unknown, "%s%s%s" % (name, "@" if ":" in what else ":", what))
+        raise self.refusal(reply, "%s%s%s" % (name, "@" if ":" in what else ":", what))
+
+    # Logins
+
+    def _authorization(self, scope, refused=None, challenges=None):
+        """The header for a scope, or None until one is asked for. A token that is about to end is renewed, and a header
+        that was refused replaced, as the challenges want it. Raises UNAUTHORIZED."""
+        with self.mutex:
+            header, ends, known = self.tokens.get(scope, (None, float("inf"), None))
+            if time.monotonic() > ends:
+                refused, challenges = header, known
+            if challenges is None or header != refused:  # another thread was faster
+                return header
+            login = find_login(self.host, scope.split(":")[1])
+            if "bearer" in challenges:
+                header, life = self._fetch_token(challenges["bearer"], scope, login)
+            elif "basic" in challenges and login and basic(login.user, login.secret) != refused:
+                header, life = basic(login.user, login.secret), float("inf")
+            else:
+                raise self._unauthorized(login)
+            self.tokens[scope] = header, time.monotonic() + life * 0.9, challenges
+            return header
+
+    def _fetch_token(self, challenge, scope, login):
+        """(header, seconds that it lives) from the token server of a Bearer challenge. Raises UNAUTHORIZED."""
+        realm = challenge.get("realm", "")
+        if not re.match("https?://", realm) or login and realm.startswith("http:") and self.base.startswith("https:"):
+            raise RegistryError("UNAVAILABLE", message="%s wants the login sent to %r, without TLS; it was not"
+                                % (self.host, realm))
+        wishes = {"scope": sorted(set(challenge.get("scope", "").split() + scope.split()))}
+        if "service" in challenge:
+            wishes["service"] = challenge["service"]
+        if login and login.token:
+            form = dict(wishes, scope=" ".join(wishes["scope"]), grant_type="refresh_token", client_id="tinyreg",
+                        refresh_token=login.token)
+            headers = {"Content-Type": "application/x-www-form-urlencoded"}
+            reply = self.retry(self.exchange, "POST", realm, headers, urllib.parse.urlencode(form).encode())
+        else:
+            url = realm + ("&" if "?" in realm else "?") + urllib.parse.urlencode(wishes, doseq=True)
+            headers = {"Authorization": basic(login.user, login.secret)} if login else {}
+            reply = self.retry(self.exchange, "GET", url, headers)
+        found = {}
+        with contextlib.suppress(ValueError):
+            found = load_json(reply.content)
+        token, life = found.get("token") or found.get("access_token"), found.get("expires_in")
+        if not isinstance(token, str):
+            raise self._unauthorized(login)
+        return "Bearer " + token, life if isinstance(life, int) and life > 0 else TOKEN_LIFE
 
     # Reading
 
-    def _pages(self, name, path, read):
-        """What `read(document)` finds in each page of a list; Link names the next one."""
-        following, seen = path, set()
-        while following and following not in seen:
-            seen.add(following)
-            reply = self.call("GET", name, following)
-            link = re.search(r'<([^>]*)>\s*;[^,]*rel="?next"?', reply.header("Link"))
+    def _pages(self, name, path, field):
+        """Yield what a field of each page of a list has; Link names the next one. Raises UNSUPPORTED."""
+        seen = set()
+        while path not in seen:
+            seen.add(path)
+            reply = self.call("GET", name, path)
             try:
-                for entry in read(load_json(reply.read(MAX_ANSWER))):
-                    yield entry
-            except (ValueError, LookupError, TypeError) as error:
-                raise RegistryError("UNSUPPORTED", message="%s answered nonsense: %s" % (self.host, error))
-            there = urllib.parse.urlsplit(urllib.parse.urljoin(following, link.group(1))) if link else None
-            following = there and "%s?%s" % (there.path, there.query)  # whatever host it names, it is ours
-
-    def repositories(self, last=""):
-        return (found for found in self._pages("", "/v2/_catalog", lambda page: page["repositories"] or ())
-                if found > last)
+                yield from expect(list, load_json(reply.content).get(field) or [])
+            except ValueError:
+                raise RegistryError("UNSUPPORTED", message="%s answered with no list of %s" % (self.host, field))
+            link = re.search(r'<([^>]*)>\s*;[^,]*rel="?next"?', reply.header("Link"))
+            if link:
+                there = urllib.parse.urlsplit(urllib.parse.urljoin(path, link.group(1)))
+                path = "%s?%s" % (there.path, there.query)  # whatever host it names, it is ours
 
     def tags(self, name, last=""):
-        found = self._pages(name, "/v2/%s/tags/list" % name, lambda page: page["tags"] or ())
-        return (tag for tag in sorted(found) if tag > last)
+        found = sorted(map(str, self._pages(name, "/v2/%s/tags/list" % name, "tags")))
+        return (tag for tag in found if tag > last)
 
     def resolve(self, name, tag):
         path = "/manifests/" + tag
-        reply = self.call("HEAD", name, path, (200, 405), {"Accept": ACCEPT}, unknown="MANIFEST_UNKNOWN")
+        reply = self.call("HEAD", name, path, (200, 405), {"Accept": ACCEPT})
         digest = reply.header("Docker-Content-Digest")
         if DIGEST.fullmatch(digest):
             return Digest(digest)
-        return Digest.of(self.call("GET", name, path, headers={"Accept": ACCEPT}, unknown="MANIFEST_UNKNOWN").read())
+        return Digest.of(self.call("GET", name, path, headers={"Accept": ACCEPT}).content)
 
     def manifest(self, name, digest):
-        reply = self.call("GET", name, "/manifests/" + digest, headers={"Accept": ACCEPT}, unknown="MANIFEST_UNKNOWN")
-        return parse_manifest(reply.read(), digest=digest)
+        reply = self.call("GET", name, "/manifests/" + digest, headers={"Accept": ACCEPT})
+        return parse_manifest(reply.content[:MAX_MANIFEST + 1], digest=digest)
 
     def size(self, name, digest):
         """The length of a blob, or None where the repository has not got it."""
-        try:
-            reply = self.call("HEAD", name, "/blobs/" + digest, unknown="BLOB_UNKNOWN", action="pull")
-        except RegistryError as error:
-            if error.code in ("BLOB_UNKNOWN", "NAME_UNKNOWN"):
-                return None
-            raise
-        return int(reply.header("Content-Length") or 0)
+        with if_there():
+            found = self.call("HEAD", name, "/blobs/" + digest).header("Content-Length")
+            return int(found) if re.fullmatch("[0-9]{1,18}", found) else 0
 
-    def open_blob(self, name, digest):
-        return RemoteBlob(self, name, digest, 0)
+    def open_blob_from(self, name, digest, offset=0):
+        headers = {"Range": "bytes=%d-" % offset} if offset else {}
+        reply = self.call("GET", name, "/blobs/" + digest, (200, 206, 416), headers, stream=True)
+        return RemoteBlob(self, reply, offset)
 
-    def open_blob_from(self, name, digest, offset):
-        return RemoteBlob(self, name, digest, offset)
-
-    def referrers(self, name, subject, last=""):
-        return (self.manifest(name, digest) for digest in sorted(self.referrer_digests(name, subject)) if digest > last)
+    open_blob = open_blob_from
 
     def referrer_digests(self, name, subject):
         """By the referrers API or, where there is none, from the tag that clients keep instead of it."""
-        def read(page):
-            return [parse_digest(entry["digest"]) for entry in page["manifests"] or ()]
-
         if not self.no_referrers:
             try:
-                return list(self._pages(name, "/v2/%s/referrers/%s" % (name, subject), read))
+                found = list(self._pages(name, "/v2/%s/referrers/%s" % (name, subject), "manifests"))
+                return [parse_descriptor(entry).digest for entry in found]
             except RegistryError as error:
                 if error.code in ("UNAVAILABLE", "TOOMANYREQUESTS"):
                     raise
                 self.no_referrers = True  # registries without it say so in every way, with their web page too
-        found = self._fallback(name, subject)
-        return read(found.document) if found else []
+        return [parse_descriptor(entry).digest for entry in self._fallback(name, subject)]
 
     def _fallback(self, name, subject):
-        """The index that lists referrers where no API does (distribution-spec, "Referrers Tag Schema"), or None."""
-        try:
-            return self.manifest(name, self.resolve(name, "%s-%s" % (subject.algorithm, subject.encoded)))
-        except RegistryError as error:
-            if error.code not in ("NAME_UNKNOWN", "MANIFEST_UNKNOWN"):
-                raise
-            return None
+        """What the index lists that has referrers where no API does (distribution-spec, "Referrers Tag Schema")."""
+        with if_there():
+            return self.manifest(name, self.resolve(name, fallback_tag(subject))).document.get("manifests") or []
+        return []
 
     # Writing
 
@@ -3760,29 +3671,8 @@ class Remote(Registry):
         return True
 
     def put_blob(self, name, digest, open_from):
-        """As Registry has it; in one chunk or several, or whole where the other side takes no chunks."""
-        session, whole = None, False
-        for attempt in itertools.count():
-            try:
-                if session is None:
-                    session = RemoteUpload(self, name, self.sessions.pop((name, digest), None))
-                with open_from(session.offset) as blob:
-                    if not whole:
-                        session.append(blob)
-                    session.commit(digest, blob if whole else None)
-                self.held_in[digest] = name
-                return
-            except (OSError, http.client.HTTPException) as error:
-                failure = self._explain(error)
-            except RegistryError as error:
-                refused = error.code not in ("UNAVAILABLE", "TOOMANYREQUESTS")
-                if refused and (whole or error.code not in ("UNSUPPORTED", "BLOB_UPLOAD_INVALID", "RANGE_INVALID")):
-                    raise
-                failure, whole = error, refused
-            if attempt >= self.retries:
-                raise failure
-            self._pause(attempt, None, failure)
-            session = None if whole or session is None else session.measured()
+        self.retry(RemoteUpload(self, name, self.sessions.pop((name, digest), None)).put, digest, open_from)
+        self.held_in[digest] = name
 
     def put_manifest(self, name, manifest, tags=()):
         """As Registry has it. Where the other side has no referrers API, the tag for them is kept up to date."""
@@ -3796,97 +3686,97 @@ class Remote(Registry):
                 self._add_to_fallback(name, manifest)
 
     def _add_to_fallback(self, name, manifest):
-        found = self._fallback(name, manifest.subject)
-        entries = list(found.document["manifests"] or ()) if found else []
+        entries = self._fallback(name, manifest.subject)
         if manifest.digest not in [entry.get("digest") for entry in entries]:
             index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries + [manifest.referrer()]}
-            tag = "%s-%s" % (manifest.subject.algorithm, manifest.subject.encoded)
-            self.put_manifest(name, parse_manifest(to_json(index)), [tag])
+            self.put_manifest(name, parse_manifest(to_json(index)), [fallback_tag(manifest.subject)])
+
+
+def fallback_tag(subject):
+    """The tag of the index that lists the referrers of a manifest; tags have 128 characters at most."""
+    return subject.replace(":", "-")[:71]
 
 
 class RemoteBlob(Blob):
-    """A blob of another registry, from an offset on. A connection that is cut is made again, for the rest."""
+    """The rest of a blob of another registry, from an offset on. When the connection is cut, that is Passing: what came
+    so far is kept by who reads it, and `retry` gets him the rest."""
 
-    def __init__(self, remote, name, digest, offset):
+    def __init__(self, remote, reply, offset):
         super().__init__(None, offset, None)
-        self.remote, self.name, self.digest = remote, name, digest
-        self._open()
-
-    def _open(self):
-        """Ask for what is left. Raises BLOB_UNKNOWN."""
-        start = self.offset + self.position
-        headers = {"Range": "bytes=%d-" % start} if start else {}
-        reply = self.remote.call("GET", self.name, "/blobs/" + self.digest, (200, 206, 416), headers,
-                                 unknown="BLOB_UNKNOWN", whole=False)
-        if reply.status == 206 and not reply.header("Content-Range").startswith("bytes %d-" % start):
-            reply.close()
-            raise RegistryError("UNAVAILABLE", message="%s sends another range than was asked for" % self.remote.host)
-        if reply.status == 416:  # there is nothing left; or what we have is wrong, which its digest will show
-            reply.read()
-            self.length = self.position
-        self.reply = reply
-        if reply.status == 200:
-            left = start
-            while left:  # no ranges here: read again what we have
-                count = reply.readinto(memoryview(bytearray(min(left, COPY_BUFFER))))
-                left -= count
-                if not count:
-                    raise ConnectionError("cut")
-        if self.length is None and re.fullmatch("[0-9]+", reply.header("Content-Length")):
-            self.length = int(reply.header("Content-Length")) - (start if reply.status == 200 else 0)
+        self.remote, self.reply = remote, reply
+        surplus = offset if reply.status == 200 else 0  # it knows no ranges: what we have comes again
+        if reply.length is not None:  # 0 after a 416: nothing is left, or what we have is wrong
+            surplus = min(surplus, reply.length)
+            self.length = reply.length - surplus
+        pour(self, surplus)
 
     def readinto(self, view):
-        for attempt in itertools.count():
-            if self.position == self.length:
-                return 0
-            try:
-                if self.reply is None:
-                    self._open()
-                count = self.reply.readinto(view)
-                if count or self.length is None:
-                    self.position += count
-                    return count
-                failure = self.remote._explain(ConnectionError("the connection was cut"))
-            except (OSError, http.client.HTTPException) as error:
-                failure = self.remote._explain(error)
-            self.close()
-            if attempt >= self.remote.retries:
-                raise failure
-            self.remote._pause(attempt, None, failure)
-
-    def part(self, offset, length):
-        self.close()
-        return RemoteBlob(self.remote, self.name, self.digest, self.offset + offset)
+        try:
+            count = self.reply.readinto(view)
+            if not count and self.reply.length:
+                raise ConnectionError("the connection was cut")
+        except NETWORK_ERRORS as error:
+            raise Passing("UNAVAILABLE", message=self.remote.explain(error))
+        return count
 
     def close(self):
-        if self.reply is not None:
-            self.reply.close()
-        self.reply = None
+        self.reply.close()
 
 
-class RemoteUpload(UploadSession):
-    """An upload session of another registry; `location` is where to send to next."""
+class RemoteUpload:
+    """A blob on its way to another registry. `location` is where to send to next, once the other side has said so."""
 
-    def __init__(self, remote, name, location=None):
-        self.remote, self.name, self.offset, self.chunk = remote, name, 0, UPLOAD_CHUNK
-        self.location = "/v2/%s/blobs/uploads/" % name
-        if location:
-            self.location = urllib.parse.urljoin(remote.base, location)
-        else:
-            self._request("POST", {"Content-Length": "0"}, b"", (202,))
+    def __init__(self, remote, name, location):
+        self.remote, self.name, self.location, self.offset = remote, name, location, 0
 
-    def _request(self, method, headers=None, body=None, wanted=(201, 202, 204)):
-        """Send to the location, and learn the next one."""
-        scope = "repository:%s:pull,push" % self.name
-        reply = self.remote.send(method, self.location, headers, body, scope)
+    def put(self, digest, open_from):
+        """One attempt, from where the one before it came to. Raises Passing, RegistryError, what `open_from` raises."""
+        self._begin()
+        with open_from(self.offset) as blob:
+            self._append(blob)
+        end = ("&" if "?" in self.location else "?") + "digest=" + urllib.parse.quote(digest)
+        self._request("PUT", self.location + end, {"Content-Length": "0"}, b"", (201, 204))
+
+    def _request(self, method, url, headers=None, body=None, wanted=(201, 202, 204)):
+        """The Reply, from which we learn the next location."""
+        reply = self.remote.exchange(method, url, headers, body, "repository:%s:pull,push" % self.name)
         if reply.status not in wanted:
-            raise self.remote.refusal(reply, "UNSUPPORTED", self.name)
-        if reply.header("Location"):
-            here = urllib.parse.urljoin(self.remote.base, self.location)
-            self.location = urllib.parse.urljoin(here, reply.header("Location"))
-        if re.fullmatch("[0-9]{1,12}", reply.header("OCI-Chunk-Min-Length")):
-            self.chunk = max(self.chunk, int(reply.header("OCI-Chunk-Min-Length")))
+            raise self.remote.refusal(reply, self.name)
+        self.location = reply.header("Location") or self.location or url
         return reply
+
+    def _begin(self):
+        """Go on where the other side is; or from the start, where it has forgotten the upload or takes it for broken
+        (Distribution does, after a chunk was cut)."""
+        self.offset = 0
+        if self.location:
+            reply = self._request("GET", self.location, wanted=range(600))
+            if reply.status in (200, 204):
+                found = re.fullmatch("(?:bytes=)?0-([0-9]{1,18})", reply.header("Range"))
+                self.offset = int(found.group(1)) + 1 if found and found.group(1) != "0" else 0
+                return
+        self.location = None
+        self._request("POST", "/v2/%s/blobs/uploads/" % self.name, {"Content-Length": "0"}, b"", (202,))
+
+    def _append(self, blob):
+        """Send the rest of the blob in chunks; if one is enough, it goes without a range, as docker sends it."""
+        left = blob.length
+        chunk = left if self.remote.no_chunks else UPLOAD_CHUNK
+        alone = self.offset == 0 and left <= chunk
+        while left:
+            length = min(left, chunk)
+            headers = {"Content-Type": OCTET_STREAM, "Content-Length": str(length)}
+            if not alone:
+                headers["Content-Range"] = "%d-%d" % (self.offset, self.offset + length - 1)
+            try:
+                self._request("PATCH", self.location, headers, self._pieces(blob, length))
+            except RegistryError as error:
+                if alone or isinstance(error, Passing):
+                    raise
+                self.remote.no_chunks, self.location = True, None  # Google's Artifact Registry takes blobs whole only
+                raise Passing(error.code, message=error.message)
+            self.offset += length
+            left -= length
 
     @staticmethod
     def _pieces(blob, length):
@@ -3899,41 +3789,12 @@ class RemoteUpload(UploadSession):
             yield bytes(buffer[:count])
             length -= count
 
-    def append(self, blob, start=None):
-        """Send the rest of the blob in chunks; if one is enough, it goes without a range, as docker sends it."""
-        left, alone = blob.length, self.offset == 0 and blob.length <= self.chunk
-        while left:
-            length = min(left, self.chunk)
-            headers = {"Content-Type": OCTET_STREAM, "Content-Length": str(length)}
-            if not alone:
-                headers["Content-Range"] = "%d-%d" % (self.offset, self.offset + length - 1)
-            self._request("PATCH", headers, self._pieces(blob, length))
-            self.offset += length
-            left -= length
-
-    def commit(self, digest, blob=None):
-        """Make it a blob; with `blob`, its bytes go along."""
-        self.location += ("&" if "?" in self.location else "?") + "digest=" + urllib.parse.quote(digest)
-        length = blob.length if blob else 0
-        self._request("PUT", {"Content-Type": OCTET_STREAM, "Content-Length": str(length)},
-                      self._pieces(blob, length) if length else b"", (201, 204))
-
-    def measured(self):
-        """This session with the offset that the other side has, or None where it has forgotten it, or takes it for
-        broken (Distribution does, after a chunk was cut)."""
-        try:
-            found = re.fullmatch("(?:bytes=)?0-([0-9]{1,18})", self._request("GET", wanted=(200, 204)).header("Range"))
-        except RegistryError:
-            return None
-        self.offset = int(found.group(1)) + 1 if found and found.group(1) != "0" else 0
-        return self
-
 
 class PullThrough(Directory):
     """A store in front of other registries: what is missing below NS/ is fetched there, passed on at once and kept.
 
     `upstreams` is {NS: (Remote, what its names begin with)}. Tags are compared with the upstream's after `ttl` seconds;
-    when it is away, what is here is served. Pushes below NS/ are refused: the upstream's next tag would undo them.
+    when it is away, what is here is served. Pushes of manifests below NS/ are refused: its next tag would undo them.
     """
 
     AWAY = 30.0  # seconds in which an upstream that could not be reached is not asked again
@@ -3942,8 +3803,8 @@ class PullThrough(Directory):
         super().__init__(root, **settings)
         self.cache = Directory(root, **dict(settings, sparse=True))  # an image comes before its blobs
         self.upstreams, self.ttl = upstreams, ttl
-        self.ask_again = {}  # (name, tag or subject), or a Remote: when
-        self.downloads = {}  # (name, digest): Download
+        self.ask_again = {}  # Remote that is away: when
+        self.downloads = {}  # (name, digest): the Event of its end
         self.mutex = threading.Lock()
 
     def version(self):
@@ -3963,8 +3824,7 @@ class PullThrough(Directory):
         if remote is None or time.monotonic() < self.ask_again.get(remote, 0):
             return None
         try:
-            found = method(remote, path, *arguments)
-            return list(found) if method is Remote.tags else found
+            return method(remote, path, *arguments)
         except RegistryError as error:
             if error.code not in UNKNOWN_CODES:
                 logger.warning("upstream of %s: %s", name, error)
@@ -3972,24 +3832,15 @@ class PullThrough(Directory):
                 self.ask_again[remote] = time.monotonic() + self.AWAY
             return None
 
-    def _is_due(self, *key):
-        """Whether the upstream is to be asked about this; then it is not again before the ttl ends."""
-        now = time.monotonic()
-        if now < self.ask_again.get(key, 0):
-            return False
-        if len(self.ask_again) > 10000:
-            self.ask_again.clear()  # somebody asks for all there might be
-        self.ask_again[key] = now + self.ttl
-        return True
-
     def resolve(self, name, tag):
-        if self._upstream(name)[0] and self._is_due(name, tag):
-            digest = self._ask(name, Remote.resolve, tag)
-            with contextlib.suppress(RegistryError):
-                if digest and digest != self._read_link(os.path.join(self.tag_path(name, tag), "current")):
-                    self.cache.put_manifest(name, self.manifest(name, digest), [tag])
-            if not digest:
-                self.ask_again[name, tag] = time.monotonic() + min(self.ttl, self.AWAY)
+        link = os.path.join(self.tag_path(name, tag), "current", "link")
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - os.stat(link).st_mtime < self.ttl:  # it is written anew each time the tag is found right
+                return super().resolve(name, tag)
+        digest = self._ask(name, Remote.resolve, tag)
+        with contextlib.suppress(RegistryError):
+            if digest:
+                self.cache.put_manifest(name, self.manifest(name, digest), [tag])
         return super().resolve(name, tag)
 
     def manifest(self, name, digest):
@@ -4003,14 +3854,12 @@ class PullThrough(Directory):
         return found
 
     def tags(self, name, last=""):
-        found = self._ask(name, Remote.tags)
-        return super().tags(name, last) if found is None else (tag for tag in found if tag > last)
+        return self._ask(name, Remote.tags, last) or super().tags(name, last)
 
     def referrers(self, name, subject, last=""):
-        if self._upstream(name)[0] and self._is_due(name, subject):
-            for digest in self._ask(name, Remote.referrer_digests, subject) or ():
-                with contextlib.suppress(RegistryError):
-                    self.manifest(name, digest)
+        for digest in self._ask(name, Remote.referrer_digests, subject) or ():
+            with contextlib.suppress(RegistryError):
+                self.manifest(name, digest)
         return super().referrers(name, subject, last)
 
     def open_blob(self, name, digest):
@@ -4020,105 +3869,75 @@ class PullThrough(Directory):
             size = self._ask(name, Remote.size, digest)
             if size is None:
                 raise
-        if self.cache.mount(name, digest):
-            return super().open_blob(name, digest)
         self.cache.check_size(size)
-        remote, path = self._upstream(name)
-        with self.mutex:
-            download = self.downloads.get((name, digest))
-            if download is None or download.ended:
-                download = Download(self.cache, name, digest, size,
-                                    functools.partial(remote.open_blob_from, path, digest))
-                self.downloads[name, digest] = download
-                for key in [key for key, other in self.downloads.items() if other.ended]:
-                    del self.downloads[key]
-        return PassedBlob(download, 0, size)
+        return ArrivingBlob(self, name, digest, size, 0, size)
 
-    def _refuse_push(self, name):
+    def fetch(self, name, digest):
+        """Let a blob come into the store, unless it is on its way. Returns an Event that is set when that has ended."""
+        with self.mutex:
+            ended = self.downloads.get((name, digest))
+            if ended is None:
+                ended = threading.Event()
+                threading.Thread(target=self._download, args=(name, digest, ended), daemon=True).start()
+                self.downloads[name, digest] = ended
+            return ended
+
+    def _download(self, name, digest, ended):
+        remote, path = self._upstream(name)
+        try:
+            if not self.cache.mount(name, digest):
+                remote.retry(self.cache.put_blob, name, digest, functools.partial(remote.open_blob_from, path, digest))
+        except (RegistryError, OSError) as error:
+            logger.warning("%s of %s was not fetched: %s", digest, name, error)
+        finally:
+            with self.mutex:
+                del self.downloads[name, digest]
+            ended.set()
+
+    def put_manifest(self, name, manifest, tags=()):
         if self._upstream(name)[0]:
             raise RegistryError("DENIED", name, message="what is below this name is another registry's, and kept here "
                                 "as it is there; push under another name")
-
-    def start_upload(self, name, *arguments):
-        self._refuse_push(name)
-        return super().start_upload(name, *arguments)
-
-    def mount(self, name, digest, source=None):
-        self._refuse_push(name)
-        return super().mount(name, digest, source)
-
-    def put_manifest(self, name, manifest, tags=()):
-        self._refuse_push(name)
         super().put_manifest(name, manifest, tags)
 
 
-class Download:
-    """A blob on its way from upstream into the store. It begins when somebody reads, and goes on to its end."""
+class ArrivingBlob(Blob):
+    """A part of a blob that comes into the store, in whatever process, and is read meanwhile; but its last byte not
+    before its digest is known to be right. It begins to come when somebody reads."""
 
-    def __init__(self, store, name, digest, size, open_from):
-        self.store, self.name, self.digest, self.size, self.open_from = store, name, digest, size, open_from
-        self.thread, self.ended, self.failed = None, False, False
-        self.mutex = threading.Lock()
-
-    def start(self):
-        with self.mutex:
-            if not self.thread:
-                self.thread = threading.Thread(target=self._run, daemon=True)
-                self.thread.start()
-
-    def _run(self):
-        try:
-            self.store.put_blob(self.name, self.digest, self.open_from)
-        except (RegistryError, OSError, http.client.HTTPException) as error:
-            self.failed = True
-            logger.warning("%s of %s was not fetched: %s", self.digest, self.name, error)
-        finally:
-            self.ended = True
-
-    def open(self):
-        """The file that the bytes arrive in, or None: an upload session's, of whatever process, then a blob's."""
-        upload = DirectoryUpload(self.store, self.name, self.store._session_of(self.digest))
-        for path in (upload.path, self.store.blob_path(self.digest)):
-            with contextlib.suppress(FileNotFoundError):
-                return open(path, "rb", buffering=0)
-        return None
-
-
-class PassedBlob(Blob):
-    """A part of a blob that is being downloaded: read as it arrives, but its last byte not before its digest is known
-    to be right."""
-
-    def __init__(self, download, offset, length):
+    def __init__(self, store, name, digest, size, offset, length):
         super().__init__(None, offset, length)
-        self.download, self.opened = download, None
+        self.store, self.name, self.digest, self.size = store, name, digest, size
+        self.ended = None
 
     def part(self, offset, length):
-        return PassedBlob(self.download, self.offset + offset, length)
+        return ArrivingBlob(self.store, self.name, self.digest, self.size, self.offset + offset, length)
 
     def readinto(self, view):
-        self.download.start()
+        self.ended = self.ended or self.store.fetch(self.name, self.digest)
+        session = DirectoryUpload(self.store, self.name, self.store._session_of(self.digest)).path
         while self.position < self.length:
-            ended, start = self.download.ended, self.offset + self.position
-            if self.opened and not os.fstat(self.opened.fileno()).st_nlink:
-                self.close()  # the session was given up, and another one has begun
-            self.opened = self.opened or self.download.open()
-            last = self.offset + self.length if ended else min(self.offset + self.length, self.download.size - 1)
-            if self.download.failed:
-                raise OSError(errno.EIO, "the upstream did not send all of a blob")
-            block = os.pread(self.opened.fileno(), max(min(len(view), last - start), 0), start) if self.opened else b""
+            ended, start, block = self.ended.is_set(), self.offset + self.position, b""
+            left = self.length - self.position if ended else min(self.offset + self.length, self.size - 1) - start
+            with contextlib.suppress(FileNotFoundError):
+                with open(self.store.blob_path(self.digest) if ended else session, "rb", buffering=0) as file:
+                    block = os.pread(file.fileno(), max(min(len(view), left), 0), start)
             if block:
                 view[:len(block)] = block
                 self.position += len(block)
                 return len(block)
             if ended:
-                raise OSError(errno.EIO, "a fetched blob is not there")
-            time.sleep(0.01)
+                raise OSError(errno.EIO, "the upstream did not send all of a blob")
+            self.ended.wait(0.01)
         return 0
 
+    def read(self, limit=MAX_MANIFEST):
+        content = bytearray()
+        pour(self.part(0, self.length), min(limit, self.length), content.extend)
+        return bytes(content)
+
     def close(self):
-        if self.opened:
-            self.opened.close()
-        self.opened = None
+        """Nothing is open between two reads."""
 
 # ---------------------------------------------------------------------------------------------------------
 # 9  Copy
@@ -4128,26 +3947,21 @@ class PassedBlob(Blob):
 # ---------------------------------------------------------------------------------------------------------
 
 MAX_NESTING = 100  # indexes in indexes, and referrers of referrers; two or three are seen
+NO_PLATFORM = "unknown/unknown"  # what BuildKit says that its attestations are for
 COSIGN_SUFFIXES = (".sig", ".att", ".sbom")  # cosign's tags about a manifest: sha256-HEX and one of these
-
-
-class Interrupted(Exception):
-    """A blob was left half-way since another one failed."""
 
 
 class Report:
     """What became of one image, counted while it is copied. `watch(report)` hears of every change, from any thread."""
 
     def __init__(self, image="", watch=None):
-        self.image = image
-        self.digest = None
+        self.image, self.digest = image, None
         self.watch = watch or (lambda report: None)
         self.mutex = threading.Lock()
         self.total_blobs = self.total_bytes = 0      # all that the image refers to
-        self.needed_blobs = self.needed_bytes = 0    # what the target had not got, when the plan was made
+        self.needed_blobs = self.needed_bytes = 0    # what the target had not got, when it was asked
         self.copied_blobs = self.copied_bytes = 0    # what was moved
-        self.present_blobs = self.present_bytes = 0  # what the target had already
-        self.manifests = 0
+        self.present_bytes = 0                       # what the target had already
         self.referrers = []  # (digest, what it is): signatures, attestations, SBOMs and the like that went along
         self.absent = []     # digests of children that the index names and the source has not got, or was not asked for
         self.missing = []    # digests of blobs that the source should have, and has not
@@ -4165,22 +3979,18 @@ class Report:
 
 
 class Watched(Blob):
-    """A blob whose bytes are counted as they are read, `left` of them at most: an endless one would fill the disk.
-    Raises Interrupted once the copy has failed."""
+    """A blob whose bytes are counted as they are read, `left` of them at most: an endless one would fill the disk."""
 
-    def __init__(self, blob, copy, left):
+    def __init__(self, blob, report, left):
         super().__init__(None, 0, blob.length)
-        self.blob = blob
-        self.copy = copy
-        self.left = left
+        self.blob, self.report, self.left = blob, report, left
 
     def readinto(self, view):
-        self.copy.check()
         count = self.blob.readinto(view)
         self.left -= count
         if self.left < 0:
             raise RegistryError("SIZE_INVALID", message="the source sends more bytes of a blob than its manifest says")
-        self.copy.report.add(copied_bytes=count)
+        self.report.add(copied_bytes=count)
         return count
 
     def close(self):
@@ -4195,20 +4005,15 @@ class Copy:
     """
 
     def __init__(self, source, target, name, reference, target_name=None, platforms=(), referrers=True, report=None):
-        self.source = source
-        self.target = target
-        self.name = name
-        self.target_name = target_name or name
-        self.reference = reference
-        self.platforms = platforms
-        self.with_referrers = referrers
+        self.source, self.target = source, target
+        self.name, self.target_name, self.reference = name, target_name or name, reference
+        self.platforms, self.with_referrers = platforms, referrers
         self.report = report or Report()
         self.manifests = collections.OrderedDict()  # in the order in which they are put
         self.blobs = collections.OrderedDict()
         self.tags = {}
-        self.seen = set()
-        self.partial = set()  # digests of manifests that were left out, since something of them is missing
-        self.failed = threading.Event()
+        self.seen = set()          # digests of manifests that are planned, or begun
+        self.attestations = set()  # digests of manifests that nothing else is about
 
     # What there is to copy
 
@@ -4217,10 +4022,10 @@ class Copy:
         by_digest = isinstance(self.reference, Digest)
         root = self.reference if by_digest else self.source.resolve(self.name, self.reference)
         self.tags[root] = [] if by_digest else [self.reference]
-        try:
-            self._add(root)
-        except RecursionError:
-            raise RegistryError("MANIFEST_INVALID", root, message="indexes are nested too deeply")
+        self._add(root)
+        planned = set(self.manifests).union(self.blobs)
+        self.report.absent = [child.digest for manifest in self.manifests.values() for child in manifest.manifests
+                              if child.digest not in planned]
         self.report.digest = root
         self.report.total_blobs = len(self.blobs)
         self.report.total_bytes = sum(blob.size for blob in self.blobs.values())
@@ -4229,20 +4034,20 @@ class Copy:
     def measure(self, jobs=4):
         """Count what the target lacks of the plan: {digest: bytes}."""
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            held = list(pool.map(functools.partial(self.target.held, self.target_name), self.blobs.values()))
-        lacking = {blob.digest: blob.size - found for blob, found in zip(self.blobs.values(), held)
-                   if blob.size > found}
+            held = pool.map(functools.partial(self.target.held, self.target_name), self.blobs.values())
+            lacking = {blob.digest: blob.size - found for blob, found in zip(self.blobs.values(), held)
+                       if blob.size > found}
         self.report.needed_blobs, self.report.needed_bytes = len(lacking), sum(lacking.values())
         return lacking
 
     def _manifest(self, digest):
         """A manifest of the plan, from nearby if it is there: Docker Hub counts those that are read from it."""
         if self.source.distant and not self.target.distant:
-            with contextlib.suppress(RegistryError, NotImplementedError):
+            with contextlib.suppress(RegistryError):
                 return self.target.manifest(self.target_name, digest)
         return self.source.manifest(self.name, digest)
 
-    def _add(self, digest, attestation=False):
+    def _add(self, digest):
         """Plan a manifest, after all that it refers to. Raises MANIFEST_UNKNOWN, MANIFEST_INVALID."""
         if digest in self.seen:
             return
@@ -4250,61 +4055,43 @@ class Copy:
             raise RegistryError("MANIFEST_INVALID", digest, message="indexes in indexes without end")
         manifest = self._manifest(digest)
         self.seen.add(digest)
-        for child, is_attestation in self._wanted_children(manifest):
+        for child in self._wanted_children(manifest):
             if child.media_type not in MANIFEST_TYPES:
                 self.blobs[child.digest] = child  # BuildKit's cache: an index of layers
-            elif not self._add_if_there(child.digest, is_attestation):
-                self.report.absent.append(child.digest)
-        for blob in manifest.blobs:
-            if not blob.foreign:
-                self.blobs[blob.digest] = blob
-        if self.with_referrers and not attestation:
+            else:
+                with if_there():
+                    self._add(child.digest)
+        self.blobs.update((blob.digest, blob) for blob in manifest.blobs if not blob.foreign)
+        if self.with_referrers and digest not in self.attestations:
             self._add_referrers(digest)
         self.manifests[digest] = manifest
 
-    def _add_if_there(self, digest, attestation=False):
-        try:
-            self._add(digest, attestation)
-        except RegistryError as error:
-            if error.code not in UNKNOWN_CODES:
-                raise
-            return False
-        return True
-
     def _wanted_children(self, manifest):
-        """[(Descriptor, whether it is BuildKit's attestation about another child)]. Raises MANIFEST_UNKNOWN where no
-        child is for a wanted platform."""
-        children = list(zip(manifest.manifests, manifest.document.get("manifests") or ()))
-        subjects = {child.digest: (entry.get("annotations") or {}).get("vnd.docker.reference.digest")
-                    for child, entry in children}
-        kept = {child.digest for child, entry in children
-                if not subjects[child.digest] and is_wanted(entry.get("platform"), self.platforms)}
-        if children and not kept:
-            offered = sorted({platform_name(entry.get("platform")) for child, entry in children} - {"unknown/unknown"})
+        """Descriptors of an index's children, without those for other platforms. BuildKit's attestations are for none,
+        are small, and go along. Raises MANIFEST_UNKNOWN where no child is for a wanted platform."""
+        children = [(child, platform_name(entry.get("platform")))
+                    for child, entry in zip(manifest.manifests, manifest.document.get("manifests") or ())]
+        self.attestations.update(child.digest for child, platform in children if platform == NO_PLATFORM)
+        wanted = [child for child, platform in children if is_wanted(platform, self.platforms)]
+        if len(wanted) < len(children) and self.attestations.issuperset(child.digest for child in wanted):
+            offered = sorted({platform for _, platform in children} - {NO_PLATFORM})
             raise RegistryError("MANIFEST_UNKNOWN", message="no image for %s; there are %s"
                                 % (" or ".join(self.platforms), ", ".join(offered)))
-        wanted = []
-        for child, _ in children:
-            if child.digest in kept or not self.platforms or subjects[child.digest] in kept:
-                wanted.append((child, subjects[child.digest] is not None))
-            else:
-                self.report.absent.append(child.digest)
         return wanted
 
     def _add_referrers(self, digest):
         """Plan what is about a manifest: its referrers, and what cosign has tagged with its digest."""
         for referrer in self.source.referrer_digests(self.name, digest):
-            if referrer not in self.seen and self._add_if_there(referrer):
-                self.report.referrers.append((referrer, self.manifests[referrer].artifact_type or "referrer"))
+            if referrer not in self.seen:
+                with if_there():
+                    self._add(referrer)
+                    self.report.referrers.append((referrer, self.manifests[referrer].artifact_type or "referrer"))
         for suffix in COSIGN_SUFFIXES:
-            tag = "%s-%s%s" % (digest.algorithm, digest.encoded, suffix)
-            try:
+            tag = digest.replace(":", "-") + suffix
+            with if_there():
                 found = self.source.resolve(self.name, tag)
-            except RegistryError as error:
-                if error.code not in UNKNOWN_CODES:
-                    raise
-                continue
-            if self._add_if_there(found, attestation=True):
+                self.attestations.add(found)
+                self._add(found)
                 self.tags.setdefault(found, []).append(tag)
                 self.report.referrers.append((found, "cosign's " + suffix))
 
@@ -4314,59 +4101,35 @@ class Copy:
         """Returns the Report. Where a blob is missing in the source, the manifests that need it are left out, and so
         is the tag. Raises RegistryError, OSError."""
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            futures = [pool.submit(self._put_blob, blob) for blob in self.blobs.values()]
-            try:
-                for future in concurrent.futures.as_completed(futures):
-                    future.result()
-            except BaseException:
-                self.failed.set()
-                for future in futures:
-                    future.cancel()
-                raise
+            list(pool.map(self._put_blob, self.blobs.values()))
+        lost = set(self.report.missing)
         for manifest in self.manifests.values():
-            if self.is_whole(manifest):
-                self._put_manifest(manifest)
-                self.report.add(manifests=1)
+            if lost.intersection(entry.digest for entry in manifest.blobs + manifest.manifests):
+                lost.add(manifest.digest)
             else:
-                self.partial.add(manifest.digest)
+                self._put_manifest(manifest)
         return self.report
 
-    def check(self):
-        if self.failed.is_set():
-            raise Interrupted()
-
     def _put_blob(self, blob):
-        self.check()
-        if self.target.mount(self.target_name, blob.digest):
-            self.report.add(present_blobs=1, present_bytes=blob.size)
-        else:
-            self._send(blob)
-
-    def _send(self, blob):
-        """Move a blob's bytes; one that the source has not got is noted as missing."""
-        lost = []
-
+        """Let the target have a blob; one that the source has not got is noted as missing."""
         def open_from(offset):
             try:
                 opened = self.source.open_blob_from(self.name, blob.digest, offset)
             except RegistryError as error:
-                lost.append(error.code in UNKNOWN_CODES)
+                if error.code in UNKNOWN_CODES:
+                    self.report.missing.append(blob.digest)
                 raise
             self.report.add(present_bytes=offset)
-            return Watched(opened, self, max(blob.size - offset, 0))
+            return Watched(opened, self.report, max(blob.size - offset, 0))
 
+        if self.target.mount(self.target_name, blob.digest):
+            return self.report.add(present_bytes=blob.size)
         try:
-            self.target.put_blob(self.target_name, blob.digest, open_from)
+            self.source.retry(self.target.put_blob, self.target_name, blob.digest, open_from)
             self.report.add(copied_blobs=1)
         except RegistryError:
-            if not any(lost):
+            if blob.digest not in self.report.missing:
                 raise
-            self.report.missing.append(blob.digest)
-
-    def is_whole(self, manifest):
-        """Whether all went over that a manifest of the plan refers to, as far as it is to go."""
-        return not any(blob.digest in self.report.missing or blob.digest in self.partial
-                       for blob in manifest.blobs + manifest.manifests)
 
     def _put_manifest(self, manifest):
         """Put it under its tags, if it has any. A blob that the target thought it had, and finds damaged, is sent."""
@@ -4374,16 +4137,14 @@ class Copy:
         try:
             self.target.put_manifest(self.target_name, manifest, tags)
         except RegistryError as error:
-            damaged = [self.blobs[digest] for digest in map(str, error.details) if digest in self.blobs]
-            if error.code == "MANIFEST_BLOB_UNKNOWN" and self.report.absent:
+            if error.code == "MANIFEST_BLOB_UNKNOWN" and self.report.absent and not error.details:
                 raise RegistryError(error.code, message="%s; the target takes an index with all its children only: "
                                     "copy all platforms, or one child by its digest" % error.message)
-            if error.code != "MANIFEST_BLOB_UNKNOWN" or not damaged:
+            if error.code != "MANIFEST_BLOB_UNKNOWN" or not error.details:
                 raise
-            for blob in damaged:
-                self._send(blob)
-            if self.is_whole(manifest):
-                self.target.put_manifest(self.target_name, manifest, tags)
+            for digest in error.details:
+                self._put_blob(self.blobs[digest])
+            self.target.put_manifest(self.target_name, manifest, tags)
 
 
 def platform_name(platform):
@@ -4392,11 +4153,12 @@ def platform_name(platform):
     return "/".join(str(platform[key]) for key in ("os", "architecture", "variant") if platform.get(key))
 
 
-def is_wanted(platform, wanted):
+def is_wanted(platform, wishes):
     """Whether an index's entry for this platform is to be copied: no wish means all, and so does no platform.
     linux/arm64 is any variant of it."""
-    name = platform_name(platform)
-    return not wanted or not name or any((name + "/").startswith(wish + "/") for wish in wanted)
+    if not wishes or platform in ("", NO_PLATFORM):
+        return True
+    return any((platform + "/").startswith(wish + "/") for wish in wishes)
 
 
 def copy(source, target, name, reference, target_name=None, platforms=(), referrers=True, jobs=4, report=None):
@@ -7400,13 +7162,13 @@ def known_origins(root):
 
 
 class Progress:
-    """How far the copying of several images is: on a terminal one line that moves, elsewhere a line now and then."""
+    """How far the copying of several images is: on a terminal a line that moves."""
 
     def __init__(self, quiet):
         self.quiet = quiet
-        self.moving = sys.stderr.isatty()
+        self.moving = sys.stderr.isatty() and not quiet
         self.total = self.before = 0  # bytes of all images, and of those that are done
-        self.next = time.monotonic() + (0 if self.moving else 30)
+        self.next = 0.0
         self.mutex = threading.Lock()
 
     def say(self, line):
@@ -7416,26 +7178,21 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
     def clear(self):
-        if self.moving and not self.quiet:
+        if self.moving:
             sys.stderr.write("\r\x1b[K")
 
     def watch(self, report):
-        """Show how far an image is; what Report calls."""
-        if self.quiet or time.monotonic() < self.next or not self.mutex.acquire(False):
-            return
-        try:
-            self.next = time.monotonic() + (0.1 if self.moving else 30)
-            done = min(report.copied_bytes + report.present_bytes, report.total_bytes)
-            share = done / report.total_bytes if report.total_bytes else 1.0
-            line = "%s [%s] %d %%, in total %s of %s" % (
-                report.image, ("#" * int(share * 20)).ljust(20, "-"), share * 100,
-                in_units(self.before + done), in_units(self.total))
-            if self.moving:
-                line = "\r" + line[:shutil.get_terminal_size().columns - 1] + "\x1b[K"
-            sys.stderr.write(line if self.moving else line + "\n")
-            sys.stderr.flush()
-        finally:
-            self.mutex.release()
+        """Show how far an image is; what Report calls, ten times a second at most."""
+        with self.mutex:
+            if not self.moving or time.monotonic() < self.next:
+                return
+            self.next = time.monotonic() + 0.1
+        done = min(report.copied_bytes + report.present_bytes, report.total_bytes)
+        share = done / report.total_bytes if report.total_bytes else 1.0
+        line = "%s [%s] %d %%, in total %s of %s" % (report.image, ("#" * int(share * 20)).ljust(20, "-"), share * 100,
+                                                     in_units(self.before + done), in_units(self.total))
+        sys.stderr.write("\r" + line[:shutil.get_terminal_size().columns - 1] + "\x1b[K")
+        sys.stderr.flush()
 
 
 def run_copies(options, work, target, progress):
@@ -7446,6 +7203,12 @@ def run_copies(options, work, target, progress):
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
     plans, failures, lacking = [], [], {}
+
+    def fail(image, error):
+        progress.clear()
+        print("tinyreg: %s: %s" % (image, error), file=sys.stderr, flush=True)
+        failures.append({"image": image, "error": str(error)})
+
     for image, make in work:
         try:
             plan = make(Report(image, progress.watch))
@@ -7453,12 +7216,12 @@ def run_copies(options, work, target, progress):
             lacking.update(plan.measure(options.jobs))
             plans.append(plan)
         except RegistryError as error:
-            failures.append(failed(image, error))
+            fail(image, error)
     progress.total = sum(plan.report.total_bytes for plan in plans)
-    free = target.free_space()
-    if not options.dry_run and free is not None and sum(lacking.values()) > free:
+    needed, free = sum(lacking.values()), target.free_space()
+    if free is not None and needed > free and not options.dry_run:
         raise CommandError("%s are needed, and %s are free; make room, or copy less (--platform, --no-referrers)"
-                           % (in_units(sum(lacking.values())), in_units(free)))
+                           % (in_units(needed), in_units(free)))
     for plan in plans:
         report = plan.report
         try:
@@ -7468,34 +7231,26 @@ def run_copies(options, work, target, progress):
             if not options.quiet and not options.json:
                 print(summary(report, options.dry_run), flush=True)
             if report.missing:
-                failures.append(failed(report.image, "%d blobs are missing in the source; no tag was set. Missing: %s"
-                                       % (len(report.missing), " ".join(report.missing))))
+                fail(report.image, "%d blobs are missing in the source; no tag was set. Missing: %s"
+                     % (len(report.missing), " ".join(report.missing)))
         except RegistryError as error:
-            failures.append(failed(report.image, error))
+            fail(report.image, error)
         progress.before += report.total_bytes
-    if options.dry_run and not options.json:
-        print("in total: %d blobs, %s to copy%s" % (len(lacking), in_units(sum(lacking.values())),
-                                                    "" if free is None else "; %s free" % in_units(free)))
     if options.json:
         print(json.dumps({"images": [plan.report.as_json() for plan in plans], "failed": failures,
-                          "needed_bytes": sum(lacking.values())}, indent=2))
+                          "needed_bytes": needed}, indent=2))
+    elif options.dry_run:
+        print("in total: %d blobs, %s to copy%s" % (len(lacking), in_units(needed),
+                                                    "" if free is None else "; %s free" % in_units(free)))
     return 1 if failures else 0
-
-
-def failed(image, error):
-    """Tell of an image that could not be copied; returns what --json says of it."""
-    print("\r\x1b[K" * sys.stderr.isatty() + "tinyreg: %s: %s" % (image, error), file=sys.stderr, flush=True)
-    return {"image": image, "error": str(error)}
 
 
 def summary(report, planned=False):
     """One line on what became of an image, or will become."""
-    if planned:
-        line = "%s: %d of %d blobs, %s to copy" % (report.image, report.needed_blobs, report.total_blobs,
-                                                   in_units(report.needed_bytes))
-    else:
-        line = "%s: %s, copied %s in %d blobs, %d there already" % (
-            report.image, report.digest, in_units(report.copied_bytes), report.copied_blobs, report.present_blobs)
+    blobs, size = (report.needed_blobs, report.needed_bytes) if planned else (report.copied_blobs, report.copied_bytes)
+    line = "%s: %s, %s %s in %d blobs, %d there already" % (
+        report.image, report.digest, "to copy:" if planned else "copied", in_units(size), blobs,
+        report.total_blobs - blobs - len(report.missing))
     if report.absent:
         line += ", %d manifests of the index left out" % len(report.absent)
     kinds = collections.Counter(kind for _, kind in report.referrers)
@@ -7525,16 +7280,12 @@ def open_remote(options, host, progress):
 def pull(options):
     """Copy images from their registries into the store."""
     start_logging()
-    store, progress, remotes = open_store(options, create=True), Progress(options.quiet or options.json), {}
-
-    def planned(image, report):
-        if image.host not in remotes:
-            remotes[image.host] = open_remote(options, image.host, progress)
-        return Copy(remotes[image.host], store, image.path, image.reference, image.stored_name, options.platform,
-                    not options.no_referrers, report)
-
+    store, progress = open_store(options, create=True), Progress(options.quiet or options.json)
     images = [parse_image(text) for text in wanted_images(options)]
-    work = [(str(image), functools.partial(planned, image)) for image in images]
+    remotes = {host: open_remote(options, host, progress) for host in {image.host for image in images}}
+    work = [(str(image), functools.partial(Copy, remotes[image.host], store, image.path, image.reference,
+                                           image.stored_name, options.platform, not options.no_referrers))
+            for image in images]
     return run_copies(options, work, store, progress)
 
 

@@ -9,12 +9,11 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 import uuid
 
 import pytest
 
-from conftest import TINYREG, run_tinyreg
+from conftest import TINYREG, run_tinyreg, until
 from samples import CONFIG, image, index, make_image, make_referrer, push_blob, read_blob, to_manifest
 from tinyreg import Blob, Copy, Digest, Directory, RegistryError, Report, copy
 
@@ -70,7 +69,7 @@ def test_an_image_arrives_with_its_digests_blobs_and_tag(source, target):
     assert target.manifest(NAME, manifest.digest).content == manifest.content
     for blob in manifest.blobs:
         assert read_blob(target, NAME, blob.digest) == read_blob(source, NAME, blob.digest)
-    assert (report.copied_blobs, report.present_blobs, report.missing) == (3, 0, [])
+    assert (report.copied_blobs, report.present_bytes, report.missing) == (3, 0, [])
     assert report.copied_bytes == report.total_bytes == sum(blob.size for blob in manifest.blobs)
 
 
@@ -99,17 +98,17 @@ def test_a_whole_index_arrives(source, target):
     top, children = make_multi(source)
     report = copy(source, target, NAME, "latest")
     assert holdings(target) == holdings(source)
-    assert report.manifests == 1 + len(children) and report.absent == []
+    assert report.absent == []
 
 
-def test_one_platform_keeps_the_index_and_its_attestation(source, target):
+def test_one_platform_keeps_the_index_and_the_attestations(source, target):
     top, (amd64, arm64, amd64_note, arm64_note) = make_multi(source)
     report = copy(source, target, NAME, "latest", platforms=["linux/arm64"])
     assert target.resolve(NAME, "latest") == top.digest
     assert target.manifest(NAME, top.digest).content == top.content
     held = set(target.digests(NAME))
-    assert {arm64.digest, arm64_note.digest} <= held and not {amd64.digest, amd64_note.digest} & held
-    assert sorted(report.absent) == sorted([amd64.digest, amd64_note.digest])
+    assert {arm64.digest, arm64_note.digest} <= held and amd64.digest not in held
+    assert report.absent == [amd64.digest]
 
 
 def test_a_variant_is_any_unless_it_is_named(source, target):
@@ -128,7 +127,7 @@ def test_a_sparse_index_stays_sparse(source, target):
     copy(source, target, NAME, "latest", platforms=["linux/amd64"])
     third = Directory(target.root + "3")
     report = copy(target, third, NAME, "latest")
-    assert holdings(third) == holdings(target) and len(report.absent) == 2
+    assert holdings(third) == holdings(target) and len(report.absent) == 1
 
 
 def test_referrers_of_referrers_and_cosign_tags_travel(source, target):
@@ -277,20 +276,20 @@ def test_two_copies_of_one_blob_at_once_share_it(target):
     first.start()
     assert entered.wait(10)
     second.start()
-    deadline = time.monotonic() + 30
-    waits = False
-    while not waits:  # until the second copy waits for the first one's lock
-        assert time.monotonic() < deadline
+
+    def second_waits():
         with open("/proc/locks") as locks:
-            waits = any("-> FLOCK" in line and " %d " % os.getpid() in line for line in locks)
+            return any("-> FLOCK" in line and " %d " % os.getpid() in line for line in locks)
+
+    until(second_waits)
     go_on.set()
     first.join(10)
     second.join(10)
     assert opened == [0] and read_blob(target, NAME, digest) == content
 
 
-def test_an_error_ends_the_whole_copy_soon(source, target):
-    """One blob's bytes are wrong: the copy fails with that, sets no tag, and other blobs are not waited for."""
+def test_an_error_ends_the_whole_copy(source, target):
+    """One blob's bytes are wrong: the copy fails with that, and sets no tag."""
     manifest = make_image(source, NAME, layers=tuple(os.urandom(2000) for _ in range(8)))
     with open(source.blob_path(manifest.blobs[3].digest), "r+b") as file:
         file.write(b"spoilt")
