@@ -40,7 +40,7 @@ one folder of our own, whose content can be lost without losing an image:
         gc, verify                  what came of the last one, its mtime is when; gc is held while one runs
         damaged/                    what verify --repair put aside
         referrers/NAME/_index       which manifest is about which other; made anew when missing
-        ranges/sha256/abcd…/…       ranges of a blob from parts of a split archive, until its others come
+        ranges/abcd…                ranges of blobs from parts of a split archive, until the others come
 
 One request:
 
@@ -2346,26 +2346,16 @@ REF_NAME = "org.opencontainers.image.ref.name"
 IMAGE_NAME = "io.containerd.image.name"
 SUBJECT = "io.containerd.manifest.subject"  # "this is about that manifest, and no image": containerd, Docker 29
 OWN_NAME = "tinyreg.name"                   # the repository, where the names above say it with another origin
-PARTS = "tinyreg-parts.json"
+PARTS = "tinyreg-parts.json"                # of a split archive: the names of all parts, and which blobs were cut
 
 IMAGE_CONFIGS = ("application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json")
 LAYER_TYPES = re.compile(r"application/vnd\.(?:oci\.image\.layer|docker\.image\.rootfs)\.")
 COMPRESSIONS = [(b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"\xfd7zXZ", "xz"), (b"BZh", "bzip2")]
 
 ARCHIVE_ROOT = re.compile(r"((?:.+?/)?)(?:index\.json|manifest\.json|docker/registry/v2/(?:blobs|repositories)/.+)")
-LAYOUT_BLOB = re.compile(r"blobs/(sha\d+)/([0-9a-f]+)")
-LAYOUT_RANGE = re.compile(r"(?:tinyreg-ranges/)?(sha\d+)/([0-9a-f]+)/([0-9]{1,18})-([0-9]{1,18})-([0-9a-f]{64})")
-NAMED_BY_DIGEST = re.compile(r"(?:.*[/:])?([0-9a-f]{64})(?:\.tar|\.tar\.gz)?")
-TREE_BLOB = re.compile(r"docker/registry/v2/blobs/(sha\d+)/[0-9a-f]{2}/([0-9a-f]+)/data")
+NAMED_BY_DIGEST = re.compile(r"(?:.*[/:])?([0-9a-f]{64}|[0-9a-f]{128})(?:/data|\.tar|\.tar\.gz|\.manifest\.json)?")
 TREE_LINK = re.compile(r"docker/registry/v2/repositories/(.+)/_manifests/"
-                       r"(?:tags/([^/]+)/current|revisions/(sha\d+)/([0-9a-f]+))/link")
-
-
-class ArchiveError(RegistryError):
-    """What is wrong with an archive, and with which."""
-
-    def __init__(self, path, message):
-        super().__init__("UNSUPPORTED", message="%s: %s" % (path, message))
+                       r"(?:tags/([^/]+)/current|revisions/[^/]+/[^/]+)/link")
 
 
 def pour(blob, length, *takers):
@@ -2381,12 +2371,15 @@ def pour(blob, length, *takers):
 
 
 class Member(collections.namedtuple("Member", "source offset length")):
-    """Where a file of an archive lies: in an open tar, or by itself, at the path that `source` then is."""
+    """Where a file of an archive lies: in an open tar; by itself, at the path that `source` then is; or in pieces, in
+    the Members of which `source` is a tuple."""
 
     __slots__ = ()
 
     def open(self):
         """A Blob of it. Raises OSError."""
+        if isinstance(self.source, tuple):
+            return JoinedBlob(self.source, self.offset, self.length)
         if isinstance(self.source, str):
             return Blob(open(self.source, "rb", buffering=0), self.offset, self.length)
         return Blob(os.fdopen(os.dup(self.source.fileno()), "rb", buffering=0), self.offset, self.length)
@@ -2398,11 +2391,6 @@ class Member(collections.namedtuple("Member", "source offset length")):
         with self.open() as blob:
             return blob.read(limit)
 
-    def start(self):
-        """Its first bytes, which show whether it is compressed."""
-        with self.open() as blob:
-            return blob.read(8)
-
     def digest(self, algorithm="sha256"):
         hasher = hashlib.new(algorithm)
         with self.open() as blob:
@@ -2411,26 +2399,24 @@ class Member(collections.namedtuple("Member", "source offset length")):
 
 
 class JoinedBlob(Blob):
-    """A blob whose bytes lie in several places, one after the other."""
+    """A blob whose bytes lie in several Members, one after the other."""
 
     def __init__(self, members, offset, length):
         super().__init__(None, offset, length)
         self.members = members
+        self.ends = list(itertools.accumulate(member.length for member in members))
 
     def part(self, offset, length):
         return JoinedBlob(self.members, self.offset + offset, length)
 
     def readinto(self, view):
         start = self.offset + self.position
-        for member in self.members:
-            if start < member.length:
-                with member.open() as blob:
-                    rest = min(member.length - start, self.length - self.position)
-                    count = blob.part(start, rest).readinto(view)
-                self.position += count
-                return count
-            start -= member.length
-        return 0
+        index = min(bisect.bisect_right(self.ends, start), len(self.members) - 1)
+        left = self.ends[index] - start
+        with self.members[index].open() as blob:
+            count = blob.part(blob.length - left, min(left, self.length - self.position)).readinto(view)
+        self.position += count
+        return count
 
     def read(self, limit=MAX_MANIFEST):
         content = bytearray()
@@ -2511,11 +2497,10 @@ def printable(name):
 
 
 def inner_path(name):
-    """A name in an archive in its shortest form. Raises ValueError for one that leads out of the archive."""
-    path = os.path.normpath(os.fsdecode(name))
-    if path.startswith(("/", "../")) or path == "..":
+    """A name in an archive in its shortest form. Raises ValueError for one that leads out of the archive, or may."""
+    if name.startswith(b"/") or b".." in name.split(b"/"):
         raise ValueError("refused: %s leads out of the archive" % printable(name))
-    return path
+    return os.path.normpath(os.fsdecode(name))
 
 
 def read_tar(file):
@@ -2523,10 +2508,9 @@ def read_tar(file):
     members, links = {}, {}
     for name, kind, target, offset, length in iter_tar(file):
         path, member = inner_path(name), Member(file, offset, length)
-        if b".." in name.split(b"/"):
-            raise ValueError("refused: %s leads out of the archive" % printable(name))
         if kind in TAR_LINKS:
-            links[path] = inner_path(target if kind == b"1" else os.path.join(os.path.dirname(name), target))
+            folder = b"" if kind == b"1" else os.path.dirname(name)
+            links[path] = inner_path(os.path.normpath(os.path.join(folder, target)))
         elif path not in members:
             members[path] = member
         elif members[path].length != length or members[path].digest() != member.digest():
@@ -2542,14 +2526,13 @@ def read_tar(file):
 
 def read_folder(top):
     """The same of a directory. Raises ValueError, OSError."""
-    members, top = {}, os.path.realpath(top)
+    members = {}
     for folder, _, files in os.walk(top):
         for path in (os.path.join(folder, file) for file in files):
-            real = os.path.realpath(path) if os.path.islink(path) else path
-            if not real.startswith(os.path.join(top, "")):
-                raise ValueError("refused: %r leads out of the directory" % path)
-            if os.path.isfile(real):
-                members[os.path.relpath(path, top)] = Member(real, 0, os.path.getsize(real))
+            if os.path.islink(path):
+                raise ValueError("refused: %r is a link" % path)
+            if os.path.isfile(path):
+                members[os.path.relpath(path, top)] = Member(path, 0, os.path.getsize(path))
     return members
 
 
@@ -2558,41 +2541,52 @@ def compression(start):
     return next((name for magic, name in COMPRESSIONS if start.startswith(magic)), None)
 
 
-def checked_digest(algorithm, encoded):
-    """The Digest with these parts, or None where they make none."""
-    text = "%s:%s" % (algorithm, encoded)
-    return Digest(text) if DIGEST.fullmatch(text) else None
+def open_tar(path, scratch=None):
+    """A tar as an open file; with a scratch folder also a gzipped one, and stdin (`-`), unpacked into a nameless file.
+    Raises ValueError, OSError."""
+    source = sys.stdin.buffer if path == "-" and scratch else open(path, "rb")
+    packed = compression(source.peek(8))
+    if packed and not (packed == "gzip" and scratch):
+        raise ValueError("it is compressed with %s; decompress it first" % packed)
+    if not packed and source is not sys.stdin.buffer:
+        return source
+    file, stream = tempfile.TemporaryFile(dir=scratch), gzip.GzipFile(fileobj=source) if packed else source
+    try:
+        for block in iter(functools.partial(stream.read, SPOOL_BLOCK), b""):
+            file.write(block)
+            if shutil.disk_usage(scratch).free < MIN_SPARE:
+                raise ValueError("unpacked it does not fit on the disk of %s" % scratch)
+        file.flush()
+    except (EOFError, OSError, zlib.error) as error:
+        if getattr(error, "errno", None):
+            raise
+        raise ValueError("damaged: %s" % error)
+    return file
 
 
+# Names in archives
 # Names in archives
 
 def repository_for(path):
     """What images without a name are called, after their file: `demo` for /media/Demo.tar."""
-    stem = re.sub(r"(\.tar|\.tgz|\.gz|\.oci)+$", "", os.path.basename(os.path.abspath(path)).lower())
-    stem = re.sub(r"[^a-z0-9]+", "-", stem).strip("-")
-    return stem or "images"
+    name = os.path.basename(os.path.abspath(path)).lower()
+    return re.sub(r"(?:\.tar|\.tgz|\.gz|\.oci)+$|[^a-z0-9]+", "-", name).strip("-") or "images"
 
 
 def entry_name(annotations, default):
     """(repository, tag or digest) by what an index.json says of a manifest: the store's own name, the full one of
-    containerd and docker, or the OCI's, which may be only a tag. (None, a tag or None) where it has no name."""
+    containerd and docker, or the OCI's, which may be only a tag. (None, None) where it has no name."""
     for key in (OWN_NAME, IMAGE_NAME, REF_NAME):
         text = annotations.get(key)
-        if not isinstance(text, str):
-            continue
-        with contextlib.suppress(RegistryError):
-            if key == OWN_NAME:
-                return split_image(text)
-            if key == IMAGE_NAME or "/" in text or ":" in text:
-                return stored_image(text)
-            return default, parse_tag(text)
+        if isinstance(text, str):
+            with contextlib.suppress(RegistryError):
+                if key == REF_NAME and "/" not in text and ":" not in text:
+                    return default, parse_tag(text)
+                if key == OWN_NAME:
+                    return split_image(text)
+                image = parse_image(text)
+                return image.stored_name, image.reference
     return None, None
-
-
-def stored_image(text):
-    """(repository, tag or digest) by which the store has an image of this name. Raises NAME_INVALID and others."""
-    image = parse_image(text)
-    return image.stored_name, image.reference
 
 
 def full_name(name):
@@ -2603,150 +2597,108 @@ def full_name(name):
     return "docker.io/" + ("" if slash else "library/") + name
 
 
-Range = collections.namedtuple("Range", "member offset total digest")
-
-
-def join_ranges(ranges):
-    """The Members that make up a blob from its first byte to its last, or None; `ranges` is {offset: Range}."""
-    joined, offset, total = [], 0, None
-    while offset != total and offset in ranges:
-        total = ranges[offset].total
-        joined.append(ranges[offset].member)
-        offset += joined[-1].length
-    return joined if offset == total else None
-
-
 # An archive as a registry
 
-class Part(collections.namedtuple("Part", "path number end parts")):
-    """What a part of a split archive says: which one it is, where its own content ends, and {number: what is known of
-    a part} of all."""
-
-    __slots__ = ()
-
-    @property
-    def sha256(self):
-        return self.parts.get(self.number, {}).get("sha256")
-
-
-Contents = collections.namedtuple("Contents", "manifests blobs referrers lacking")  # see Archive.contents
+def digest_named(path):
+    """The Digest by which a file is named, as blobs are in archives of most kinds; None where it isn't."""
+    match = NAMED_BY_DIGEST.fullmatch(path)
+    return match and Digest("%s:%s" % ("sha256" if len(match.group(1)) == 64 else "sha512", match.group(1)))
 
 
 def expect(kind, value):
     """The value, if it is of this kind. Raises ValueError."""
     if not isinstance(value, kind):
-        raise ValueError("malformed index.json or manifest.json")
+        raise ValueError("malformed index.json, manifest.json or " + PARTS)
     return value
 
 
 class Archive(Registry):
-    """Files and directories with images, as one read-only registry. `sources` are paths, or (path, open file);
-    `ranges` is a folder of parts of blobs that came from earlier files. Raises ArchiveError, OSError.
-    """
+    """Files and directories with images, as one read-only registry. With `scratch`, a folder, files may be gzipped, and
+    `-` is stdin; `ranges` is a folder with ranges of blobs that came in earlier files. Raises UNSUPPORTED, OSError."""
 
-    def __init__(self, sources, ranges=None):
-        self.blobs = {}     # {digest: [Member, …]}, one after the other
-        self.ranges = {}    # {digest: {offset: Range}} of the blobs that a split archive has cut
+    def __init__(self, paths, scratch=None, ranges=None):
+        self.root = ", ".join(paths)
+        self.blobs = {}     # {digest: Member}
+        self.joined = {}    # {digest: the digests of its ranges} of the blobs that a split archive has cut
         self.made = {}      # {digest: content} of the manifests that docker save left out
         self.roots = {}     # {repository: {tag or digest: digest}}
-        self.loose = {}     # {subject: {digest}} of manifests without a name that are about others
-        self.parts = []     # [Part, …], of the files that are parts
-        self.known = {}     # {repository: its Contents}, as far as it was asked for
-        self.root = ", ".join(source if isinstance(source, str) else source[0] for source in sources)
-        nameless = []
-        for source in sources:
-            path, file = source if isinstance(source, tuple) else (source, None)
+        self.loose = {}     # {subject: {digest}} of manifests that are about others, and have no name
+        self.other_parts = set()  # the names of the files that belong to a split archive and are not here
+        self._contents = functools.lru_cache(maxsize=None)(self._reach)
+        for path in paths:
             try:
-                nameless += self._add(path, file)
+                self._add(path, scratch)
             except (ValueError, RegistryError) as error:
-                raise ArchiveError(path, error)
+                raise RegistryError("UNSUPPORTED", message="%s: %s" % (path, error))
+        self.other_parts.difference_update(map(os.path.basename, paths))
         if ranges:
             self._add_blobs(read_folder(ranges))
-        for digest, pieces in self.ranges.items():
-            joined = join_ranges(pieces)
-            if joined:
-                self.blobs.setdefault(digest, joined)
-        for name, tag, digest in nameless:
-            self._add_nameless(name, tag, digest)
+        whole = {digest: tuple(self.blobs[part] for part in parts) for digest, parts in self.joined.items()
+                 if parts and digest not in self.blobs and all(part in self.blobs for part in parts)}
+        for digest, members in whole.items():
+            self.blobs[digest] = Member(members, 0, sum(member.length for member in members))
 
     # Opening
 
-    def _add(self, path, file):
-        """Take in one file. Returns [(repository, tag, digest)] of manifests that have no name of their own."""
-        if file is None and os.path.isdir(path):
-            members = read_folder(path)
-        else:
-            file = file or open(path, "rb", buffering=0)
-            packed = compression(os.pread(file.fileno(), 8, 0))
-            if packed:
-                raise ValueError("it is compressed with %s; decompress it first" % packed)
-            members = read_tar(file)
+    def _add(self, path, scratch):
+        """Take in one file or directory. Raises ValueError, RegistryError, OSError."""
+        members = read_folder(path) if os.path.isdir(path) else read_tar(open_tar(path, scratch))
         top = min((match.group(1) for match in map(ARCHIVE_ROOT.fullmatch, members) if match), key=len, default=None)
         if top is None:
             raise ValueError("no images in it: no index.json, no manifest.json, no docker/registry/v2" + (
                 "; load it with docker, and save it with a newer one" if "repositories" in members else ""))
         members = {name[len(top):]: member for name, member in members.items() if name.startswith(top)}
-        default = repository_for(path)
+        self._add_blobs(members)
         if "index.json" in members:
-            return self._add_layout(path, members, default)
-        if "manifest.json" in members:
-            return self._add_docker(members, default)
-        return self._add_tree(members)
+            self._add_layout(members, repository_for(path))
+        elif "manifest.json" in members:
+            self._add_docker(members, repository_for(path))
+        else:
+            self._add_tree(members)
 
     def _add_blobs(self, members):
-        """The blobs of an OCI image layout, and of our split archives their ranges."""
-        for name, member in members.items():
-            match = LAYOUT_BLOB.fullmatch(name) or LAYOUT_RANGE.fullmatch(name)
-            digest = match and checked_digest(*match.group(1, 2))
-            if digest and match.re is LAYOUT_BLOB:
-                self.blobs.setdefault(digest, [member])
-            elif digest and member.length:
-                self.ranges.setdefault(digest, {})[int(match.group(3))] = Range(
-                    member, int(match.group(3)), int(match.group(4)), Digest("sha256:" + match.group(5)))
+        for path, member in members.items():
+            digest = digest_named(path)
+            if digest:
+                self.blobs.setdefault(digest, member)
 
-    def _add_layout(self, path, members, default):
+    def _add_layout(self, members, default):
         """An OCI image layout, whole, with blobs left out, or as a part."""
-        self._add_blobs(members)
         if PARTS in members:
             document = load_json(members[PARTS].read(MAX_INDEX))
-            parts = {number: expect(dict, part) for number, part in enumerate(expect(list, document.get("parts")), 1)}
-            self.parts.append(Part(path, expect(int, document.get("part")), members[PARTS].offset - BLOCK, parts))
-        nameless = []
+            self.other_parts.update(expect(str, file) for file in expect(list, document.get("files")))
+            for digest, parts in expect(dict, document.get("joined")).items():
+                self.joined[parse_digest(digest)] = [parse_digest(expect(str, part)) for part in expect(list, parts)]
         entries = expect(list, load_json(members["index.json"].read(MAX_INDEX)).get("manifests"))
         for entry in entries:
             media_type, digest = parse_descriptor(entry)[:2]
             annotations = expect(dict, entry.get("annotations") or {})
+            name, reference = entry_name(annotations, default)
             if media_type and media_type not in MANIFEST_TYPES:
                 continue  # "implementations MUST ignore": the specification on types that they don't know
-            name, reference = entry_name(annotations, default)
             if name:
                 self._root(name, reference, digest)
+            elif SUBJECT in annotations:
+                self.loose.setdefault(expect(str, annotations[SUBJECT]), set()).add(digest)
             else:
-                nameless.append((default, reference or ("latest" if len(entries) == 1 else digest), digest))
-        return nameless
+                self._root(default, "latest" if len(entries) == 1 else digest, digest)
 
     def _add_docker(self, members, default):
         """What docker save and others like it write, and skopeo's `dir:`, whose manifest.json is the manifest."""
         content = members["manifest.json"].read(MAX_INDEX)
-        for name, member in members.items():
-            match = NAMED_BY_DIGEST.fullmatch(name.replace(".manifest.json", ""))
-            if match:
-                self.blobs.setdefault(Digest("sha256:" + match.group(1)), [member])
         if not content.lstrip().startswith(b"["):
             digest = Digest.of(content)
-            self.blobs[digest] = [members["manifest.json"]]
-            return [(default, "latest", digest)]
-        nameless = []
+            self.blobs[digest] = members["manifest.json"]
+            return self._root(default, "latest", digest)
         images = expect(list, load_json(b'{"images":' + content + b"}")["images"])  # load_json takes objects only
         for image in images:
             digest = self._make_manifest(members, expect(dict, image))
             tags = expect(list, image.get("RepoTags") or [])
             for tag in tags:
-                name, reference = stored_image(expect(str, tag))
-                self._root(name, reference, digest)
+                found = parse_image(expect(str, tag))
+                self._root(found.stored_name, found.reference, digest)
             if not tags:
-                nameless.append((default, "latest" if len(images) == 1 else digest, digest))
-        return nameless
+                self._root(default, "latest" if len(images) == 1 else digest, digest)
 
     def _make_manifest(self, members, image):
         """The digest of the OCI manifest that we make for an image that has none: always the same for the same image.
@@ -2759,181 +2711,117 @@ class Archive(Registry):
             except KeyError:
                 raise ValueError("manifest.json names %r, which is not there" % name)
 
-        config = find(image.get("Config"))
-        rootfs = load_json(config.read()).get("rootfs")
+        rootfs = load_json(find(image.get("Config")).read()).get("rootfs")
         layers = expect(list, image.get("Layers") or [])
         inner = expect(list, expect(dict, rootfs or {}).get("diff_ids") or [])
-        document = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "layers": [],
-                    "config": self._take(config, config.digest(), IMAGE_CONFIGS[0])}
-        for name, inside in itertools.zip_longest(layers, inner if len(inner) == len(layers) else []):
-            layer, match = find(name), NAMED_BY_DIGEST.fullmatch(name)
-            packed = compression(layer.start())
-            if match:
-                digest = Digest("sha256:" + match.group(1))
-            elif packed or inside is None:
-                digest = layer.digest()
-            else:
-                digest = parse_digest(expect(str, inside))
+        inner = [None] + inner if len(inner) == len(layers) else []
+        entries = []
+        for name, inside in itertools.zip_longest([image["Config"]] + layers, inner):
+            member, digest = find(name), digest_named(name)
+            with member.open() as blob:
+                packed = compression(blob.read(8))
+            if not digest:
+                digest = member.digest() if packed or inside is None else parse_digest(expect(str, inside))
             media_type = "application/vnd.oci.image.layer.v1.tar" + ("+" + packed if packed else "")
-            document["layers"].append(self._take(layer, digest, media_type))
-        content = to_json(document)
+            entries.append({"mediaType": media_type, "digest": digest, "size": member.length})
+            self.blobs.setdefault(digest, member)
+        entries[0]["mediaType"] = IMAGE_CONFIGS[0]
+        content = to_json({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": entries[0], "layers": entries[1:]})
         digest = Digest.of(content)
         self.made[digest] = content
         return digest
 
-    def _take(self, member, digest, media_type):
-        """Have a blob, and its descriptor."""
-        self.blobs.setdefault(digest, [member])
-        return {"mediaType": media_type, "digest": digest, "size": member.length}
-
     def _add_tree(self, members):
         """The tree of a Directory: Distribution's, and ours."""
-        for name, member in members.items():
-            blob, link = TREE_BLOB.fullmatch(name), TREE_LINK.fullmatch(name)
-            if blob and checked_digest(*blob.groups()):
-                self.blobs.setdefault(checked_digest(*blob.groups()), [member])
-            elif link and NAME.fullmatch(link.group(1)):
+        for path, member in members.items():
+            link = TREE_LINK.fullmatch(path)
+            if link and NAME.fullmatch(link.group(1)):
                 digest = member.read().decode("ascii", "replace")
                 if DIGEST.fullmatch(digest) and TAG.fullmatch(link.group(2) or "latest"):
                     self._root(link.group(1), link.group(2) or Digest(digest), Digest(digest))
-        return []
 
     def _root(self, name, reference, digest):
         """Give a manifest a name. What comes later wins, as it does in a registry."""
         self.roots.setdefault(name, {})[digest if isinstance(reference, Digest) else reference] = digest
 
-    def _add_nameless(self, name, reference, digest):
-        """A manifest without a name is either about another, or gets its archive's name."""
-        manifest = self._read_manifest(digest)
-        if manifest and manifest.subject:
-            self.loose.setdefault(manifest.subject, set()).add(digest)
-        else:
-            self._root(name, reference, digest)
-
     # Reading
 
     def _read_manifest(self, digest):
-        """The Manifest, or None where there is none, or what is there is not it."""
-        content, members = self.made.get(digest), self.blobs.get(digest, ())
-        if content is None and len(members) == 1 and members[0].length <= MAX_MANIFEST:
-            content = members[0].read()
+        """The Manifest. Raises MANIFEST_UNKNOWN where there is none, DIGEST_INVALID where what is there is not it."""
+        if digest not in self.made and digest not in self.blobs:
+            raise RegistryError("MANIFEST_UNKNOWN", digest)
         try:
-            return parse_manifest(content, digest=digest) if content is not None else None
-        except RegistryError:
-            return None
+            return parse_manifest(self.made.get(digest) or self.blobs[digest].read(), digest=digest)
+        except (ValueError, RegistryError):
+            raise RegistryError("DIGEST_INVALID", digest, message="a manifest is damaged in the archive", status=404)
 
-    def contents(self, digests):
-        """The Contents of these manifests: {digest: Descriptor} of all blobs that they and what is below and about
-        them refer to; the manifests that are there; who is about whom; and which manifests are lacking: those asked
-        for, and damaged ones. A child that is not there was left out on purpose (`--platform`)."""
-        found, stack = Contents(set(), {}, {}, set()), list(digests)
-        while stack:
-            digest = stack.pop()
-            if digest in found.manifests:
-                continue
-            manifest = self._read_manifest(digest)
-            if manifest is None:
-                if digest in self.blobs or digest in digests:
-                    found.lacking.add(digest)
-                continue
-            found.manifests.add(digest)
-            found.blobs.update((blob.digest, blob) for blob in manifest.blobs)
-            if manifest.subject:
-                found.referrers.setdefault(manifest.subject, set()).add(digest)
-            for child in manifest.manifests:
-                if child.media_type in MANIFEST_TYPES:
-                    stack.append(child.digest)
-                else:
-                    found.blobs[child.digest] = child  # a layer, in an index that BuildKit exported as cache
-            stack.extend(self.loose.get(digest, ()))
-        return found
-
-    def _contents_of(self, name):
+    def _reach(self, name):
+        """What a repository's names lead to: the digests of all of it; those of the manifests that are below or about
+        another; and {subject: digests of its referrers}. Raises NAME_UNKNOWN."""
         if name not in self.roots:
             raise RegistryError("NAME_UNKNOWN", name)
-        if name not in self.known:
-            self.known[name] = self.contents(set(self.roots[name].values()))
-        return self.known[name]
+        roots, below, blobs, referrers = set(self.roots[name].values()), set(), set(), {}
+        queue = list(roots)
+        for digest in queue:  # it grows
+            with contextlib.suppress(RegistryError):  # left out on purpose (`--platform`), or a copy will say so
+                manifest = self._read_manifest(digest)
+                found = {child.digest for child in manifest.manifests if child.media_type in MANIFEST_TYPES}
+                found |= self.loose.get(digest, set())
+                queue.extend(found - roots - below)
+                below |= found
+                blobs.update(entry.digest for entry in manifest.blobs + manifest.manifests)
+                if manifest.subject:
+                    referrers.setdefault(manifest.subject, set()).add(digest)
+        for subject in referrers.keys() & (roots | below):
+            below |= referrers[subject]
+        return roots | below | blobs, below, referrers
 
     def repositories(self, last=""):
         return (name for name in sorted(self.roots) if name > last)
 
     def tags(self, name, last=""):
-        self._contents_of(name)
+        self._contents(name)
         return (tag for tag in sorted(self.roots[name]) if tag > last and not isinstance(tag, Digest))
 
     def resolve(self, name, tag):
-        self._contents_of(name)
-        try:
-            return self.roots[name][tag]
-        except KeyError:
-            raise RegistryError("MANIFEST_UNKNOWN", tag)
+        if tag not in self.roots.get(name, ()):
+            raise RegistryError("MANIFEST_UNKNOWN" if name in self.roots else "NAME_UNKNOWN", tag)
+        return self.roots[name][tag]
 
     def manifest(self, name, digest):
-        manifest = self._read_manifest(digest) if digest in self._contents_of(name).manifests else None
-        if manifest is None:
+        if digest not in self._contents(name)[0]:
             raise RegistryError("MANIFEST_UNKNOWN", digest)
-        return manifest
+        return self._read_manifest(digest)
 
     def open_blob(self, name, digest):
-        members = self.blobs.get(digest)
-        if digest not in self._contents_of(name).blobs or not members:
+        if digest not in self._contents(name)[0] or digest not in self.blobs:
             raise RegistryError("BLOB_UNKNOWN", digest)
-        if len(members) == 1:
-            return members[0].open()
-        return JoinedBlob(members, 0, sum(member.length for member in members))
+        return self.blobs[digest].open()
 
     def referrers(self, name, subject, last=""):
-        try:
-            found = self._contents_of(name).referrers.get(subject, ())
-        except RegistryError:
-            return
-        for digest in sorted(found):
-            if digest > last:
-                yield self.manifest(name, digest)
+        if name in self.roots:
+            for digest in sorted(self._contents(name)[2].get(subject, ())):
+                if digest > last:
+                    yield self._read_manifest(digest)
 
     def digests(self, name=None):
-        held = set(self.blobs) | set(self.made)
-        if name is not None:
-            held &= self._contents_of(name).manifests | set(self._contents_of(name).blobs)
-        return iter(sorted(held))
-
-    # For load and verify
+        held = set(self.blobs).union(self.made).difference(*self.joined.values())
+        return iter(sorted(held if name is None else held & self._contents(name)[0]))
 
     def images(self):
-        """Yield (repository, tag or digest, digest) of all that has a name, and of what only a digest names."""
+        """Yield (repository, tag or digest, digest) of all that has a tag, and of what only a digest names."""
         for name in sorted(self.roots):
-            reached = self.contents({digest for tag, digest in self.roots[name].items() if tag != digest}).manifests
+            covered = self._contents(name)[1].union(
+                digest for reference, digest in self.roots[name].items() if reference != digest)
             for reference, digest in sorted(self.roots[name].items()):
-                if reference != digest or digest not in reached:
+                if reference != digest or digest not in covered:
                     yield name, reference, digest
-
-    def other_parts(self):
-        """The files that belong to a split archive and are not here."""
-        here = {repr(part.parts.get(part.number, {}).get("file")) for part in self.parts}
-        return sorted({repr(entry.get("file")) for part in self.parts for entry in part.parts.values()} - here)
-
-    def checks(self):
-        """[(Member, Digest)] of every blob and range."""
-        found = [(members[0], digest) for digest, members in self.blobs.items() if len(members) == 1]
-        return found + [(part.member, part.digest) for parts in self.ranges.values() for part in parts.values()]
 
     def version(self):
         return b"an archive does not change"
 
-    # Writing: why not
-
-    def _refuse(self, *arguments, **settings):
-        # 403 rather than the 405 of other read-only registries: docker would try again five times.
-        raise RegistryError("DENIED", message="this is served from an archive: read-only")
-
-    start_upload = mount = put_manifest = delete_tag = delete_manifest = delete_blob = _refuse
-
 
 # Writing archives
-
-Item = collections.namedtuple("Item", "name length blob offset")  # `blob` is bytes, or a digest
-
 
 class ArchiveWriter(Registry):
     """What is copied here is remembered, and written at the end: so the tar begins with its index, and the same images
@@ -2942,24 +2830,13 @@ class ArchiveWriter(Registry):
     def __init__(self, have=()):
         self.have = set(have)
         self.blobs = {}      # {digest: (length, function that opens it from an offset on)}
-        self.left_out = set()
         self.manifests = {}
         self.names = set()   # {(repository, tag or digest, digest)}
-        self.hashers = {}    # {digest: of what was written of it}
-
-    def resolve(self, name, tag):
-        raise RegistryError("MANIFEST_UNKNOWN", tag)
-
-    def manifest(self, name, digest):
-        raise RegistryError("MANIFEST_UNKNOWN", digest)
+        self.common = []     # [(name, content)] with which each file begins
+        self.files = []      # [(path, [digest of a blob, …])]
 
     def mount(self, name, digest, source=None):
-        if digest in self.have:
-            self.left_out.add(digest)
         return digest in self.have or digest in self.blobs
-
-    def held(self, name, descriptor):
-        return descriptor.size if descriptor.digest in self.have else 0
 
     def put_blob(self, name, digest, open_from):
         with open_from(0) as blob:
@@ -2975,201 +2852,142 @@ class ArchiveWriter(Registry):
         children = {child.digest for manifest in self.manifests.values() for child in manifest.manifests}
         entries = []
         for name, reference, digest in sorted(self.names):
-            manifest = self.manifests[digest]
+            manifest, annotations = self.manifests[digest], {}
             if isinstance(reference, Digest) and digest in children:
                 continue
-            entry = {"mediaType": manifest.media_type, "digest": digest, "size": len(manifest.content)}
-            short = image_text(name, reference)
             about = re.fullmatch(r"(sha256)-([0-9a-f]{64})(\..+)?", reference)
             subject = manifest.subject or about and "%s:%s" % about.group(1, 2)
             if subject:
-                entry["annotations"] = {SUBJECT: subject}
+                annotations[SUBJECT] = subject
             if not (manifest.subject and isinstance(reference, Digest)):
-                full = full_name(name) + short[len(name):]
-                entry.setdefault("annotations", {}).update({IMAGE_NAME: full, REF_NAME: full})
-                if stored_image(full)[0] != name:
-                    entry["annotations"][OWN_NAME] = short
-            entries.append(entry)
+                annotations[OWN_NAME] = image_text(name, reference)
+                annotations[IMAGE_NAME] = annotations[REF_NAME] = image_text(full_name(name), reference)
+            entries.append({"mediaType": manifest.media_type, "digest": digest, "size": len(manifest.content),
+                            "annotations": annotations})
         return to_json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries})
 
     def _docker_images(self):
-        """manifest.json: the images, each with one platform, that docker load can take from here."""
-        tags = {}
+        """What manifest.json lists: the images, each with one platform, that docker load can take from here."""
+        images = {}
         for name, reference, digest in sorted(self.names):
-            if not isinstance(reference, Digest):
-                tags.setdefault(digest, []).append("%s:%s" % (full_name(name), reference))
-        images = []
-        for digest in sorted(tags, key=tags.get):
             image = self._first_image(self.manifests[digest])
-            if image and all(blob.digest in self.blobs for blob in image.blobs):
-                paths = [blob_name(blob.digest) for blob in image.blobs]
-                images.append({"Config": paths[0], "RepoTags": tags[digest], "Layers": paths[1:]})
-        return to_json(images)
+            if isinstance(reference, Digest) or not image or any(blob.digest not in self.blobs for blob in image.blobs):
+                continue
+            paths = [blob_name(blob.digest) for blob in image.blobs]
+            entry = images.setdefault(digest, {"Config": paths[0], "RepoTags": [], "Layers": paths[1:]})
+            entry["RepoTags"].append(image_text(full_name(name), reference))
+        return list(images.values())
 
     def _first_image(self, manifest):
         """The image, or the first one in the index, that is to be run; None where there is none."""
         if manifest.media_type in IMAGE_TYPES:
-            config, layers = manifest.blobs[0], manifest.blobs[1:]
-            fit = config.media_type in IMAGE_CONFIGS and all(LAYER_TYPES.match(layer.media_type) for layer in layers)
-            return manifest if fit and not manifest.subject else None
-        for child, entry in zip(manifest.manifests, manifest.document.get("manifests") or ()):
-            if child.digest in self.manifests and "vnd.docker.reference.type" not in (entry.get("annotations") or {}):
-                return self._first_image(self.manifests[child.digest])
-        return None
+            kinds = [blob.media_type for blob in manifest.blobs]
+            fits = kinds[0] in IMAGE_CONFIGS and all(map(LAYER_TYPES.match, kinds[1:])) and not manifest.subject
+            return manifest if fits else None
+        here = [self.manifests[child.digest] for child in manifest.manifests if child.digest in self.manifests]
+        return next(filter(None, map(self._first_image, here)), None)
 
-    def parts(self, program=None, limit=None):
-        """[[Item, …], …]: what is in the archive, or in each part of it that takes no more than `limit` bytes. All
-        parts begin with all manifests, so that each can be loaded alone. Raises ValueError if that is too much."""
-        small = [("oci-layout", b'{"imageLayoutVersion":"1.0.0"}'), ("index.json", self._index())]
+    def plan(self, path="", program=None, limit=None):
+        """Decide what goes into which of the files at and beside `path`, none larger than `limit` bytes. All begin with
+        all manifests, so that each can be loaded alone; a blob that is larger is cut into ranges, which are blobs of
+        their own. Raises SIZE_INVALID if the limit is too small, DIGEST_INVALID, OSError."""
         images = self._docker_images()
-        small += [("manifest.json", images)] if images != to_json([]) else []
-        small = ([("tinyreg.py", program)] if program else []) + small
-        small += [(blob_name(digest), self.manifests[digest].content) for digest in sorted(self.manifests)]
-        common = [Item(name, len(content), content, 0) for name, content in small]
-        room = (limit or sys.maxsize) - sum(map(cost, common)) - 10 * BLOCK
-        if limit and room > 0:
-            room -= 500 * (2 + 2 * sum(length for length, _ in self.blobs.values()) // room)  # PARTS, for each part
-        if room < 10 * BLOCK:
-            raise ValueError("a part has to be larger: what all parts have, the manifests above all, takes %d bytes"
-                             % sum(map(cost, common)))
-        parts, left = [list(common)], room
-        for digest in sorted(set(self.blobs) - set(self.manifests)):
-            for item in self._pieces(digest, room):
-                if cost(item) > left:
-                    parts.append(list(common))
-                    left = room
-                parts[-1].append(item)
-                left -= cost(item)
+        self.common = [("tinyreg.py", program)] if program else []
+        self.common += [("oci-layout", b'{"imageLayoutVersion":"1.0.0"}'), ("index.json", self._index())]
+        self.common += [("manifest.json", to_json(images))] if images else []
+        self.common += [(blob_name(digest), self.manifests[digest].content) for digest in sorted(self.manifests)]
+        blobs = sorted(set(self.blobs) - set(self.manifests))
+        self.files = [(path, blobs)]
+        if not limit or self.size(blobs) <= limit:
+            return
+        room = limit - self.size([])
+        table = 2000 * (2 + self.size(blobs) // max(room, 1))  # bytes for PARTS, however long the files' names are
+        room -= table
+        if room < table:
+            raise RegistryError("SIZE_INVALID", message="a part has to be larger: what all parts have, the manifests "
+                                "above all, takes %d bytes" % (limit - room))
+        joined = {digest: self._cut(digest, room - 2 * BLOCK) for digest in blobs if self._cost(digest) > room}
+        pieces = itertools.chain.from_iterable(joined.get(digest, [digest]) for digest in blobs)
+        parts, left = [], 0
+        for digest in collections.OrderedDict.fromkeys(pieces):
+            if self._cost(digest) > left:
+                parts.append([])
+                left = room
+            parts[-1].append(digest)
+            left -= self._cost(digest)
+        stem, extension = os.path.splitext(path)
+        self.files = [("%s-%dof%d%s" % (stem, number, len(parts), extension), part)
+                      for number, part in enumerate(parts, 1)]
+        names = [os.path.basename(name) for name, _ in self.files]
+        self.common.append((PARTS, to_json({"files": names, "joined": joined})))
+
+    def _cut(self, digest, step):
+        """Make blobs of the ranges of one; returns their digests. Raises DIGEST_INVALID, OSError."""
+        length, open_from = self.blobs[digest]
+        whole, parts = hashlib.new(digest.algorithm), []
+        with open_from(0) as blob:
+            for offset in range(0, length, step):
+                size, hasher = min(step, length - offset), hashlib.sha256()
+                pour(blob, size, hasher.update, whole.update)
+                parts.append(Digest("sha256:" + hasher.hexdigest()))
+                self.blobs[parts[-1]] = size, lambda _, offset=offset: open_from(offset)
+        check_hash(whole, digest)
         return parts
 
-    def _pieces(self, digest, room):
-        """A blob as one Item, or as several that each fill a part."""
+    def _cost(self, digest):
+        """The bytes that a blob takes in a tar."""
         length = self.blobs[digest][0]
-        whole = Item(blob_name(digest), length, digest, 0)
-        if cost(whole) <= room:
-            return [whole]
-        step = room - 4 * BLOCK
-        return [Item("tinyreg-ranges/%s/%s/%d-%d-" % (digest.algorithm, digest.encoded, offset, length) + "0" * 64,
-                     min(step, length - offset), digest, offset) for offset in range(0, length, step)]
+        return len(tar_header(blob_name(digest), length)) + padded(length)
 
-    def save(self, path, parts):
-        """Write the parts beside their names, and name them when all are safe on the disk. Returns what PARTS says.
+    def size(self, digests):
+        """The bytes of a tar with these blobs."""
+        common = sum(len(tar_header(name, len(content))) + padded(len(content)) for name, content in self.common)
+        return common + sum(map(self._cost, digests)) + len(TAR_END)
 
-        Raises DIGEST_INVALID, OSError."""
-        paths = part_paths(path, len(parts))
-        temporary = [name + ".%s.part" % uuid.uuid4().hex[:8] for name in paths]
-        try:
-            with contextlib.ExitStack() as stack:
-                files = [HashedFile(stack.enter_context(open(name, "xb"))) for name in temporary]
-                for items, file in zip(parts, files):
-                    self.write(items, file)
-                report = [{"file": os.path.basename(name), "size": file.size, "sha256": file.hasher.hexdigest()}
-                          for name, file in zip(paths, files)]
-                for number, file in enumerate(files, 1):
-                    if len(files) > 1:
-                        content = to_json({"part": number, "parts": report})
-                        self.write([Item(PARTS, len(content), content, 0)], file)
-                    file.write(TAR_END)
-                    file.file.flush()
-                    os.fsync(file.file.fileno())
-            for name, final in zip(temporary, paths):
-                os.rename(name, final)
-            sync_directory(os.path.dirname(os.path.abspath(path)))
-        except BaseException:
-            for name in temporary:
+    def write(self, digests, *takers):
+        """Hand a tar with these blobs to functions, such as a file's write. Blobs are checked on their way. Raises
+        DIGEST_INVALID, OSError."""
+        def give(content):
+            for take in takers:
+                take(content)
+
+        for name, content in self.common:
+            give(tar_header(name, len(content)) + content.ljust(padded(len(content)), b"\0"))
+        for digest in digests:
+            length, open_from = self.blobs[digest]
+            hasher = hashlib.new(digest.algorithm)
+            give(tar_header(blob_name(digest), length))
+            with open_from(0) as blob:
+                pour(blob, length, hasher.update, *takers)
+            check_hash(hasher, digest)
+            give(bytes(padded(length) - length))
+        give(TAR_END)
+
+    def save(self):
+        """Write the files, each beside its name until it is safe on the disk. Returns what people want to know of each,
+        as dicts. Raises DIGEST_INVALID, OSError."""
+        report = []
+        for path, digests in self.files:
+            hasher, temporary = hashlib.sha256(), "%s.%s.part" % (path, uuid.uuid4().hex[:8])
+            try:
+                with open(temporary, "xb") as file:
+                    self.write(digests, file.write, hasher.update)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.rename(temporary, path)
+            except BaseException:
                 with contextlib.suppress(OSError):
-                    os.unlink(name)
-            raise
-        if len(parts) == 1:
-            report = [{"file": paths[0], "size": files[0].size, "sha256": files[0].hasher.hexdigest()}]
+                    os.unlink(temporary)
+                raise
+            sync_directory(os.path.dirname(os.path.abspath(path)))
+            report.append({"file": path, "size": self.size(digests), "sha256": hasher.hexdigest()})
         return report
 
-    def write(self, items, file):
-        """Write members of a tar, without its end. Blobs are checked on their way. Raises DIGEST_INVALID, OSError."""
-        for item in items:
-            if isinstance(item.blob, Digest):
-                self._write_blob(item, file)
-            else:
-                file.write(tar_header(item.name, item.length) + item.blob)
-            file.write(bytes(padded(item.length) - item.length))
 
-    def _write_blob(self, item, file):
-        length, open_from = self.blobs[item.blob]
-        name = item.name
-        if item.length < length:  # the name of a range has its digest, so it is read twice
-            hasher = hashlib.sha256()
-            with open_from(item.offset) as blob:
-                pour(blob, item.length, hasher.update)
-            name = name[:-64] + hasher.hexdigest()
-        file.write(tar_header(name, item.length))
-        hasher = self.hashers.setdefault(item.blob, hashlib.new(item.blob.algorithm))
-        with open_from(item.offset) as blob:
-            pour(blob, item.length, hasher.update, file.write)
-        if item.offset + item.length == length and hasher.hexdigest() != item.blob.encoded:
-            raise RegistryError("DIGEST_INVALID", item.blob, message="a blob is damaged in the store")
-
-
-def verify_file(path):
-    """Read an archive once, from front to back: (number of blobs, sha256 of the file or None, what is damaged).
-
-    The sha256 is of the whole, or of a part up to PARTS, which says what it should be. Raises ArchiveError."""
-    archive, wrong, position, whole = Archive([path]), [], 0, hashlib.sha256()
-    tar = None if os.path.isdir(path) else Member(open(path, "rb", buffering=0), 0, os.path.getsize(path))
-    end = archive.parts[0].end if archive.parts else tar.length if tar else 0
-    checks = sorted(set(archive.checks()), key=lambda check: check[0].offset)
-    for member, digest in checks:
-        hasher = hashlib.new(digest.algorithm)
-        takers = [hasher.update]
-        if tar and member.offset >= position:
-            with tar.open() as blob:
-                pour(blob.part(position, member.offset - position), member.offset - position, whole.update)
-            takers.append(whole.update)
-            position = member.offset + member.length
-        with member.open() as blob:
-            pour(blob, member.length, *takers)
-        if hasher.hexdigest() != digest.encoded:
-            wrong.append(digest)
-    if tar:
-        rest = max(end - position, 0)
-        with tar.open() as blob:
-            pour(blob.part(position, rest), rest, whole.update)
-    if tar and archive.parts and not wrong and whole.hexdigest() != archive.parts[0].sha256:
-        wrong.append("the part, outside its blobs")
-    return len(checks), whole.hexdigest() if tar and not archive.parts else None, wrong
-
-
-def spool(path, stream, folder):
-    """A nameless file with the bytes of a stream, decompressed if they are gzip's. Raises ArchiveError, OSError."""
-    file = tempfile.TemporaryFile(dir=folder)
-    if compression(stream.peek(8)) == "gzip":
-        stream = gzip.GzipFile(fileobj=stream)
-    try:
-        block = b"-"
-        while block:
-            block = stream.read(SPOOL_BLOCK)
-            file.write(block)
-            if shutil.disk_usage(folder).free < MIN_SPARE:
-                raise ArchiveError(path, "unpacked it does not fit on the disk of %s" % folder)
-        file.flush()
-    except (EOFError, OSError, zlib.error) as error:
-        if getattr(error, "errno", None):
-            raise
-        raise ArchiveError(path, "damaged: %s" % error)
-    return file
-
-
-class HashedFile:
-    """A file being written, with its size and sha256 so far."""
-
-    def __init__(self, file):
-        self.file = file
-        self.size = 0
-        self.hasher = hashlib.sha256()
-
-    def write(self, content):
-        self.file.write(content)
-        self.hasher.update(content)
-        self.size += len(content)
+def check_hash(hasher, digest):
+    """Raises DIGEST_INVALID unless that is what was hashed."""
+    if hasher.hexdigest() != digest.encoded:
+        raise RegistryError("DIGEST_INVALID", digest, message="a blob is damaged")
 
 
 def blob_name(digest):
@@ -3186,23 +3004,6 @@ def tar_header(name, length, kind=b"0"):
               b"00000000000", b" " * 8, kind, b"", b"ustar  "]
     header = struct.pack("100s8s8s8s12s12s8ss100s8s247x", *fields)
     return before + header[:148] + b"%06o\0 " % sum(header) + header[156:]
-
-
-def cost(item):
-    """The bytes that an Item takes in a tar."""
-    return len(tar_header(item.name, item.length)) + padded(item.length)
-
-
-def archive_size(items):
-    """The bytes of a tar with these Items."""
-    return sum(map(cost, items)) + len(TAR_END)
-
-
-def part_paths(path, count):
-    """images.tar, or images-1of3.tar and so on."""
-    stem, extension = os.path.splitext(path)
-    names = ["%s-%dof%d%s" % (stem, number, count, extension) for number in range(1, count + 1)]
-    return names if count > 1 else [path]
 
 # ---------------------------------------------------------------------------------------------------------
 # 8  Remote
@@ -5779,19 +5580,12 @@ def get_archive(registry, access, request, name, reference):
     copy(registry, writer, name, reference, report=report)
     if report.missing:
         raise RegistryError("BLOB_UNKNOWN", *report.missing)
-    whole, = writer.parts()
-
-    def write_to(send):
-        class Tar:
-            write = staticmethod(send)
-
-        writer.write(whole, Tar)
-        send(TAR_END)
-
+    writer.plan()
+    (_, blobs), = writer.files
     file = re.sub("[^A-Za-z0-9._-]+", "_", "%s_%s" % (name, reference)) + ".tar"
     return Response(200, [("Content-Type", "application/x-tar"), ("X-Content-Type-Options", "nosniff"),
                           ("Content-Disposition", "attachment; filename=" + file)],
-                    Stream(write_to, archive_size(whole)))
+                    Stream(functools.partial(writer.write, blobs), writer.size(blobs)))
 
 
 def get_own_source(registry, access, request):
@@ -6820,7 +6614,7 @@ def serve(options):
     if options.archives and options.upstream:
         raise CommandError("--upstream fills the store, which is not served beside archives; load them into it")
     if options.archives:
-        store = open_archive(options.archives)
+        store = Archive(options.archives)
     else:
         kind = Directory
         if options.upstream:
@@ -6831,7 +6625,7 @@ def serve(options):
         store.immutable = options.immutable_tags
         if not options.read_only:
             check_writable(store)
-    store.read_only = options.read_only
+    store.read_only = options.read_only or bool(options.archives)
     listeners = inherited_listeners() or listen_everywhere(options.listen)
     local = all(is_loopback(listener.getsockname()[0]) for listener in listeners)
     # Our keys are in the store, also where archives are served in place of it.
@@ -7396,8 +7190,6 @@ def collect(options):
 
 def verify(options):
     """Read everything in the store again; name what is damaged and what that harms. Exit status 1 if anything is."""
-    if options.archives:
-        return verify_archives(options)
     logger.setLevel(logging.ERROR)  # what it would warn of is in the report
     shown = sys.stderr.isatty() and not options.quiet
 
@@ -7405,7 +7197,8 @@ def verify(options):
         if shown:
             sys.stderr.write("\r%d blobs, %s read " % (blobs, in_units(size)))
 
-    check = Verification(open_store(options), options.rate, progress)
+    check = ArchiveVerification(options.archives, progress=progress) if options.archives else Verification(
+        open_store(options), options.rate, progress)
     check.run(options.repair)
     if shown:
         sys.stderr.write("\n")
@@ -7421,7 +7214,8 @@ def verify(options):
             print("put aside: " + path)
         if not options.quiet:
             print("%d blobs, %s: %s" % (check.blobs, in_units(check.bytes), "all is well" if not report else
-                                        "%d damaged or missing; push the images that it harms again" % len(report)))
+                                        "%d damaged or missing; push the images that it harms (or copy the archive) "
+                                        "again" % len(report)))
     return 1 if report else 0
 
 
@@ -7451,101 +7245,70 @@ def already(done):
 
 # Archives
 
-def open_archive(sources, ranges=None):
-    """An Archive of files. Raises CommandError."""
-    try:
-        return Archive(sources, ranges)
-    except OSError as error:
-        raise CommandError("can't read %s: %s" % (error.filename, error.strerror))
-
-
 def digests_in(path):
-    """The digests that a file lists, as `ls --digests` prints them, or that an archive holds. Raises CommandError."""
+    """The digests that a file lists, as `ls --digests` prints them, or that an archive holds. Raises UNSUPPORTED."""
     if not os.path.isdir(path):
         with open(path, "rb") as file:
-            if re.match(rb'[\s\["]*sha(256|512):', file.peek(100)):
+            if re.match(rb'[\s\["\]]*(?:sha(?:256|512):|\Z)', file.peek(100)):
                 return re.findall(DIGEST.pattern, file.read().decode("ascii", "replace"))
-    return open_archive([path]).digests()
+    return Archive([path]).digests()
 
 
 def save(options):
     """Write images of the store into an archive."""
-    store, saved = open_store(options), []
+    if options.output == "-" and options.split:
+        raise CommandError("parts can't go to stdout: name a file with -o")
+    store, reports, files = open_store(options), [], []
     writer = ArchiveWriter(digest for path in options.have for digest in digests_in(path))
     for text in wanted_images(options):
-        report = Report(text)
         try:
             name, reference = split_stored(store, text)
-            copy(store, writer, name, reference, platforms=options.platform, referrers=not options.no_referrers,
-                 report=report)
+            report = copy(store, writer, name, reference, platforms=options.platform,
+                          referrers=not options.no_referrers, report=Report(text))
         except RegistryError as error:
             raise CommandError("%s: %s" % (text, error))
         if report.missing:
             raise CommandError("%s: the store lacks %s; pull or push it again" % (text, ", ".join(report.missing)))
-        saved.append(report)
-    program = None
-    if not options.no_self:
-        with open(__file__, "rb") as file:
-            program = file.read()
-    try:
-        parts = writer.parts(program, options.split)
-    except ValueError as error:
-        raise CommandError("--split: %s" % error)
-    files, needed = [], sum(map(archive_size, parts))
-    if options.output == "-" and len(parts) > 1:
-        raise CommandError("parts can't go to stdout: name a file with -o")
+        reports.append(report)
+    writer.plan(options.output, None if options.no_self else read_file(__file__, -1), options.split)
+    needed = sum(writer.size(digests) for _, digests in writer.files)
     if options.output == "-" and not options.dry_run:
-        file = HashedFile(sys.stdout.buffer)
-        writer.write(parts[0], file)
-        file.write(TAR_END)
-        sys.stdout.buffer.flush()
+        writer.write(writer.files[0][1], sys.stdout.buffer.write)
         return 0
     if not options.dry_run:
         folder = os.path.dirname(os.path.abspath(options.output))
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise CommandError("%s has room for %s, and %s are needed" % (folder, in_units(free), in_units(needed)))
-        files = writer.save(options.output, parts)
+        files = writer.save()
     if options.json:
-        print(json.dumps({"images": [report.as_json() for report in saved], "blobs": len(writer.blobs),
-                          "left_out": sorted(writer.left_out), "bytes": needed, "files": files}, indent=2))
+        print(json.dumps({"images": [report.as_json() for report in reports], "bytes": needed, "files": files},
+                         indent=2))
     elif not options.quiet:
-        print("\n".join(["%s: %d images, %d blobs (%d more left out), %s in %d files" % (
-            options.output, len(saved), len(writer.blobs), len(writer.left_out), in_units(needed), len(parts))]
-            + ["  %(file)s  %(size)d bytes  sha256:%(sha256)s" % entry for entry in files]))
+        print("%s: %d images, %s in %d files" % (options.output, len(reports), in_units(needed), len(writer.files)))
+        for entry in files:
+            print("  %(file)s  %(size)d bytes  sha256:%(sha256)s" % entry)
     return 0
-
-
-def archive_source(path, folder):
-    """What Archive can read for load: a path, or what came from stdin or was compressed, in a nameless file."""
-    if path == "-":
-        return "stdin", spool("stdin", sys.stdin.buffer, folder)
-    if not os.path.isdir(path):
-        with open(path, "rb") as file:
-            if compression(file.peek(8)) == "gzip":
-                return path, spool(path, file, folder)
-    return path
 
 
 def load(options):
     """Copy the images of archives into the store, or to another registry."""
     start_logging()
-    progress, reports, kept = Progress(options.quiet or options.json), [], None
+    progress, reports = Progress(options.quiet or options.json), []
     host, prefix = target_of(options.to) if options.to else ("", "")
     if host:
-        target, scratch = open_remote(options, host, progress), tempfile.gettempdir()
+        target = open_remote(options, host, progress)
+        archive = Archive(options.archives, tempfile.gettempdir())
     else:
         target = open_store(options, create=True)
-        scratch, kept = target.files.scratch, os.path.join(target.own, "ranges")
-    archive = open_archive([archive_source(path, scratch) for path in options.archives], kept)
+        archive = Archive(options.archives, target.files.scratch, os.path.join(target.own, "ranges"))
+    held = set(archive.digests())
 
     def planned(name, reference, digest, report):
+        report.missing += {digest} - held
         reports.append(report)
-        report.missing += sorted(archive.contents([digest]).lacking)
-        if report.missing:
-            raise RegistryError("MANIFEST_UNKNOWN", *report.missing, message="manifests are missing or damaged")
-        return Copy(archive, target, name, reference, push_name(host, prefix, name) if host else name,
-                    options.platform, not options.no_referrers, report)
+        return Copy(archive, target, name, reference, push_name(host, prefix, name), options.platform,
+                    not options.no_referrers, report)
 
     work = [(image_text(name, reference), functools.partial(planned, name, reference, digest))
             for name, reference, digest in archive.images()]
@@ -7553,73 +7316,70 @@ def load(options):
         raise CommandError("no images in " + archive.root)
     status = run_copies(options, work, target, progress)
     missing = sorted({digest for report in reports for digest in report.missing})
-    if kept and not options.dry_run:
-        keep_ranges(target, archive, kept)
     if options.want:
         with open(options.want, "w") as file:
             file.write("".join(digest + "\n" for digest in missing))
-    if missing and archive.other_parts():
-        print("tinyreg: what is missing may be in %s" % ", ".join(archive.other_parts()), file=sys.stderr)
+    if missing and archive.other_parts:
+        print("tinyreg: what is missing may be in %s" % ", ".join(map(repr, sorted(archive.other_parts))),
+              file=sys.stderr)
+    if not host and not options.dry_run:
+        keep_ranges(target, archive)
     return status
 
 
-def keep_ranges(store, archive, folder):
-    """Keep the ranges of blobs that are not whole yet, until their other parts come; forget those that are."""
-    for digest, ranges in archive.ranges.items():
-        place = os.path.join(folder, digest.algorithm, digest.encoded)
-        if os.path.exists(store.blob_path(digest)):
+def keep_ranges(store, archive):
+    """Keep the ranges of blobs that are not whole yet, until their other parts come; forget the others. Raises
+    DIGEST_INVALID, OSError."""
+    lacking = [parts for whole, parts in archive.joined.items() if not os.path.exists(store.blob_path(whole))]
+    wanted = set().union(*lacking)
+    for digest in wanted.union(*archive.joined.values()):
+        path = os.path.join(store.own, "ranges", digest.encoded)
+        if digest not in wanted:
             with contextlib.suppress(FileNotFoundError):
-                store.files.remove(place)
-            continue
-        for found in ranges.values():
-            path = os.path.join(place, "%d-%d-%s" % (found.offset, found.total, found.digest.encoded))
-            if found.member.source == path:
-                continue
-            if found.member.digest() != found.digest:
-                raise CommandError("a part of %s is damaged; `tinyreg.py verify` says in which file" % digest)
-            temporary = store.files.scratch_path()
-            with found.member.open() as blob, open(temporary, "xb") as file:
-                pour(blob, blob.length, file.write)
+                store.files.remove(path)
+        elif digest in archive.blobs and not os.path.exists(path):
+            member, temporary = archive.blobs[digest], store.files.scratch_path()
+            if member.digest(digest.algorithm) != digest:
+                raise RegistryError("DIGEST_INVALID", digest, message="a part is damaged; verify says which")
+            with member.open() as blob, open(temporary, "xb") as file:
+                pour(blob, member.length, file.write)
                 file.flush()
                 os.fsync(file.fileno())
             store.files.publish(temporary, path)
 
 
-def verify_archives(options):
-    """Re-read archives where they lie: every blob, and whether all that the images need is there."""
-    files, images = [], {}
-    for path in options.archives:
-        entry = {"file": path, "blobs": 0, "sha256": None, "damaged": []}
-        try:
-            entry["blobs"], entry["sha256"], entry["damaged"] = verify_file(path)
-        except FileNotFoundError:
-            raise CommandError("%s: there is no such file" % path)
-        except (RegistryError, OSError) as error:  # media that can't be read are damaged as well
-            entry["damaged"] = [str(error)]
-        files.append(entry)
-    damaged = {digest for entry in files for digest in entry["damaged"]}
-    archive = open_archive([entry["file"] for entry in files if entry["blobs"]])
-    for name, reference, digest in archive.images():
-        contents = archive.contents([digest])
-        needed = {blob.digest for blob in contents.blobs.values() if not blob.foreign}
-        found = {"damaged": sorted(contents.lacking | needed & damaged), "missing": sorted(needed - set(archive.blobs))}
-        if any(found.values()):
-            images[image_text(name, reference)] = found
-    if options.json:
-        print(json.dumps({"files": files, "images": images}, indent=2))
-    elif not options.quiet:
-        for entry in files:
-            state = "%d DAMAGED" % len(entry["damaged"]) if entry["damaged"] else "all intact"
-            print("%s: %d blobs, %s%s" % (entry["file"], entry["blobs"], state,
-                                          ", sha256:" + entry["sha256"] if entry["sha256"] else ""))
-    for entry in files:
-        for what in entry["damaged"]:
-            print("tinyreg: %s: damaged: %s" % (entry["file"], what), file=sys.stderr)
-    for image, found in sorted(images.items()):
-        print("tinyreg: %s: %s" % (image, "; ".join("%s: %s" % (how, ", ".join(digests))
-                                                    for how, digests in sorted(found.items()) if digests)),
-              file=sys.stderr)
-    return 1 if damaged or images else 0
+class ArchiveVerification(Verification):
+    """The same of archives, given by their paths: every blob is read again, and all that images need is looked for."""
+
+    def run(self, repair=False):
+        """Raises UNSUPPORTED where one is no archive, OSError."""
+        for path in self.store:
+            self._read_archive(path)
+        archive = Archive(self.store)
+        for name, reference, _ in archive.images():
+            image, plan = image_text(name, reference), Copy(archive, None, name, reference)
+            try:
+                plan.plan()
+            except RegistryError as error:
+                self.findings.setdefault(("unreadable image", str(error), archive.root), set()).add(image)
+            for digest in itertools.chain.from_iterable(archive.joined.get(digest, [digest]) for digest in plan.blobs):
+                if digest in self.damaged or digest not in archive.blobs:
+                    finding = self.damaged.get(digest, ("missing blob", digest, archive.root))
+                    self.findings.setdefault(finding, set()).add(image)
+
+    def _read_archive(self, path):
+        for digest, member in Archive([path]).blobs.items():
+            if isinstance(member.source, tuple):
+                continue  # its ranges are read as blobs of their own
+            found = None
+            with contextlib.suppress(OSError):  # media that can't be read are damaged as well
+                found = member.digest(digest.algorithm)
+            if found != digest:
+                self.damaged[digest] = "damaged blob", digest, path
+                self.findings[self.damaged[digest]] = set()
+            self.blobs += 1
+            self.bytes += member.length
+            self.progress(self.blobs, self.bytes)
 
 
 SWITCHES = ("--tls", "--sparse", "--read-only", "--shared")  # the options of serve that take no value …
