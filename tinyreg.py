@@ -38,7 +38,7 @@ one folder of our own, whose content can be lost without losing an image:
         live.HOST                   what /live on this host shows, while somebody looks
         usage                       how large everything is, measured a while ago
         gc, verify                  what came of the last one, its mtime is when; gc is held while one runs
-        damaged/                    what verify --repair put aside
+        damaged/                    what was found damaged, and put aside
         referrers/NAME/_index       which manifest is about which other; made anew when missing
         ranges/abcd…                ranges of blobs from parts of a split archive, until the others come
 
@@ -164,7 +164,6 @@ TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 DIGEST = re.compile(r"(?:sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})")
 HOST = re.compile(r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)*"
                   r"(?::[0-9]{1,5})?")
-DIGEST_SHAPE = re.compile(r"[a-z0-9]+(?:[+._-][a-z0-9]+)*:[a-zA-Z0-9=_-]+")
 ALGORITHMS = ("sha256", "sha512")
 
 logger = logging.getLogger("tinyreg")
@@ -272,20 +271,20 @@ class Digest(str):
         return cls("%s:%s" % (algorithm, hashlib.new(algorithm, content).hexdigest()))
 
 
-def parse_digest(text):
-    """Raises DIGEST_INVALID; the message tells an unknown algorithm from a malformed digest."""
-    if DIGEST.fullmatch(text):
-        return Digest(text)
-    if DIGEST_SHAPE.fullmatch(text) and text.split(":")[0] not in ALGORITHMS:
-        raise RegistryError("DIGEST_INVALID", text[:200], message="unsupported digest algorithm; use sha256 or sha512")
-    raise RegistryError("DIGEST_INVALID", text[:200], message="invalid digest")
-
-
 def parse_algorithm(text):
     """Raises DIGEST_INVALID for an algorithm other than sha256 and sha512."""
     if text not in ALGORITHMS:
         raise RegistryError("DIGEST_INVALID", text[:200], message="unsupported digest algorithm; use sha256 or sha512")
     return text
+
+
+def parse_digest(text):
+    """Raises DIGEST_INVALID; the message tells an unknown algorithm from a malformed digest."""
+    if not DIGEST.fullmatch(text):
+        if ":" in text:
+            parse_algorithm(text.partition(":")[0])
+        raise RegistryError("DIGEST_INVALID", text[:200], message="invalid digest")
+    return Digest(text)
 
 
 def parse_name(text):
@@ -347,10 +346,8 @@ def parse_count(text):
 
 
 def split_image(text):
-    """NAME[:TAG|@DIGEST] as (name, reference); the reference is None where there is none.
-
-    Raises NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID.
-    """
+    """NAME[:TAG|@DIGEST] as (name, reference); the reference is None where there is none. Raises NAME_INVALID,
+    MANIFEST_INVALID, DIGEST_INVALID."""
     name, at, digest = text.partition("@")
     if at:
         return parse_name(name), parse_digest(digest)
@@ -358,22 +355,14 @@ def split_image(text):
     return parse_name(name), parse_tag(tag) if colon else None
 
 
-class Image(collections.namedtuple("Image", "host path reference")):
-    """An image where it comes from: the host of its registry, the repository there, and a tag or Digest."""
-
-    __slots__ = ()
-
-    @property
-    def stored_name(self):
-        """The repository that has it here: an image keeps its origin. No `:` may be in it, so a port follows a `_`."""
-        return origin_name(self.host, self.path)
-
-    def __str__(self):
-        return "%s/%s%s%s" % (self.host, self.path, "@" if isinstance(self.reference, Digest) else ":", self.reference)
+# An image where it comes from: the host of its registry, the repository there, and a tag or Digest; and the repository
+# that has it here.
+Image = collections.namedtuple("Image", "host path reference stored_name")
 
 
 def origin_name(host, path):
-    """The name of a repository here whose content comes from `path` on `host`. Raises NAME_INVALID."""
+    """The name of a repository here whose content comes from `path` on `host`: an image keeps its origin. No `:` may be
+    in it, so a port follows a `_`. Raises NAME_INVALID."""
     return parse_name("%s/%s" % (host.lower().replace(":", "_"), path))
 
 
@@ -393,8 +382,7 @@ def parse_image(text):
             raise RegistryError("NAME_INVALID", path, message="64 hexadecimal digits are a digest, not a name")
         path = "library/" + path
     tag = parse_tag(tag) if colon else "latest"
-    origin_name(host, parse_name(path))  # raises where it can't be stored under its origin
-    return Image(host, path, parse_digest(digest) if at else tag)
+    return Image(host, path, parse_digest(digest) if at else tag, origin_name(host, parse_name(path)))
 
 
 def names_to_try(name, origin=None):
@@ -411,12 +399,9 @@ def names_to_try(name, origin=None):
 
 
 def parse_range(header, size):
-    """The one byte range that a GET asks for, as (offset, length), or None for the whole.
-
-    RFC 9110, 14.2: what is no `bytes` range is ignored, and so are several ranges at once; a last position past
-    the end is cut to it. An empty blob is always sent whole (as Go's servers do). Raises RANGE_INVALID where
-    nothing of the range is there.
-    """
+    """The one byte range that a GET asks for, as (offset, length), or None for the whole: what is no `bytes` range is
+    ignored, and so are several at once (RFC 9110, 14.2). An empty blob is always sent whole, as Go's servers do.
+    Raises RANGE_INVALID where nothing of the range is there."""
     match = re.fullmatch(r"bytes=[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*", header)
     if not match or match.group(1, 2) == ("", "") or not size:
         return None
@@ -447,10 +432,8 @@ def parse_glob(glob):
                               for part in re.split(r"(\*\*|\*)", glob)))
 
 
-class Descriptor(collections.namedtuple("Descriptor", "media_type digest size foreign")):
-    """What a manifest refers to; `foreign` content may live elsewhere (RFC: OCI image-spec, descriptor.md)."""
-
-    __slots__ = ()
+# What a manifest refers to; `foreign` content may live elsewhere (OCI image-spec, descriptor.md).
+Descriptor = collections.namedtuple("Descriptor", "media_type digest size foreign")
 
 
 def parse_descriptor(value):
@@ -467,29 +450,19 @@ def parse_descriptor(value):
 
 
 def _parse_json_number(text):
-    """JSON integers of thousands of digits would take Python minutes, and nothing here has more than 18."""
-    if len(text) > 20:
-        raise ValueError("a number of %d digits" % len(text))
-    return int(text)
-
-
-def _parse_json_float(text):
-    """1e999 would become Infinity, which no JSON parser reads back."""
+    """Integers of thousands of digits would take Python minutes: nothing here has more than 18, and they become floats.
+    NaN and 1e999 are no JSON that others read back."""
     value = float(text)
-    if value in (float("inf"), float("-inf")):
+    if not abs(value) < float("inf"):
         raise ValueError("a number out of range")
-    return value
-
-
-def _refuse_json_constant(text):
-    raise ValueError(text + " is not JSON")
+    return int(text) if abs(value) < 1e20 and text.lstrip("-").isdigit() else value
 
 
 def load_json(content):
     """The JSON object in these bytes. Raises ValueError with a reason, however deep or odd the text is."""
     try:
-        value = json.loads(content.decode("utf-8"), parse_int=_parse_json_number,
-                           parse_float=_parse_json_float, parse_constant=_refuse_json_constant)
+        number = _parse_json_number
+        value = json.loads(content.decode("utf-8"), parse_int=number, parse_float=number, parse_constant=number)
     except RecursionError:
         raise ValueError("nested too deeply")
     if not isinstance(value, dict):
@@ -510,10 +483,8 @@ class Manifest:
 
     @property
     def media_type(self):
-        """What the content declares itself, else what its shape shows; "" where it is no manifest.
-
-        The layout on disk has no place for a Content-Type, so Distribution and we read it from the content.
-        """
+        """What the content declares itself, else what its shape shows; "" where it is no manifest. The layout on disk
+        has no place for a Content-Type."""
         declared = self.document.get("mediaType")
         if isinstance(declared, str) and declared:
             return declared
@@ -569,10 +540,8 @@ class Manifest:
 
 
 def parse_manifest(content, content_type="", digest=None):
-    """A pushed manifest, checked: JSON, a type that is known and is the one announced, well-formed descriptors.
-
-    `digest` is the one it was pushed by, if any. Raises MANIFEST_INVALID, DIGEST_INVALID.
-    """
+    """A pushed manifest, checked: JSON, a type that is known and is the one announced, well-formed descriptors;
+    `digest` is the one it was pushed by, if any. Raises MANIFEST_INVALID, DIGEST_INVALID."""
     manifest = Manifest(content, Digest.of(content, digest.algorithm if digest else "sha256"))
     if digest and manifest.digest != digest:
         raise RegistryError("DIGEST_INVALID", {"wanted": digest, "got": manifest.digest})
@@ -633,9 +602,8 @@ def sync_directory(path):
 def make_directories(path, attempts=10):
     """Make a folder and its missing parents, each durable before the next is made. Raises OSError.
 
-    A folder that is there already may have been made a moment ago by a process that has not come to its fsync,
-    so its parent is synced all the same; on a clean folder that costs some 50 microseconds. A parent may be deleted
-    again before it is used, but /proc says "no such directory" for ever, hence the attempts.
+    The parent of a folder that is there already is synced, too: the process that made it may not have come to that. A
+    parent may be deleted again before it is used, but /proc says "no such directory" for ever, hence the attempts.
     """
     try:
         os.mkdir(path)
@@ -657,6 +625,29 @@ def read_file(path, limit=MAX_MANIFEST):
             return file.read(limit)
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def is_at(file, path):
+    """Whether an open file is still the one of this name. Raises OSError."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def look_at(path, opened=False):
+    """(mtime, size) of a file; (0, 0) where there is none. Raises OSError.
+
+    NFS may tell what it knew of a file a minute ago, but not of one that has just been `opened`."""
+    try:
+        if opened:
+            with open(path, "rb", buffering=0) as file:
+                found = os.fstat(file.fileno())
+        else:
+            found = os.stat(path)
+        return found.st_mtime, found.st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return 0.0, 0
 
 
 def list_directory(path):
@@ -757,14 +748,9 @@ class Watch:
         self.seen = self._look()
 
     def _look(self):
-        found = []
-        for path in self.paths:
-            try:
-                status = os.stat(path)
-                found.append((status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size))
-            except OSError:
-                found.append(None)
-        return found
+        """What they look like, or None if one of them can't be looked at."""
+        with contextlib.suppress(OSError):
+            return [look_at(path) for path in self.paths]
 
     def changed(self):
         """Whether they have since the last time, or since the beginning."""
@@ -808,10 +794,18 @@ class ChangeMark:
 
 @contextlib.contextmanager
 def alone(path):
-    """Among the processes that ask for it, have a lock file alone. It is made, and stays. Raises OSError."""
-    with open(path, "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    """Among the processes that ask for it, have a lock file alone. It is made, and goes at the end. Raises OSError."""
+    held = False
+    while not held:
+        with open(path, "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            held = is_at(lock, path)  # else the one before has taken it away
+            if held:
+                try:
+                    yield
+                finally:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(path)
 
 
 class SharedLock:
@@ -823,28 +817,21 @@ class SharedLock:
 
     def __init__(self, path, marked=True):
         self.path = path
-        self.turnstile = path + ".turnstile"
         self.mark = ChangeMark(path + ".changes") if marked else None
 
     @contextlib.contextmanager
     def _held(self, how, changes=True):
         if self.mark:
             self.mark.open()  # now, so that it can't fail when something has been changed
-        lock = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS lets only readers share a lock
-        try:
-            turnstile = os.open(self.turnstile, os.O_WRONLY | os.O_CREAT, 0o666)
-            try:
+        with open(self.path, "a+b") as lock:  # the end of the block gives the lock up, and so does a kill -9
+            with open(self.path + ".turnstile", "ab") as turnstile:  # NFS lets only who may read share a lock
                 fcntl.flock(turnstile, fcntl.LOCK_EX)
                 fcntl.flock(lock, how)
-            finally:
-                os.close(turnstile)
             try:
                 yield
             finally:
                 if changes and self.mark:
                     self.mark.change()
-        finally:
-            os.close(lock)  # gives the lock up, and so does a kill -9
 
     def shared(self, changes=True):
         """`changes`: whether what is done meanwhile is something that readers see."""
@@ -856,8 +843,7 @@ class SharedLock:
 # ---------------------------------------------------------------------------------------------------------
 # 5  Registry
 #
-# The interface that the API and the commands speak to. A directory implements it; an archive and another
-# registry will. Whoever implements the reading half only is a read-only registry.
+# The interface that the API and the commands speak to: of a directory, of archives, of another registry.
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -878,7 +864,7 @@ class Blob:
         return Blob(self.file, self.offset + offset, length)
 
     def readinto(self, view):
-        """The next bytes of the slice, 0 at its end: what UploadSession.append wants. Raises OSError."""
+        """The next bytes of the slice, 0 at its end: what an upload's append wants. Raises OSError."""
         block = os.pread(self.file.fileno(), min(len(view), self.length - self.position), self.offset + self.position)
         view[:len(block)] = block
         self.position += len(block)
@@ -899,9 +885,30 @@ class Blob:
 
 
 class Registry:
-    """Repositories of manifests and blobs. Methods that write raise UNSUPPORTED unless a subclass has them.
+    """Repositories of manifests and blobs. Names, tags and digests that come in are parsed values; what iterates does
+    so in ASCII order, from after `last`. All raise NAME_UNKNOWN for a repository that is not there.
 
-    Names, tags and digests that come in are parsed values. What iterates yields in ASCII order, from after `last`.
+        repositories(last="")               iterates over the names of those that have held a manifest
+        tags(name, last="")                 iterates over the tags; raises before the first one
+        resolve(name, tag)                  the Digest that a tag points to. Raises MANIFEST_UNKNOWN
+        manifest(name, digest)              the Manifest, checked against the digest. Raises MANIFEST_UNKNOWN
+        open_blob(name, digest)             an open Blob. Raises BLOB_UNKNOWN
+        referrers(name, subject, last="")   iterates over the Manifests whose subject is this digest, in the order of
+                                            their digests; none is no error
+
+    A registry that can be written to also has these, and one that is served and can't refuses them:
+
+        start_upload(name, algorithm)       a new upload session: `id`, `offset`, append, commit or cancel. `algorithm`
+                                            is what its digest will be of, if the client has said so
+        put_blob(name, digest, open_from)   store the blob that `open_from(offset)` opens, as a Blob from that byte on;
+                                            goes on where an earlier attempt ended, also in another process. Raises
+                                            DIGEST_INVALID, and what `open_from` raises
+        mount(name, digest, source=None)    give a repository a blob that `source` has (or any, if None). False where
+                                            there is no such blob
+        put_manifest(name, manifest, tags=())   let the tags point to it, too. Raises MANIFEST_BLOB_UNKNOWN
+        delete_tag(name, tag)               Raises MANIFEST_UNKNOWN
+        delete_manifest(name, digest)       and all tags that point to it. Raises MANIFEST_UNKNOWN
+        delete_blob(name, digest)           Raises BLOB_UNKNOWN
     """
 
     read_only = False  # whether clients are to be refused what writes
@@ -915,42 +922,14 @@ class Registry:
         """A value that differs after every change, for answers that are kept; None if nothing may be kept."""
         return None
 
-    def repositories(self, last=""):
-        """Yield the names of the repositories that have held a manifest."""
-        raise NotImplementedError
-
-    def tags(self, name, last=""):
-        """Yield the tags of a repository. Raises NAME_UNKNOWN, before the first one."""
-        raise NotImplementedError
-
-    def resolve(self, name, tag):
-        """The Digest that a tag points to. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
-        raise NotImplementedError
-
-    def manifest(self, name, digest):
-        """The Manifest of this digest, its content checked against it. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
-        raise NotImplementedError
-
-    def open_blob(self, name, digest):
-        """An open Blob. Raises NAME_UNKNOWN, BLOB_UNKNOWN."""
-        raise NotImplementedError
-
     def open_blob_from(self, name, digest, offset):
         """The blob from this byte on, an empty rest included. Raises NAME_UNKNOWN, BLOB_UNKNOWN."""
         blob = self.open_blob(name, digest)
         return blob.part(offset, max(blob.length - offset, 0))
 
-    def referrers(self, name, subject, last=""):
-        """Yield the Manifests whose subject is this digest, in the order of their digests; none is no error."""
-        raise NotImplementedError
-
     def referrer_digests(self, name, subject):
         """A list of their digests only, where reading each of them has a price."""
         return [manifest.digest for manifest in self.referrers(name, subject)]
-
-    def digests(self, name=None):
-        """Yield the digest of every blob and manifest held, or held by one repository."""
-        raise NotImplementedError
 
     def usage(self):
         """What takes the space, as Directory.measure has it, not quite of this moment; None if nobody knows."""
@@ -959,46 +938,9 @@ class Registry:
     def check_ready(self):
         """Raises OSError, UNAVAILABLE unless all that is offered can be done now."""
 
-    def start_upload(self, name, algorithm="sha256"):
-        """A new UploadSession; `algorithm` is what its digest will be of, if the client has said so."""
-        raise RegistryError("UNSUPPORTED", message="this registry is read-only")
-
     def find_upload(self, name, session_id):
-        """The UploadSession of this id. Raises BLOB_UPLOAD_UNKNOWN."""
+        """The upload session of this id. Raises BLOB_UPLOAD_UNKNOWN."""
         raise RegistryError("BLOB_UPLOAD_UNKNOWN", session_id)
-
-    def has_upload(self, name, session_id):
-        """Whether there is such an UploadSession."""
-        try:
-            self.find_upload(name, session_id)
-        except RegistryError:
-            return False
-        return True
-
-    def resume_upload(self, name, digest):
-        """The UploadSession in which an earlier put_blob of this digest was interrupted, or a new one."""
-        return self.start_upload(name, digest.algorithm)
-
-    def put_blob(self, name, digest, open_from):
-        """Store the blob that `open_from(offset)` opens, as a Blob from that byte on; goes on where an earlier attempt
-        ended, also in another process. Raises DIGEST_INVALID, and what `open_from` raises."""
-        resumed = True
-        while resumed:
-            session = self.resume_upload(name, digest)
-            resumed = session.offset > 0
-            try:
-                with open_from(session.offset) as blob:
-                    session.append(blob, session.offset)
-            except BaseException:
-                if not session.offset:
-                    session.cancel()  # there is nothing to go on from
-                raise
-            try:
-                return session.commit(digest)
-            except RegistryError as error:
-                # What an earlier attempt left was never synced, and a power cut may have spoilt it: begin anew.
-                if error.code != "DIGEST_INVALID" or not resumed:
-                    raise
 
     def held(self, name, descriptor):
         """How many bytes of a blob need not be sent, since they are here; a mount or put_blob finds them."""
@@ -1008,49 +950,14 @@ class Registry:
         """Bytes that can be stored, or None where that can't be known."""
         return None
 
-    def mount(self, name, digest, source=None):
-        """Give a repository a blob that `source` has (or any, if None). False where there is no such blob."""
-        raise RegistryError("UNSUPPORTED", message="this registry is read-only")
 
-    def put_manifest(self, name, manifest, tags=()):
-        """Store a manifest and let the tags point to it. Raises MANIFEST_BLOB_UNKNOWN."""
-        raise RegistryError("UNSUPPORTED", message="this registry is read-only")
-
-    def delete_tag(self, name, tag):
-        """Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
-        raise RegistryError("UNSUPPORTED", message="this registry is read-only")
-
-    def delete_manifest(self, name, digest):
-        """Delete a manifest and all tags that point to it. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
-        raise RegistryError("UNSUPPORTED", message="this registry is read-only")
-
-    def delete_blob(self, name, digest):
-        """Raises NAME_UNKNOWN, BLOB_UNKNOWN."""
-        raise RegistryError("UNSUPPORTED", message="this registry is read-only")
-
-
-class UploadSession:
-    """A blob on its way in: append, then commit or cancel. `id` names it, `offset` is how many bytes it has."""
-
-    @property
-    def state(self):
-        """A text that helps whoever finds the session again, and gives it to `restore`; "" if there is none."""
-        return ""
-
-    def restore(self, state):
-        """Use what `state` was when the session was last seen, if it can be trusted."""
-
-    def append(self, body, start=None):
-        """Add what `body` gives (a file's readinto). Raises RANGE_INVALID unless `start`, if given, is the offset."""
-        raise NotImplementedError
-
-    def commit(self, digest):
-        """Make it a blob of the repository. Raises DIGEST_INVALID, and forgets the bytes, if they have another."""
-        raise NotImplementedError
-
-    def cancel(self):
-        """Forget the session and its bytes."""
-        raise NotImplementedError
+def read_config(registry, name, manifest):
+    """The config of an image, unchecked; {} where there is none, or none that can be read."""
+    try:
+        with registry.open_blob(name, manifest.blobs[0].digest) as blob:
+            return load_json(blob.read())
+    except (RegistryError, ValueError, IndexError):
+        return {}
 
 
 def describe(registry, name, digest):
@@ -1062,8 +969,10 @@ def describe(registry, name, digest):
     sizes, waiting = {digest: len(manifest.content)}, [manifest]
     for manifest in waiting:
         if manifest.media_type in IMAGE_TYPES:
-            platform, created = platform_of(registry, name, manifest)
-            found["created"] = found["created"] or created
+            config = read_config(registry, name, manifest)
+            platform = "/".join(str(config[key]) for key in ("os", "architecture", "variant") if config.get(key))
+            platform = platform or manifest.artifact_type or "-"
+            found["created"] = found["created"] or config.get("created")
             if platform not in found["platforms"] + ["unknown/unknown"]:  # that is BuildKit's, for attestations
                 found["platforms"].append(platform)
         for child in manifest.manifests:
@@ -1076,22 +985,6 @@ def describe(registry, name, digest):
         sizes.update((blob.digest, blob.size) for blob in manifest.blobs)
     return dict(found, size=sum(sizes.values()), count=len(sizes))
 
-
-def platform_of(registry, name, manifest):
-    """OS/ARCHITECTURE[/VARIANT] from an image's config, or the artifact's type, or `-`; and when it was built."""
-    config = read_config(registry, name, manifest)
-    platform = "/".join(str(config[key]) for key in ("os", "architecture", "variant") if config.get(key))
-    return platform or manifest.artifact_type or "-", config.get("created")
-
-
-def read_config(registry, name, manifest):
-    """The config of an image, unchecked; {} where there is none, or none that can be read."""
-    try:
-        with registry.open_blob(name, manifest.blobs[0].digest) as blob:
-            return load_json(blob.read())
-    except (RegistryError, ValueError, IndexError):
-        return {}
-
 # ---------------------------------------------------------------------------------------------------------
 # 6  Directory
 #
@@ -1101,7 +994,7 @@ def read_config(registry, name, manifest):
 # next push of it. Knows nothing of HTTP.
 # ---------------------------------------------------------------------------------------------------------
 
-EMPTY_DIGESTS = tuple(Digest.of(b"", algorithm) for algorithm in ALGORITHMS)
+REFERRER_LINE = re.compile("^(%s) (%s|-)$" % (DIGEST.pattern, DIGEST.pattern), re.MULTILINE)
 
 
 def digest_folders(*path, shards=False):
@@ -1148,7 +1041,7 @@ class Directory(Registry):
         self.files = Files(scratch)
         self.lock = SharedLock(os.path.join(self.own, "lock"), marked=not shared)
         self.immutable = []  # patterns of TAG or NAME:TAG
-        self.hashes = SessionHashes()
+        self.hashers = collections.OrderedDict()  # {(session id, offset): what has hashed all before it}
         self.key = os.urandom(32)  # signs the states of upload sessions; worker processes inherit it
 
     # Paths
@@ -1171,10 +1064,8 @@ class Directory(Registry):
     # Links
 
     def _read_link(self, folder):
-        """The Digest that a folder's link names, or None; a damaged link is logged and counts as missing.
-
-        It may differ from the path: for a blob pushed by its sha512, Distribution links to the sha256 it stored.
-        """
+        """The Digest that a folder's link names, or None; a damaged link is logged and counts as missing. It may differ
+        from the path: for a blob pushed by its sha512, Distribution links to the sha256 it stored."""
         content = read_file(os.path.join(folder, "link"), 200)
         if content is None:
             return None
@@ -1215,9 +1106,8 @@ class Directory(Registry):
         try:
             file = open(path, "rb", buffering=0)
         except (FileNotFoundError, NotADirectoryError):
-            logger.warning("something links to a blob that is missing: %s", digest)
             return None
-        if os.fstat(file.fileno()).st_size == 0 and digest not in EMPTY_DIGESTS:
+        if os.fstat(file.fileno()).st_size == 0 and digest != Digest.of(b"", digest.algorithm):
             logger.warning("damaged blob (empty), taken as missing: %s", path)
             file.close()
             return None
@@ -1245,13 +1135,12 @@ class Directory(Registry):
             if entry[0] not in "._":
                 steps += [prefix + entry, prefix + entry + "/"]
         for step in sorted(steps):
-            folder = os.path.join(path, step[len(prefix):].rstrip("/"))
-            if not step.endswith("/"):
-                if step > last and NAME.fullmatch(step) and os.path.isdir(os.path.join(folder, "_manifests")):
-                    yield step
-            elif step > last or last.startswith(step):
-                for name in self._walk(folder, step, last):
-                    yield name
+            folder = os.path.join(path, step[len(prefix):])
+            if step.endswith("/"):
+                if step > last or last.startswith(step):
+                    yield from self._walk(folder, step, last)
+            elif step > last and NAME.fullmatch(step) and os.path.isdir(os.path.join(folder, "_manifests")):
+                yield step
 
     def tags(self, name, last=""):
         manifests = os.path.join(self.repository_path(name), "_manifests")
@@ -1291,10 +1180,7 @@ class Directory(Registry):
     def open_blob(self, name, digest):
         layer = self.layer_path(name, digest)
         target = self._read_link(layer)
-        file = self._open_data(target) if target else None
-        if file is not None and not self._told(layer):
-            file.close()
-            file = None
+        file = self._open_data(target) if target and self._told(layer) else None
         if file is None:
             raise self._unknown(name, "BLOB_UNKNOWN", digest)
         return Blob(file, 0, os.fstat(file.fileno()).st_size)
@@ -1305,10 +1191,8 @@ class Directory(Registry):
                 if os.path.isfile(os.path.join(folder, "data")):
                     yield digest
         else:
-            found = set(self._revisions(name))
-            for digest in self._linked(os.path.join(self.repository_path(name), "_layers")):
-                found.add(digest)
-            for digest in sorted(found):
+            layers = self._linked(os.path.join(self.repository_path(name), "_layers"))
+            for digest in sorted(set(layers).union(self._revisions(name))):
                 if os.path.isfile(self.blob_path(digest)):  # Distribution's garbage collection leaves links behind
                     yield digest
 
@@ -1324,19 +1208,15 @@ class Directory(Registry):
     # Space
 
     def usage(self):
-        """The last measurement, from a file that all processes use; while one measures anew, others have the old."""
+        """The last measurement, from a file that all processes use."""
         path = os.path.join(self.own, "usage")
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, FileNotFoundError):
             usage = load_json(read_file(path, -1) or b"")
-            if 0 <= time.time() - usage["time"] < max(USAGE_LIFE, 50 * usage["took"]):
+            if 0 <= time.time() - os.stat(path).st_mtime < max(USAGE_LIFE, 50 * usage["took"]):
                 return usage
-        with open(path + ".lock", "ab") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if os.path.exists(path) else 0))
-            except BlockingIOError:
-                return usage
-            usage = self.measure()
-            self.files.write(path, to_json(usage))
+            os.utime(path)  # while this process measures anew, others have the old
+        usage = self.measure()
+        self.files.write(path, to_json(usage))
         return usage
 
     def measure(self):
@@ -1349,11 +1229,11 @@ class Directory(Registry):
                 sizes[digest] = os.stat(self.blob_path(digest)).st_size
         for name in self.repositories():
             bytes_of[name] = [0, 0]
-            uploads += len(list_directory(os.path.join(self.repository_path(name), "_uploads")))
-            for kind in ("_layers", os.path.join("_manifests", "revisions")):
-                for algorithm in ALGORITHMS:
-                    for encoded in list_directory(os.path.join(self.repository_path(name), kind, algorithm)):
-                        holders.setdefault("%s:%s" % (algorithm, encoded), []).append(name)
+            folder = self.repository_path(name)
+            uploads += len(list_directory(os.path.join(folder, "_uploads")))
+            for digest, _ in itertools.chain(digest_folders(folder, "_layers"),
+                                             digest_folders(folder, "_manifests", "revisions")):
+                holders.setdefault(digest, []).append(name)
         for digest, names in holders.items():
             for name in names:
                 bytes_of[name][len(names) > 1] += sizes.get(digest, 0)
@@ -1414,12 +1294,7 @@ class Directory(Registry):
     def _referrers_index(self, name):
         """The path of that index, and what is in it: {digest: subject}."""
         path = os.path.join(self.own, "referrers", name, "_index")
-        known = {}
-        for line in (read_file(path, -1) or b"").decode("ascii", "replace").splitlines():
-            digest, _, subject = line.partition(" ")
-            if DIGEST.fullmatch(digest) and (subject == "-" or DIGEST.fullmatch(subject)):
-                known[digest] = subject
-        return path, known
+        return path, dict(REFERRER_LINE.findall((read_file(path, -1) or b"").decode("ascii", "replace")))
 
     def _subject_of(self, digest):
         """The subject of a stored manifest, `-` where it has none, None where the manifest can't be read now."""
@@ -1440,71 +1315,73 @@ class Directory(Registry):
             with open(os.path.join(session.folder, "startedat"), "w") as file:
                 file.write(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
             open(session.path, "xb").close()
-        self.hashes.keep(session.id, SessionHash(algorithm))
+        self.keep_hasher(session, hashlib.new(algorithm))
         return session
+
+    def keep_hasher(self, session, hasher):
+        """Keep the hash of an upload's bytes so far, for this process to go on from. Only a saving: the file is the
+        truth, and an upload without one is read again when it is committed."""
+        self.hashers[session.id, session.offset] = hasher
+        while len(self.hashers) > HASHED_SESSIONS:
+            self.hashers.popitem(last=False)
 
     def find_upload(self, name, session_id):
         session = DirectoryUpload(self, name, session_id)
-        session.measure()
+        try:
+            session.offset = os.stat(session.path).st_size
+        except FileNotFoundError:
+            raise session.unknown()
         return session
 
-    def resume_upload(self, name, digest):
-        session_id = self._session_of(digest)
-        self.hashes.forget(session_id)  # the id may have had other bytes, which another process cancelled
-        try:
-            return self.find_upload(name, session_id)
-        except RegistryError:
-            return self.start_upload(name, digest.algorithm, session_id)
+    def has_upload(self, name, session_id):
+        """Whether there is such an upload session."""
+        return os.path.exists(DirectoryUpload(self, name, session_id).path)
 
     @staticmethod
-    def _session_of(digest):
+    def _session_of(name, digest):
         """The id of the upload session in which put_blob stores this digest, in whatever process."""
-        return str(uuid.uuid5(uuid.NAMESPACE_URL, digest))
-
-    @contextlib.contextmanager
-    def _sole_upload(self, name, digest):
-        """Around the one put_blob of this digest that may run; yields whether another one had to end first."""
-        folder = os.path.join(self.repository_path(name), "_uploads", self._session_of(digest))
-        path, waited, held = os.path.join(folder, "startedat"), False, False
-        make_directories(self.repository_path(name))
-        while not held:
-            os.makedirs(folder, exist_ok=True)
-            with open(path, "ab") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    waited = True
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                with contextlib.suppress(FileNotFoundError):  # the other one's end took the folder away
-                    held = os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-                if held:
-                    yield waited
+        return str(uuid.uuid5(uuid.NAMESPACE_URL, name + "@" + digest))
 
     def put_blob(self, name, digest, open_from):
-        with self._sole_upload(name, digest) as waited:
-            if not (waited and self.mount(name, digest)):
-                super().put_blob(name, digest, open_from)
+        session_id = self._session_of(name, digest)
+        with alone(os.path.join(self.files.scratch, session_id)):
+            while not self.mount(name, digest):  # another process has just stored it
+                try:
+                    session = self.find_upload(name, session_id)
+                except RegistryError:
+                    session = self.start_upload(name, digest.algorithm, session_id)
+                resumed = session.offset > 0
+                try:
+                    with open_from(session.offset) as blob:
+                        session.append(blob, session.offset)
+                except BaseException:
+                    if not session.offset:
+                        session.cancel()  # there is nothing to go on from
+                    raise
+                try:
+                    return session.commit(digest)
+                except RegistryError as error:
+                    # What an earlier attempt left was never synced, and a power cut may have spoilt it: begin anew.
+                    if error.code != "DIGEST_INVALID" or not resumed:
+                        raise
 
     def held(self, name, descriptor):
-        with contextlib.suppress(OSError):
-            return os.stat(self.blob_path(descriptor.digest)).st_size
-        with contextlib.suppress(RegistryError):
-            return self.find_upload(name, self._session_of(descriptor.digest)).offset
+        upload = DirectoryUpload(self, name, self._session_of(name, descriptor.digest))
+        for path in (self.blob_path(descriptor.digest), upload.path):
+            with contextlib.suppress(OSError):
+                return os.stat(path).st_size
         return 0
 
     def free_space(self):
         found = os.statvfs(self.root)
         return found.f_bavail * found.f_frsize
 
-    def check_room(self):
-        """Raises UNAVAILABLE with status 507 where the disk has less than `min_free` bytes left."""
+    def check_room(self, size=0):
+        """Raises UNAVAILABLE with status 507 where the disk has less than `min_free` bytes left, and SIZE_INVALID if a
+        blob of this size is too large."""
         if self.min_free and self.free_space() < self.min_free:
             raise RegistryError("UNAVAILABLE", status=507, message="the store is full: the registry's disk has "
                                 "less than %d bytes left, which it keeps free (--min-free)" % self.min_free)
-
-    def check_size(self, size):
-        """Raises UNAVAILABLE, SIZE_INVALID where a blob of so many bytes should not be taken, or no further."""
-        self.check_room()
         if self.max_blob and size > self.max_blob:
             raise RegistryError("SIZE_INVALID", status=413, message="this registry takes blobs of up to %d bytes "
                                 "(--max-blob)" % self.max_blob)
@@ -1524,9 +1401,7 @@ class Directory(Registry):
     def mount(self, name, digest, source=None):
         with self.lock.shared():
             target = self._read_link(self.layer_path(source, digest)) if source else digest
-            if target is None or not os.path.isfile(self.blob_path(target)):
-                return False
-            file = self._open_data(target)
+            file = self._open_data(target) if target else None
             if file is None:
                 return False
             file.close()
@@ -1534,21 +1409,18 @@ class Directory(Registry):
             self._write_link(self.layer_path(name, digest), target)
         return True
 
-    def _is_immutable(self, name, tag):
-        return any(glob.fullmatch(tag) or glob.fullmatch("%s:%s" % (name, tag)) for glob in self.immutable)
-
     def _check_movable(self, name, tag, digest=None):
         """Raises DENIED if an immutable tag points to something else."""
-        current = self._read_link(os.path.join(self.tag_path(name, tag), "current")) if self.immutable else None
-        if current not in (None, digest) and self._is_immutable(name, tag):
-            raise RegistryError("DENIED", message="the tag %s can't be moved or deleted (--immutable-tags)" % tag)
+        if any(glob.fullmatch(tag) or glob.fullmatch("%s:%s" % (name, tag)) for glob in self.immutable):
+            if self._read_link(os.path.join(self.tag_path(name, tag), "current")) not in (None, digest):
+                raise RegistryError("DENIED", message="the tag %s can't be moved or deleted (--immutable-tags)" % tag)
 
     def put_manifest(self, name, manifest, tags=()):
         tags = list(tags)
-        fixed = any(self._is_immutable(name, tag) for tag in tags)
         wanted = [] if self.sparse else [blob for blob in manifest.blobs if not blob.foreign]
         missing = {blob.digest for blob in wanted if not self._has(name, blob)}
-        with self.lock.alone() if fixed else self.lock.shared():  # of two first pushes at once, one must be the second
+        # Of two first pushes of an immutable tag at once, one must be the second.
+        with self.lock.alone() if self.immutable and tags else self.lock.shared():
             for tag in tags:
                 self._check_movable(name, tag, manifest.digest)
             # Another look, because gc may just have taken one; from here on it sees that they are wanted.
@@ -1572,24 +1444,28 @@ class Directory(Registry):
         the manifest's maker, who may keep it, or a sign of damage, which reading the blob tells."""
         try:
             with self.open_blob(name, descriptor.digest) as blob:
-                if blob.length == descriptor.size:
+                algorithm, encoded = descriptor.digest.algorithm, descriptor.digest.encoded
+                if blob.length == descriptor.size or hash_of_file(blob.file, algorithm).hexdigest() == encoded:
                     return True
-                hasher = hashlib.new(descriptor.digest.algorithm)
-                update_hash(hasher, blob.file, 0)
-                if hasher.hexdigest() == descriptor.digest.encoded:
-                    return True
-                self._empty_damaged(blob.file)
+                logger.warning("damaged blob, put aside; push it again: %s", blob.file.name)
+                with self.lock.alone():
+                    if is_at(blob.file, blob.file.name):  # else a whole one has been pushed meanwhile
+                        self.put_aside(blob.file.name)
         except RegistryError:
             return self._read_link(self.revision_path(name, descriptor.digest)) is not None
         return False
 
-    def _empty_damaged(self, file):
-        """Cut a damaged blob, open as this file, to nothing. Clients don't push a blob that is there, so it would never
-        be mended; an empty one is missing to all (_open_data). A whole one that was pushed meanwhile is left."""
-        logger.warning("damaged blob, taken as missing and emptied; push it again: %s", file.name)
-        with open(file.name, "r+b") as again:
-            if os.path.samestat(os.fstat(again.fileno()), os.fstat(file.fileno())):
-                again.truncate(0)
+    def put_aside(self, path):
+        """Move a damaged file to ROOT/tinyreg/damaged, under the path it had; returns where it is. Clients don't push
+        a blob that is there, so it would never be mended. The lock is held, alone. Raises OSError."""
+        aside = os.path.join(self.own, "damaged", os.path.relpath(path, self.root))
+        while os.path.exists(aside):
+            aside += "~"
+        make_directories(os.path.dirname(aside))
+        os.rename(path, aside)
+        sync_directory(os.path.dirname(aside))
+        sync_directory(os.path.dirname(path))
+        return aside
 
     # Deleting
 
@@ -1618,74 +1494,26 @@ class Directory(Registry):
             self.files.remove(self.layer_path(name, digest))
 
 
-def update_hash(hasher, file, offset):
-    """Feed a file's bytes from an offset on to a hasher; returns the offset of the file's end. Raises OSError."""
-    while True:
-        block = os.pread(file.fileno(), COPY_BUFFER, offset)
-        if not block:
-            return offset
+def hash_of_file(file, algorithm, count=None):
+    """The hash object of all that an open file has; `count` hears of the size of each block. Raises OSError."""
+    hasher = hashlib.new(algorithm)
+    file.seek(0)
+    for block in iter(lambda: file.read(COPY_BUFFER), b""):
         hasher.update(block)
-        offset += len(block)
+        if count:
+            count(len(block))
+    return hasher
 
 
-class SessionHash:
-    """The hash of an upload's first `offset` bytes."""
-
-    def __init__(self, algorithm):
-        self.algorithm = algorithm
-        self.hasher = hashlib.new(algorithm)
-        self.offset = 0
-
-    def update(self, block, offset):
-        """Add the block at this offset. After a gap (another process wrote) this does nothing more."""
-        if offset == self.offset:
-            self.hasher.update(block)
-            self.offset += len(block)
-
-    def sum(self, size):
-        """`SIZE:ALGORITHM:ENCODED`, of the first SIZE bytes; "" if that is not what has been hashed."""
-        return "%d:%s:%s" % (size, self.algorithm, self.hasher.hexdigest()) if size == self.offset else ""
-
-    def finish(self, file):
-        """The sum of a whole file, of which what has not been hashed yet is read. Raises OSError."""
-        self.offset = update_hash(self.hasher, file, self.offset)
-        return self.sum(self.offset)
-
-
-class SessionHashes:
-    """What this process knows of the hashes of uploads under way. Only a saving: the files are the truth, and a
-    session that is not here, or not as far as its file, is read again when it is committed."""
-
-    def __init__(self):
-        self.hashes = collections.OrderedDict()
-        self.mutex = threading.Lock()
-
-    def keep(self, session_id, known):
-        with self.mutex:
-            self.hashes[session_id] = known
-            while len(self.hashes) > HASHED_SESSIONS:
-                self.hashes.popitem(last=False)
-
-    def take(self, session_id, algorithm=None):
-        """The hash so far, which is the caller's alone until it is kept again; a new one where there is none, or only
-        one of another algorithm."""
-        with self.mutex:
-            found = self.hashes.pop(session_id, None)
-        if found is None or algorithm not in (None, found.algorithm):
-            return SessionHash(algorithm or "sha256")
-        return found
-
-    def forget(self, session_id):
-        with self.mutex:
-            self.hashes.pop(session_id, None)
-
-
-class DirectoryUpload(UploadSession):
+class DirectoryUpload:
     """An upload session: the file _uploads/ID/data, whose size is its offset.
 
     Two requests may write to one session, when a client has lost its connection and we have not noticed yet. So
     each block is written under the file's lock, and only if the file ends where its writer believes, and is still
     the session's: the second request to write goes on, the first one fails. No lock is held while a client sends.
+
+    `state` is our signature under id, size and digest of what has come. The client carries it from one request to
+    the next, and so to the process that commits, which need not read the file again.
     """
 
     def __init__(self, store, name, session_id):
@@ -1695,44 +1523,24 @@ class DirectoryUpload(UploadSession):
         self.folder = os.path.join(store.repository_path(name), "_uploads", session_id)
         self.path = os.path.join(self.folder, "data")
         self.offset = 0
-        self.sum = ""  # SessionHash.sum of the bytes so far, where it is known
-        self.intact = True  # whether all that this request hashed has been written
+        self.state = ""
 
-    @property
-    def state(self):
-        """The sum, signed. The client carries it to the process that commits, which need not read the file again."""
-        return "%s:%s" % (self.sum, self._signature(self.sum)) if self.sum else ""
-
-    def restore(self, state):
-        """Take a state that this server gave; any other is ignored: after a restart the bytes may have been lost."""
-        found, _, signature = state.rpartition(":")
-        if hmac.compare_digest(signature.encode(), self._signature(found).encode()):
-            self.sum = found
-
-    def _signature(self, text):
-        return hmac.new(self.store.key, ("%s %s" % (self.id, text)).encode(), "sha256").hexdigest()
-
-    def _unknown(self):
+    def unknown(self):
         return RegistryError("BLOB_UPLOAD_UNKNOWN", self.id)
 
     def _misplaced(self):
         return RegistryError("RANGE_INVALID", {"offset": self.offset}, message="the chunk must begin at the offset")
 
-    def measure(self):
-        """Read the offset from the file. Raises BLOB_UPLOAD_UNKNOWN."""
-        try:
-            self.offset = os.stat(self.path).st_size
-        except FileNotFoundError:
-            raise self._unknown()
+    def _sign(self, size, algorithm, encoded):
+        # The key dies with the server: after a restart bytes may be lost, or other ones.
+        text = "%s %d %s:%s" % (self.id, size, algorithm, encoded)
+        return hmac.new(self.store.key, text.encode(), "sha256").hexdigest()
 
-    @contextlib.contextmanager
     def _open(self):
         try:
-            file = open(self.path, "a+b", buffering=0, opener=lambda path, flags: os.open(path, flags & ~os.O_CREAT))
+            return open(self.path, "r+b", buffering=0)
         except FileNotFoundError:
-            raise self._unknown()
-        with file:
-            yield file
+            raise self.unknown()
 
     @contextlib.contextmanager
     def _locked(self, file):
@@ -1740,78 +1548,76 @@ class DirectoryUpload(UploadSession):
         or nothing, meanwhile."""
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
-            found = os.fstat(file.fileno())
-            try:
-                if not os.path.samestat(os.stat(self.path), found):
-                    raise self._unknown()
-            except FileNotFoundError:
-                raise self._unknown()
-            yield found
+            if not is_at(file, self.path):
+                raise self.unknown()
+            yield os.fstat(file.fileno())
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)
 
     def append(self, body, start=None):
+        """Add what `body` gives (a file's readinto). Raises RANGE_INVALID unless `start`, if given, is the offset."""
         with self._open() as file:
-            self.offset = os.fstat(file.fileno()).st_size
+            self.offset = file.seek(0, os.SEEK_END)
             if start not in (None, self.offset):
                 raise self._misplaced()
-            known, buffer, more = self.store.hashes.take(self.id), memoryview(bytearray(COPY_BUFFER)), True
-            try:
-                while more:
-                    filled = 0
-                    try:
-                        while more and filled < COPY_BUFFER:
-                            count = body.readinto(buffer[filled:])
-                            more, filled = count > 0, filled + count
-                    finally:  # what came before a client left is kept: it may come back for the rest
-                        known.update(buffer[:filled], self.offset)
-                        self._write(file, buffer[:filled])
-            finally:
-                if self.intact and known.offset == self.offset:
-                    self.store.hashes.keep(self.id, known)
-                    self.sum = known.sum(self.offset)
+            hasher = self.store.hashers.pop((self.id, self.offset), None if self.offset else hashlib.sha256())
+            buffer, more = memoryview(bytearray(COPY_BUFFER)), True
+            while more:
+                filled = 0
+                try:
+                    while more and filled < COPY_BUFFER:
+                        count = body.readinto(buffer[filled:])
+                        more, filled = count > 0, filled + count
+                finally:  # what came before a client left is kept: it may come back for the rest
+                    self._write(file, buffer[:filled])
+                if hasher:
+                    hasher.update(buffer[:filled])
+            if hasher:
+                self.state = self._sign(self.offset, hasher.name, hasher.hexdigest())
+                self.store.keep_hasher(self, hasher)
 
     def _write(self, file, block):
         with self._locked(file) as found:
-            self.intact = False  # until all is written: what was hashed may not be what the file has
             if found.st_size != self.offset:
-                self.measure()
+                self.offset = found.st_size
                 raise self._misplaced()
             try:
-                self.store.check_size(self.offset + len(block))
+                self.store.check_room(self.offset + len(block))
                 while block:
                     count = file.write(block)
                     self.offset += count
                     block = block[count:]
-                self.intact = True
-            except RegistryError:
-                self.cancel()
-                raise
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    self.cancel()  # a full disk needs the space more than the client needs half a blob
+            except (RegistryError, OSError) as error:
+                # A full disk needs the space more than the client needs half a blob.
+                if isinstance(error, RegistryError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    self.cancel()
                 raise
 
     def commit(self, digest):
+        """Make it a blob of the repository. Raises DIGEST_INVALID if it has another digest. The session ends in any
+        case: wrong bytes are of no use, and after a failed fsync the kernel may have dropped them, and a second fsync
+        would not say so."""
         with self._open() as file, self._locked(file) as found:
-            size = found.st_size
             try:
-                actual = self.sum if self.sum.startswith("%d:%s:" % (size, digest.algorithm)) else \
-                    self.store.hashes.take(self.id, digest.algorithm).finish(file)
-                if actual != "%d:%s" % (size, digest):
-                    raise RegistryError("DIGEST_INVALID", {"wanted": digest, "got": actual.partition(":")[2],
-                                                           "size": size})
+                self._check_digest(file, found.st_size, digest)
                 os.fsync(file.fileno())
                 self.store.publish_blob(self.name, self.path, digest)
-            except BaseException:
-                # Wrong bytes are of no use; and after a failed fsync the kernel may have dropped them, and a
-                # second fsync would not say so.
+            finally:
                 self.cancel()
-                raise
-        self.cancel()
+
+    def _check_digest(self, file, size, digest):
+        hasher = self.store.hashers.pop((self.id, size), None)
+        signed = self._sign(size, digest.algorithm, digest.encoded)
+        if hmac.compare_digest(self.state.encode(), signed.encode()):
+            return
+        if hasher is None or hasher.name != digest.algorithm:
+            hasher = hash_of_file(file, digest.algorithm)
+        if hasher.hexdigest() != digest.encoded:
+            raise RegistryError("DIGEST_INVALID", {"wanted": digest, "size": size,
+                                                   "got": "%s:%s" % (hasher.name, hasher.hexdigest())})
 
     def cancel(self):
-        self.store.hashes.forget(self.id)
+        """Forget the session and its bytes."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def expire(self, limit):
@@ -1849,21 +1655,6 @@ def keys_mentioned(content):
     return frozenset(map(key_of, MENTIONED.findall(content)))
 
 
-def look_at(path, opened=False):
-    """(mtime, size) of a file; (0, 0) where there is none. Raises OSError.
-
-    NFS may tell what it knew of a file a minute ago, but not of one that has just been `opened`."""
-    try:
-        if opened:
-            with open(path, "rb", buffering=0) as file:
-                found = os.fstat(file.fileno())
-        else:
-            found = os.stat(path)
-        return found.st_mtime, found.st_size
-    except (FileNotFoundError, NotADirectoryError):
-        return 0.0, 0
-
-
 def fail(error):
     """For os.walk, which would take a folder that it can't read for an empty one."""
     if not isinstance(error, FileNotFoundError):  # taken away meanwhile
@@ -1878,11 +1669,6 @@ def repository_folders(store):
         if any(child.startswith("_") for child in children):
             yield os.path.relpath(folder, top)
         children[:] = [child for child in children if not child.startswith("_")]
-
-
-def has_files(folders):
-    """Whether there is a file anywhere in these folders. Raises OSError."""
-    return any(files for folder in folders for _, _, files in os.walk(folder, onerror=fail))
 
 
 def note_result(store, what, **numbers):
@@ -2126,7 +1912,8 @@ class Collection:
 
         def find():
             folders = [os.path.join(path, entry) for entry in list_directory(path) if entry.startswith("_")]
-            return [] if has_files(folders) else folders
+            kept = any(files for folder in folders for _, _, files in os.walk(folder, onerror=fail))
+            return [] if kept else folders
 
         if not find() or self.dry_run:
             return
@@ -2151,7 +1938,7 @@ class Verification:
     """One reading of everything in the store, beside pushes; afterwards `findings` is {(what, name, path): images that
     it harms}. `rate` limits the reading to so many bytes a second; `progress(blobs, bytes)` is called now and then."""
 
-    MOVABLE = ("damaged link", "link to a missing blob", "tag without manifest", "damaged referrers index")
+    MOVABLE = ("damaged link", "link to a missing blob", "tag without manifest")
 
     def __init__(self, store, rate=0, progress=None):
         self.store = store
@@ -2160,167 +1947,132 @@ class Verification:
         self.blobs = 0
         self.bytes = 0
         self.damaged = {}   # {digest: (path, look_at it: a file that replaces it is younger)}
-        self.harmed = {}    # {damaged digest: set of images}
         self.findings = {}
         self.moved = []
         self.mutex = threading.Lock()
-        self.failure = None
+        self.began = self.told = time.monotonic()
 
     def run(self, repair=False):
         """Read it all; with `repair`, put aside what is damaged or leads nowhere. Raises OSError."""
         self._read_blobs()
+        self.findings = {("damaged blob", digest, path): set() for digest, (path, _) in self.damaged.items()}
         for name in repository_folders(self.store):
             found = self._check(name)
             if found:  # a second look, because a deletion may have been under way
-                found = {key: images for key, images in self._check(name).items() if key in found}
-            self.findings.update(found)
-            if repair and found:
-                with self.store.lock.alone():
-                    for what, _, path in self._check(name):
-                        if what in self.MOVABLE:
-                            self._put_aside(path)
-        for digest, (path, seen) in self.damaged.items():
-            self.findings["damaged blob", digest, path] = self.harmed.get(digest, set())
-            if repair:
-                with self.store.lock.alone():
-                    if look_at(path) == seen:
-                        self._put_aside(path)
+                with self.store.lock.alone() if repair else contextlib.ExitStack():
+                    found = {key: images for key, images in self._check(name).items() if key in found}
+                    self.moved += [self.store.put_aside(path) for what, _, path in found
+                                   if repair and what in self.MOVABLE]
+            for key, images in found.items():
+                self.findings.setdefault(key, set()).update(images)
+        for path, seen in self.damaged.values() if repair else ():
+            with self.store.lock.alone():
+                if look_at(path) == seen:
+                    self.moved.append(self.store.put_aside(path))
+        if repair:  # the referrers index is made anew
+            shutil.rmtree(os.path.join(self.store.own, "referrers"), ignore_errors=True)
         note_result(self.store, "verify", findings=len(self.findings), read_bytes=self.bytes)
 
     def _read_blobs(self):
-        """Hash every blob, in as many threads as there are processors: hashlib lets them run at once."""
-        self.entries = digest_folders(self.store.tree, "blobs", shards=True)
-        self.began = time.monotonic()
-        threads = [threading.Thread(target=self._read_some, daemon=True) for _ in range(cores())]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.5)
-                self.progress(self.blobs, self.bytes)
-        if self.failure:
-            raise self.failure
+        """Hash every blob, in as many threads as there are processors; hashlib lets them run. Raises OSError."""
+        entries = digest_folders(self.store.tree, "blobs", shards=True)
+        with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
+            for batch in iter(lambda: list(itertools.islice(entries, 1000)), []):
+                list(pool.map(self._read_blob, batch))
 
-    def _read_some(self):
-        try:
-            while not self.failure:
-                with self.mutex:
-                    digest, folder = next(self.entries, (None, None))
-                if digest is None:
-                    return
-                self._read_blob(digest, os.path.join(folder, "data"))
-        except OSError as error:
-            self.failure = error
-
-    def _read_blob(self, digest, path):
-        hasher, seen = hashlib.new(digest.algorithm), look_at(path)
+    def _read_blob(self, entry):
+        digest, path = entry[0], os.path.join(entry[1], "data")
+        seen, intact = look_at(path), False
         try:
             with open(path, "rb", buffering=0) as file:
-                for block in iter(lambda: file.read(COPY_BUFFER), b""):
-                    hasher.update(block)
-                    self._count(len(block))
+                intact = hash_of_file(file, digest.algorithm, self._count).hexdigest() == digest.encoded
         except FileNotFoundError:
             return
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
         self._count(0, 1)
-        if hasher.hexdigest() != digest.encoded:
+        if not intact:
             self.damaged[digest] = (path, seen)
 
     def _count(self, size, blobs=0):
         with self.mutex:
             self.blobs += blobs
             self.bytes += size
+            if time.monotonic() - self.told > 0.5:
+                self.told = time.monotonic()
+                self.progress(self.blobs, self.bytes)
         if self.rate:
             time.sleep(max(self.bytes / self.rate - (time.monotonic() - self.began), 0.0))
 
     def _check(self, name):
-        """The findings in one repository; takes `harmed` further."""
-        folder = os.path.join(self.store.repository_path(name), "_manifests")
-        found = {}
-        layers = self._check_links(found, os.path.join(os.path.dirname(folder), "_layers"))
-        revisions = self._check_links(found, os.path.join(folder, "revisions"))
-        index = self.store._referrers_index(name)
-        held = set(layers).union(revisions)
-        needs = {digest: self._needs(found, name, digest, held, index) for digest in revisions}
-        bad = {digest for _, digest, _ in found}
-        bad.update(digest for digest, target in itertools.chain(layers.items(), revisions.items())
-                   if target in self.damaged)
-        images = {}
+        """The findings in one repository, as {(what, name, path): set of images that it harms}."""
+        folder, found = os.path.join(self.store.repository_path(name), "_manifests"), []
+        layers = self._check_links(found, digest_folders(os.path.dirname(folder), "_layers"))
+        revisions = self._check_links(found, digest_folders(folder, "revisions"))
+        needs = dict(itertools.chain(layers.items(), revisions.items()))  # {digest or tag: what it can't do without}
+        held = set(needs)
+        for digest in revisions:
+            blobs, children = self._needs(digest)
+            needs[digest] = needs[digest] + blobs + children
+            found += [("missing blob", blob, self.store.layer_path(name, blob)) for blob in blobs if blob not in held]
+        tags = [(tag, os.path.join(self.store.tag_path(name, tag), "current"))
+                for tag in list_directory(os.path.join(folder, "tags"))]
+        for tag, current in tags:
+            needs[tag] = self._check_link(found, tag, current)
+            if needs[tag] and needs[tag][0] not in revisions:
+                found.append(("tag without manifest", tag, os.path.join(current, "link")))
+            for digest, folder in digest_folders(os.path.dirname(current), "index"):
+                self._check_link(found, digest, folder)  # what a tag once meant may be gone
+        images, tagged = {what: set() for _, what, _ in found}, set()
+        for image in [tag for tag, _ in tags] + list(revisions):
+            if image not in tagged:
+                reached = self._reached(image, needs)
+                for what in reached.intersection(images):
+                    images[what].add(image_text(name, image))
+                tagged |= reached if image not in revisions else set()
+        return {key: images[key[1]] for key in found}
 
-        def note(image, digest):
-            reached, todo = set(), [digest]
-            while todo:
-                digest = todo.pop()
-                if digest not in reached:
-                    reached.add(digest)
-                    todo += needs.get(digest, ())
-            for digest in reached & bad:
-                images.setdefault(digest, set()).add(image)
-                self.harmed.setdefault(layers.get(digest) or digest, set()).add(image)
-            return reached
-
-        tagged = set()
-        for tag in list_directory(os.path.join(folder, "tags")):
-            image, path = "%s:%s" % (name, tag), self.store.tag_path(name, tag)
-            target = self._check_link(found, tag, os.path.join(path, "current"))
-            self._check_links(found, os.path.join(path, "index"), history=True)
-            if target and target not in revisions:
-                found["tag without manifest", tag, os.path.join(path, "current", "link")] = set()
-            elif target:
-                tagged |= note(image, target)
-            images[tag] = {image}
-        for digest in set(revisions) - tagged:
-            note("%s@%s" % (name, digest), digest)
-        return {key: images.get(key[1], set()) for key in found}
-
-    def _check_links(self, found, top, history=False):
-        """{digest: what its link names} of the links that are there. What a tag once meant may be gone."""
+    def _check_links(self, found, entries):
+        """{digest: [what its link names]} of the (digest, folder) entries that lead to a blob; notes what doesn't."""
         targets = {}
-        for digest, folder in digest_folders(top):
-            target = self._check_link(found, digest, folder)
-            if target and (history or os.path.isfile(self.store.blob_path(target))):
-                targets[digest] = target
-            elif target:
-                found["link to a missing blob", digest, os.path.join(folder, "link")] = set()
+        for digest, folder in entries:
+            for target in self._check_link(found, digest, folder):
+                path = self.store.blob_path(target)
+                if os.path.isfile(path):
+                    targets[digest] = [target]
+                    found += [("damaged blob", target, path)] if target in self.damaged else []
+                else:
+                    found.append(("link to a missing blob", digest, os.path.join(folder, "link")))
         return targets
 
     def _check_link(self, found, name, folder):
+        """[what a link names], or [] where there is no link, or a damaged one."""
         path = os.path.join(folder, "link")
         target = self.store._read_link(folder)
         if target is None and os.path.exists(path):
-            found["damaged link", name, path] = set()
-        return target
+            found.append(("damaged link", name, path))
+        return [target] if target else []
 
-    def _needs(self, found, name, digest, held, index):
-        """The digests of what a manifest can't be pulled without; an index may lack children."""
-        content = self.store._manifest_content(digest)
+    def _needs(self, digest):
+        """The digests of a manifest's blobs, and of its children, which an index may lack."""
         try:
-            manifest = Manifest(content or b"{}", digest)
-            blobs = [blob.digest for blob in manifest.blobs if not blob.foreign]
-            children = [child.digest for child in manifest.manifests]
-            subject = manifest.subject or "-"
+            manifest = Manifest(self.store._manifest_content(digest) or b"", digest)
+            return ([blob.digest for blob in manifest.blobs if not blob.foreign],
+                    [child.digest for child in manifest.manifests])
         except RegistryError:
-            return []
-        for blob in blobs:
-            if blob not in held:
-                found["missing blob", blob, self.store.layer_path(name, blob)] = set()
-        if content and index[1].get(digest, subject) != subject:
-            found["damaged referrers index", digest, index[0]] = set()
-        return blobs + children
+            return [], []
 
-    def _put_aside(self, path):
-        """Move a file to ROOT/tinyreg/damaged, under the path it had. Raises OSError."""
-        aside = os.path.join(self.store.own, "damaged", os.path.relpath(path, self.store.root))
-        while os.path.exists(aside):
-            aside += "~"
-        with contextlib.suppress(FileNotFoundError):
-            make_directories(os.path.dirname(aside))
-            os.rename(path, aside)
-            sync_directory(os.path.dirname(aside))
-            sync_directory(os.path.dirname(path))
-            self.moved.append(aside)
+    @staticmethod
+    def _reached(start, needs):
+        """The set of all that something can't do without, itself included."""
+        reached, todo = set(), [start]
+        while todo:
+            digest = todo.pop()
+            if digest not in reached:
+                reached.add(digest)
+                todo += needs.get(digest, ())
+        return reached
 
 # ---------------------------------------------------------------------------------------------------------
 # 7  Archive
@@ -3670,7 +3422,7 @@ class PullThrough(Directory):
             size = self._ask(name, Remote.size, digest)
             if size is None:
                 raise
-        self.cache.check_size(size)
+        self.cache.check_room(size)
         return ArrivingBlob(self, name, digest, size, 0, size)
 
     def fetch(self, name, digest):
@@ -3716,7 +3468,7 @@ class ArrivingBlob(Blob):
 
     def readinto(self, view):
         self.ended = self.ended or self.store.fetch(self.name, self.digest)
-        session = DirectoryUpload(self.store, self.name, self.store._session_of(self.digest)).path
+        session = DirectoryUpload(self.store, self.name, self.store._session_of(self.name, self.digest)).path
         while self.position < self.length:
             ended, start, block = self.ended.is_set(), self.offset + self.position, b""
             left = self.length - self.position if ended else min(self.offset + self.length, self.size - 1) - start
@@ -4591,11 +4343,11 @@ class Notifications:
     def queue(self, endpoint, event):
         """Keep an event for an endpoint, durably. Raises OSError."""
         body = json.dumps({"events": [dict(event, source=self.source)]}, indent=3).encode("ascii")
-        lock = self._path(endpoint) + ".lock"
-        with alone(lock):
+        last = self._path(endpoint) + ".last"
+        with alone(self._path(endpoint) + ".lock"), open(last, "ab"):
             # Its mtime is the last number, so that no clock that is set back turns the order round.
-            number = max(int(time.time() * 1e9), os.stat(lock).st_mtime_ns + 1)
-            os.utime(lock, ns=(number, number))
+            number = max(int(time.time() * 1e9), os.stat(last).st_mtime_ns + 1)
+            os.utime(last, ns=(number, number))
             self.files.write(self._path(endpoint, number), body)
 
     def start(self):
@@ -5022,7 +4774,7 @@ def finish_upload(registry, access, request, name, session):
 
     Raises BLOB_UPLOAD_UNKNOWN, RANGE_INVALID, SIZE_INVALID, DIGEST_INVALID."""
     upload = registry.find_upload(name, session)
-    upload.restore(request.get("state", ""))
+    upload.state = request.get("state", "")
     digest = parse_digest(request.get("digest") or "")
     receive(upload, request)
     upload.commit(digest)
@@ -6787,16 +6539,22 @@ def banner(store, listeners, access, local, tls=None):
     ])
 
 
-def stored_name(store, name, reference=None):
-    """The repository that a name on the command line means: alpine is docker.io/library/alpine where only that is, or
-    only that has the tag or Digest."""
-    def has(found):
-        return os.path.isdir(store.repository_path(found) if reference is None else
-                             store.revision_path(found, reference) if isinstance(reference, Digest) else
-                             store.tag_path(found, reference))
-
-    names = names_to_try(name)
-    return next(filter(has, names), names[0])
+def find_image(store, text):
+    """(name, reference) of an image in the store, by its name here or by the one at its origin: alpine is
+    docker.io/library/alpine where only that has the tag. Raises NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID,
+    MANIFEST_UNKNOWN."""
+    try:
+        name, reference = split_image(text)
+        names, reference = names_to_try(name), reference or "latest"
+    except RegistryError:  # lab.example:5000/x:1
+        image = parse_image(text)
+        names, reference = [image.stored_name], image.reference
+    path = store.revision_path if isinstance(reference, Digest) else store.tag_path
+    for name in names:
+        if os.path.isdir(path(name, reference)):
+            return name, reference
+    raise RegistryError("MANIFEST_UNKNOWN", message="not in the store; `tinyreg.py ls` shows what is, and "
+                        "`tinyreg.py pull` fetches more")
 
 
 def example(store, host):
@@ -6807,30 +6565,35 @@ def example(store, host):
     return "docker pull %s/%s" % (host, image_text(name, reference))
 
 
+def show(options, value, lines):
+    """Print what a command reports: with --json the value, else the lines."""
+    for line in [json.dumps(value, indent=2)] if options.json else lines:
+        print(line)
+
+
 def list_store(options):
     """The repositories; the tags of one; or, with --digests, every blob."""
     store = open_store(options)
-    name = stored_name(store, parse_name(options.repository)) if options.repository else None
-    if name and not os.path.isdir(store.repository_path(name)):
-        raise CommandError("there is no repository %s; tinyreg.py ls lists those that there are" % name)
-    if options.digests:
-        rows = [[digest] for digest in store.digests(name)]
-        report = [row[0] for row in rows]
-    elif name is None:
-        rows = [[repository] for repository in store.repositories()]
-        report = [row[0] for row in rows]
-    else:
-        report = []
-        for tag in store.tags(name):
-            try:
-                report.append(dict(describe(store, name, store.resolve(name, tag)), tag=tag))
-            except RegistryError as error:
-                report.append({"tag": tag, "error": str(error)})
-        rows = [["TAG", "SIZE", "PLATFORMS", "DIGEST"]] + [tag_row(entry) for entry in report]
-    if options.json:
-        print(json.dumps(report, indent=2))
-    else:
-        print_table(rows)
+    name = None
+    if options.repository:
+        names = names_to_try(parse_name(options.repository))
+        name = next((found for found in names if os.path.isdir(store.repository_path(found))), None)
+        if name is None:
+            raise CommandError("there is no repository %s; tinyreg.py ls lists those that there are"
+                               % options.repository)
+    if options.digests or name is None:
+        found = list(store.digests(name) if options.digests else store.repositories())
+        show(options, found, found)
+        return 0
+    report = []
+    for tag in store.tags(name):
+        try:
+            report.append(dict(describe(store, name, store.resolve(name, tag)), tag=tag))
+        except RegistryError as error:
+            report.append({"tag": tag, "error": str(error)})
+    rows = [["TAG", "SIZE", "PLATFORMS", "DIGEST"]] + [tag_row(entry) for entry in report]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    show(options, report, ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows])
     return 0
 
 
@@ -6842,34 +6605,23 @@ def tag_row(entry):
     return [entry["tag"], in_units(entry["size"]), ",".join(entry["platforms"]) + missing, entry["digest"]]
 
 
-def print_table(rows):
-    """Columns, each as wide as its widest entry."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-
-
 def remove(options):
     """Delete tags (NAME:TAG) and manifests (NAME@DIGEST). The bytes stay until garbage is collected."""
-    store = open_store(options)
-    done = []
-    for image in options.images:
-        name, reference = split_image(image)
-        name = stored_name(store, name, reference)
-        if reference is None:
-            raise CommandError("%s: say which tag (%s:TAG) or manifest (%s@DIGEST) to delete" % (image, name, name))
-        try:
-            if isinstance(reference, Digest):
-                store.delete_manifest(name, reference)
-            else:
-                store.delete_tag(name, reference)
-        except RegistryError as error:
-            raise CommandError("%s: %s; tinyreg.py ls shows what is there%s" % (image, error.message, already(done)))
-        done.append(image)
-        if not options.quiet and not options.json:
-            print("deleted " + image)
-    if options.json:
-        print(json.dumps({"deleted": done}, indent=2))
+    store, deleted = open_store(options), []
+    try:
+        for image in options.images:
+            if not re.search("[:@]", image.rpartition("/")[2]):
+                raise CommandError("%s: say which tag (%s:TAG) or manifest (%s@DIGEST) to delete"
+                                   % (image, image, image))
+            try:
+                name, reference = find_image(store, image)
+                delete = store.delete_manifest if isinstance(reference, Digest) else store.delete_tag
+                delete(name, reference)
+            except RegistryError as error:
+                raise CommandError("%s: %s" % (image, error.message))
+            deleted.append(image)
+    finally:
+        show(options, {"deleted": deleted}, [] if options.quiet else ["deleted " + image for image in deleted])
     return 0
 
 
@@ -7077,8 +6829,9 @@ def pull(options):
     store, progress = open_store(options, create=True), Progress(options.quiet or options.json)
     images = [parse_image(text) for text in wanted_images(options)]
     remotes = {host: open_remote(options, host, progress) for host in {image.host for image in images}}
-    work = [(str(image), functools.partial(Copy, remotes[image.host], store, image.path, image.reference,
-                                           image.stored_name, options.platform, not options.no_referrers))
+    work = [("%s/%s" % (image.host, image_text(image.path, image.reference)),
+             functools.partial(Copy, remotes[image.host], store, image.path, image.reference, image.stored_name,
+                               options.platform, not options.no_referrers))
             for image in images]
     return run_copies(options, work, store, progress)
 
@@ -7106,30 +6859,12 @@ def push(options):
     remote = open_remote(options, host, progress)
 
     def planned(text, report):
-        name, reference = split_stored(store, text)
+        name, reference = find_image(store, text)
         return Copy(store, remote, name, reference, push_name(host, prefix, name), options.platform,
                     not options.no_referrers, report)
 
     work = [(image, functools.partial(planned, image)) for image in wanted_images(options)]
     return run_copies(options, work, remote, progress)
-
-
-def split_stored(store, text):
-    """(name, reference) of an image in the store, by its name here or by the one at its origin. Raises NAME_INVALID,
-    MANIFEST_INVALID, DIGEST_INVALID, MANIFEST_UNKNOWN."""
-    try:
-        name, reference = split_image(text)
-        reference = reference or "latest"
-        name = stored_name(store, name, reference)
-    except RegistryError:  # lab.example:5000/x:1
-        image = parse_image(text)
-        name, reference = image.stored_name, image.reference
-    try:
-        store.manifest(name, reference if isinstance(reference, Digest) else store.resolve(name, reference))
-    except RegistryError as error:
-        raise RegistryError(error.code, message="not in the store; `tinyreg.py ls` shows what is, and "
-                            "`tinyreg.py pull` fetches more")
-    return name, reference
 
 
 def add_transfer_options(command, to=None, images=True):
@@ -7197,6 +6932,7 @@ def verify(options):
         if shown:
             sys.stderr.write("\r%d blobs, %s read " % (blobs, in_units(size)))
 
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))  # threads would go on reading
     check = ArchiveVerification(options.archives, progress=progress) if options.archives else Verification(
         open_store(options), options.rate, progress)
     check.run(options.repair)
@@ -7204,18 +6940,13 @@ def verify(options):
         sys.stderr.write("\n")
     report = [{"what": what, "name": name, "path": path, "harms": sorted(images)}
               for (what, name, path), images in sorted(check.findings.items())]
-    if options.json:
-        print(json.dumps({"blobs": check.blobs, "size": check.bytes, "damage": report, "moved": check.moved}, indent=2))
-    else:
-        for entry in report:
-            print("%s: %s (%s)%s" % (entry["what"], entry["name"], entry["path"],
-                                     "".join("\n    harms " + image for image in entry["harms"])))
-        for path in check.moved:
-            print("put aside: " + path)
-        if not options.quiet:
-            print("%d blobs, %s: %s" % (check.blobs, in_units(check.bytes), "all is well" if not report else
-                                        "%d damaged or missing; push the images that it harms (or copy the archive) "
-                                        "again" % len(report)))
+    lines = ["%(what)s: %(name)s (%(path)s)" % entry + "".join("\n    harms " + image for image in entry["harms"])
+             for entry in report] + ["put aside: " + path for path in check.moved]
+    if not options.quiet:
+        lines.append("%d blobs, %s: %s" % (check.blobs, in_units(check.bytes), "all is well" if not report else
+                                           "%d damaged or missing; push the images that it harms (or "
+                                           "copy the archive) again" % len(report)))
+    show(options, {"blobs": check.blobs, "size": check.bytes, "damage": report, "moved": check.moved}, lines)
     return 1 if report else 0
 
 
@@ -7238,11 +6969,6 @@ def keep_up(store, every, grace):
         time.sleep(max(pause, 1.0))
 
 
-def already(done):
-    """The end of an error line for a command that did a part of its work."""
-    return " (deleted before it: %s)" % ", ".join(done) if done else ""
-
-
 # Archives
 
 def digests_in(path):
@@ -7262,7 +6988,7 @@ def save(options):
     writer = ArchiveWriter(digest for path in options.have for digest in digests_in(path))
     for text in wanted_images(options):
         try:
-            name, reference = split_stored(store, text)
+            name, reference = find_image(store, text)
             report = copy(store, writer, name, reference, platforms=options.platform,
                           referrers=not options.no_referrers, report=Report(text))
         except RegistryError as error:

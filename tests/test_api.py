@@ -237,14 +237,6 @@ def test_a_bug(caplog):
     assert "Traceback" in caplog.text and "ZeroDivisionError" in caplog.text
 
 
-@pytest.mark.parametrize("method, path", [
-    ("POST", "/v2/a/blobs/uploads/"), ("POST", "/v2/a/blobs/uploads/?mount=" + NOWHERE),
-    ("DELETE", "/v2/a/manifests/tag"), ("DELETE", "/v2/a/manifests/" + NOWHERE), ("DELETE", "/v2/a/blobs/" + NOWHERE)])
-def test_a_registry_that_is_read_only(method, path):
-    answer = Client(Registry())(method, path)
-    assert (answer.status, answer.code) == (405, "UNSUPPORTED") and "read-only" in answer.json["errors"][0]["message"]
-
-
 # Manifests
 
 def manifest_headers(digest, media_type):

@@ -18,7 +18,7 @@ from conftest import TINYREG
 from samples import (CONFIG, descriptor, image, index, make_image, make_referrer, push_blob, read_blob,
                      to_manifest)
 from test_files import STEPS, Tracer
-from tinyreg import OCI_ARTIFACT, Digest, Directory, Registry, RegistryError
+from tinyreg import OCI_ARTIFACT, Digest, Directory, RegistryError
 
 ALGORITHMS = ("sha256", "sha512")
 TREE = "docker/registry/v2/"
@@ -203,14 +203,6 @@ def test_a_directory_that_is_no_store(tmp_path):
     with pytest.raises(FileNotFoundError):
         Directory(str(tmp_path / "nothing"), create=False)
     assert os.listdir(str(tmp_path)) == []
-
-
-def test_a_registry_that_implements_nothing_refuses_writes():
-    digest = Digest.of(b"")
-    for call in (("start_upload", "a"), ("mount", "a", digest), ("put_manifest", "a", None), ("delete_tag", "a", "t"),
-                 ("delete_manifest", "a", digest), ("delete_blob", "a", digest)):
-        assert refusal(getattr(Registry(), call[0]), *call[1:]) == "UNSUPPORTED"
-    assert refusal(Registry().find_upload, "a", "id") == "BLOB_UPLOAD_UNKNOWN"
 
 
 # Blobs

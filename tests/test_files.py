@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from conftest import TINYREG
-from tinyreg import Files, SharedLock, list_directory, make_directories, read_file
+from tinyreg import Files, SharedLock, alone, list_directory, make_directories, read_file
 
 PATIENCE = 30  # seconds until a test that waits for something gives up
 
@@ -397,3 +397,24 @@ def test_a_child_process_does_not_inherit_the_lock(tmp_path, hold):
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait(timeout=PATIENCE)
+
+
+def test_a_lock_file_goes_with_its_holder_and_still_keeps_others_out(tmp_path):
+    """Each waiter finds the file that it waited for gone, and must not take that for having the lock."""
+    path, inside, most = str(tmp_path / "lock"), [], []
+
+    def work():
+        for _ in range(50):
+            with alone(path):
+                inside.append(1)
+                os.listdir(str(tmp_path))  # lets others run
+                most.append(len(inside))
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert len(most) == 400 and set(most) == {1}
+    assert os.listdir(str(tmp_path)) == []

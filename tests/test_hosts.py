@@ -281,14 +281,15 @@ def test_locks_are_of_files_that_are_opened_as_nfs_wants(tmp_path, monkeypatch):
     store.usage()
     token_key(store)
     endpoint = Endpoint("http://127.0.0.1:9/")
-    queue = Notifications(os.path.join(store.own, "notify"), [endpoint], Metrics([]))
-    queue.queue({"action": "push"})
-    monkeypatch.setattr(Notifications, "_advance", lambda self, endpoint: sys.exit())
+    queue = Notifications(store.own, [endpoint], Metrics([]))
+    queue.queue(endpoint, {"action": "push"})
+    monkeypatch.setattr(Endpoint, "deliver", lambda self, body: sys.exit())
     with pytest.raises(SystemExit):
         queue._empty(endpoint)
     store.delete_manifest("app", manifest.digest)
     collect_garbage(store)
-    alone = {"lock", "gc", "data", "startedat", "usage.lock", "token.key.lock", endpoint.key}
+    alone = {"lock", "gc", "data", store._session_of("app", digest), "token.key.lock", endpoint.key + ".sender",
+             endpoint.key + ".lock"}
     assert {(name, fcntl.LOCK_EX) for name in alone} | {("lock", fcntl.LOCK_SH)} <= taken
     assert not os.path.exists(os.path.join(store.own, "lock.changes"))
 

@@ -105,7 +105,7 @@ def test_certificates_are_what_go_and_apple_clients_want(tmp_path):
     assert not days, "Apple's clients trust no certificate for longer than 398 days"
     assert {name: os.stat(str(folder / name)).st_mode & 0o777 for name in ("ca.key", "server.pem")} == {
         "ca.key": 0o600, "server.pem": 0o600}
-    assert sorted(os.listdir(str(folder))) == ["ca.crt", "ca.key", "lock", "server.pem"]
+    assert sorted(os.listdir(str(folder))) == ["ca.crt", "ca.key", "server.pem"]
     assert os.listdir(str(tmp_path / "scratch")) == []
 
 
