@@ -922,6 +922,12 @@ class Registry:
         """A value that differs after every change, for answers that are kept; None if nothing may be kept."""
         return None
 
+    def open_blob(self, name, digest):
+        raise NotImplementedError
+
+    def referrers(self, name, subject, last=""):
+        raise NotImplementedError
+
     def open_blob_from(self, name, digest, offset):
         """The blob from this byte on, an empty rest included. Raises NAME_UNKNOWN, BLOB_UNKNOWN."""
         blob = self.open_blob(name, digest)
@@ -2296,11 +2302,12 @@ def compression(start):
 def open_tar(path, scratch=None):
     """A tar as an open file; with a scratch folder also a gzipped one, and stdin (`-`), unpacked into a nameless file.
     Raises ValueError, OSError."""
-    source = sys.stdin.buffer if path == "-" and scratch else open(path, "rb")
+    from_stdin = path == "-" and scratch
+    source = open(0 if from_stdin else path, "rb")
     packed = compression(source.peek(8))
     if packed and not (packed == "gzip" and scratch):
         raise ValueError("it is compressed with %s; decompress it first" % packed)
-    if not packed and source is not sys.stdin.buffer:
+    if not packed and not from_stdin:
         return source
     file, stream = tempfile.TemporaryFile(dir=scratch), gzip.GzipFile(fileobj=source) if packed else source
     try:
@@ -2784,7 +2791,7 @@ Login = collections.namedtuple("Login", "user secret token where")  # the token,
 class Passing(RegistryError):
     """A failure that may pass. `wait` is how many seconds the other side wants to be left alone, if it says so."""
 
-    wait = None
+    wait = None  # type: float
 
 
 @contextlib.contextmanager
