@@ -128,7 +128,8 @@ MAX_HEAD = 64 << 10          # bytes, request line and header block; bearer toke
 MAX_CHUNK_LINE = 1 << 10     # bytes; a chunk's size line with its extensions, which nobody sends
 MAX_DRAIN = 256 << 10        # bytes of a refused body that are read, to keep the connection
 MAX_LINGER = 64 << 20        # bytes read off a connection that is to be closed, so that the answer arrives
-COPY_BUFFER = 256 << 10      # bytes taken from a client between two writes to the disk
+COPY_BUFFER = 256 << 10      # bytes moved at once from file to file; and what is worth a write, as a blob comes in …
+MOST_AT_ONCE = 640 << 10     # … into a buffer of so many bytes, which fills at once where the network is fast
 SMALL_BLOB = 64 << 10        # bytes; a blob up to this goes out in one write with its headers, and may be cached
 MAX_CACHED = 16 << 20        # bytes of answers that one worker keeps
 HASHED_SESSIONS = 1024       # upload sessions whose hash is kept in memory; others are read again at their end
@@ -1567,7 +1568,7 @@ class DirectoryUpload:
             if start not in (None, self.offset):
                 raise self._misplaced()
             hasher = self.store.hashers.pop((self.id, self.offset), None if self.offset else hashlib.sha256())
-            buffer, more = memoryview(bytearray(COPY_BUFFER)), True
+            buffer, more = memoryview(bytearray(MOST_AT_ONCE)), True
             while more:
                 filled = 0
                 try:
