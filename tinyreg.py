@@ -146,6 +146,7 @@ CACHED_FOR = 1.0             # seconds that an answer may be repeated; so a toke
 MAX_CONNECTIONS = 256        # of one client, in one worker: so that one laptop can't starve a room …
 MAX_UPLOADS = 1000           # … and upload sessions. What comes from this machine, so from a proxy, is not limited
 SPARE_THREADS = 16           # threads that wait for a connection, per listening socket; more end with theirs
+CLIENT_LEFT = 499            # what logs have as the status, as nginx's do, where the client did not wait for one
 IDLE_LIMIT = 60.0            # seconds that a kept connection may wait for its next request
 HEAD_LIMIT = 20.0            # seconds from a request's first byte to the end of its header block
 HANDSHAKE_LIMIT = 20.0       # seconds that a TLS handshake may take
@@ -677,7 +678,7 @@ class Files:
         """Put a small file in place, whole and durable. One that has this content already only becomes as young as a
         new one. Raises OSError.
 
-        `private`: for its owner's eyes only, from its first byte on; the owner stays the one that the file had."""
+        `private`: for its owner's eyes only, from its first byte on; a file that was there keeps owner and group."""
         if not private and read_file(path, len(content) + 1) == content:
             os.utime(path)
             return sync_directory(os.path.dirname(path))
@@ -688,6 +689,7 @@ class Files:
                 if private and os.path.exists(path):
                     found = os.stat(path)
                     os.fchown(file.fileno(), found.st_uid, found.st_gid)
+                    os.fchmod(file.fileno(), found.st_mode & 0o770)
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -2324,7 +2326,6 @@ def open_tar(path, scratch=None):
     return file
 
 
-# Names in archives
 # Names in archives
 
 def repository_for(path):
@@ -4110,7 +4111,8 @@ MEANINGS = {201: "right: it is here now as {digest}", 206: "here is the part you
             304: "you have it already", 400: "that is refused, for something is wrong with it",
             401: "who are you? Come back with a user and a password", 403: "you may not do that",
             404: "that is not here", 405: "that can't be done", 416: "that does not follow what is here",
-            429: "not so fast", 503: "not at the moment; try again", 507: "the disk is full"}
+            429: "not so fast", CLIENT_LEFT: "the client left before that was said",
+            503: "not at the moment; try again", 507: "the disk is full"}
 
 
 def explain(exchange):
@@ -5467,7 +5469,7 @@ ROUTES += compile_routes([
 # ---------------------------------------------------------------------------------------------------------
 
 REQUEST_LINE = re.compile(rb"([A-Z]{1,32}) ([!-~]+) HTTP/(1\.[01])")
-HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
 CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 BARE_NEWLINE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 TLS_HANDSHAKE = b"\x16"  # the first byte of a client that speaks TLS
@@ -5493,7 +5495,7 @@ def parse_head(head):
         field = HEADER_LINE.fullmatch(line)
         if not field:
             raise bad_request("malformed header line")
-        name, value = field.group(1).decode().lower(), field.group(2).decode("latin-1")
+        name, value = field.group(1).decode().lower(), field.group(2).decode("latin-1").strip(" \t")
         if name in headers:
             if name in ("content-length", "host", "transfer-encoding", "content-range", "authorization"):
                 raise bad_request("more than one %s" % name)
@@ -5534,6 +5536,8 @@ class Pace:
             moved = function(*arguments)
         except BlockingIOError:
             moved = None
+        except ConnectionError:
+            raise ClientLeft("reset")
         self.moved += moved or 0
         self.waited += time.monotonic() - start
         if self.waited > PACE_WINDOW:
@@ -5549,7 +5553,7 @@ class Incoming:
 
     def __init__(self, sock):
         self.sock = sock
-        self.buffer = b""
+        self.buffer = bytearray()  # of which the begin can be cut off without moving the rest
         self.pace = Pace()
 
     def read_head(self):
@@ -5558,14 +5562,13 @@ class Incoming:
         began, first, searched = time.monotonic(), None, 0
         while True:
             while self.buffer.startswith(b"\r\n"):
-                self.buffer = self.buffer[2:]  # RFC 9112, 2.2: empty lines before a request
+                del self.buffer[:2]  # RFC 9112, 2.2: empty lines before a request
             if self.buffer:
                 first = first or time.monotonic()
                 end = self.buffer.find(b"\r\n\r\n", max(searched - 3, 0))
                 if end >= 0 and end + 4 <= MAX_HEAD:
-                    head, self.buffer = self.buffer[:end + 4], self.buffer[end + 4:]
-                    return head
-                self._check_unfinished(first)
+                    return self._take(end + 4)
+                self._check_unfinished(first, max(searched - 1, 0))
                 searched = len(self.buffer)
             elif time.monotonic() - began > IDLE_LIMIT:
                 return None
@@ -5579,17 +5582,24 @@ class Incoming:
                 return None
             self.buffer += received
 
-    def _check_unfinished(self, first):
-        """Refuse a head that has taken too long, is too long, or will never end as it should."""
+    def _take(self, count):
+        """So many bytes off the begin of the buffer."""
+        taken = bytes(self.buffer[:count])
+        del self.buffer[:count]
+        return taken
+
+    def _check_unfinished(self, first, searched):
+        """Refuse a head that has taken too long, is too long, or will never end as it should. What was `searched` is
+        not searched again: that would take a worker's time for each byte that a client sends alone."""
         if self.buffer.startswith(TLS_HANDSHAKE):
             # Go's clients say "server gave HTTP response to HTTPS client" to this, and those that were told that
             # the registry is insecure fall back to HTTP: to an answer that begins with HTTP/, no other.
-            raise RegistryError("UNSUPPORTED", message="this is an HTTP port, not an HTTPS one", status=400)
+            raise bad_request("this is an HTTP port, not an HTTPS one")
         if len(self.buffer) > MAX_HEAD:
             raise bad_request("the header block is longer than 64 KiB", 431)
         if len(self.buffer) > MAX_REQUEST_LINE and b"\r\n" not in self.buffer[:MAX_REQUEST_LINE + 2]:
             raise bad_request("the request line is longer than 8 KiB", 414)
-        if BARE_NEWLINE.search(self.buffer):
+        if BARE_NEWLINE.search(self.buffer, searched):
             raise bad_request("lines must end with CR LF")
         if time.monotonic() - first > HEAD_LIMIT:
             raise bad_request("the request took longer than 20 seconds to arrive", 408)
@@ -5598,7 +5608,7 @@ class Incoming:
         """At least one byte of the body, unless `view` has no room. Raises ClientLeft."""
         if self.buffer:
             count = min(len(self.buffer), len(view))
-            view[:count], self.buffer = self.buffer[:count], self.buffer[count:]
+            view[:count] = self._take(count)
             return count
         count = None
         while count is None:
@@ -5611,13 +5621,12 @@ class Incoming:
         """A line that ends with CR LF, without it. Raises RegistryError, ClientLeft."""
         end = self.buffer.find(b"\n")
         while end < 0 and len(self.buffer) <= limit + 2:
-            block = memoryview(bytearray(MAX_HEAD))
-            held, self.buffer = self.buffer, b""
-            self.buffer = held + bytes(block[:self.readinto(block)])
+            block, held = memoryview(bytearray(MAX_HEAD)), self._take(len(self.buffer))
+            self.buffer += held + bytes(block[:self.readinto(block)])
             end = self.buffer.find(b"\n")
         if end < 0 or end > limit + 1:
             raise bad_request("a line of a chunked body is too long")
-        line, self.buffer = self.buffer[:end + 1], self.buffer[end + 1:]
+        line = self._take(end + 1)
         if not line.endswith(b"\r\n"):
             raise bad_request("lines must end with CR LF")
         return line[:-2]
@@ -5675,9 +5684,6 @@ class Body:
         while not self.finished and budget > 0 and not self.go_on and (self.chunked or self.left <= budget):
             budget -= max(self.readinto(view), 1)
         return self.finished
-
-
-KeptAnswer = collections.namedtuple("KeptAnswer", "mark content exchange")
 
 
 # TLS, with certificates that the user brings, or with our own: a CA that clients are told to trust, and a certificate
@@ -5863,6 +5869,9 @@ class TLSSocket:
         socket.socket.shutdown(self.sock, how)  # SSLSocket's own lets threads go on in plain text
 
 
+KeptAnswer = collections.namedtuple("KeptAnswer", "mark content exchange")
+
+
 class KeptAnswers:
     """Small answers of this process, by the request's head to the byte: what many clients ask, and one client often,
     costs two system calls. An answer is right while the registry has not changed, by whomever, since before it was
@@ -5900,6 +5909,7 @@ class Connection:
         self.sock = sock
         self.client = address[0][7:] if address[0].startswith("::ffff:") else address[0]
         self.idle = True
+        self.sent = 0            # bytes of the body of the answer under way
         self.plain = False       # whether it speaks HTTP where HTTPS is spoken
         self.certificate = None  # the user whom its TLS certificate names
         self.incoming = Incoming(sock)
@@ -5917,8 +5927,8 @@ class Connection:
                 pass
         except (ClientLeft, ConnectionError):
             pass
-        except OSError as error:
-            logger.warning("%s: %s", self.client, error)
+        except (OSError, RegistryError) as error:
+            logger.warning("%s: an answer was cut: %s", self.client, error)
         except Exception:
             logger.exception("%s: connection ended", self.client)
         finally:
@@ -5987,29 +5997,29 @@ class Connection:
         request = Request(method, target, headers, body, self.client, "https" if self.server.tls else "http",
                           self.certificate, self.server.tls and self.server.tls.ca)
         request.observation = self.server.observation
-        if self.plain:
-            response = answer_plainly(request)
-        else:
-            response = dispatch(self.server.registry, self.server.access, request)
-        length = response.length
+        response, self.sent = Response(CLIENT_LEFT), 0  # until there is another
         try:
-            if not isinstance(response.body, bytes) and response.body.file and length <= SMALL_BLOB:
+            if self.plain:
+                response = answer_plainly(request)
+            else:
+                response = dispatch(self.server.registry, self.server.access, request)
+            if not isinstance(response.body, bytes) and response.body.file and response.length <= SMALL_BLOB:
                 blob, response.body = response.body, response.body.read()
                 blob.close()
-            keep = self._keep(version, headers) and self._drained(body) and (length is not None or version == "1.1")
+            keep = self._keep(version, headers) and self._drained(body)
+            keep = keep and (response.length is not None or version == "1.1")
             content = self._send(response, method, version, keep)
         finally:
             if not isinstance(response.body, bytes):
                 response.body.close()
-        exchange = Exchange(
-            self.client, request.who and request.who.user or "", method, without_secrets(target), request.route,
-            request.found.get("name", ""), request.found.get("reference") or request.found.get("digest", ""),
-            response.status, body.received,
-            0 if method == "HEAD" else length or 0, time.monotonic() - started,
-            dict(response.headers).get("Docker-Content-Digest", ""), headers.get("user-agent", ""))
+            exchange = Exchange(
+                self.client, request.who and request.who.user or "", method, without_secrets(target), request.route,
+                request.found.get("name", ""), request.found.get("reference") or request.found.get("digest", ""),
+                response.status, body.received, self.sent, time.monotonic() - started,
+                dict(response.headers).get("Docker-Content-Digest", ""), headers.get("user-agent", ""))
+            self.server.observation.record(exchange)
         if content and keep and response.kept and response.status == 200 and body.untouched:
             self.server.kept.put((self.certificate, head), KeptAnswer(mark, content, exchange))
-        self.server.observation.record(exchange)
         if not keep and not body.finished:
             self._linger()
         self.idle = True
@@ -6043,28 +6053,30 @@ class Connection:
         if not keep or version == "1.0":
             head.append("Connection: " + ("keep-alive" if keep else "close"))
         content = "\r\n".join(head + ["", ""]).encode("latin-1")
-        if method == "HEAD" or response.status in (204, 304):
-            self._send_all(content)
-        elif isinstance(response.body, bytes):
+        bodiless = method == "HEAD" or response.status in (204, 304)
+        small = bodiless or isinstance(response.body, bytes)
+        if small and not bodiless:
             content += response.body
-            self._send_all(content)
+        self._send_all(content)
+        self.sent = len(response.body) if small and not bodiless else 0
+        if small:
+            return content
+        if isinstance(response.body, Stream):
+            self._send_stream(response.body, response.length is None and version == "1.1")
         else:
-            self._send_all(content)
-            if isinstance(response.body, Stream):
-                self._send_stream(response.body, response.length is None and version == "1.1")
-            else:
-                self._send_blob(response.body)
-            return None
-        return content
+            self._send_blob(response.body)
+        return None
 
     def _send_all(self, content):
         view, pace = memoryview(content), Pace()
         while view:
-            view = view[pace.call(self.sock.send, view) or 0:]
+            count = pace.call(self.sock.send, view) or 0
+            self.sent += count
+            view = view[count:]
 
     def _send_blob(self, blob):
         """Let the kernel copy a file to the socket; or read it, for TLS. Raises OSError, RegistryError, ClientLeft."""
-        if blob.file is None or self.server.tls:
+        if blob.file is None or self.server.tls or not hasattr(os, "sendfile"):
             return self._send_read(blob)
         offset, end, pace = blob.offset, blob.offset + blob.length, Pace()
         while offset < end:
@@ -6072,6 +6084,7 @@ class Connection:
             if count == 0:
                 raise OSError(errno.EIO, "a blob became shorter while it was sent")
             offset += count or 0
+            self.sent += count or 0
 
     def _send_stream(self, stream, chunked):
         """Send a body as it is made. If the server stops before its end, the client sees that the end is missing."""
@@ -6120,7 +6133,7 @@ REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 def parse_listen(text):
     """[HOST]:PORT as (host, port); no host means every address. Raises CommandError."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.%\w]+)\]|([^:\[\]]*)):([0-9]{1,5})", text)
-    if not match or int(match.group(3)) > 65535:
+    if not match or int(match.group(3)) > 65535 or ".." in text or text.startswith("."):
         raise CommandError("%r is no address: write HOST:PORT or :PORT, for example 127.0.0.1:5000 or :5000" % text)
     return match.group(1) or match.group(2) or "", int(match.group(3))
 
@@ -6132,7 +6145,15 @@ def open_listeners(host, port):
             return [_listen(socket.AF_INET6, ("::", port), dual=True)]
         return [_listen(socket.AF_INET, ("0.0.0.0", port))]
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    return [_listen(family, address) for family, address in sorted({(entry[0], entry[4]) for entry in found})]
+    listeners, failure = [], None
+    for family, address in sorted({(entry[0], entry[4]) for entry in found}):
+        try:
+            listeners.append(_listen(family, address))
+        except OSError as error:
+            failure = error
+    if failure and (failure.errno != errno.EADDRNOTAVAIL or not listeners):
+        raise failure  # but localhost may be ::1 as well, where there is no IPv6
+    return listeners
 
 
 def _listen(family, address, dual=False):
@@ -6187,7 +6208,12 @@ class Server:
     def _wait_for_more(self, listener):
         with self.changed:
             self.waiting[listener] += 1
-        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        try:
+            threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        except RuntimeError:  # no thread is to be had: those who wait are as many as before
+            with self.changed:
+                self.waiting[listener] -= 1
+            raise
 
     def _accept(self, listener):
         """What a thread does."""
@@ -6256,14 +6282,16 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}
 class Supervisor:
     """Runs each of some functions in a process of its own, and again if it dies, until a signal ends all.
 
-    SIGTERM and Ctrl-C reach the processes as SIGTERM, SIGHUP as itself; the functions get them from next_signal().
+    SIGTERM and Ctrl-C reach the processes as SIGTERM, SIGHUP as itself (and this one as a call of `hang_up`); the
+    functions get them from next_signal().
     A second Ctrl-C kills. The `listeners` are closed when the end begins: as long as one process has them open, the
     kernel takes connections that nobody will serve. This process has no threads, so that it can fork at any time, and
     keeps nothing but the processes' ids: it costs little and has nothing to lose."""
 
-    def __init__(self, functions, listeners=()):
+    def __init__(self, functions, listeners=(), hang_up=lambda: None):
         self.functions = functions
         self.listeners = listeners
+        self.hang_up = hang_up
         self.running = {}  # process id: its function
         self.stopping = False
         self.alive, self.lifeline = os.pipe()  # the processes end when nobody holds the other end any more
@@ -6283,6 +6311,7 @@ class Supervisor:
                 self._tell(signal.SIGKILL)
                 status = 130
             elif number == signal.SIGHUP:
+                self.hang_up()
                 self._tell(number)
             else:
                 self.stopping = True
@@ -6397,7 +6426,16 @@ def serve(options):
     if options.log_file:
         open_log_file(options.log_file)
 
+    def hang_up():
+        """What SIGHUP is for; changed users, rules and certificates are noticed without it."""
+        try:
+            if options.log_file:
+                open_log_file(options.log_file)
+        except OSError as error:
+            logger.error("the former log goes on: can't open %s: %s", options.log_file, error.strerror)
+
     def work(number):
+        hang_up()  # the log may have been moved since the server started
         server = Server(listeners, store, access, observation, drain=options.drain, tls=tls)
         observation.start(number)
         server.start()
@@ -6406,15 +6444,14 @@ def serve(options):
             if isinstance(store, Directory) and not options.read_only:
                 threading.Thread(target=keep_up, args=(store, options.gc_every, options.grace), daemon=True).start()
         while next_signal() != signal.SIGTERM:
-            if options.log_file:  # SIGHUP; changed users, rules and certificates are noticed without it
-                open_log_file(options.log_file)
+            hang_up()
         tell_systemd("STOPPING=1")
         cut = server.stop()
         if cut:
             logger.warning("stopped; %d transfers did not end within %g s (--drain) and were cut", cut, options.drain)
         return 0
 
-    supervisor = Supervisor([functools.partial(work, number) for number in range(options.workers)], listeners)
+    supervisor = Supervisor([functools.partial(work, number) for number in range(options.workers)], listeners, hang_up)
     print(banner(store, listeners, access, local, tls), flush=True)
     tell_systemd("READY=1")
     return supervisor.run()
@@ -6428,6 +6465,8 @@ def inherited_listeners():
     for descriptor in range(3, 3 + int(os.environ.get("LISTEN_FDS", "0"))):
         os.set_inheritable(descriptor, False)
         probe = socket.socket(fileno=descriptor)  # Python 3.6 takes each for IPv4; the address tells
+        if not isinstance(probe.getsockname(), tuple):
+            raise CommandError("systemd gave us a socket that is not TCP's: ListenStream= must be a port or an address")
         family = socket.AF_INET6 if len(probe.getsockname()) == 4 else socket.AF_INET
         found.append(prepare_listener(socket.socket(family, socket.SOCK_STREAM, fileno=probe.detach())))
     return found
@@ -6827,7 +6866,7 @@ def open_remote(options, host, progress):
     """The Remote for a host, with the options of add_transfer_options. Raises CommandError."""
     try:
         return Remote(host, options.ca, options.insecure, options.plain_http, options.retries, say=progress.say)
-    except (OSError, ssl.SSLError) as error:
+    except OSError as error:
         raise CommandError("can't use %s as the CA: %s" % (options.ca, error.strerror or error))
 
 
@@ -6875,18 +6914,21 @@ def push(options):
     return run_copies(options, work, remote, progress)
 
 
-def add_transfer_options(command, to=None, images=True):
-    """The options that pull, push and load have in common; `to` is the help of --to, where it is needed, and `images`
-    whether images are named."""
+def add_transfer_options(command, to=None, images=True, remote=True):
+    """The options that pull, push, save and load have in common; `to` is the help of --to, where it is needed, `images`
+    whether images are named, and `remote` whether another registry may be at work."""
     if images:
         command.add_argument("-f", "--file", metavar="FILE", action="append", help="read images from FILE as well, one "
                              "a line, # begins a comment; - is stdin")
-    if to:
-        command.add_argument("--to", metavar="HOST[:PORT][/PREFIX]", required=True, help=to)
     command.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", action="append",
                          help="copy images for this platform only; may be repeated; the index keeps its digest "
                          "(default: all)")
     command.add_argument("--no-referrers", action="store_true", help="leave signatures, SBOMs and the like behind")
+    command.add_argument("--dry-run", action="store_true", help="say what would be copied, and copy nothing")
+    if not remote:
+        return
+    if to:
+        command.add_argument("--to", metavar="HOST[:PORT][/PREFIX]", required=True, help=to)
     command.add_argument("--jobs", metavar="N", type=positive, default=4, help="blobs that are copied at once")
     command.add_argument("--retries", metavar="N", type=int, default=5, help="how often a request is tried again, with "
                          "longer and longer pauses")
@@ -6895,8 +6937,6 @@ def add_transfer_options(command, to=None, images=True):
                          "there is no TLS: whoever is on the way can read passwords and change tags")
     command.add_argument("--plain-http", action="store_true", help="use HTTP: whoever is on the way can read passwords "
                          "and change tags")
-    command.add_argument("--dry-run", action="store_true", help="say what would be copied, and copy nothing")
-    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def collect(options):
@@ -6933,6 +6973,8 @@ def collect(options):
 
 def verify(options):
     """Read everything in the store again; name what is damaged and what that harms. Exit status 1 if anything is."""
+    if options.archives and (options.repair or options.rate):
+        raise CommandError("--repair and --rate are for the store, not for archives")
     logger.setLevel(logging.ERROR)  # what it would warn of is in the report
     shown = sys.stderr.isatty() and not options.quiet
 
@@ -7116,8 +7158,7 @@ class ArchiveVerification(Verification):
             self.progress(self.blobs, self.bytes)
 
 
-SWITCHES = ("--tls", "--sparse", "--read-only", "--shared")  # the options of serve that take no value …
-REPEATED = ("--listen", "--tls-name", "--immutable-tags", "--notify", "--upstream")  # … and that take several
+REPEATED = ("--listen", "--tls-name", "--immutable-tags", "--notify", "--upstream")  # options that take several values
 
 
 def variable_of(option):
@@ -7125,17 +7166,15 @@ def variable_of(option):
     return "TINYREG_" + option.lstrip("-").replace("-", "_").upper()
 
 
-def with_environment(given):
-    """The arguments of serve, after what the environment's variables say of the options that are not among them."""
+def with_environment(parser, given):
+    """The arguments of serve, after what the environment's variables say of those options that are not among them."""
     found = []
-    if {"-h", "--help"} & set(given):
-        return given  # the error for a wrong variable sends people there
-    for variable, value in sorted(os.environ.items()):
-        option = "--" + variable[len("TINYREG_"):].lower().replace("_", "-")
+    for option, action in parser._option_string_actions.items():
+        value = os.environ.get(variable_of(option))
         named = any(argument.partition("=")[0] == option for argument in given)
-        if variable != variable_of(option) or option == "--root" or named or not value:
+        if not option.startswith("--") or option in ("--root", "--help") or named or not value:
             continue
-        if option not in SWITCHES:
+        if action.nargs != 0:
             found += ["%s=%s" % (option, word) for word in (value.split() if option in REPEATED else [value])]
         elif value.lower() not in ("0", "no", "false"):
             found.append(option)
@@ -7193,14 +7232,16 @@ def upstream(text):
     return space.lower().replace(":", "_"), host, scheme == "http", prefix + "/" if prefix else ""
 
 
-def add_command(commands, function, name, purpose, examples):
-    """A subcommand with the options that all of them have."""
+def add_command(commands, function, name, purpose, examples, reports=True):
+    """A subcommand with the options that all of them have, or all that report something."""
     parser = commands.add_parser(name, description=purpose, help=purpose[0].lower() + purpose[1:].rstrip("."),
                                  epilog="examples:\n" + examples, formatter_class=HelpFormatter)
     parser.set_defaults(function=function)
-    parser.add_argument("--root", metavar="DIR", default=os.environ.get("TINYREG_ROOT", "./registry"),
+    parser.add_argument("--root", metavar="DIR", default=os.environ.get("TINYREG_ROOT") or "./registry",
                         help="directory of the store (TINYREG_ROOT)")
     parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
+    if reports:
+        parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -7216,9 +7257,10 @@ def build_parser():
                           "  tinyreg.py serve\n"
                           "  tinyreg.py serve --root /srv/registry --listen :5000 --anonymous push\n"
                           "  tinyreg.py serve --listen :5000 --tls --users users --rules rules\n"
-                          "  tinyreg.py serve /media/usb/images.tar\n")
-    command.description += (" Each option is a variable in the environment, too: --log-file is TINYREG_LOG_FILE. Where "
-                            "an option may be repeated, spaces separate the values.")
+                          "  tinyreg.py serve /media/usb/images.tar\n", reports=False)
+    parser.serve = command
+    command.description += ("\nEach option is a variable in the environment, too: --log-file is TINYREG_LOG_FILE.\n"
+                            "Where an option may be repeated, spaces separate the values.")
     command.add_argument("archives", metavar="ARCHIVE", nargs="*", help="serve the images in these archives instead of "
                          "the store, read-only")
     command.add_argument("--listen", metavar="[HOST]:PORT", type=parse_listen, action="append",
@@ -7289,11 +7331,10 @@ def build_parser():
                           "  tinyreg.py ls --digests > have.txt\n")
     command.add_argument("repository", metavar="REPOSITORY", nargs="?", help="list its tags, sizes and platforms")
     command.add_argument("--digests", action="store_true", help="list every blob held instead")
-    command.add_argument("--json", action="store_true", help="print JSON")
     command = add_command(commands, passwd, "passwd", "Set the password of a user of a registry that has --users.",
                           "  tinyreg.py passwd alice --users /etc/tinyreg/users\n"
                           "  tinyreg.py passwd ci --users /etc/tinyreg/users --stdin < ci-password\n"
-                          "  tinyreg.py passwd alice --users /etc/tinyreg/users --delete\n")
+                          "  tinyreg.py passwd alice --users /etc/tinyreg/users --delete\n", reports=False)
     command.add_argument("user", metavar="USER", help="letters, digits and most else, but no colon and no space")
     command.add_argument("--users", metavar="FILE", required=True, help="the htpasswd file; made if it is not there")
     command.add_argument("--stdin", action="store_true", help="read the password from a line on standard input")
@@ -7301,7 +7342,7 @@ def build_parser():
     command = add_command(commands, clients, "clients", "Print shell scripts that make clients trust the registry.",
                           "  tinyreg.py clients docker --host registry.lab:5000\n"
                           "  tinyreg.py clients containerd --mirror | ssh root@node sh\n"
-                          "  tinyreg.py clients docker --install\n")
+                          "  tinyreg.py clients docker --install\n", reports=False)
     command.add_argument("client", metavar="CLIENT", nargs="?", choices=CLIENTS, help="one of %(choices)s")
     command.add_argument("--host", metavar="HOST:PORT", help="what clients call the registry (default: this host's "
                          "name, and port 5000)")
@@ -7314,7 +7355,6 @@ def build_parser():
                           "  tinyreg.py rm alpine:3.19\n  tinyreg.py rm alpine@sha256:0123...\n")
     command.add_argument("images", metavar="IMAGE", nargs="+", help="NAME:TAG deletes the tag; NAME@DIGEST deletes the "
                          "manifest and every tag that points to it")
-    command.add_argument("--json", action="store_true", help="print JSON")
     command = add_command(commands, collect, "gc", "Delete what nothing refers to; safe beside a running server.",
                           "  tinyreg.py gc --dry-run\n  tinyreg.py gc\n  tinyreg.py gc --untagged --grace 7d\n"
                           "  tinyreg.py gc --keep 10 --older-than 90d --repositories 'team/**' --dry-run\n")
@@ -7332,7 +7372,6 @@ def build_parser():
     command.add_argument("--grace", metavar="TIME", type=seconds, default="1h", help="leave what was pushed, or a "
                          "client was told about, this short ago")
     command.add_argument("--dry-run", action="store_true", help="only list what would go, with its size")
-    command.add_argument("--json", action="store_true", help="print JSON")
     command = add_command(commands, verify, "verify", "Read everything again; name what is damaged, and what it harms.",
                           "  tinyreg.py verify --rate 50M\n  tinyreg.py verify --repair\n"
                           "  tinyreg.py verify /media/stick/images-*.tar\n")
@@ -7341,7 +7380,6 @@ def build_parser():
                          "limit")
     command.add_argument("--repair", action="store_true", help="move what is damaged into ROOT/tinyreg/damaged, so "
                          "that pushing the image again mends it")
-    command.add_argument("--json", action="store_true", help="print JSON")
     add_archive_commands(commands)
     return parser
 
@@ -7352,20 +7390,13 @@ def add_archive_commands(commands):
                           "  tinyreg.py save -f images.txt -o images.tar --have have.txt --split 3900M\n"
                           "  tinyreg.py save alpine -o - | ssh HOST docker load\n")
     command.add_argument("images", metavar="IMAGE", nargs="*", help="NAME[:TAG] or NAME@DIGEST")
-    command.add_argument("-f", "--file", metavar="FILE", action="append", help="read images from FILE as well, one a "
-                         "line, # begins a comment; - is stdin")
     command.add_argument("-o", "--output", metavar="FILE", required=True, help="the archive; - is stdout")
-    command.add_argument("--platform", metavar="OS/ARCH", action="append", default=[],
-                         help="leave out the images of an index for other platforms; may be repeated "
-                         "(default: all)")
-    command.add_argument("--no-referrers", action="store_true", help="leave signatures, SBOMs and the like behind")
     command.add_argument("--no-self", action="store_true", help="leave out tinyreg.py itself")
     command.add_argument("--have", metavar="FILE", action="append", default=[], help="leave out the blobs that are in "
                          "this list (`ls --digests` of the far side) or archive; may be repeated")
     command.add_argument("--split", metavar="SIZE", type=byte_count, help="write parts of at most this size, for "
                          "example 3900M for a FAT32 stick (default: one file)")
-    command.add_argument("--dry-run", action="store_true", help="say how much it would be, and write nothing")
-    command.add_argument("--json", action="store_true", help="print JSON")
+    add_transfer_options(command, remote=False)
     command = add_command(commands, load, "load", "Put the images of archives into the store.",
                           "  tinyreg.py load images.tar\n  tinyreg.py load images-*.tar --want want.txt\n"
                           "  tinyreg.py load images.tar --to registry.lab:5000\n"
@@ -7395,9 +7426,10 @@ def main(argv=None):
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version"):
         arguments.insert(0, "serve")
-    if arguments[0] == "serve":
-        arguments[1:] = with_environment(arguments[1:])
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    if arguments[0] == "serve" and not {"-h", "--help"} & set(arguments):  # where errors about variables send people
+        arguments[1:] = with_environment(parser.serve, arguments[1:])
+    options = parser.parse_args(arguments)
     if options.command == "serve":
         options.listen = options.listen or [("127.0.0.1", 5000)]
     try:

@@ -293,6 +293,21 @@ class _Body:
 
 # Those who make others wait
 
+def test_blanks_in_a_header_cost_nothing():
+    """A pattern that matches them in three ways would take days here, and a worker with it."""
+    with pytest.raises(RegistryError, match="malformed header"):
+        parse_head(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b" " * 60000 + b"\x01\r\n\r\n")
+
+
+def test_a_head_that_comes_byte_by_byte_costs_little():
+    """What was looked at is not looked at again: a thousand such bytes would take seconds of a worker's time."""
+    content = b"GET /v2/ HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 60000
+    began = time.process_time()
+    with pytest.raises(tinyreg.ClientLeft):
+        Incoming(Feed(content, 30)).read_head()
+    assert time.process_time() - began < 1
+
+
 def test_many_idle_connections_keep_nobody_waiting(server):
     held = [socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) for _ in range(200)]
     try:

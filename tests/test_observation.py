@@ -131,6 +131,34 @@ def test_a_log_file_is_opened_anew_at_sighup(start_server, tmp_path):
     assert server.log() == ""
 
 
+def test_a_log_file_that_can_not_be_opened_again_ends_nothing(start_server, tmp_path):
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    server = start_server(None, "--log-file", str(folder / "requests.log"), "--workers", "1")
+    folder.rename(tmp_path / "moved")
+    server.process.send_signal(signal.SIGHUP)
+    until(lambda: "the former log goes on" in (tmp_path / "moved" / "requests.log").read_text())
+    assert fetch(server.url + "/v2/")[0] == 200
+
+
+def test_a_transfer_that_the_client_cuts_is_logged_with_what_went_out(start_server, tmp_path):
+    digest = push_blob(Directory(str(tmp_path / "registry")), "lab/app", b"x" * (64 << 20))
+    server = start_server()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
+        sock.sendall(b"GET /v2/lab/app/blobs/%s HTTP/1.1\r\nHost: x\r\n\r\n" % digest.encode())
+        assert sock.recv(1000).startswith(b"HTTP/1.1 200")
+    sent = int(re.search(r" 200 ([0-9]+) ", until(server.log)).group(1))
+    assert 0 < sent < 64 << 20
+
+
+def test_an_upload_that_the_client_cuts_is_logged(start_server):
+    server = start_server()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
+        sock.sendall(b"POST /v2/lab/app/blobs/uploads/?digest=sha256:%s HTTP/1.1\r\n" % (b"0" * 64)
+                     + b"Host: x\r\nContent-Length: 9\r\n\r\nabc")
+    assert re.search(r"POST \S+ 499 0 \S+ in=3\n", until(server.log))
+
+
 def test_a_log_file_that_can_not_be_opened_is_one_line(tmp_path):
     done = run_tinyreg("serve", "--root", tmp_path / "registry", "--listen", "127.0.0.1:0", "--log-file",
                        tmp_path / "no" / "such")
