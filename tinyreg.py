@@ -6396,25 +6396,32 @@ def open_store(options, create=False, kind=Directory):
                            % (os.path.abspath(options.root), error.strerror))
 
 
-def serve(options):
-    """Serve the store until a signal ends it."""
-    style = "off" if options.quiet else options.log
-    start_logging(style)
+def open_registry(options):
+    """What there is to serve: archives; or the store, with other registries behind it if they are named. Raises
+    CommandError, OSError, UNSUPPORTED for what is no archive."""
     if options.archives and options.upstream:
         raise CommandError("--upstream fills the store, which is not served beside archives; load them into it")
     if options.archives:
-        store = Archive(options.archives)
+        registry = Archive(options.archives)
     else:
         kind = Directory
         if options.upstream:
             upstreams = {space: (Remote(host, plain_http=plain, retries=1, patience=5.0), prefix)
                          for space, host, plain, prefix in options.upstream}
             kind = functools.partial(PullThrough, upstreams=upstreams, ttl=options.upstream_ttl)
-        store = open_store(options, create=not options.read_only, kind=kind)
-        store.immutable = options.immutable_tags
+        registry = open_store(options, create=not options.read_only, kind=kind)
+        registry.immutable = options.immutable_tags
         if not options.read_only:
-            check_writable(store)
-    store.read_only = options.read_only or bool(options.archives)
+            check_writable(registry)
+    registry.read_only = options.read_only or bool(options.archives)
+    return registry
+
+
+def serve(options):
+    """Serve the store, or archives, until a signal ends it."""
+    style = "off" if options.quiet else options.log
+    start_logging(style)
+    store = open_registry(options)
     listeners = inherited_listeners() or listen_everywhere(options.listen)
     local = all(is_loopback(listener.getsockname()[0]) for listener in listeners)
     # Our keys are in the store, also where archives are served in place of it.
@@ -7245,20 +7252,13 @@ def add_command(commands, function, name, purpose, examples, reports=True):
     return parser
 
 
-def build_parser():
-    parser = Parser(prog="tinyreg.py", formatter_class=HelpFormatter, description="A container registry in one file.",
-                    epilog="examples:\n  python3 tinyreg.py                        serve ./registry on 127.0.0.1:5000\n"
-                    "  python3 tinyreg.py serve --listen :5000   serve it to the network\n"
-                    "  python3 tinyreg.py serve --help           the options of a command\n")
-    parser.add_argument("--version", action="version", version="tinyreg " + __version__)
-    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
+def add_serve_command(commands):
     command = add_command(commands, serve, "serve",
                           "Serve the store to clients that push and pull (what tinyreg.py does without a command).",
                           "  tinyreg.py serve\n"
                           "  tinyreg.py serve --root /srv/registry --listen :5000 --anonymous push\n"
                           "  tinyreg.py serve --listen :5000 --tls --users users --rules rules\n"
                           "  tinyreg.py serve /media/usb/images.tar\n", reports=False)
-    parser.serve = command
     command.description += ("\nEach option is a variable in the environment, too: --log-file is TINYREG_LOG_FILE.\n"
                             "Where an option may be repeated, spaces separate the values.")
     command.add_argument("archives", metavar="ARCHIVE", nargs="*", help="serve the images in these archives instead of "
@@ -7316,6 +7316,10 @@ def build_parser():
                          "this often, for example 24h; 0 is never")
     command.add_argument("--grace", metavar="TIME", type=seconds, default="1h", help="how long --gc-every leaves "
                          "what a client was told about")
+    return command
+
+
+def add_transfer_commands(commands):
     command = add_command(commands, pull, "pull", "Copy images from their registries into the store.",
                           "  tinyreg.py pull alpine:3.19 quay.io/prometheus/prometheus:v2.53.0\n"
                           "  tinyreg.py pull -f images.txt --platform linux/amd64 --dry-run\n")
@@ -7326,31 +7330,35 @@ def build_parser():
                           "  tinyreg.py push -f images.txt --to lab.example/mirror\n")
     command.add_argument("images", metavar="IMAGE", nargs="*", help="as pull took it, or as ls shows it")
     add_transfer_options(command, to="the registry, and what its repositories' names begin with")
+    command = add_command(commands, save, "save", "Write images of the store into an archive.",
+                          "  tinyreg.py save alpine nginx:1.25 -o images.tar\n"
+                          "  tinyreg.py save -f images.txt -o images.tar --have have.txt --split 3900M\n"
+                          "  tinyreg.py save alpine -o - | ssh HOST docker load\n")
+    command.add_argument("images", metavar="IMAGE", nargs="*", help="NAME[:TAG] or NAME@DIGEST")
+    command.add_argument("-o", "--output", metavar="FILE", required=True, help="the archive; - is stdout")
+    command.add_argument("--no-self", action="store_true", help="leave out tinyreg.py itself")
+    command.add_argument("--have", metavar="FILE", action="append", default=[], help="leave out the blobs that are in "
+                         "this list (`ls --digests` of the far side) or archive; may be repeated")
+    command.add_argument("--split", metavar="SIZE", type=byte_count, help="write parts of at most this size, for "
+                         "example 3900M for a FAT32 stick (default: one file)")
+    add_transfer_options(command, remote=False)
+    command = add_command(commands, load, "load", "Put the images of archives into the store.",
+                          "  tinyreg.py load images.tar\n  tinyreg.py load images-*.tar --want want.txt\n"
+                          "  tinyreg.py load images.tar --to registry.lab:5000\n"
+                          "  docker save alpine | tinyreg.py load -\n")
+    command.add_argument("archives", metavar="FILE", nargs="+", help="an OCI image layout or what docker save wrote, "
+                         "as tar, .tar.gz or directory; a registry's data directory; - is stdin")
+    command.add_argument("--want", metavar="FILE", help="write the digests that are missing into this file")
+    command.add_argument("--to", metavar="HOST[:PORT][/PREFIX]", help="put them into this registry, not into the store")
+    add_transfer_options(command, images=False)
+
+
+def add_store_commands(commands):
     command = add_command(commands, list_store, "ls", "List repositories, or the tags of one.",
                           "  tinyreg.py ls\n  tinyreg.py ls docker.io/library/alpine\n"
                           "  tinyreg.py ls --digests > have.txt\n")
     command.add_argument("repository", metavar="REPOSITORY", nargs="?", help="list its tags, sizes and platforms")
     command.add_argument("--digests", action="store_true", help="list every blob held instead")
-    command = add_command(commands, passwd, "passwd", "Set the password of a user of a registry that has --users.",
-                          "  tinyreg.py passwd alice --users /etc/tinyreg/users\n"
-                          "  tinyreg.py passwd ci --users /etc/tinyreg/users --stdin < ci-password\n"
-                          "  tinyreg.py passwd alice --users /etc/tinyreg/users --delete\n", reports=False)
-    command.add_argument("user", metavar="USER", help="letters, digits and most else, but no colon and no space")
-    command.add_argument("--users", metavar="FILE", required=True, help="the htpasswd file; made if it is not there")
-    command.add_argument("--stdin", action="store_true", help="read the password from a line on standard input")
-    command.add_argument("--delete", action="store_true", help="remove the user")
-    command = add_command(commands, clients, "clients", "Print shell scripts that make clients trust the registry.",
-                          "  tinyreg.py clients docker --host registry.lab:5000\n"
-                          "  tinyreg.py clients containerd --mirror | ssh root@node sh\n"
-                          "  tinyreg.py clients docker --install\n", reports=False)
-    command.add_argument("client", metavar="CLIENT", nargs="?", choices=CLIENTS, help="one of %(choices)s")
-    command.add_argument("--host", metavar="HOST:PORT", help="what clients call the registry (default: this host's "
-                         "name, and port 5000)")
-    command.add_argument("--mirror", action="store_true", help="let them take images of every origin from it, too")
-    command.add_argument("--install", action="store_true", help="run the script here instead of printing it")
-    command.add_argument("--ca", metavar="FILE", help="the CA of the registry's certificate (default: the one that "
-                         "serve --tls has made)")
-    command.add_argument("--plain-http", action="store_true", help="the registry has no TLS")
     command = add_command(commands, remove, "rm", "Delete tags and manifests.",
                           "  tinyreg.py rm alpine:3.19\n  tinyreg.py rm alpine@sha256:0123...\n")
     command.add_argument("images", metavar="IMAGE", nargs="+", help="NAME:TAG deletes the tag; NAME@DIGEST deletes the "
@@ -7380,32 +7388,43 @@ def build_parser():
                          "limit")
     command.add_argument("--repair", action="store_true", help="move what is damaged into ROOT/tinyreg/damaged, so "
                          "that pushing the image again mends it")
-    add_archive_commands(commands)
+
+
+def add_client_commands(commands):
+    command = add_command(commands, passwd, "passwd", "Set the password of a user of a registry that has --users.",
+                          "  tinyreg.py passwd alice --users /etc/tinyreg/users\n"
+                          "  tinyreg.py passwd ci --users /etc/tinyreg/users --stdin < ci-password\n"
+                          "  tinyreg.py passwd alice --users /etc/tinyreg/users --delete\n", reports=False)
+    command.add_argument("user", metavar="USER", help="letters, digits and most else, but no colon and no space")
+    command.add_argument("--users", metavar="FILE", required=True, help="the htpasswd file; made if it is not there")
+    command.add_argument("--stdin", action="store_true", help="read the password from a line on standard input")
+    command.add_argument("--delete", action="store_true", help="remove the user")
+    command = add_command(commands, clients, "clients", "Print shell scripts that make clients trust the registry.",
+                          "  tinyreg.py clients docker --host registry.lab:5000\n"
+                          "  tinyreg.py clients containerd --mirror | ssh root@node sh\n"
+                          "  tinyreg.py clients docker --install\n", reports=False)
+    command.add_argument("client", metavar="CLIENT", nargs="?", choices=CLIENTS, help="one of %(choices)s")
+    command.add_argument("--host", metavar="HOST:PORT", help="what clients call the registry (default: this host's "
+                         "name, and port 5000)")
+    command.add_argument("--mirror", action="store_true", help="let them take images of every origin from it, too")
+    command.add_argument("--install", action="store_true", help="run the script here instead of printing it")
+    command.add_argument("--ca", metavar="FILE", help="the CA of the registry's certificate (default: the one that "
+                         "serve --tls has made)")
+    command.add_argument("--plain-http", action="store_true", help="the registry has no TLS")
+
+
+def build_parser():
+    parser = Parser(prog="tinyreg.py", formatter_class=HelpFormatter, description="A container registry in one file.",
+                    epilog="examples:\n  python3 tinyreg.py                        serve ./registry on 127.0.0.1:5000\n"
+                    "  python3 tinyreg.py serve --listen :5000   serve it to the network\n"
+                    "  python3 tinyreg.py serve --help           the options of a command\n")
+    parser.add_argument("--version", action="version", version="tinyreg " + __version__)
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
+    parser.serve = add_serve_command(commands)
+    add_transfer_commands(commands)
+    add_store_commands(commands)
+    add_client_commands(commands)
     return parser
-
-
-def add_archive_commands(commands):
-    command = add_command(commands, save, "save", "Write images of the store into an archive.",
-                          "  tinyreg.py save alpine nginx:1.25 -o images.tar\n"
-                          "  tinyreg.py save -f images.txt -o images.tar --have have.txt --split 3900M\n"
-                          "  tinyreg.py save alpine -o - | ssh HOST docker load\n")
-    command.add_argument("images", metavar="IMAGE", nargs="*", help="NAME[:TAG] or NAME@DIGEST")
-    command.add_argument("-o", "--output", metavar="FILE", required=True, help="the archive; - is stdout")
-    command.add_argument("--no-self", action="store_true", help="leave out tinyreg.py itself")
-    command.add_argument("--have", metavar="FILE", action="append", default=[], help="leave out the blobs that are in "
-                         "this list (`ls --digests` of the far side) or archive; may be repeated")
-    command.add_argument("--split", metavar="SIZE", type=byte_count, help="write parts of at most this size, for "
-                         "example 3900M for a FAT32 stick (default: one file)")
-    add_transfer_options(command, remote=False)
-    command = add_command(commands, load, "load", "Put the images of archives into the store.",
-                          "  tinyreg.py load images.tar\n  tinyreg.py load images-*.tar --want want.txt\n"
-                          "  tinyreg.py load images.tar --to registry.lab:5000\n"
-                          "  docker save alpine | tinyreg.py load -\n")
-    command.add_argument("archives", metavar="FILE", nargs="+", help="an OCI image layout or what docker save wrote, "
-                         "as tar, .tar.gz or directory; a registry's data directory; - is stdin")
-    command.add_argument("--want", metavar="FILE", help="write the digests that are missing into this file")
-    command.add_argument("--to", metavar="HOST[:PORT][/PREFIX]", help="put them into this registry, not into the store")
-    add_transfer_options(command, images=False)
 
 
 def flush_output():
