@@ -6607,8 +6607,8 @@ def find_image(store, text):
     for name in names:
         if os.path.isdir(path(name, reference)):
             return name, reference
-    raise RegistryError("MANIFEST_UNKNOWN", message="not in the store; `tinyreg.py ls` shows what is, and "
-                        "`tinyreg.py pull` fetches more")
+    raise RegistryError("MANIFEST_UNKNOWN", message="not in the store as %s; `tinyreg.py ls` shows what is, and "
+                        "`tinyreg.py pull` fetches more" % image_text(names[0], reference))
 
 
 def example(store, host):
@@ -6675,7 +6675,8 @@ def remove(options):
                 raise CommandError("%s: %s" % (image, error.message))
             deleted.append(image)
     finally:
-        show(options, {"deleted": deleted}, [] if options.quiet else ["deleted " + image for image in deleted])
+        lines = ["deleted " + image for image in deleted] + ["the space comes back with: tinyreg.py gc --untagged"]
+        show(options, {"deleted": deleted}, [] if options.quiet or not deleted else lines)
     return 0
 
 
@@ -6795,13 +6796,19 @@ class Progress:
         sys.stderr.flush()
 
 
+def leave_at_once(number, frame):
+    """End on Ctrl-C as kill -9 would; what was copied stays."""
+    os.write(2, b"\ntinyreg: interrupted; run it again, and it goes on from here\n")
+    os._exit(130)
+
+
 def run_copies(options, work, target, progress):
     """Plan, measure and run copies; `work` yields pairs of an image's text and a function from a Report to a Copy.
 
     An image that fails does not stop the others. Returns the exit status. Raises CommandError if they have no room.
     Ctrl-C ends it at once, as kill -9 might: threads that wait for a network would take a minute to end."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+        signal.signal(signal.SIGINT, leave_at_once)
     plans, failures, lacking = [], [], {}
 
     def fail(image, error):
@@ -6842,6 +6849,8 @@ def run_copies(options, work, target, progress):
     elif options.dry_run:
         print("in total: %d blobs, %s to copy%s" % (len(lacking), in_units(needed),
                                                     "" if free is None else "; %s free" % in_units(free)))
+    elif plans and isinstance(target, Directory) and not options.quiet:
+        print("the store is " + target.root)
     return 1 if failures else 0
 
 
@@ -6989,7 +6998,7 @@ def verify(options):
         if shown:
             sys.stderr.write("\r%d blobs, %s read " % (blobs, in_units(size)))
 
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))  # threads would go on reading
+    signal.signal(signal.SIGINT, leave_at_once)  # threads would go on reading
     check = ArchiveVerification(options.archives, progress=progress) if options.archives else Verification(
         open_store(options), options.rate, progress)
     check.run(options.repair)
@@ -7039,8 +7048,10 @@ def digests_in(path):
 
 def save(options):
     """Write images of the store into an archive."""
-    if options.output == "-" and options.split:
-        raise CommandError("parts can't go to stdout: name a file with -o")
+    if options.output == "-" and (options.split or sys.stdout.isatty()):
+        raise CommandError("parts, or a terminal, can't take an archive from stdout: name a file with -o")
+    if os.path.isdir(options.output):
+        raise CommandError("-o %s is a folder; name a file in it" % options.output)
     store, reports, files = open_store(options), [], []
     writer = ArchiveWriter(digest for path in options.have for digest in digests_in(path))
     for text in wanted_images(options):
@@ -7220,6 +7231,13 @@ def seconds(text):
     return float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
 
 
+def age_limit(text):
+    """A time with its unit, for --older-than: 90 alone would mean seconds, and who types that means days."""
+    if re.fullmatch("[0-9.]+", text):
+        raise CommandError("%r has no unit: write for example %sd" % (text, text))
+    return seconds(text)
+
+
 def byte_count(text):
     """A number of bytes on the command line: 4096, 700M, 3.9G (powers of 1024). Raises CommandError."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kKMGT]?)(?:i?B)?", text)
@@ -7372,7 +7390,7 @@ def add_store_commands(commands):
                          "that were last pushed (load and pull count as well), and the manifests to which no other tag "
                          "leads, with their signatures; it does not know of a server's --immutable-tags "
                          "(default: all are kept)")
-    command.add_argument("--older-than", metavar="TIME", type=seconds, help="delete the tags that were last pushed "
+    command.add_argument("--older-than", metavar="TIME", type=age_limit, help="delete the tags that were last pushed "
                          "longer ago, for example 90d, likewise; with --keep only what both would delete "
                          "(default: any age is kept)")
     command.add_argument("--repositories", metavar="GLOB", type=parse_glob, help="in which repositories --keep and "
@@ -7420,6 +7438,7 @@ def build_parser():
                     "  python3 tinyreg.py serve --help           the options of a command\n")
     parser.add_argument("--version", action="version", version="tinyreg " + __version__)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
+    parser.commands = commands.choices
     parser.serve = add_serve_command(commands)
     add_transfer_commands(commands)
     add_store_commands(commands)
@@ -7446,6 +7465,10 @@ def main(argv=None):
     if not arguments or arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version"):
         arguments.insert(0, "serve")
     parser = build_parser()
+    late = [word for before, word in zip(arguments, arguments[1:])
+            if word in parser.commands and not before.startswith("-") and not os.path.exists(word)]
+    if arguments[0] == "serve" and late:
+        parser.error("write the command first: tinyreg.py %s ..." % late[0])
     if arguments[0] == "serve" and not {"-h", "--help"} & set(arguments):  # where errors about variables send people
         arguments[1:] = with_environment(parser.serve, arguments[1:])
     options = parser.parse_args(arguments)
