@@ -3752,6 +3752,7 @@ TOKEN_LIFE = 300             # seconds; docker asks for a new one when it needs 
 MAX_FAILURES = 10            # wrong passwords that a client may send in …
 FAILURE_WINDOW = 60.0        # … so many seconds
 REMEMBERED = 10000           # verified passwords, and clients that sent wrong ones, kept in memory
+LOCAL_HOST = re.compile(r"(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::[0-9]{1,5})?")
 
 
 @functools.lru_cache(maxsize=None)
@@ -3837,11 +3838,13 @@ class Access:
     """Who may do what in one registry. `key` signs tokens: servers and workers that share one take each other's.
 
     Where no rule matches, a user may do everything if there is no rules file, else nothing; and clients that are no
-    user what --anonymous says. A user may always do what those may: logging out must not help. Raises OSError,
-    CommandError if the users or rules file can't be read."""
+    user what --anonymous says. A user may always do what those may: logging out must not help. Where nobody has said
+    it, and it is so because only this machine can connect (`only_local`), what writes must be meant for this machine.
+    Raises OSError, CommandError if the users or rules file can't be read."""
 
-    def __init__(self, anonymous="none", users=None, rules=None, key=None):
+    def __init__(self, anonymous="none", users=None, rules=None, key=None, only_local=False):
         self.anonymous = LEVELS.index(anonymous)
+        self.only_local = only_local
         self.users_file, self.rules_file = users, rules
         self.users, self.rules = {}, []
         self.default = LEVELS.index("none" if rules else "admin")
@@ -3996,6 +3999,8 @@ class Access:
         """The one question of room 12. Raises UNAUTHORIZED if a password could help, else DENIED with what would:
         docker prints the message and stops. Raises TOOMANYREQUESTS."""
         who, needed = self.identify(request), NEEDED[action]
+        if self.only_local and needed > NEEDED["pull"]:
+            self._check_local(request)
         asked_in = action != "login" or not self.users_file or who != (None, None)
         if asked_in and self.allows(request, action, name):
             return
@@ -4013,6 +4018,17 @@ class Access:
                                                                         LEVELS[needed])
         raise RegistryError("DENIED", message="%s may %s%s; whoever runs this registry can allow more %s" % (
             who.user or "clients", IN_WORDS[level], " in " + name if name else "", help_with))
+
+    def _check_local(self, request):
+        """A proxy on this machine lets others connect, and so does a browser here, in which a web page calls us by a
+        name of its own (DNS rebinding) or sends a form. Raises DENIED if a request came by one of these."""
+        host = request.header("host")
+        names = [host, request.header("x-forwarded-host", host)]
+        own = request.header("origin", "http://" + host).partition("://")[2] == host
+        if not own or not all(LOCAL_HOST.fullmatch(name) for name in names):
+            raise RegistryError("DENIED", message="only this machine may push and delete, as localhost; whoever runs "
+                                "this registry can allow others with: tinyreg.py serve --anonymous push (or admin), "
+                                "or with --users")
 
     # How much
 
@@ -6500,7 +6516,8 @@ def open_access(options, store, local):
     CommandError."""
     default = "none" if options.users or options.tls_client_ca else "admin" if local else "pull"
     return Access(options.anonymous or default, options.users, options.rules,
-                  token_key(store) if options.users else None)
+                  token_key(store) if options.users else None,
+                  only_local=not options.anonymous and default == "admin")
 
 
 def open_tls(options, store):

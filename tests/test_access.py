@@ -1,6 +1,7 @@
 """Room 10: who asks, what they may do, and what they are told; all by tables, through dispatch and without sockets."""
 
 import base64
+import http.client
 import json
 import os
 import subprocess
@@ -168,6 +169,31 @@ def test_without_users_nobody_is_asked_for_a_password(world, anonymous, expected
     for answer in answers:
         if answer.status == 403:
             assert error_of(answer)["code"] == "DENIED" and "--anonymous" in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize("headers, allowed", [
+    ({"host": "localhost:5000"}, True), ({"host": "127.0.0.1"}, True), ({"host": "[::1]:5000"}, True),
+    ({"host": "localhost", "origin": "http://localhost"}, True),
+    ({"host": "localhost", "origin": "http://localhost:8080"}, False), ({"host": "localhost", "origin": "null"}, False),
+    ({"host": "hub.lab"}, False), ({"host": "127.0.0.1.evil.example"}, False), ({"host": ""}, False),
+    ({"host": "localhost", "x_forwarded_host": "hub.lab"}, False),
+    ({"host": "localhost", "x_forwarded_host": "localhost, hub.lab"}, False)])
+def test_where_only_this_machine_connects_proxies_and_web_pages_do_not_write_for_others(world, headers, allowed):
+    """Unless that was said: with --anonymous, or with users."""
+    for access, may in ((Access("admin", only_local=True), allowed), (Access("admin"), True)):
+        answers = [world.ask(access, "POST", "/v2/zoo/blobs/uploads/", **headers),
+                   world.ask(access, "DELETE", "/v2/zoo/manifests/nope", **headers)]
+        assert [answer.status for answer in answers] == ([202, 404] if may else [403, 403])
+        assert may or "--anonymous push" in error_of(answers[0])["message"]
+        assert world.status(access, "GET", "/v2/zoo/tags/list", **headers) == 200
+
+
+@pytest.mark.parametrize("options, status", [([], 403), (["--anonymous", "push"], 202)])
+def test_the_default_is_for_this_machine_only(start_server, options, status):
+    connection = http.client.HTTPConnection(start_server(None, *options).host)
+    connection.request("POST", "/v2/a/blobs/uploads/", headers={"Host": "hub.lab"})
+    assert connection.getresponse().status == status
+    connection.close()
 
 
 def test_a_denial_says_which_rule_would_help(world):

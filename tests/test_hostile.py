@@ -19,7 +19,7 @@ from tinyreg import Digest, Directory, Incoming, RegistryError, Request, Respons
 SEED = 20240601
 PATIENCE = 20
 DIGEST = Digest.of(b"layer one")
-HEAD = "%s %s HTTP/1.1\r\nHost: x\r\n%s\r\n"
+HEAD = "%s %s HTTP/1.1\r\nHost: localhost\r\n%s\r\n"
 
 
 def exchange(server, content, wait=True):

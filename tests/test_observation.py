@@ -155,7 +155,7 @@ def test_an_upload_that_the_client_cuts_is_logged(start_server):
     server = start_server()
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
         sock.sendall(b"POST /v2/lab/app/blobs/uploads/?digest=sha256:%s HTTP/1.1\r\n" % (b"0" * 64)
-                     + b"Host: x\r\nContent-Length: 9\r\n\r\nabc")
+                     + b"Host: localhost\r\nContent-Length: 9\r\n\r\nabc")
     assert re.search(r"POST \S+ 499 0 \S+ in=3\n", until(server.log))
 
 

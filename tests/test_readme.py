@@ -273,7 +273,6 @@ class Reader:
 
     def run_nginx(self, text):
         """Push through it, with a password where others need none to pull, so that there are tokens."""
-        self.serve("python3 tinyreg.py serve --users users --anonymous pull")
         conf = ("events {}\npid %s/nginx.pid;\nerror_log stderr;\nhttp {\naccess_log off;\n%s}\n"
                 % (self.house.folder, text))
         with open(self.house.folder + "/nginx.conf", "w") as file:

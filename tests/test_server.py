@@ -81,7 +81,7 @@ class Wire:
         """Send a request with a Host, and a Content-Length if it has a body; the reply to it."""
         if body:
             headers += ("Content-Length: %d" % len(body),)
-        self.send(line + " HTTP/1.1", "Host: registry", *headers, body=body)
+        self.send(line + " HTTP/1.1", "Host: localhost", *headers, body=body)
         return self.reply(line.split()[0])
 
     def is_closed(self):
@@ -173,7 +173,7 @@ def test_answers_without_a_body(server, wire):
 def test_a_small_answer_comes_in_one_piece(server, wire):
     """Trap 4: clients connect anew for each request, so a second packet would cost more than all the rest."""
     manifest = make_image(store_of(server), "a")
-    wire.send("GET /v2/a/manifests/latest HTTP/1.1", "Host: registry")
+    wire.send("GET /v2/a/manifests/latest HTTP/1.1", "Host: localhost")
     assert wire.sock.recv(1 << 16).endswith(b"\r\n\r\n" + manifest.content)
 
 
@@ -201,7 +201,7 @@ def test_ranges(server, wire, size):
 def test_a_download_goes_on_after_the_connection_is_lost(server, connect):
     push_blob(store_of(server), "a", LARGE)
     lost = connect(server)
-    lost.send("GET /v2/a/blobs/%s HTTP/1.1" % LARGE_DIGEST, "Host: registry")
+    lost.send("GET /v2/a/blobs/%s HTTP/1.1" % LARGE_DIGEST, "Host: localhost")
     lost.head()
     while len(lost.buffer) < 100000:
         lost._receive()
@@ -246,7 +246,7 @@ def test_http_1_0(server, connect):
 def test_pipelining(server, wire):
     """Requests that follow each other without waiting are answered in their order, bodies between them or not."""
     location, digest = start_upload(wire), Digest.of(b"0123456789")
-    host = "Host: registry"
+    host = "Host: localhost"
     requests = [("GET", ("GET /v2/ HTTP/1.1", host), b""),
                 ("PATCH", ("PATCH %s HTTP/1.1" % location, host, "Content-Length: 4"), b"0123"),
                 ("HEAD", ("HEAD /v2/a/tags/list HTTP/1.1", host), b""),
@@ -263,7 +263,7 @@ def test_pipelining(server, wire):
 
 def test_a_request_that_arrives_byte_by_byte(server, wire):
     location = start_upload(wire)
-    request = ("PATCH %s HTTP/1.1\r\nHost: registry\r\nTransfer-Encoding: chunked\r\n\r\n"
+    request = ("PATCH %s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
                "2;x=y\r\nab\r\n1\r\nc\r\n0\r\nX: y\r\n\r\n")
     wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for byte in (request % location).encode():
@@ -274,12 +274,12 @@ def test_a_request_that_arrives_byte_by_byte(server, wire):
 
 def test_empty_lines_before_a_request(server, wire):
     """RFC 9112, 2.2: some clients send one after a body."""
-    wire.sock.sendall(b"\r\n\r\nGET /v2/ HTTP/1.1\r\nHost: registry\r\n\r\n")
+    wire.sock.sendall(b"\r\n\r\nGET /v2/ HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert wire.reply().status == 200
 
 
 def test_a_client_that_closes_its_sending_side_gets_its_answer(server, wire):
-    wire.send("GET /v2/ HTTP/1.1", "Host: registry")
+    wire.send("GET /v2/ HTTP/1.1", "Host: localhost")
     wire.sock.shutdown(socket.SHUT_WR)
     assert wire.reply().status == 200
     assert wire.is_closed()
@@ -308,7 +308,7 @@ def test_chunked_bodies(server, wire, sizes, extension, trailer):
         sent += size
     body = b"".join(pieces) + b"000%s\r\n%s\r\n" % (extension.encode(), trailer.encode())
     location = start_upload(wire)
-    wire.send("PATCH %s HTTP/1.1" % location, "Host: registry", "transfer-encoding: Chunked", body=body)
+    wire.send("PATCH %s HTTP/1.1" % location, "Host: localhost", "transfer-encoding: Chunked", body=body)
     reply = wire.reply()
     assert (reply.status, reply.headers["range"]) == (202, "0-%d" % max(sent - 1, 0))
     digest = Digest.of(content)
@@ -325,7 +325,7 @@ def test_a_refused_body_that_is_small_is_read_and_the_connection_kept(server, wi
     else:
         body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
     for _ in range(2):
-        wire.send("POST /v2/BAD/blobs/uploads/ HTTP/1.1", "Host: registry", framing, body=body)
+        wire.send("POST /v2/BAD/blobs/uploads/ HTTP/1.1", "Host: localhost", framing, body=body)
         reply = wire.reply()
         assert (reply.status, reply.code) == (400, "NAME_INVALID") and "connection" not in reply.headers
     assert wire.ask("GET /v2/").status == 200
@@ -339,7 +339,7 @@ def test_a_refused_body_that_is_large_ends_in_order(server, wire, framing):
         framing %= len(body)
     else:
         body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
-    wire.send("POST /v2/BAD/blobs/uploads/ HTTP/1.1", "Host: registry", framing, body=body)
+    wire.send("POST /v2/BAD/blobs/uploads/ HTTP/1.1", "Host: localhost", framing, body=body)
     reply = wire.reply()
     assert (reply.status, reply.code, reply.headers["connection"]) == (400, "NAME_INVALID", "close")
     assert wire.is_closed()
@@ -348,7 +348,7 @@ def test_a_refused_body_that_is_large_ends_in_order(server, wire, framing):
 def test_expectation_accepted(server, wire):
     """What curl sends before a body above 1 MiB: it waits for the 100, then sends."""
     location = start_upload(wire)
-    wire.send("PATCH %s HTTP/1.1" % location, "Host: registry", "Content-Length: 10", "Expect: 100-continue")
+    wire.send("PATCH %s HTTP/1.1" % location, "Host: localhost", "Content-Length: 10", "Expect: 100-continue")
     assert wire.head() == b"HTTP/1.1 100 Continue"
     wire.sock.sendall(b"0123456789")
     reply = wire.reply()
@@ -358,7 +358,7 @@ def test_expectation_accepted(server, wire):
 
 def test_expectation_refused(server, wire):
     """No 100, the refusal at once, and an end: whether the client sends the body now is not known."""
-    wire.send("PATCH /v2/a/blobs/uploads/01234567-89ab-4cde-8f01-23456789abcd HTTP/1.1", "Host: registry",
+    wire.send("PATCH /v2/a/blobs/uploads/01234567-89ab-4cde-8f01-23456789abcd HTTP/1.1", "Host: localhost",
               "Content-Length: 10", "Expect: 100-continue")
     reply = wire.reply()
     assert (reply.status, reply.code, reply.headers["connection"]) == (404, "BLOB_UPLOAD_UNKNOWN", "close")
@@ -371,7 +371,7 @@ def test_a_body_that_breaks_off_goes_on_later(server, connect, framing, sent):
     """What arrived is kept; the status says how much; the rest follows on another connection."""
     wire = connect(server)
     location = start_upload(wire)
-    wire.send("PATCH %s HTTP/1.1" % location, "Host: registry", framing, body=sent)
+    wire.send("PATCH %s HTTP/1.1" % location, "Host: localhost", framing, body=sent)
     wire.sock.close()
 
     def kept():
@@ -518,7 +518,7 @@ def test_a_body_that_takes_too_long(short, connect):
     """What came of it is kept."""
     wire = connect(short)
     location = start_upload(wire)
-    wire.send("PATCH %s HTTP/1.1" % location, "Host: registry", "Content-Length: 1000")
+    wire.send("PATCH %s HTTP/1.1" % location, "Host: localhost", "Content-Length: 1000")
     drip(wire, b"x" * 1000)
     assert wire.buffer == b""
     arrived = await_true(lambda: int(connect(short).ask("GET " + location).headers["range"][2:]))
@@ -543,7 +543,7 @@ def test_a_client_that_does_not_read(short, connect):
     push_blob(store_of(short), "a", LARGE)
     wire = connect(short)
     wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    wire.send("GET /v2/a/blobs/%s HTTP/1.1" % LARGE_DIGEST, "Host: registry")
+    wire.send("GET /v2/a/blobs/%s HTTP/1.1" % LARGE_DIGEST, "Host: localhost")
     assert server_side(wire) == "01"
     await_true(lambda: server_side(wire) != "01")
     assert connect(short).ask("GET /v2/a/blobs/" + LARGE_DIGEST).body == LARGE
@@ -552,7 +552,7 @@ def test_a_client_that_does_not_read(short, connect):
 
 def test_a_large_body_after_a_refusal_is_not_read_for_ever(short, connect):
     wire = connect(short)
-    wire.send("POST /v2/BAD/blobs/uploads/ HTTP/1.1", "Host: registry", "Content-Length: 1000000000")
+    wire.send("POST /v2/BAD/blobs/uploads/ HTTP/1.1", "Host: localhost", "Content-Length: 1000000000")
     assert wire.reply().status == 400
     deadline = time.monotonic() + PATIENCE
     with pytest.raises(ConnectionError):
@@ -582,8 +582,8 @@ def test_running_transfers_end_and_nothing_new_begins(server, connect, how):
     push_blob(store_of(server), "a", LARGE)
     idle, download, upload = connect(server), connect(server), connect(server)
     location = start_upload(upload)
-    upload.send("PATCH %s HTTP/1.1" % location, "Host: registry", "Content-Length: 20", body=b"0123456789")
-    download.send("GET /v2/a/blobs/%s HTTP/1.1" % LARGE_DIGEST, "Host: registry")
+    upload.send("PATCH %s HTTP/1.1" % location, "Host: localhost", "Content-Length: 20", body=b"0123456789")
+    download.send("GET /v2/a/blobs/%s HTTP/1.1" % LARGE_DIGEST, "Host: localhost")
     download._receive()
     idle.ask("GET /v2/")
     server.process.send_signal(how)
@@ -602,7 +602,7 @@ def test_a_transfer_that_does_not_end_is_cut(start_server, connect):
     server = start_server(None, "--drain", "0.2")
     wire = connect(server)
     location = start_upload(wire)
-    wire.send("PATCH %s HTTP/1.1" % location, "Host: registry", "Content-Length: 20", "Expect: 100-continue")
+    wire.send("PATCH %s HTTP/1.1" % location, "Host: localhost", "Content-Length: 20", "Expect: 100-continue")
     wire.head()  # now the server waits for the body
     assert server.stop() == 0
     assert "were cut" in server.log() and "--drain" in server.log()
@@ -610,7 +610,7 @@ def test_a_transfer_that_does_not_end_is_cut(start_server, connect):
 
 def test_a_second_ctrl_c_waits_for_nobody(server, connect):
     wire = connect(server)
-    wire.send("PATCH %s HTTP/1.1" % start_upload(wire), "Host: registry", "Content-Length: 20", "Expect: 100-continue")
+    wire.send("PATCH %s HTTP/1.1" % start_upload(wire), "Host: localhost", "Content-Length: 20", "Expect: 100-continue")
     wire.head()
     server.process.send_signal(signal.SIGINT)
     await_true(lambda: refuses_connections(server))

@@ -204,7 +204,8 @@ def test_an_upload_over_tls(tls_server):
     digest = "sha256:" + hashlib.sha256(content).hexdigest()
     talk = Talk(tls_server, trusting(tls_server))
     location = talk("POST", "/v2/app/blobs/uploads/", Content_Length=0)[1]["location"]
-    talk.sock.sendall(("PATCH %s HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" % location).encode())
+    head = "PATCH %s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" % location
+    talk.sock.sendall(head.encode())
     for start in range(0, len(content), 100000):
         block = content[start:start + 100000]
         talk.sock.sendall(b"%x\r\n%s\r\n" % (len(block), block))
