@@ -392,7 +392,7 @@ def names_to_try(name, origin=None):
     client thinks of (`ns`). Old Docker's mirror requests come without one, and people write short names: those mean
     docker.io. Another origin's image is never answered with docker.io's of the same path."""
     names = [name]
-    if origin:
+    if origin and HOST.fullmatch(origin):
         with contextlib.suppress(RegistryError):
             names.insert(0, origin_name(origin, name))
     if origin in (None, "", "docker.io"):
@@ -4800,7 +4800,8 @@ def finish_upload(registry, access, request, name, session):
 
     Raises BLOB_UPLOAD_UNKNOWN, RANGE_INVALID, SIZE_INVALID, DIGEST_INVALID."""
     upload = registry.find_upload(name, session)
-    upload.state = request.get("state", "")
+    state = request.get("state", "")
+    upload.state = state if re.fullmatch("[0-9a-f]{64}", state) else ""  # it comes back in a header
     digest = parse_digest(request.get("digest") or "")
     receive(upload, request)
     upload.commit(digest)

@@ -684,6 +684,12 @@ def test_a_location_can_t_be_forged(call, store):
     check_created(call, Client(worker)("PUT", by_digest(other, claimed)), claimed, b"9876543210")
 
 
+def test_no_state_brings_headers_of_its_own(call):
+    location = begin(call).split("?")[0]
+    answer = call("PUT", location + "?state=%0d%0aX-Evil:+1&digest=" + NOWHERE, b"x", content_range="5-5")
+    assert answer.status == 416 and answer.header("Location") == location
+
+
 def test_cancel(call, tmp_path):
     location = begin(call)
     call("PATCH", location, CONTENT)

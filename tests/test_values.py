@@ -490,7 +490,7 @@ def test_images_that_are_none_are_refused(text, code):
     ("library/alpine", "docker.io", ["docker.io/library/alpine", "library/alpine"]),
     ("a/b", "quay.io", ["quay.io/a/b", "a/b"]),
     ("a/b", "lab.example:5000", ["lab.example_5000/a/b", "a/b"]),
-    ("a/b", "no host at all", ["a/b"]),
+    ("a/b", "no host at all", ["a/b"]), ("a/b", "doc\u212aer.io", ["a/b"]),  # KELVIN SIGN, a k in lower case
     ("a/b", "", ["a/b", "docker.io/a/b"]),
 ])
 def test_a_read_looks_under_the_origin_then_the_name_then_docker_io(name, origin, names):
