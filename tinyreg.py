@@ -5374,11 +5374,12 @@ def get_own_source(registry, access, request):
 
 
 def check_live(access, request):
-    """Everybody may watch in a classroom, which is what --log explain is for; else it takes an admin. Raises DENIED."""
+    """Everybody may watch in a classroom, which is what --log explain is for; else it takes an admin of all that is
+    here. Raises DENIED, UNAUTHORIZED."""
     if not request.observation.live:
         raise RegistryError("UNSUPPORTED", message="an archive is served here; there is nothing to see live")
     if request.observation.style != "explain":
-        access.check(request, "delete")
+        access.check(request, "delete", "**")  # no name, but what the rules' ** covers
 
 
 def live_page(registry, access, request):

@@ -224,6 +224,17 @@ def test_live_is_for_the_classroom_or_an_admin(start_server):
     assert [fetch(server.url + path)[0] for path in ("/live", "/live/events")] == [403] * 2
 
 
+@pytest.mark.parametrize("rules, status", [("** * pull\nci/** alice admin\n", 403), ("** alice admin\n", 200)])
+def test_who_has_a_password_is_no_admin_for_that(tmp_path, rules, status):
+    (tmp_path / "users").write_text("alice:%s\n" % tinyreg.new_hash("secret"))
+    (tmp_path / "rules").write_text(rules)
+    access = tinyreg.Access("none", str(tmp_path / "users"), str(tmp_path / "rules"))
+    request = tinyreg.Request("GET", "/live", {"authorization": tinyreg.basic("alice", "secret")})
+    request.observation = Observation(str(tmp_path), "off", [])
+    answer = tinyreg.dispatch(tinyreg.Registry(), access, request)
+    assert answer.status == status and (status == 200 or b"** alice admin" in answer.body)
+
+
 def test_a_server_stops_while_somebody_looks(start_server):
     server = start_server(None, "--log", "explain")
     with urllib.request.urlopen(server.url + "/live/events", timeout=20):
