@@ -3980,11 +3980,11 @@ class Access:
         who = self.identify(request)
         if name is None:
             return who.user is not None or self._most() >= NEEDED[action]
-        # A token for library/alpine is good in every namespace that a mirror may find it in (docker.io/library/alpine),
-        # for its client can't know; the rules have the last word.
+        # To pull, a token for library/alpine is good in every namespace that a mirror may find it in
+        # (docker.io/library/alpine), for its client can't know; the rules have the last word.
         parts = name.split("/")
         granted = who.grants is None or any(who.grants.get("/".join(parts[start:]), 0) >= NEEDED[action]
-                                            for start in range(len(parts)))
+                                            for start in range(len(parts) if action == "pull" else 1))
         return granted and self._level(who.user, name) >= NEEDED[action]
 
     def lists(self, request, name):

@@ -283,6 +283,15 @@ def test_a_token_for_a_short_name_is_good_where_a_mirror_finds_it(world):
         assert world.status(access, "GET", "/v2/%s/tags/list" % name, authorization=token) == status
 
 
+def test_a_token_for_a_short_name_writes_nowhere_else(world):
+    access = world.access("** * admin\npub/** @anonymous pull")
+    token = token_for(world, access, "repository:library/alpine:*", "alice")
+    for name, statuses in [("docker.io/library/alpine", [200, 401, 401]), ("library/alpine", [200, 202, 404])]:
+        assert [world.status(access, method, "/v2/%s/%s" % (name, target), authorization=token)
+                for method, target in (("GET", "tags/list"), ("POST", "blobs/uploads/"),
+                                       ("DELETE", "manifests/none"))] == statuses, name
+
+
 def test_the_challenge_of_a_mount_names_both_repositories(world):
     target = "/v2/team/a/blobs/uploads/?mount=sha256:%s&from=" % ("0" * 64)
     for source, scope in [("zoo", "repository:team/a:pull,push repository:zoo:pull"),
