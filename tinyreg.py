@@ -3851,7 +3851,7 @@ class Access:
         self.key = key or os.urandom(32)
         self.secret = os.urandom(32)  # of the cache of verified passwords
         self.verified = set()
-        self.failures = {}            # client: (how many wrong passwords, since when)
+        self.failures = {}            # (client, user): (how many wrong passwords, since when)
         self.uploads = {}             # client: [(name, id)] of upload sessions
         self.slow = threading.Lock()  # held while a password is hashed: one core is enough for guessers
         self.watch = Watch(users, rules)
@@ -3897,13 +3897,14 @@ class Access:
         if seen not in self.verified:
             with self.slow:
                 if seen not in self.verified:  # by the one whom we waited for: docker sends several at once
-                    self._verify(request, password, stored)
+                    self._verify(request, user, password, stored)
                     self.verified.add(seen)
         return user
 
-    def _verify(self, request, password, stored):
-        """Raises UNAUTHORIZED unless a password is right; TOOMANYREQUESTS if its client has sent many wrong ones."""
-        client, now = whole_client(request.client), time.monotonic()
+    def _verify(self, request, user, password, stored):
+        """Raises UNAUTHORIZED unless a password is right; TOOMANYREQUESTS if its client has sent many wrong ones (for
+        this user, if it is this machine: behind a proxy here nobody is to lock out all others)."""
+        client, now = (whole_client(request.client), is_loopback(request.client) and user[:128]), time.monotonic()
         count, since = self.failures.get(client, (0, now))
         if now - since > FAILURE_WINDOW:
             count, since = 0, now

@@ -452,6 +452,13 @@ def test_many_wrong_passwords_from_one_address_are_slowed_down(world, monkeypatc
     assert world.status(access, "GET", "/v2/", "alice") == 200
 
 
+def test_behind_a_proxy_on_this_machine_only_the_user_is_slowed_down_whose_password_is_guessed(world):
+    access = world.access()
+    statuses = [world.status(access, "GET", "/v2/", "alice", "guess", client="127.0.0.1") for _ in range(11)]
+    assert statuses == [401] * 10 + [429]
+    assert world.status(access, "GET", "/v2/", "bob", client="127.0.0.1") == 200
+
+
 @pytest.mark.parametrize("address, whole", [
     ("10.0.0.1", "10.0.0.1"), ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2"), ("2001:db8::1", "2001:db8:0:0"),
     ("2001:db8:1:2::", "2001:db8:1:2"), ("2001::1:2:3:4:5", "2001:0:0:1"), ("fe80::1%eth0", "fe80:0:0:0")])
