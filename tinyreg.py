@@ -4302,11 +4302,15 @@ class Endpoint:
     def __init__(self, text):
         self.url, _, settings = text.partition("#")
         settings = dict(urllib.parse.parse_qsl(settings, keep_blank_values=True))
-        self.parts = parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+        try:
+            self.parts = parts = urllib.parse.urlsplit(self.url)
+            sound = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and parts.port != 0
+        except ValueError:  # of what is no port
+            sound = False
+        if not sound:
             raise CommandError("write http://HOST[:PORT]/PATH; a password goes as Authorization into headers=FILE")
         self.key = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        self.shown = "%s://%s%s" % (parts.scheme, parts.netloc, parts.path)  # what follows may be a token
+        self.shown = "%s://%s (%s)" % (parts.scheme, parts.netloc, self.key[:8])  # its path may be its secret
         self.actions = settings.pop("actions", "push,mount,delete").split(",")
         self.globs = [parse_glob(glob) for glob in settings.pop("repositories", "**").split(",")]
         self.secret, self.headers = settings.pop("secret", None), settings.pop("headers", None)
@@ -4345,7 +4349,7 @@ class Notifications:
     An event is queued before its request is answered; it stays through kill -9 and restarts, and is delivered in
     order, at least once. When more than MAX_EVENTS wait the oldest are dropped, which is logged and counted. All
     processes queue, also on several hosts; the one that has an endpoint's `.sender` lock sends, and when that one dies
-    the next does."""
+    the next does. Raises CommandError for an endpoint that is there twice: its queue would be one."""
 
     def __init__(self, folder, endpoints, metrics):
         self.files = Files(os.path.join(folder, "scratch"))
@@ -4354,6 +4358,8 @@ class Notifications:
         self.metrics = metrics
         self.source = {"addr": socket.gethostname(), "instanceID": str(uuid.uuid4())}
         for endpoint in endpoints:
+            if [other.key for other in endpoints].count(endpoint.key) > 1:
+                raise CommandError("--notify: %s is there twice; say once all that it is to hear of" % endpoint.shown)
             os.makedirs(self._path(endpoint), exist_ok=True)
 
     def _path(self, endpoint, *number):

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import http.server
+import itertools
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from conftest import until
+from conftest import run_tinyreg, until
 from samples import CONFIG, image
 
 import tinyreg
@@ -24,13 +25,14 @@ class Hook:
     """An endpoint that keeps what it gets; answers `status`, and hangs while `open` is not set."""
 
     def __init__(self):
-        self.got, self.status, self.open = [], 200, threading.Event()
+        self.got, self.status, self.open, self.asked = [], 200, threading.Event(), False
         self.open.set()
         hook = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
+                hook.asked = True
                 hook.open.wait(30)
                 if hook.status < 400:
                     hook.got.append((self.path, dict(self.headers), body))
@@ -163,8 +165,8 @@ def test_an_endpoint_that_hangs_slows_nothing_and_hinders_no_other(start_server,
         until(lambda: "t19" in hook.tags())
         with urllib.request.urlopen(server.url + "/metrics") as answer:
             text = answer.read().decode()
-        assert 'tinyreg_notifications_waiting{endpoint="%s"} 0\n' % hook.url in text
-        assert 'tinyreg_notifications_waiting{endpoint="%s"} 25\n' % stuck.url in text
+        assert 'tinyreg_notifications_waiting{endpoint="%s"} 0\n' % Endpoint(hook.url).shown in text
+        assert 'tinyreg_notifications_waiting{endpoint="%s"} 25\n' % Endpoint(stuck.url).shown in text
     finally:
         stuck.close()
 
@@ -188,6 +190,25 @@ def test_a_full_queue_drops_its_oldest_and_says_so(start_server, hook):
     with urllib.request.urlopen(server.url + "/metrics") as answer:
         dropped, = re.findall("tinyreg_events_dropped_total ([0-9]+)\n", answer.read().decode())
     assert int(dropped) + len(hook.got) == 10
+
+
+def test_what_is_dropped_while_an_endpoint_is_slow_is_the_oldest(start_server, tmp_path, hook):
+    folder = tmp_path / "registry" / "tinyreg" / "notify" / Endpoint(hook.url).key
+
+    def fill(numbers):
+        for number in numbers:
+            (folder / str(number)).write_text('{"events": [{"target": {"tag": "%d"}}]}' % number)
+
+    folder.mkdir(parents=True)
+    fill(range(1000, 1200))
+    (folder / "README").write_text("not ours")
+    hook.open.clear()
+    start_server(None, "--notify", hook.url, MAX_EVENTS=200)
+    until(lambda: hook.asked)
+    fill(range(1200, 1400))
+    hook.open.set()
+    until(lambda: "1399" in hook.tags())
+    assert hook.tags() == ["%d" % number for number in itertools.chain(range(1000, 1100), range(1200, 1400))]
 
 
 def test_a_clock_that_is_set_back_turns_no_order_round(tmp_path, monkeypatch):
@@ -227,7 +248,8 @@ def test_a_push_whose_event_can_not_be_queued_is_not_acknowledged(start_server, 
 
 
 @pytest.mark.parametrize("text", ["ftp://x/", "hook", "http:///x", "http://x/#actions=shout", "http://x/#colour=red",
-                                  "http://x/#actions", "http://user:word@host/"])
+                                  "http://x/#actions", "http://user:word@host/", "http://:word@host/", "http://x:y/",
+                                  "http://x:99999/", "http://[x/"])
 def test_a_bad_endpoint_is_a_usage_error(text):
     with pytest.raises(CommandError) as raised:
         Endpoint(text)
@@ -235,4 +257,12 @@ def test_a_bad_endpoint_is_a_usage_error(text):
 
 
 def test_no_token_of_an_endpoint_is_shown():
-    assert Endpoint("https://host/path?token=abc").shown == "https://host/path"
+    digits = hashlib.sha256(b"https://host:1/path?token=abc").hexdigest()[:8]
+    assert Endpoint("https://host:1/path?token=abc").shown == "https://host:1 (%s)" % digits
+
+
+def test_an_endpoint_that_is_there_twice_is_refused_in_one_line(tmp_path):
+    done = run_tinyreg("serve", "--root", tmp_path / "registry", "--listen", "127.0.0.1:0", "--notify", "http://x/abc",
+                       "--notify", "http://x/abc#actions=pull", timeout=20)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "twice" in done.stderr
+    assert "abc" not in done.stderr
