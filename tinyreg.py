@@ -4367,7 +4367,7 @@ class Notifications:
 
     def _numbers(self, endpoint):
         """The names of the events that an endpoint has not had yet, the oldest first."""
-        return sorted(map(int, os.listdir(self._path(endpoint))))
+        return sorted(int(name) for name in os.listdir(self._path(endpoint)) if re.fullmatch("[0-9]+", name))
 
     def waiting(self, endpoint):
         """How many there are."""
@@ -4399,7 +4399,7 @@ class Notifications:
                         os.unlink(self._path(endpoint, number))
                         self.metrics.add("events_dropped_total")
                         logger.error("too many notifications wait for %s: the oldest was dropped", endpoint.shown)
-                    for number in numbers[-MAX_EVENTS:]:
+                    for number in numbers[-MAX_EVENTS:][:100]:  # then look again how many wait
                         endpoint.deliver(read_file(self._path(endpoint, number)))
                         os.unlink(self._path(endpoint, number))
                         if delay:
