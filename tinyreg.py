@@ -4233,7 +4233,7 @@ METRICS = {  # name, without tinyreg_: (type, help)
 class Metrics:
     """Numbers that several processes count: each in a row of its own of shared memory, so that none waits for another.
 
-    Made before the fork; a worker then sets `row`. A cell is named as Prometheus names it, so that printing them is
+    Made before the fork; a worker then begins its row. A cell is named as Prometheus names it, so that printing them is
     all there is to it. Rows are never cleared: a worker's successor goes on counting where it died."""
 
     def __init__(self, routes, rows=1):
@@ -4250,6 +4250,11 @@ class Metrics:
         self.numbers = memoryview(mmap.mmap(-1, 8 * len(names) * rows)).cast("d")
         self.row = 0
         self.mutex = threading.Lock()
+
+    def begin(self, row):
+        """Count in this row from now on. Who watched there before did so through a worker that is no more."""
+        self.row = row
+        self.numbers[row * len(self.cells) + self.cells["watchers"]] = 0
 
     def add(self, name, amount=1):
         with self.mutex:
@@ -4427,7 +4432,7 @@ class Observation:
 
     def start(self, process):
         """Begin in this process, whose number it is."""
-        self.metrics.row = process
+        self.metrics.begin(process)
         if self.notifications:
             self.notifications.start()
 

@@ -100,12 +100,24 @@ def test_of_two_first_pushes_at_once_one_wins(tmp_path):
     assert won == [store.resolve("lab/app", "v1")]
 
 
+def workers(server):
+    """Their process ids."""
+    with open("/proc/%d/task/%d/children" % (server.process.pid, server.process.pid)) as file:
+        return {int(word) for word in file.read().split()}
+
+
+def test_a_worker_that_was_killed_has_no_watchers(start_server):
+    server = start_server(None, "--workers", "1")
+    with urllib.request.urlopen(server.url + "/live/events", timeout=20):
+        until(lambda: "tinyreg_watchers 1\n" in call(server, "GET", "/metrics")[2])
+        worker, = workers(server)
+        os.kill(worker, signal.SIGKILL)
+        until(lambda: workers(server) - {worker})
+    assert "tinyreg_watchers 0\n" in call(server, "GET", "/metrics")[2]
+
+
 def test_counts_survive_the_death_of_a_worker(start_server):
     server = start_server(None, "--workers", "2")
-
-    def workers():
-        with open("/proc/%d/task/%d/children" % (server.process.pid, server.process.pid)) as file:
-            return {int(word) for word in file.read().split()}
 
     def count():
         text = call(server, "GET", "/metrics")[2]
@@ -114,10 +126,10 @@ def test_counts_survive_the_death_of_a_worker(start_server):
     for _ in range(20):
         call(server, "GET", "/v2/")
     until(lambda: count() == 20)
-    before = workers()
+    before = workers(server)
     for worker in before:
         os.kill(worker, signal.SIGKILL)
-    until(lambda: len(workers() - before) == 2)
+    until(lambda: len(workers(server) - before) == 2)
     for _ in range(20):
         call(server, "GET", "/v2/")
     until(lambda: count() == 40)
