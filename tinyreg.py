@@ -4280,12 +4280,13 @@ class Metrics:
 
     def text(self, gauges):
         """All of it as Prometheus reads it; `gauges` are further (name, number)."""
-        counted, below = [], 0.0
+        samples, lines, below = [], [], 0.0
         for name in self.cells:
             below = below + self.total(name) if "_bucket{" in name else 0.0  # what is faster is in the next bucket too
-            counted.append((name, below or self.total(name)))
-        samples = [sample for sample in counted if sample[1] or "{" not in sample[0]] + gauges
-        lines = []
+            whole = re.sub("_bucket(.*),le=.*", r"_count\1}", name)  # a histogram has all of its buckets, or none
+            if "{" not in name or self.total(whole):
+                samples.append((name, below or self.total(name)))
+        samples += gauges
         for metric, (kind, explanation) in METRICS.items():
             own = re.compile(re.escape(metric) + r"(_bucket|_count|_sum)?(\{.*)?")
             shown = ["tinyreg_%s %.15g" % sample for sample in samples if own.fullmatch(sample[0])]

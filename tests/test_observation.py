@@ -322,6 +322,8 @@ def test_buckets_grow_and_no_count_is_lost_among_threads():
     text = metrics.text([])
     buckets = [int(line.split()[-1]) for line in text.splitlines() if "_bucket{" in line]
     assert buckets == [1, 2, 2, 2, 2, 3, 3, 3, 4] and 'status="other"} 4' in text
+    metrics.count(exchange(route="", seconds=100))  # to compute quantiles Prometheus wants the buckets of 0, too
+    assert metrics.text([]).count("_bucket{") == 2 * 9 and 'route="none",le="0.0005"} 0\n' in metrics.text([])
 
 
 # Health
