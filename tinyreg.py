@@ -5134,6 +5134,7 @@ def age(created):
 
 def get_page(registry, access, request):
     """The repositories, a repository's tags, or one image, as the query says. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+    registry = getattr(registry, "cache", registry)  # of a PullThrough what is here: to look is not to fetch
     if request.get("repository") is None:
         return repositories_page(registry, access, request)
     name = parse_name(request.get("repository"))

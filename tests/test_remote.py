@@ -951,7 +951,11 @@ def mirror(filled, server, start_proxy, start_server, tmp_path):
 
 def test_pull_through_fetches_once_and_serves_when_the_upstream_is_away(mirror, filled, server):
     front, proxy = mirror
-    assert get(front.url + "/?repository=docker.io/library/demo&reference=latest")[0] == 200  # before its blobs came
+    page = front.url + "/?repository=docker.io/library/demo&reference=latest"
+    assert (get(page)[0], proxy.seen) == (404, [])  # to look is not to fetch
+    assert get(front.url + "/v2/docker.io/library/demo/manifests/latest")[0] == 200
+    proxy.seen.clear()
+    assert (get(page)[0], proxy.seen) == (200, [])  # before its blobs came
     assert holdings(Remote(front.host), "docker.io/library/demo") == holdings(filled, "demo")
     proxy.seen.clear()
     assert holdings(Remote(front.host), "library/demo") == holdings(filled, "demo")
