@@ -3799,15 +3799,15 @@ def new_hash(password):
 
 def parse_users(content):
     """{user: hash} of an htpasswd file. Passwords that can't be checked here are logged with the user's name."""
-    users, checkable = {}, {}
+    users, checkable = {}, set()
     for line in content.decode("utf-8", "surrogateescape").split("\n"):
         user, colon, stored = line.strip().partition(":")
         if not colon or line.startswith("#"):
             continue
         kind = stored[:3], len(stored)
-        if kind not in checkable:  # once for each scheme, for a slow hash is slow to try
-            checkable[kind] = is_checkable(stored)
-        if checkable[kind] and USER.fullmatch(user) and re.fullmatch("[!-~]+", stored):
+        if kind not in checkable and is_checkable(stored):  # once for each scheme, for a slow hash is slow to try
+            checkable.add(kind)
+        if kind in checkable and USER.fullmatch(user) and re.fullmatch("[!-~]+", stored):
             users[user] = stored
         else:
             logger.warning("user %s can't log in: the password's hash is of a kind that can't be checked here; set it "
@@ -3858,12 +3858,14 @@ class Access:
         self._load()
 
     def _load(self):
+        users, rules = self.users, self.rules
         if self.users_file:
             with open(self.users_file, "rb") as file, self.slow:
-                self.users = parse_users(file.read())
+                users = parse_users(file.read())
         if self.rules_file:
             with open(self.rules_file, "rb") as file:
-                self.rules = parse_rules(file.read())
+                rules = parse_rules(file.read())
+        self.users, self.rules = users, rules  # both, or none
 
     # Who
 

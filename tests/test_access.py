@@ -420,6 +420,12 @@ def test_hashes_that_cannot_be_checked_are_reported_by_name(caplog):
 
 
 @needs_crypt
+def test_a_broken_hash_locks_out_nobody_else():
+    broken = HASHES["bcrypt"][:30] + "!" * 30
+    assert list(parse_users(("alice:%s\nbob:%s\n" % (broken, HASHES["bcrypt"])).encode())) == ["bob"]
+
+
+@needs_crypt
 def test_a_wrong_password_takes_as_long_as_a_user_who_is_not_there(world, monkeypatch):
     """Both cost one hash of the same kind: counted, for time on a busy machine proves nothing."""
     access, hashes = world.access(), []
@@ -505,12 +511,17 @@ def test_changed_users_and_rules_count_and_broken_ones_do_not(world, caplog):
     assert world.status(access, "POST", "/v2/zoo/blobs/uploads/", "alice") == 403
     change("rules", "** * push\n")
     assert world.status(access, "POST", "/v2/zoo/blobs/uploads/", "alice") == 202
+    users = (world.tmp_path / "users").read_text()
+    (world.tmp_path / "users").write_text("carol:%s\n" % hashed("pw-carol"))
     change("rules", "** * everything\n")
+    assert world.status(access, "GET", "/v2/", "bob") == 200  # nor is half of it in force
+    (world.tmp_path / "users").write_text(users)
     assert world.status(access, "POST", "/v2/zoo/blobs/uploads/", "alice") == 202
     assert "line 1" in caplog.text and "stay in force" in caplog.text
     os.unlink(str(world.tmp_path / "users"))
     access.watch.next_look = 0.0
     assert world.status(access, "GET", "/v2/", "alice") == 200
+    (world.tmp_path / "rules").write_text("** * push\n")
     change("users", "carol:%s\n" % hashed("pw-carol"))
     assert [world.status(access, "GET", "/v2/", user) for user in ("alice", "carol")] == [401, 200]
 
