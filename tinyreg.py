@@ -5061,9 +5061,12 @@ def markup(content):
     """The Markup of what a page contains: Markup, text, a number, None, or a list of such."""
     if isinstance(content, Markup):
         return content
-    if isinstance(content, (list, tuple)):
-        return Markup("".join(markup(part) for part in content))
-    return Markup("" if content is None else html.escape(harmless(str(content))))
+    try:
+        if isinstance(content, (list, tuple)):
+            return Markup("".join(markup(part) for part in content))
+        return Markup("" if content is None else html.escape(harmless(str(content))))
+    except RecursionError:  # a config's lists can be in each other deeper than Python counts
+        return Markup("…")
 
 
 def fill(template, *contents):
@@ -5094,7 +5097,7 @@ def definitions(heading, pairs):
     shown = []
     for term, value in pairs:
         if isinstance(value, dict):
-            value = ["%s=%s" % (key, part) for key, part in sorted(value.items())]
+            value = [fill("%s=%s", key, part) for key, part in sorted(value.items())]
         if isinstance(value, list):
             value = [fill("<code>%s</code><br>", part) for part in value]
         if value not in (None, "", []):
@@ -5127,7 +5130,7 @@ def age(created):
     """The same of an RFC 3339 time; nothing for what is no time, or the year 0 of reproducible builds."""
     try:
         moment = calendar.timegm(time.strptime(str(created)[:19], "%Y-%m-%dT%H:%M:%S"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return ago(moment) if moment > 86400 * 3660 else None
 
@@ -5384,9 +5387,12 @@ def get_archive(registry, access, request, name, reference):
 
 
 def get_own_source(registry, access, request):
-    """This file."""
+    """This file, unless it was taken away since the start."""
+    source = read_file(__file__, -1)
+    if source is None:
+        return Response.of_text("404: tinyreg.py is not where it was started from\n", 404)
     return Response(200, [("Content-Type", "text/x-python; charset=utf-8"), ("X-Content-Type-Options", "nosniff"),
-                          ("Content-Disposition", "attachment; filename=tinyreg.py")], read_file(__file__, -1))
+                          ("Content-Disposition", "attachment; filename=tinyreg.py")], source)
 
 
 def check_live(access, request):

@@ -170,7 +170,9 @@ def test_configs_that_are_not_what_they_should_be_are_no_error(registry, tmp_pat
             b"[]", b"not JSON", b'{"history":{},"config":[],"created":7,"os":["x"]}',
             b'{"history":[1,{"created_by":{"a":1}},{"empty_layer":true}],"config":{"Env":"x","Labels":[1],"Cmd":{}}}',
             b'{"created":"0001-01-01T00:00:00Z","config":{"Labels":{"a":["b"],"c":null}},"author":"\\ud800\\u0000"}',
-            b'{"created":"9999-99-99T99:99:99Z","os":{"a":"b"},"history":"x"}')):
+            b'{"created":"9999-99-99T99:99:99Z","os":{"a":"b"},"history":"x"}',
+            b'{"author":DEEP,"config":{"Env":DEEP,"Labels":{"a":DEEP}},"history":[{"created_by":DEEP}],"created":DEEP}'
+            .replace(b"DEEP", b"[" * 400 + b"]" * 400))):
         make_image(store, "odd", "t%d" % number, config=config)
         status, _, text = fetch("%s/?repository=odd&reference=t%d" % (registry.url, number))
         assert status == 200 and "Layers" in text, config
@@ -233,6 +235,11 @@ def test_the_registry_hands_itself_out(registry):
     with urllib.request.urlopen(registry.url + "/tinyreg.py") as answer, open(TINYREG, "rb") as file:
         assert answer.headers["Content-Disposition"] == "attachment; filename=tinyreg.py"
         assert hashlib.sha256(answer.read()).digest() == hashlib.sha256(file.read()).digest()
+
+
+def test_a_registry_whose_file_was_taken_away_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(tinyreg, "__file__", str(tmp_path / "gone.py"))
+    assert dispatch(Directory(str(tmp_path / "registry")), Access("pull"), Request("GET", "/tinyreg.py")).status == 404
 
 
 def test_an_image_is_downloaded_as_an_archive(registry, tmp_path):
