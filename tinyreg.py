@@ -228,6 +228,11 @@ class RegistryError(Exception):
         self.headers = list(headers)
         super().__init__(": ".join([self.message] + [str(detail) for detail in details]))
 
+    @classmethod
+    def too_many(cls, wait, message):
+        """TOOMANYREQUESTS, and in how many seconds to come again."""
+        return cls("TOOMANYREQUESTS", message=message, headers=[("Retry-After", str(wait))])
+
     def body(self):
         """The JSON that distribution-spec's "Error Codes" prescribes, as bytes."""
         entries = [{"code": self.code, "message": self.message, "detail": detail} for detail in self.details]
@@ -362,10 +367,20 @@ def split_image(text):
 Image = collections.namedtuple("Image", "host path reference stored_name")
 
 
+def origin_of(host):
+    """What names here begin with for a registry's host: no `:` may be in them, so a port follows a `_`."""
+    return host.lower().replace(":", "_")
+
+
 def origin_name(host, path):
-    """The name of a repository here whose content comes from `path` on `host`: an image keeps its origin. No `:` may be
-    in it, so a port follows a `_`. Raises NAME_INVALID."""
-    return parse_name("%s/%s" % (host.lower().replace(":", "_"), path))
+    """The name of a repository here whose content comes from `path` on `host`: an image keeps its origin. Raises
+    NAME_INVALID."""
+    return parse_name("%s/%s" % (origin_of(host), path))
+
+
+def usual_host(host):
+    """The host of a registry; Docker Hub has several, and docker.io is what people write."""
+    return "docker.io" if host in ("index.docker.io", "registry-1.docker.io") else host
 
 
 def parse_image(text):
@@ -377,7 +392,7 @@ def parse_image(text):
         first, path = "docker.io", rest
     elif not HOST.fullmatch(first):
         raise RegistryError("NAME_INVALID", text[:MAX_NAME], message="invalid host; write HOST[:PORT]/NAME[:TAG]")
-    host = "docker.io" if first in ("index.docker.io", "registry-1.docker.io") else first
+    host = usual_host(first)
     path, colon, tag = path.partition(":")
     if host == "docker.io" and "/" not in path:
         if re.fullmatch("[0-9a-f]{64}", path):
@@ -2847,7 +2862,7 @@ def login_key(name):
     """A host, or host and path, as we compare it: https://index.docker.io/v1/ is docker.io."""
     scheme, found, rest = name.partition("://")
     name = rest.partition("/")[0] if found else re.sub("/v[12]/?$", "", name)
-    return "docker.io" if name in ("index.docker.io", "registry-1.docker.io") else name
+    return usual_host(name)
 
 
 def read_login(entry, file):
@@ -3912,8 +3927,8 @@ class Access:
             count, since = 0, now
         if count >= MAX_FAILURES:
             wait = int(since + FAILURE_WINDOW - now) + 1
-            raise RegistryError("TOOMANYREQUESTS", headers=[("Retry-After", str(wait))], message="too many wrong "
-                                "passwords from %s; try again in %d seconds" % (request.client, wait))
+            raise RegistryError.too_many(wait, "too many wrong passwords from %s; try again in %d seconds"
+                                         % (request.client, wait))
         found = hash_password(password, stored or next(iter(self.users.values()), ""))  # who is not there takes as long
         for memory in (self.verified, self.failures):
             if len(memory) >= REMEMBERED:
@@ -4045,8 +4060,7 @@ class Access:
             begun[:] = [found for found in begun if registry.has_upload(*found)]
         if len(begun) >= MAX_UPLOADS:
             session.cancel()
-            raise RegistryError("TOOMANYREQUESTS", headers=[("Retry-After", "60")],
-                                message="%s has too many uploads open; finish or cancel some" % request.client)
+            raise RegistryError.too_many(60, "%s has too many uploads open; finish or cancel some" % request.client)
         begun.append((session.name, session.id))
 
     def in_words(self, reach):
@@ -4960,10 +4974,9 @@ def answer_read(registry, access, request, handler, name, **found):
         if not access.allows(request, "pull", candidate):
             continue
         try:
-            if (handler is get_referrers and candidate != names[-1]
-                    and not any(registry.referrers(candidate, found["digest"]))):
-                registry.manifest(candidate, found["digest"])  # no referrers is no error, so look for their subject
             response = handler(registry, access, request, name=candidate, **found)
+            if handler is get_referrers and candidate != names[-1] and response.body.endswith(b'"manifests":[]}\n'):
+                registry.manifest(candidate, found["digest"])  # no referrers is no error, so look for their subject
         except RegistryError as error:
             if error.code not in UNKNOWN_CODES:
                 raise
@@ -5154,7 +5167,7 @@ def repositories_page(registry, access, request):
     """The names, a page of them at a time; the search goes through all of them."""
     wanted = request.get("q", "").strip().lower()
     names, more = take_page((name for name in registry.repositories(request.get("last", ""))
-                             if wanted in name and access.allows(request, "pull", name)), ROWS)
+                             if wanted in name and access.lists(request, name)), ROWS)
     rows = []
     for name in names:
         tags, _ = take_page(registry.tags(name), 6)
@@ -5318,7 +5331,7 @@ def client_files(client, host, ca, mirror, origins):
         insecure = "insecure = true\n" if plain else ""
         tables = ['location = "%s"\n' % host] if plain else []
         for origin in origins if mirror else ():  # there is no way to say "all"
-            tables.append('prefix = "%s"\nlocation = "%s/%s"\n' % (origin, host, origin.replace(":", "_")))
+            tables.append('prefix = "%s"\nlocation = "%s/%s"\n' % (origin, host, origin_of(origin)))
         yield ("/etc/containers/registries.conf.d/50-tinyreg.conf",
                "".join("[[registry]]\n" + table + insecure for table in tables), "read at each pull")
     if client == "k3s":
@@ -5979,9 +5992,7 @@ class Connection:
         don't take an answer that comes before."""
         with contextlib.suppress(OSError, ClientLeft, RegistryError), self.sock:
             if not silently and self.incoming.read_head():
-                error = RegistryError("TOOMANYREQUESTS", message="too many connections from %s" % self.client,
-                                      headers=[("Retry-After", "5")])
-                self._refuse_head(error)
+                self._refuse_head(RegistryError.too_many(5, "too many connections from %s" % self.client))
 
     def _refuse_head(self, error, version="1.1"):
         """Answer, and record, what did not become a request."""
@@ -6951,7 +6962,7 @@ def target_of(text):
 def push_name(host, prefix, name):
     """What a repository of the store is called on another registry: the same below the prefix; but what came from
     that registry goes back to its own name."""
-    own = host.lower().replace(":", "_") + "/"
+    own = origin_of(host) + "/"
     return prefix + (name[len(own):] if not prefix and name.startswith(own) else name)
 
 
@@ -7294,8 +7305,7 @@ def upstream(text):
         raise CommandError("%r is no upstream: write for example docker.io=https://registry-1.docker.io"
                                          % text)
     space, scheme, host, prefix = match.groups()
-    host = "docker.io" if host in ("registry-1.docker.io", "index.docker.io") else host
-    return space.lower().replace(":", "_"), host, scheme == "http", prefix + "/" if prefix else ""
+    return origin_of(space), usual_host(host), scheme == "http", prefix + "/" if prefix else ""
 
 
 def add_command(commands, function, name, purpose, examples, reports=True):
