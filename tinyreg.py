@@ -4056,7 +4056,7 @@ class Access:
         if is_loopback(request.client):
             return
         begun = self.uploads.setdefault(whole_client(request.client), [])
-        if len(begun) >= MAX_UPLOADS:
+        if len(begun) >= MAX_UPLOADS or len(begun) % 100 == 99:
             begun[:] = [found for found in begun if registry.has_upload(*found)]
         if len(begun) >= MAX_UPLOADS:
             session.cancel()

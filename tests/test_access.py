@@ -465,6 +465,14 @@ def test_behind_a_proxy_on_this_machine_only_the_user_is_slowed_down_whose_passw
     assert world.status(access, "GET", "/v2/", "bob", client="127.0.0.1") == 200
 
 
+def test_uploads_that_have_ended_are_forgotten(world):
+    access = world.access()
+    for _ in range(120):
+        location = dict(world.ask(access, "POST", "/v2/team/a/blobs/uploads/", "alice").headers)["Location"]
+        assert world.status(access, "DELETE", location, "alice") == 204
+    assert len(access.uploads["10.0.0.1"]) < 100
+
+
 @pytest.mark.parametrize("address, whole", [
     ("10.0.0.1", "10.0.0.1"), ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2"), ("2001:db8::1", "2001:db8:0:0"),
     ("2001:db8:1:2::", "2001:db8:1:2"), ("2001::1:2:3:4:5", "2001:0:0:1"), ("fe80::1%eth0", "fe80:0:0:0")])
