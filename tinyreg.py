@@ -4063,13 +4063,15 @@ class Access:
             raise RegistryError.too_many(60, "%s has too many uploads open; finish or cancel some" % request.client)
         begun.append((session.name, session.id))
 
-    def in_words(self, reach):
+    def in_words(self, reach, read_only):
         """For the banner, in lines: who may do what. `reach` is who can connect."""
-        lines = ["%s may %s%s" % (reach, IN_WORDS[self.anonymous], " without a password" if self.users_file else
+        may = [IN_WORDS[min(level, 1) if read_only else level] for level in range(len(LEVELS))]
+        lines = ["%s may %s%s" % (reach, may[self.anonymous], " without a password" if self.users_file else
                                   " (change it with --anonymous)" if self.anonymous < len(LEVELS) - 1 else "")]
         if self.users_file:
-            lines.append("those in %s may %s" % (self.users_file, IN_WORDS[self.default]))
-        return lines + (["and what the rules in %s say" % self.rules_file] if self.rules_file else [])
+            allowed = "what the rules in %s say" % self.rules_file if self.rules_file else may[self.default]
+            lines.append("those in %s may %s" % (self.users_file, allowed))
+        return lines + (["this registry is read-only"] if read_only else [])
 
 # ---------------------------------------------------------------------------------------------------------
 # 11  Observation
@@ -6631,16 +6633,19 @@ def banner(store, listeners, access, local, tls=None):
         urls.append("http%s://%s:%d%s" % ("s" if tls else "", "[%s]" % host if ":" in host else host, port,
                                         " (every address of this machine)" if everywhere else ""))
     reach = "whoever is on this machine" if local else "whoever can reach it"
-    closed = ["but nobody push or delete: it is read-only"] if store.read_only or isinstance(store, Archive) else []
+    pushed = not store.read_only and (access.users_file or LEVELS[access.anonymous] in ("push", "admin"))
+    login = "docker login %s && " % ports[0] if access.users_file else ""
+    clear = access.users_file and not tls and not local
     return "\n".join([
         "tinyreg %s" % __version__,
         "  listens on  " + ", ".join(urls),
         ("  serves      %s (read-only)" if isinstance(store, Archive) else "  stores in   %s") % store.root,
         ] + (["  CA          /ca.crt, SHA-256 " + fingerprint(tls.ca)] if tls and tls.ca else []) + [
-        "  access      " + "\n              ".join(access.in_words(reach) + closed),
-        "  try         " + (example(store, ports[0]) if closed else
-                            "docker tag alpine %s/alpine && docker push %s/alpine\n"
-                            "              docker pull %s/alpine" % (ports[0], ports[0], ports[0])),
+        "  access      " + "\n              ".join(access.in_words(reach, store.read_only)),
+        ] + ["  beware      passwords cross the network in the clear; add --tls"] * bool(clear) + [
+        "  try         " + (login + "docker tag alpine %s/alpine && docker push %s/alpine\n"
+                            "              docker pull %s/alpine" % (ports[0], ports[0], ports[0]) if pushed else
+                            example(store, ports[0])),
         "  Ctrl-C ends it.",
     ])
 
@@ -7254,6 +7259,8 @@ def with_environment(parser, given):
 class Parser(argparse.ArgumentParser):
     """Errors in one line, with exit status 2."""
 
+    commands = {}  # name: its parser
+
     def error(self, message):
         option = re.match("argument (--[a-z-]+)", message)
         if option and os.environ.get(variable_of(option.group(1))):
@@ -7385,7 +7392,6 @@ def add_serve_command(commands):
                          "this often, for example 24h; 0 is never")
     command.add_argument("--grace", metavar="TIME", type=seconds, default="1h", help="how long --gc-every leaves "
                          "what a client was told about")
-    return command
 
 
 def add_transfer_commands(commands):
@@ -7490,7 +7496,7 @@ def build_parser():
     parser.add_argument("--version", action="version", version="tinyreg " + __version__)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
     parser.commands = commands.choices
-    parser.serve = add_serve_command(commands)
+    add_serve_command(commands)
     add_transfer_commands(commands)
     add_store_commands(commands)
     add_client_commands(commands)
@@ -7521,7 +7527,7 @@ def main(argv=None):
     if arguments[0] == "serve" and late:
         parser.error("write the command first: tinyreg.py %s ..." % late[0])
     if arguments[0] == "serve" and not {"-h", "--help"} & set(arguments):  # where errors about variables send people
-        arguments[1:] = with_environment(parser.serve, arguments[1:])
+        arguments[1:] = with_environment(parser.commands["serve"], arguments[1:])
     options = parser.parse_args(arguments)
     if options.command == "serve":
         options.listen = options.listen or [("127.0.0.1", 5000)]

@@ -79,7 +79,7 @@ def test_each_option_of_serve_can_come_from_the_environment(monkeypatch):
         assert (option in tinyreg.REPEATED) == ("may be repeated" in text), text
         monkeypatch.setenv(tinyreg.variable_of(option), "one two")
     monkeypatch.setenv("TINYREG_PORT", "tcp://10.0.0.1:5000")  # Kubernetes', beside a Service called tinyreg
-    serve = tinyreg.build_parser().serve
+    serve = tinyreg.build_parser().commands["serve"]
     values = {argument.partition("=")[0] for argument in tinyreg.with_environment(serve, [])}
     assert values == options
     assert tinyreg.with_environment(serve, ["--listen", ":1"]).count("--listen") == 1

@@ -91,7 +91,7 @@ def test_each_command_line_is_one(line):
 
 def test_each_option_exists():
     known = set()
-    for command in tinyreg.build_parser()._subparsers._group_actions[0].choices.values():
+    for command in tinyreg.build_parser().commands.values():
         known.update(command._option_string_actions)
     of_others = {"--tls-verify", "--dest-tls-verify", "--src-tls-verify", "--all", "--now", "--name", "--permanent",
                  "--add-port", "--reload", "--help", "--entry"}  # Traefik's --entryPoints

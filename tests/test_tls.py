@@ -496,4 +496,4 @@ def test_archives_are_served_with_users_and_tls_and_the_keys_lie_in_the_store(st
     status, body = ask("POST", "/v2/demo/blobs/uploads/", b"alice:secret")
     assert status == 403 and b"read-only" in body
     server.stop()
-    assert "nobody push or delete: it is read-only" in server.banner
+    assert "this registry is read-only" in server.banner
