@@ -3874,12 +3874,16 @@ class Access:
 
     def _load(self):
         users, rules = self.users, self.rules
-        if self.users_file:
-            with open(self.users_file, "rb") as file, self.slow:
-                users = parse_users(file.read())
-        if self.rules_file:
-            with open(self.rules_file, "rb") as file:
-                rules = parse_rules(file.read())
+        try:
+            if self.users_file:
+                with open(self.users_file, "rb") as file, self.slow:
+                    users = parse_users(file.read())
+            if self.rules_file:
+                with open(self.rules_file, "rb") as file:
+                    rules = parse_rules(file.read())
+        except FileNotFoundError as error:
+            hint = "; make it with: tinyreg.py passwd NAME --users " + self.users_file
+            raise CommandError("there is no %s%s" % (error.filename, hint if error.filename == self.users_file else ""))
         self.users, self.rules = users, rules  # both, or none
 
     # Who
