@@ -1679,6 +1679,18 @@ def keys_mentioned(content):
     return frozenset(map(key_of, MENTIONED.findall(content)))
 
 
+def follow(todo, *ways):
+    """The set of these keys, and of all to which the ways ({key: keys}) lead from them."""
+    reached = set()
+    while todo:
+        key = todo.pop()
+        if key not in reached:
+            reached.add(key)
+            for way in ways:
+                todo += way.get(key, ())
+    return reached
+
+
 def fail(error):
     """For os.walk, which would take a folder that it can't read for an empty one."""
     if not isinstance(error, FileNotFoundError):  # taken away meanwhile
@@ -1741,12 +1753,10 @@ class Collection:
 
     def run(self):
         """Raises OSError, and has then deleted less than it could."""
-        probe = self.store.files.scratch_path()
         with self.store.lock.alone():  # so pushes that began before have their links in place
-            open(probe, "xb").close()  # asks the clock of the file system, which may be another host's
-        self.now = os.stat(probe).st_mtime
+            os.utime(self.store.lock.path)  # asks the clock of the file system, which may be another host's
+            self.now = os.stat(self.store.lock.path).st_mtime
         self.young = self.now - self.grace
-        os.unlink(probe)
         self.purge()
         for name in repository_folders(self.store):
             self._collect_repository(name)
@@ -1785,23 +1795,20 @@ class Collection:
     def _collect_repository(self, name):
         """Note what the manifests of a repository mention, and take away its links to anything else."""
         folder = self.store.repository_path(name)
-        revisions, mentions, unread = {}, {}, len(self.unread)
+        revisions, mentions, children, about, unread = {}, {}, {}, {}, len(self.unread)
         for digest, revision in digest_folders(folder, "_manifests", "revisions"):
             if os.path.exists(os.path.join(revision, "link")):
-                revisions[digest] = revision
-                mentions[key_of(digest)] = self._mentions(name, digest)
+                key, revisions[digest] = key_of(digest), revision
+                mentions[key], children[key], subject = self._mentions(name, digest)
+                about.setdefault(subject, []).append(key)
         expired, reached, tags = self._expired(name), mentions, []
         if self.untagged or expired:
-            reached, tags = self._reached(name, revisions, mentions, expired)
+            reached, tags = self._reached(name, revisions, mentions, children, about, expired)
         sound = len(self.unread) == unread  # else nobody knows what is referred to, and everything stays
         if sound and tags:
-            self._take("tags", CURRENT, [(tag, self.store.tag_path(*tag.split(":"))) for tag in tags])
-        idle = [entry for entry in revisions.items() if sound and key_of(entry[0]) not in reached]
-        stay = self._take("manifests", "link", idle)
-        for digest, _ in set(idle).difference(stay):
-            del mentions[key_of(digest)]
-        if len(stay) < len(idle):
-            self._sync()
+            self._take("tags", CURRENT, [("%s:%s" % (name, tag), self.store.tag_path(name, tag)) for tag in tags])
+        self._take_manifests([entry for entry in revisions.items() if sound and key_of(entry[0]) not in reached],
+                             mentions)
         kept = set(mentions).union(*mentions.values())
 
         def idle_layers():
@@ -1821,11 +1828,29 @@ class Collection:
             self.wanted.add(key_of(self.store._read_link(layer) or digest))
 
     def _mentions(self, name, digest):
-        content = self.store._manifest_content(digest)
+        """The keys of all that a manifest mentions, those of an index's children, and that of its subject, or None."""
+        content, children, subject = self.store._manifest_content(digest), [], None
         if content is None:
             self.unread.append("%s@%s" % (name, digest))
-            return frozenset()
-        return keys_mentioned(content)
+            return frozenset(), children, subject
+        with contextlib.suppress(RegistryError):  # of a type that we don't know
+            manifest = Manifest(content, digest)
+            subject = manifest.subject and key_of(manifest.subject)
+            children = [key_of(child.digest) for child in manifest.manifests]
+        return keys_mentioned(content), children, subject
+
+    def _take_manifests(self, idle, mentions):
+        """Take away manifests, and what they mention, parents first: a push beside us touches what it needs, but not
+        what that needs. So what stays of the parents after all keeps all that it leads to."""
+        while idle:
+            inner = set().union(*(mentions[key_of(digest)] for digest, _ in idle))
+            level = [entry for entry in idle if key_of(entry[0]) not in inner] or idle
+            stay = self._take("manifests", "link", level)
+            for digest, _ in set(level).difference(stay):
+                del mentions[key_of(digest)]
+            self._sync()
+            left = mentions.keys() - follow([key_of(digest) for digest, _ in stay], mentions)
+            idle = [entry for entry in idle if key_of(entry[0]) in left]
 
     def _expired(self, name):
         """{tag: digest} of the tags of a repository that are to go. One stays if it is young, or if a client was just
@@ -1847,13 +1872,14 @@ class Collection:
 
         return {tag: targets[tag] for tag in expired if targets[tag] in kept or not is_young(targets[tag])}
 
-    def _reached(self, name, revisions, mentions, expired):
-        """The keys of the manifests that stay, with what they mention, and the tags that go (NAME:TAG). What stays is
-        young, or a tag leads to it; and, without `untagged`, what was not expired tags' alone."""
+    def _reached(self, name, revisions, mentions, children, about, expired):
+        """The keys of the manifests that stay, with what they mention, and the tags that go. What stays is young, or a
+        tag leads to it; and, without `untagged`, what is no expired tag's: its manifest, that one's children and what
+        is about them. (Other mentions, as of a base image, keep what they name, but don't take it along.)"""
         tags = os.path.join(self.store.repository_path(name), "_manifests", "tags")
         todo = [key_of(digest) for digest, revision in revisions.items()
                 if look_at(os.path.join(revision, "link"))[0] >= self.young]
-        about, notes = {}, []
+        notes = []
         for tag in list_directory(tags):
             digest = self.store._read_link(os.path.join(tags, tag, "current"))
             if digest and expired and TAG_ABOUT.fullmatch(tag) and key_of(tag) in mentions:
@@ -1863,26 +1889,12 @@ class Collection:
                 todo.append(key_of(digest))
             elif not digest and os.path.exists(os.path.join(tags, tag, CURRENT)):
                 self.unread.append("%s:%s" % (name, tag))
-        for digest in revisions:
-            subject = self.store._subject_of(digest) or "-"
-            if subject != "-":
-                about.setdefault(key_of(subject), []).append(key_of(digest))
-
-        def follow(todo):
-            reached = set()
-            while todo:
-                key = todo.pop()
-                if key not in reached:
-                    reached.add(key)
-                    todo += about.get(key, [])
-                    todo += mentions.get(key, ())
-            return reached
-
+        reached = follow(todo, mentions, about)
         if not self.untagged:
-            todo += set(mentions) - follow([key_of(digest) for digest in expired.values()])
-        reached = follow(todo)
-        tags = list(expired) + [tag for tag in notes if key_of(tag) not in reached]
-        return reached, ["%s:%s" % (name, tag) for tag in tags]
+            doomed = follow([key_of(digest) for digest in expired.values()], children, about)
+            # What is about something that never was to go is not kept by that: its own tag has expired.
+            reached |= follow(list(set(mentions) - doomed), mentions, {key: about.get(key, ()) for key in doomed})
+        return reached, list(expired) + [tag for tag in notes if key_of(tag) not in reached]
 
     def _take(self, kind, file, entries):
         """Take away the folders of the (digest, folder) entries whose file is not young. Returns the other entries."""
@@ -2051,7 +2063,7 @@ class Verification:
         images, tagged = {what: set() for _, what, _ in found}, set()
         for image in [tag for tag, _ in tags] + list(revisions):
             if image not in tagged:
-                reached = self._reached(image, needs)
+                reached = follow([image], needs)
                 for what in reached.intersection(images):
                     images[what].add(image_text(name, image))
                 tagged |= reached if image not in revisions else set()
@@ -2086,17 +2098,6 @@ class Verification:
                     [child.digest for child in manifest.manifests])
         except RegistryError:
             return [], []
-
-    @staticmethod
-    def _reached(start, needs):
-        """The set of all that something can't do without, itself included."""
-        reached, todo = set(), [start]
-        while todo:
-            digest = todo.pop()
-            if digest not in reached:
-                reached.add(digest)
-                todo += needs.get(digest, ())
-        return reached
 
 # ---------------------------------------------------------------------------------------------------------
 # 7  Archive

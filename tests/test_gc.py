@@ -407,6 +407,24 @@ def test_signatures_are_no_tags_and_go_with_what_they_sign(aged):
     assert has_data(aged, b"alone")
 
 
+def test_an_expired_tag_takes_along_neither_subject_nor_base_image(aged):
+    """Both were pushed by their digest, on purpose: they stay as long as nobody says --untagged."""
+    subject, base = [make_image(aged, "app", None, layers=(layer,)) for layer in (b"subject", b"base")]
+    sbom = make_referrer(aged, "app", subject, artifactType="application/x")
+    aged.put_manifest("app", sbom, ["sbom-1"])
+    built = make_image(aged, "app", "built", layers=(b"built",),
+                       annotations={"org.opencontainers.image.base.digest": base.digest})
+    attached = make_referrer(aged, "app", built)
+    make_old(aged)
+    age_tag(aged, "app", "1", 1)
+    gc(aged, keep=1)
+    left = set(aged._revisions("app"))
+    assert list(aged.tags("app")) == ["1"] and {subject.digest, base.digest} <= left
+    assert not left & {sbom.digest, built.digest, attached.digest} and not has_data(aged, b"built")
+    gc(aged, untagged=True)
+    assert set(aged._revisions("app")) == {aged.resolve("app", "1")}
+
+
 def test_a_tag_that_moves_meanwhile_stays(aged, monkeypatch):
     first, fourth = aged.resolve("app", "1"), aged.resolve("app", "4")
     manifest, again = [Manifest(aged._manifest_content(digest), digest) for digest in (first, fourth)]
@@ -510,6 +528,7 @@ def test_a_push_after_the_marking(store, monkeypatch, when, how):
     """A push that comes when gc has decided what is garbage, and before it takes it away, keeps what it needs."""
     manifest = make_image(store, "app", "gone", layers=(b"layer",))
     store.delete_tag("app", "gone")
+    make_image(store, "app", None, layers=(b"untagged",))
     if how != "again":
         store.delete_manifest("app", manifest.digest)
     make_old(store)
@@ -538,6 +557,33 @@ def test_a_push_after_the_marking(store, monkeypatch, when, how):
     assert store.resolve(name, "latest") == manifest.digest
     for blob in store.manifest(name, manifest.digest).blobs:
         read_blob(store, name, blob.digest)
+
+
+@pytest.mark.parametrize("when, how", [(1, "outer index"), (1, "referrer"), (2, "again")])
+def test_a_push_between_an_index_and_its_children(store, monkeypatch, when, how):
+    """A push touches only what it mentions itself; what that leads to has to stay as well."""
+    child = make_image(store, "app", None, layers=(b"child",))
+    inner = to_manifest(index(child))
+    store.put_manifest("app", inner)
+    make_old(store)
+    take, levels = Collection._take, []
+
+    def push_first(collection, kind, file, entries):
+        entries = list(entries)
+        if kind == "manifests":
+            levels.append({digest for digest, _ in entries})
+            if len(levels) == when:
+                if how == "referrer":
+                    make_referrer(store, "app", inner)
+                else:
+                    store.put_manifest("app", to_manifest(index(inner)) if how == "outer index" else inner, ["new"])
+        return take(collection, kind, file, entries)
+
+    monkeypatch.setattr(Collection, "_take", push_first)
+    collect_garbage(store, untagged=True)
+    assert levels == [{inner.digest}, {child.digest}][:when]
+    assert store.manifest("app", inner.digest) and store.manifest("app", child.digest)
+    assert has_blob(store, "app", b"child")
 
 
 def test_gc_does_not_go_by_what_nfs_remembers_of_a_file(store, monkeypatch):
