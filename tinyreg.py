@@ -2360,7 +2360,8 @@ def entry_name(annotations, default):
                 if key == REF_NAME and "/" not in text and ":" not in text:
                     return default, parse_tag(text)
                 if key == OWN_NAME:
-                    return split_image(text)
+                    name, reference = split_image(text)
+                    return name, reference or "latest"
                 image = parse_image(text)
                 return image.stored_name, image.reference
     return None, None

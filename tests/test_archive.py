@@ -482,6 +482,7 @@ def test_an_oci_layout_as_a_directory_a_tar_and_a_tar_of_the_directory(tmp_path,
      NAME, "1"),
     ({"org.opencontainers.image.ref.name": "1", "io.containerd.image.name": "lab.example:5000/x:1"},
      "lab.example_5000/x", "1"),
+    ({"tinyreg.name": "a/b"}, "a/b", "latest"),
     ({"org.opencontainers.image.ref.name": "Not A Name"}, "file", "latest"),
     (None, "file", "latest"),
 ])
