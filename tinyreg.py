@@ -1234,13 +1234,14 @@ class Directory(Registry):
     def usage(self):
         """The last measurement, from a file that all processes use."""
         path = os.path.join(self.own, "usage")
-        with contextlib.suppress(ValueError, FileNotFoundError):
+        with contextlib.suppress(ValueError, KeyError, OSError):
             usage = load_json(read_file(path, -1) or b"")
             if 0 <= time.time() - os.stat(path).st_mtime < max(USAGE_LIFE, 50 * usage["took"]):
                 return usage
             os.utime(path)  # while this process measures anew, others have the old
         usage = self.measure()
-        self.files.write(path, to_json(usage))
+        with contextlib.suppress(OSError):  # on a disk that is full or read-only each look measures anew
+            self.files.write(path, to_json(usage))
         return usage
 
     def measure(self):
@@ -1255,8 +1256,8 @@ class Directory(Registry):
             bytes_of[name] = [0, 0]
             folder = self.repository_path(name)
             uploads += len(list_directory(os.path.join(folder, "_uploads")))
-            for digest, _ in itertools.chain(digest_folders(folder, "_layers"),
-                                             digest_folders(folder, "_manifests", "revisions")):
+            for digest in {digest for digest, _ in itertools.chain(  # a manifest may have been pushed as a blob, too
+                    digest_folders(folder, "_layers"), digest_folders(folder, "_manifests", "revisions"))}:
                 holders.setdefault(digest, []).append(name)
         for digest, names in holders.items():
             for name in names:
@@ -1269,6 +1270,9 @@ class Directory(Registry):
                 "shared": {digest: names[:5] for digest, names in holders.items() if len(names) > 1}}
 
     def check_ready(self):
+        os.stat(self.tree)
+        if self.read_only:
+            return
         self.files.probe()
         if self.free_space() < MIN_ROOM:
             raise RegistryError("UNAVAILABLE", message="less than 64 MiB are free on the store's disk")

@@ -1,5 +1,6 @@
 """Directory: CNCF Distribution's layout to the byte, the order of writes, damage, referrers, and many at once."""
 
+import errno
 import hashlib
 import io
 import itertools
@@ -197,6 +198,30 @@ def test_a_blob_belongs_to_the_repositories_that_were_given_it(store):
     assert not store.mount("c", digest, "b")
     assert store.mount("b", digest, "a") and read_blob(store, "b", digest) == b"content"
     assert store.mount("c", digest) and read_blob(store, "c", digest) == b"content"
+
+
+def test_what_takes_the_space_is_told_also_where_it_can_not_be_kept(store, root, monkeypatch):
+    manifest = make_image(store, "app")
+    push_blob(store, "app", manifest.content)  # a manifest that was pushed as a blob, too, takes its space once
+
+    def fail(path, content):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(store.files, "write", fail)
+    (root / "tinyreg" / "usage").write_bytes(b"{}")
+    usage = store.usage()
+    assert usage["repositories"] == {"app": [usage["bytes"], 0]} and usage["shared"] == {}
+
+
+def test_a_store_is_ready_without_writing_if_it_is_read_only(store, root):
+    (root / "tinyreg" / "scratch").rmdir()
+    with pytest.raises(OSError):
+        store.check_ready()
+    store.read_only = True
+    store.check_ready()
+    (root / "docker").rename(root / "unmounted")
+    with pytest.raises(OSError):
+        store.check_ready()
 
 
 def test_a_directory_that_is_no_store(tmp_path):
