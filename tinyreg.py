@@ -3630,11 +3630,11 @@ class Copy:
                 return self.target.manifest(self.target_name, digest)
         return self.source.manifest(self.name, digest)
 
-    def _add(self, digest):
+    def _add(self, digest, depth=0):
         """Plan a manifest, after all that it refers to. Raises MANIFEST_UNKNOWN, MANIFEST_INVALID."""
         if digest in self.seen:
             return
-        if len(self.seen) - len(self.manifests) > MAX_NESTING:  # those that are begun, and not yet done
+        if depth > MAX_NESTING:
             raise RegistryError("MANIFEST_INVALID", digest, message="indexes in indexes without end")
         manifest = self._manifest(digest)
         self.seen.add(digest)
@@ -3643,10 +3643,10 @@ class Copy:
                 self.blobs[child.digest] = child  # BuildKit's cache: an index of layers
             else:
                 with if_there():
-                    self._add(child.digest)
+                    self._add(child.digest, depth + 1)
         self.blobs.update((blob.digest, blob) for blob in manifest.blobs if not blob.foreign)
         if self.with_referrers and digest not in self.attestations:
-            self._add_referrers(digest)
+            self._add_referrers(digest, depth + 1)
         self.manifests[digest] = manifest
 
     def _wanted_children(self, manifest):
@@ -3662,19 +3662,19 @@ class Copy:
                                 % (" or ".join(self.platforms), ", ".join(offered)))
         return wanted
 
-    def _add_referrers(self, digest):
+    def _add_referrers(self, digest, depth):
         """Plan what is about a manifest: its referrers, and what cosign has tagged with its digest."""
         for referrer in self.source.referrer_digests(self.name, digest):
             if referrer not in self.seen:
                 with if_there():
-                    self._add(referrer)
+                    self._add(referrer, depth)
                     self.report.referrers.append((referrer, self.manifests[referrer].artifact_type or "referrer"))
         for suffix in COSIGN_SUFFIXES:
             tag = digest.replace(":", "-") + suffix
             with if_there():
                 found = self.source.resolve(self.name, tag)
                 self.attestations.add(found)
-                self._add(found)
+                self._add(found, depth)
                 self.tags.setdefault(found, []).append(tag)
                 self.report.referrers.append((found, "cosign's " + suffix))
 
