@@ -2800,7 +2800,8 @@ REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 10
 MAX_ANSWER = 4 * MAX_MANIFEST  # bytes of an answer that is no blob: some registries list all tags at once
 CONNECT_TIMEOUT = 15.0       # seconds to reach another registry
-REMOTE_TIMEOUT = 60.0        # seconds without a byte from it
+REMOTE_TIMEOUT = 60.0        # seconds without a byte from it …
+CLOSING_TIMEOUT = 600.0      # … and at the end of an upload, while it reads a large blob again and puts it away
 LONGEST_WAIT = 300.0         # seconds; who says Retry-After with more than that means "come back another day"
 UPLOAD_CHUNK = 64 << 20      # bytes; what a dropped connection costs at most, where the other side keeps whole chunks
 TOKEN_LIFE = 60              # seconds, where the token server does not say
@@ -2937,10 +2938,9 @@ class Wire:
             connection.set_tunnel(netloc, headers={"Proxy-Authorization": basic(user, secret)} if user else {})
         connection.response_class = Reply
         connection.connect()
-        connection.sock.settimeout(REMOTE_TIMEOUT)
         return connection
 
-    def request(self, method, url, headers, body=None, stream=False):
+    def request(self, method, url, headers, body=None, stream=False, timeout=None):
         """The Reply; its content has been read, unless it is a blob to `stream`. Raises NETWORK_ERRORS."""
         parts = urllib.parse.urlsplit(url)
         path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
@@ -2951,6 +2951,7 @@ class Wire:
             except IndexError:
                 connection, used = self.connect(*parts[:2]), False
             try:
+                connection.sock.settimeout(timeout or REMOTE_TIMEOUT)
                 with contextlib.suppress(ConnectionError):  # a refusal, which is there to be read, cuts a body short
                     connection.request(method, path, body, headers)
                 reply = connection.getresponse()
@@ -2993,7 +2994,8 @@ class Remote(Registry):
         self.mutex = threading.RLock()
         self.held_in = {}       # digest: a repository here that is known to have this blob
         self.sessions = {}      # (name, digest): Location of an upload that a mount began
-        self.no_referrers = self.no_chunks = False  # what the other side has turned out not to know
+        self.no_referrers = set()  # repositories for which the other side has no referrers API …
+        self.no_chunks = False     # … and whether it takes no chunks, as it has turned out
 
     # Failures
 
@@ -3028,7 +3030,7 @@ class Remote(Registry):
             told = load_json(reply.content)["errors"][0]
             code = told["code"] if told["code"] in ERRORS else code
             message = told.get("message") or message
-        code = "UNAVAILABLE" if reply.status >= 500 else code
+        code = "UNKNOWN" if reply.status >= 500 else code
         message = "%s answered %d: %s" % (self.host, reply.status, message)
         if reply.status == 404:
             message = "%s has no %s%s" % (self.host, what, "" if "@" in what else "; check its name and tag")
@@ -3079,7 +3081,7 @@ class Remote(Registry):
                 self.base = "%s://%s" % (scheme, self.address)
             return self.base
 
-    def exchange(self, method, url, headers=None, body=None, scope=None, stream=False):
+    def exchange(self, method, url, headers=None, body=None, scope=None, stream=False, timeout=None):
         """The Reply to one request, with the redirects and the login that it takes; `url` may be a path. A login is for
         this registry alone: it is not sent to where a redirect or a Location leads. Raises Passing, RegistryError."""
         url = urllib.parse.urljoin(self._find_base(), url)
@@ -3091,7 +3093,7 @@ class Remote(Registry):
             if known:
                 headers["Authorization"] = known
             try:
-                reply = self.wire.request(method, url, headers, body, stream)
+                reply = self.wire.request(method, url, headers, body, stream, timeout)
                 there = urllib.parse.urljoin(url, reply.header("Location"))
             except NETWORK_ERRORS as error:
                 raise Passing("UNAVAILABLE", message=self.explain(error))
@@ -3214,14 +3216,17 @@ class Remote(Registry):
 
     def referrer_digests(self, name, subject):
         """By the referrers API or, where there is none, from the tag that clients keep instead of it."""
-        if not self.no_referrers:
+        if name not in self.no_referrers:
             try:
                 found = list(self._pages(name, "/v2/%s/referrers/%s" % (name, subject), "manifests"))
                 return [parse_descriptor(entry).digest for entry in found]
             except RegistryError as error:
-                if error.code in ("UNAVAILABLE", "TOOMANYREQUESTS"):
+                if error.code in ("UNAVAILABLE", "UNKNOWN", "TOOMANYREQUESTS"):
                     raise
-                self.no_referrers = True  # registries without it say so in every way, with their web page too
+                # Registries without it say so in every way, with their web page too; but a login that is wanted may
+                # be there next time, and is wanted for the tag as well.
+                if error.code not in ("UNAUTHORIZED", "DENIED"):
+                    self.no_referrers.add(name)
         return [parse_descriptor(entry).digest for entry in self._fallback(name, subject)]
 
     def _fallback(self, name, subject):
@@ -3245,8 +3250,11 @@ class Remote(Registry):
             if source is None:
                 return False
             path = "/blobs/uploads/?" + urllib.parse.urlencode({"mount": digest, "from": source})
-            reply = self.call("POST", name, path, (201, 202), {"Content-Length": "0"}, b"",
-                              "pull,push repository:%s:pull" % source)
+            try:
+                reply = self.call("POST", name, path, (201, 202), {"Content-Length": "0"}, b"",
+                                  "pull,push repository:%s:pull" % source)
+            except RegistryError:  # we may push here, and not pull from there; or the upload will say what is wrong
+                return False
             if reply.status == 202:  # it would rather have the bytes, and has begun an upload
                 self.sessions[name, digest] = reply.header("Location")
                 return False
@@ -3306,6 +3314,24 @@ class RemoteBlob(Blob):
         self.reply.close()
 
 
+class LimitedBlob(Blob):
+    """A blob of which `left` bytes may come at most: an endless one would fill the disk."""
+
+    def __init__(self, blob, left):
+        super().__init__(None, 0, blob.length)
+        self.blob, self.left = blob, left
+
+    def readinto(self, view):
+        count = self.blob.readinto(view)
+        self.left -= count
+        if self.left < 0:
+            raise RegistryError("SIZE_INVALID", message="the source sends more bytes of a blob than it should have")
+        return count
+
+    def close(self):
+        self.blob.close()
+
+
 class RemoteUpload:
     """A blob on its way to another registry. `location` is where to send to next, once the other side has said so."""
 
@@ -3314,32 +3340,38 @@ class RemoteUpload:
 
     def put(self, digest, open_from):
         """One attempt, from where the one before it came to. Raises Passing, RegistryError, what `open_from` raises."""
-        self._begin()
+        if not self._resume():
+            if self.location and self.remote.size(self.name, digest) is not None:
+                return  # all had come, and only the answer that said so was lost
+            self.location = None
+            self._request("POST", "/v2/%s/blobs/uploads/" % self.name, {"Content-Length": "0"}, b"", (202,))
         with open_from(self.offset) as blob:
             self._append(blob)
         end = ("&" if "?" in self.location else "?") + "digest=" + urllib.parse.quote(digest)
-        self._request("PUT", self.location + end, {"Content-Length": "0"}, b"", (201, 204))
+        reply = self._request("PUT", self.location + end, {"Content-Length": "0"}, b"", (201, 204, 404),
+                              CLOSING_TIMEOUT)
+        if reply.status == 404 and self.remote.size(self.name, digest) is None:  # else it was sent twice
+            raise self.remote.refusal(reply, self.name)
 
-    def _request(self, method, url, headers=None, body=None, wanted=(201, 202, 204)):
+    def _request(self, method, url, headers=None, body=None, wanted=(201, 202, 204), timeout=None):
         """The Reply, from which we learn the next location."""
-        reply = self.remote.exchange(method, url, headers, body, "repository:%s:pull,push" % self.name)
+        scope = "repository:%s:pull,push" % self.name
+        reply = self.remote.exchange(method, url, headers, body, scope, timeout=timeout)
         if reply.status not in wanted:
             raise self.remote.refusal(reply, self.name)
         self.location = reply.header("Location") or self.location or url
         return reply
 
-    def _begin(self):
-        """Go on where the other side is; or from the start, where it has forgotten the upload or takes it for broken
+    def _resume(self):
+        """Whether we can go on where the other side is. Else it has forgotten the upload, or takes it for broken
         (Distribution does, after a chunk was cut)."""
         self.offset = 0
-        if self.location:
-            reply = self._request("GET", self.location, wanted=range(600))
-            if reply.status in (200, 204):
-                found = re.fullmatch("(?:bytes=)?0-([0-9]{1,18})", reply.header("Range"))
-                self.offset = int(found.group(1)) + 1 if found and found.group(1) != "0" else 0
-                return
-        self.location = None
-        self._request("POST", "/v2/%s/blobs/uploads/" % self.name, {"Content-Length": "0"}, b"", (202,))
+        reply = self._request("GET", self.location, wanted=range(600)) if self.location else None
+        if not reply or reply.status not in (200, 204):
+            return False
+        found = re.fullmatch("(?:bytes=)?0-([0-9]{1,18})", reply.header("Range"))
+        self.offset = int(found.group(1)) + 1 if found and found.group(1) != "0" else 0
+        return True
 
     def _append(self, blob):
         """Send the rest of the blob in chunks; if one is enough, it goes without a range, as docker sends it."""
@@ -3351,11 +3383,11 @@ class RemoteUpload:
             headers = {"Content-Type": OCTET_STREAM, "Content-Length": str(length)}
             if not alone:
                 headers["Content-Range"] = "%d-%d" % (self.offset, self.offset + length - 1)
-            try:
-                self._request("PATCH", self.location, headers, self._pieces(blob, length))
-            except RegistryError as error:
-                if alone or isinstance(error, Passing):
-                    raise
+            reply = self._request("PATCH", self.location, headers, self._pieces(blob, length), range(600))
+            if reply.status not in (201, 202, 204):
+                error = self.remote.refusal(reply, self.name)
+                if alone:
+                    raise error
                 self.remote.no_chunks, self.location = True, None  # Google's Artifact Registry takes blobs whole only
                 raise Passing(error.code, message=error.message)
             self.offset += length
@@ -3363,10 +3395,13 @@ class RemoteUpload:
 
     @staticmethod
     def _pieces(blob, length):
-        """Yield the next `length` bytes of a blob."""
+        """Yield the next `length` bytes of a blob. Raises RegistryError: an OSError would be the connection's."""
         buffer = memoryview(bytearray(min(length, COPY_BUFFER)))
         while length:
-            count = blob.readinto(buffer[:length])
+            try:
+                count = blob.readinto(buffer[:length])
+            except OSError as error:
+                raise RegistryError("UNKNOWN", message="a blob can't be read here: %s" % error)
             if not count:
                 raise RegistryError("SIZE_INVALID", message="a blob ended before its end")
             yield bytes(buffer[:count])
@@ -3453,23 +3488,32 @@ class PullThrough(Directory):
             if size is None:
                 raise
         self.cache.check_room(size)
+        if not size:  # or the upstream doesn't say: then all of it first
+            self.fetch(name, digest, size).wait()
+            return super().open_blob(name, digest)
         return ArrivingBlob(self, name, digest, size, 0, size)
 
-    def fetch(self, name, digest):
-        """Let a blob come into the store, unless it is on its way. Returns an Event that is set when that has ended."""
+    def fetch(self, name, digest, size):
+        """Let a blob of this size (0: nobody knows) come into the store, unless it is on its way. Returns an Event that
+        is set when that has ended."""
         with self.mutex:
             ended = self.downloads.get((name, digest))
             if ended is None:
                 ended = threading.Event()
-                threading.Thread(target=self._download, args=(name, digest, ended), daemon=True).start()
+                threading.Thread(target=self._download, args=(name, digest, size, ended), daemon=True).start()
                 self.downloads[name, digest] = ended
             return ended
 
-    def _download(self, name, digest, ended):
+    def _download(self, name, digest, size, ended):
         remote, path = self._upstream(name)
+
+        def open_from(offset):
+            blob = remote.open_blob_from(path, digest, offset)
+            return LimitedBlob(blob, max(size - offset, 0)) if size else blob
+
         try:
             if not self.cache.mount(name, digest):
-                remote.retry(self.cache.put_blob, name, digest, functools.partial(remote.open_blob_from, path, digest))
+                remote.retry(self.cache.put_blob, name, digest, open_from)
         except (RegistryError, OSError) as error:
             logger.warning("%s of %s was not fetched: %s", digest, name, error)
         finally:
@@ -3497,7 +3541,7 @@ class ArrivingBlob(Blob):
         return ArrivingBlob(self.store, self.name, self.digest, self.size, self.offset + offset, length)
 
     def readinto(self, view):
-        self.ended = self.ended or self.store.fetch(self.name, self.digest)
+        self.ended = self.ended or self.store.fetch(self.name, self.digest, self.size)
         session = DirectoryUpload(self.store, self.name, self.store._session_of(self.name, self.digest)).path
         while self.position < self.length:
             ended, start, block = self.ended.is_set(), self.offset + self.position, b""
@@ -3561,23 +3605,17 @@ class Report:
         return dict(found, referrers=[{"digest": digest, "type": kind} for digest, kind in self.referrers])
 
 
-class Watched(Blob):
-    """A blob whose bytes are counted as they are read, `left` of them at most: an endless one would fill the disk."""
+class Watched(LimitedBlob):
+    """The same, its bytes counted as they are read."""
 
     def __init__(self, blob, report, left):
-        super().__init__(None, 0, blob.length)
-        self.blob, self.report, self.left = blob, report, left
+        super().__init__(blob, left)
+        self.report = report
 
     def readinto(self, view):
-        count = self.blob.readinto(view)
-        self.left -= count
-        if self.left < 0:
-            raise RegistryError("SIZE_INVALID", message="the source sends more bytes of a blob than its manifest says")
+        count = super().readinto(view)
         self.report.add(copied_bytes=count)
         return count
-
-    def close(self):
-        self.blob.close()
 
 
 class Copy:
@@ -3695,6 +3733,8 @@ class Copy:
 
     def _put_blob(self, blob):
         """Let the target have a blob; one that the source has not got is noted as missing."""
+        attempts = []
+
         def open_from(offset):
             try:
                 opened = self.source.open_blob_from(self.name, blob.digest, offset)
@@ -3702,7 +3742,8 @@ class Copy:
                 if error.code in UNKNOWN_CODES:
                     self.report.missing.append(blob.digest)
                 raise
-            self.report.add(present_bytes=offset)
+            self.report.add(present_bytes=0 if attempts else offset)  # later ones go on after what this run copied
+            attempts.append(offset)
             return Watched(opened, self.report, max(blob.size - offset, 0))
 
         if self.target.mount(self.target_name, blob.digest):

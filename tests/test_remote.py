@@ -3,6 +3,7 @@ logins, behind a strict token server, behind proxies that cut, delay and redirec
 
 import base64
 import contextlib
+import errno
 import http.client
 import http.server
 import json
@@ -318,6 +319,44 @@ def test_blobs_go_whole_where_no_chunks_are_taken(store, server, start_proxy, mo
     assert holdings(Remote(server.host), "demo") == holdings(store, "demo")
 
 
+@pytest.mark.parametrize("forgets", [False, True])
+def test_the_last_answer_may_be_lost(store, server, start_proxy, quick, forgets):
+    """The blob is there then, and its upload session gone: nothing is sent again."""
+    make_image(store, "demo", layers=(os.urandom(3 << 20),))
+
+    def spoil(handler):
+        if handler.command == "PUT" and "digest=" in handler.path:
+            url = "http://%s%s" % (server.host, handler.path)
+            with contextlib.suppress(urllib.error.HTTPError):
+                urllib.request.urlopen(urllib.request.Request(url, b"", method="PUT")).close()
+            return None if forgets else handler.cut()  # it comes a second time, or no answer comes
+
+    proxy = start_proxy(server.host, spoil)
+    copy(store, Remote(proxy.host), "demo", "latest")
+    assert len(proxy.asked("PATCH", "")) == 2
+    assert holdings(Remote(server.host), "demo") == holdings(store, "demo")
+
+
+def test_a_mount_that_is_refused_becomes_an_upload(store, server, start_proxy):
+    make_image(store, "demo")
+    remote = Remote(start_proxy(server.host, lambda handler: "mount=" in handler.path and handler.answer(403)
+                                or None).host)
+    for name in ("one", "two"):
+        copy(store, remote, "demo", "latest", name)
+    assert holdings(Remote(server.host), "two") == holdings(store, "demo")
+
+
+def test_a_blob_that_can_not_be_read_here_is_no_failure_of_the_other_side(store, server, monkeypatch):
+    make_image(store, "demo")
+
+    def fail(blob, view):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(tinyreg.Blob, "readinto", fail)
+    with pytest.raises(RegistryError, match="can't be read here: .*Input/output error"):
+        copy(store, Remote(server.host), "demo", "latest")
+
+
 def test_tags_and_referrers_come_in_pages(store, server, start_proxy):
     manifest = make_image(store, "demo")
     notes = [make_referrer(store, "demo", manifest, artifactType="application/x.%d" % number) for number in range(5)]
@@ -354,6 +393,16 @@ def test_a_registry_that_knows_no_referrers_may_say_so_as_it_likes(store, server
     proxy = start_proxy(server.host, lambda handler: "/referrers/" in handler.path
                         and handler.answer(status, {"Content-Type": "text/html"}, b"<html>") or None)
     assert Remote(proxy.host).referrer_digests("demo", manifest.digest) == [note.digest]
+
+
+def test_one_repository_without_referrers_says_nothing_of_another(store, server, start_proxy):
+    manifest = make_image(store, "demo")
+    note = make_referrer(store, "demo", manifest)
+    copy(store, Remote(server.host), "demo", "latest")
+    remote = Remote(start_proxy(server.host, lambda handler: "/other/referrers/" in handler.path
+                                and handler.answer(404) or None).host)
+    assert remote.referrer_digests("other", manifest.digest) == []
+    assert remote.referrer_digests("demo", manifest.digest) == [note.digest]
 
 
 # Logins
@@ -592,7 +641,8 @@ def test_a_blob_that_is_cut_goes_on_from_there(filled, server, back, start_proxy
             return 1 << 20
 
     proxy = start_proxy(server.host, spoil)
-    copy(Remote(proxy.host), back, "demo", "latest", jobs=1)
+    report = copy(Remote(proxy.host), back, "demo", "latest", jobs=1)
+    assert (report.present_bytes, report.copied_bytes) == (0, report.total_bytes)
     assert holdings(back, "demo") == holdings(filled, "demo")
     assert "bytes=1048576-" in ranges and "bytes=2097152-" in ranges
 
@@ -1038,6 +1088,50 @@ def test_wrong_bytes_from_upstream_never_arrive_whole(mirror, filled):
         with pytest.raises(http.client.IncompleteRead):
             answer.read()
     assert digest not in set(Directory(front.root).digests())
+
+
+def test_pull_through_of_a_blob_whose_size_the_upstream_does_not_say(mirror, filled):
+    front, proxy = mirror
+
+    def spoil(handler):
+        if handler.command == "HEAD" and "/blobs/" in handler.path:
+            handler.send_response(200)
+            handler.end_headers()
+            return handler.cut()
+
+    proxy.spoil = spoil
+    assert holdings(Remote(front.host), "docker.io/library/demo") == holdings(filled, "demo")
+
+
+def test_an_endless_blob_does_not_fill_the_disk_of_a_cache(mirror, filled):
+    front, proxy = mirror
+    blob, written = filled.manifest("demo", filled.resolve("demo", "latest")).blobs[1], []
+
+    def spoil(handler):
+        if handler.command == "GET" and "/blobs/" in handler.path:
+            handler.send_response(200)
+            handler.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(64):
+                    written.append(handler.wfile.write(bytes(1 << 20)))
+            return handler.cut()
+
+    proxy.spoil = spoil
+    with urllib.request.urlopen("%s/v2/docker.io/library/demo/blobs/%s" % (front.url, blob.digest)) as answer:
+        with pytest.raises(http.client.IncompleteRead):
+            answer.read()
+    assert 2 < len(written) < 32
+
+
+def test_an_upstream_that_fails_at_one_image_is_asked_for_others(mirror, filled):
+    front, proxy = mirror
+    proxy.spoil = lambda handler: "/manifests/bad" in handler.path and handler.answer(500) or None
+    connection = http.client.HTTPConnection(front.host)  # of one worker
+    for tag, status in (("bad", 404), ("latest", 200)):
+        connection.request("GET", "/v2/docker.io/library/demo/manifests/" + tag)
+        answer = connection.getresponse()
+        assert (answer.status, bool(answer.read())) == (status, True)
+    connection.close()
 
 
 def test_pull_through_logs_in_and_gives_no_login_away(filled, server, start_proxy, start_server, tmp_path, home):
