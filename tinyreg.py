@@ -690,13 +690,17 @@ class Files:
         return os.path.join(self.scratch, uuid.uuid4().hex)
 
     def write(self, path, content, private=False):
-        """Put a small file in place, whole and durable. One that has this content already only becomes as young as a
-        new one. Raises OSError.
-
-        `private`: for its owner's eyes only, from its first byte on; a file that was there keeps owner and group."""
+        """Put a small file in place, as fill() does. One that has this content already only becomes as young as a new
+        one. Raises OSError."""
         if not private and read_file(path, len(content) + 1) == content:
             os.utime(path)
             return sync_directory(os.path.dirname(path))
+        self.fill(path, lambda write: write(content), private)
+
+    def fill(self, path, give, private=False):
+        """Put a file in place, whole and durable, with what `give(write)` writes. Raises OSError, and what that raises.
+
+        `private`: for its owner's eyes only, from its first byte on; a file that was there keeps owner and group."""
         temporary = self.scratch_path()
         try:
             opener = functools.partial(os.open, mode=0o600) if private else None
@@ -705,7 +709,7 @@ class Files:
                     found = os.stat(path)
                     os.fchown(file.fileno(), found.st_uid, found.st_gid)
                     os.fchmod(file.fileno(), found.st_mode & 0o770)
-                file.write(content)
+                give(file.write)
                 file.flush()
                 os.fsync(file.fileno())
             self.publish(temporary, path)
@@ -2195,7 +2199,7 @@ class JoinedBlob(Blob):
         index = min(bisect.bisect_right(self.ends, start), len(self.members) - 1)
         left = self.ends[index] - start
         with self.members[index].open() as blob:
-            count = blob.part(blob.length - left, min(left, self.length - self.position)).readinto(view)
+            count = blob.part(blob.length - left, max(min(left, self.length - self.position), 0)).readinto(view)
         self.position += count
         return count
 
@@ -2326,7 +2330,7 @@ def open_tar(path, scratch=None):
     """A tar as an open file; with a scratch folder also a gzipped one, and stdin (`-`), unpacked into a nameless file.
     Raises ValueError, OSError."""
     from_stdin = path == "-" and scratch
-    source = open(0 if from_stdin else path, "rb")
+    source = open(0 if from_stdin else path, "rb", closefd=not from_stdin)
     packed = compression(source.peek(8))
     if packed and not (packed == "gzip" and scratch):
         raise ValueError("it is compressed with %s; decompress it first" % packed)
@@ -2538,8 +2542,8 @@ class Archive(Registry):
             raise RegistryError("DIGEST_INVALID", digest, message="a manifest is damaged in the archive", status=404)
 
     def _reach(self, name):
-        """What a repository's names lead to: the digests of all of it; those of the manifests that are below or about
-        another; and {subject: digests of its referrers}. Raises NAME_UNKNOWN."""
+        """What a repository's names lead to: the digests of all of it; those of its manifests; those of the manifests
+        that are below or about another; and {subject: digests of its referrers}. Raises NAME_UNKNOWN."""
         if name not in self.roots:
             raise RegistryError("NAME_UNKNOWN", name)
         roots, below, blobs, referrers = set(self.roots[name].values()), set(), set(), {}
@@ -2556,7 +2560,7 @@ class Archive(Registry):
                     referrers.setdefault(manifest.subject, set()).add(digest)
         for subject in referrers.keys() & (roots | below):
             below |= referrers[subject]
-        return roots | below | blobs, below, referrers
+        return roots | below | blobs, roots | below, below, referrers
 
     def repositories(self, last=""):
         return (name for name in sorted(self.roots) if name > last)
@@ -2571,7 +2575,7 @@ class Archive(Registry):
         return self.roots[name][tag]
 
     def manifest(self, name, digest):
-        if digest not in self._contents(name)[0]:
+        if digest not in self._contents(name)[1]:
             raise RegistryError("MANIFEST_UNKNOWN", digest)
         return self._read_manifest(digest)
 
@@ -2582,7 +2586,7 @@ class Archive(Registry):
 
     def referrers(self, name, subject, last=""):
         if name in self.roots:
-            for digest in sorted(self._contents(name)[2].get(subject, ())):
+            for digest in sorted(self._contents(name)[3].get(subject, ())):
                 if digest > last:
                     yield self._read_manifest(digest)
 
@@ -2593,7 +2597,7 @@ class Archive(Registry):
     def images(self):
         """Yield (repository, tag or digest, digest) of all that has a tag, and of what only a digest names."""
         for name in sorted(self.roots):
-            covered = self._contents(name)[1].union(
+            covered = self._contents(name)[2].union(
                 digest for reference, digest in self.roots[name].items() if reference != digest)
             for reference, digest in sorted(self.roots[name].items()):
                 if reference != digest or digest not in covered:
@@ -7240,14 +7244,11 @@ def keep_ranges(store, archive):
             with contextlib.suppress(FileNotFoundError):
                 store.files.remove(path)
         elif digest in archive.blobs and not os.path.exists(path):
-            member, temporary = archive.blobs[digest], store.files.scratch_path()
+            member = archive.blobs[digest]
             if member.digest(digest.algorithm) != digest:
                 raise RegistryError("DIGEST_INVALID", digest, message="a part is damaged; verify says which")
-            with member.open() as blob, open(temporary, "xb") as file:
-                pour(blob, member.length, file.write)
-                file.flush()
-                os.fsync(file.fileno())
-            store.files.publish(temporary, path)
+            with member.open() as blob:
+                store.files.fill(path, functools.partial(pour, blob, member.length))
 
 
 class ArchiveVerification(Verification):
@@ -7256,23 +7257,29 @@ class ArchiveVerification(Verification):
     def run(self, repair=False):
         """Raises UNSUPPORTED where one is no archive, OSError."""
         for path in self.store:
-            self._read_archive(path)
+            self._read_archive(path, Archive([path]).blobs)
         archive = Archive(self.store)
+        # Whether parts that are whole are those of the blob shows only where all are at hand.
+        self._read_archive(archive.root, {digest: archive.blobs[digest] for digest, parts in archive.joined.items()
+                                          if digest in archive.blobs and not self.damaged.keys() & set(parts)}, True)
         for name, reference, _ in archive.images():
             image, plan = image_text(name, reference), Copy(archive, None, name, reference)
             try:
                 plan.plan()
             except RegistryError as error:
                 self.findings.setdefault(("unreadable image", str(error), archive.root), set()).add(image)
-            for digest in itertools.chain.from_iterable(archive.joined.get(digest, [digest]) for digest in plan.blobs):
+            for digest in itertools.chain.from_iterable(
+                    [digest] if digest in self.damaged else archive.joined.get(digest, [digest])
+                    for digest in plan.blobs):
                 if digest in self.damaged or digest not in archive.blobs:
                     finding = self.damaged.get(digest, ("missing blob", digest, archive.root))
                     self.findings.setdefault(finding, set()).add(image)
 
-    def _read_archive(self, path):
-        for digest, member in Archive([path]).blobs.items():
-            if isinstance(member.source, tuple):
-                continue  # its ranges are read as blobs of their own
+    def _read_archive(self, path, blobs, joined=False):
+        """Read these blobs, those that lie in one piece or those that are `joined`."""
+        for digest, member in blobs.items():
+            if isinstance(member.source, tuple) is not joined:
+                continue
             found = None
             with contextlib.suppress(OSError):  # media that can't be read are damaged as well
                 found = member.digest(digest.algorithm)

@@ -1,6 +1,7 @@
 """Archives: written, read in place, loaded, served and verified; those of others, and those of enemies."""
 
 import contextlib
+import errno
 import gzip
 import io
 import json
@@ -16,6 +17,7 @@ import urllib.request
 
 import pytest
 
+import tinyreg
 from conftest import TINYREG, found_pythons, run_tinyreg
 from samples import (CONFIG, image, index, make_image, make_referrer, push_blob, read_blob,
                      to_manifest)
@@ -339,6 +341,39 @@ def test_a_damaged_part_is_named_and_replaced_by_itself(store, far, load, parts)
         file.write(content)
     assert run_tinyreg("verify", "--quiet", *parts).stdout == ""
     assert load(parts[2]).returncode == 0 and same(store, far)
+
+
+def test_parts_that_are_whole_and_not_the_blob_s_are_damage(parts, tmp_path):
+    described = json.loads(members_of(parts[0])["tinyreg-parts.json"].decode())
+    described["joined"][Digest.of(LARGE)].reverse()
+    swapped = [make_tar(tmp_path / ("swapped%d.tar" % number),
+                        dict(members_of(part), **{"tinyreg-parts.json": json.dumps(described).encode()}))
+               for number, part in enumerate(parts)]
+    assert run_tinyreg("verify", *parts).returncode == 0
+    done = run_tinyreg("verify", *swapped)
+    assert done.returncode == 1 and Digest.of(LARGE) in done.stdout and NAME + ":1" in done.stdout
+
+
+def test_the_end_of_a_joined_blob(parts):
+    with Archive(parts).open_blob_from(NAME, Digest.of(LARGE), len(LARGE) + 1) as blob:
+        assert blob.readinto(memoryview(bytearray(10))) == 0
+
+
+def test_a_layer_is_no_manifest(store, save):
+    make_image(store, NAME, "1", layers=(b"layer",))
+    with pytest.raises(RegistryError) as caught:
+        Archive([save("demo:1")]).manifest(NAME, Digest.of(b"layer"))
+    assert caught.value.code == "MANIFEST_UNKNOWN"
+
+
+def test_a_part_that_does_not_fit_leaves_nothing_behind(far, parts, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError):
+        tinyreg.keep_ranges(far, Archive(parts[:-1]))
+    assert os.listdir(far.files.scratch) == []
 
 
 def test_what_two_cut_blobs_have_in_common_travels_once(store, far, save, load, tmp_path):
