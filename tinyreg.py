@@ -645,9 +645,10 @@ def read_file(path, limit=MAX_MANIFEST):
 
 
 def is_at(file, path):
-    """Whether an open file is still the one of this name. Raises OSError."""
+    """Whether an open file is still the one of this name, also where NFS remembers another. Raises OSError."""
     try:
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+        with open(path, "rb", buffering=0) as there:
+            return os.path.sameopenfile(there.fileno(), file.fileno())
     except FileNotFoundError:
         return False
 
@@ -1604,6 +1605,7 @@ class DirectoryUpload:
                     self._write(file, buffer[:filled])
                 if hasher:
                     hasher.update(buffer[:filled])
+            self.store.hashers.pop((self.id, self.offset), None)  # of an earlier upload: those of put_blob have one id
             if hasher:
                 self.state = self._sign(self.offset, hasher.name, hasher.hexdigest())
                 self.store.keep_hasher(self, hasher)
@@ -1791,8 +1793,10 @@ class Collection:
         for entry in list_directory(self.store.files.scratch):
             path = os.path.join(self.store.files.scratch, entry)
             with contextlib.suppress(FileNotFoundError):
-                # What has no such name may be a file that is about to get its own.
-                if not self.dry_run and (entry.endswith(".grave") or os.stat(path).st_ctime < limit):
+                # What has no such name may be a file that is about to get its own; a `-` is in the names of put_blob's
+                # locks, which may be held for days.
+                old = entry.endswith(".grave") or "-" not in entry and os.stat(path).st_ctime < limit
+                if old and not self.dry_run:
                     self.store.files.dispose(path)
 
     def _count(self, kind, what, size=0):
@@ -1990,7 +1994,7 @@ class Verification:
         self.progress = progress or (lambda blobs, size: None)
         self.blobs = 0
         self.bytes = 0
-        self.damaged = {}   # {digest: (path, look_at it: a file that replaces it is younger)}
+        self.damaged = {}   # {digest: (path, _look at it)}
         self.findings = {}
         self.moved = []
         self.mutex = threading.Lock()
@@ -2011,7 +2015,7 @@ class Verification:
                 self.findings.setdefault(key, set()).update(images)
         for path, seen in self.damaged.values() if repair else ():
             with self.store.lock.alone():
-                if look_at(path) == seen:
+                if self._look(path) == seen:
                     self.moved.append(self.store.put_aside(path))
         if repair:  # the referrers index is made anew
             shutil.rmtree(os.path.join(self.store.own, "referrers"), ignore_errors=True)
@@ -2024,9 +2028,16 @@ class Verification:
             for batch in iter(lambda: list(itertools.islice(entries, 1000)), []):
                 list(pool.map(self._read_blob, batch))
 
+    @staticmethod
+    def _look(path):
+        """(inode, size) of a file, or None: what a push replaces differs, and what clients only ask for does not."""
+        with contextlib.suppress(FileNotFoundError):
+            found = os.stat(path)
+            return found.st_ino, found.st_size
+
     def _read_blob(self, entry):
         digest, path = entry[0], os.path.join(entry[1], "data")
-        seen, intact = look_at(path), False
+        seen, intact = self._look(path), False
         try:
             with open(path, "rb", buffering=0) as file:
                 intact = hash_of_file(file, digest.algorithm, self._count).hexdigest() == digest.encoded

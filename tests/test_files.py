@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from conftest import TINYREG
-from tinyreg import Files, SharedLock, alone, list_directory, make_directories, read_file
+from tinyreg import Files, SharedLock, alone, is_at, list_directory, make_directories, read_file
 
 PATIENCE = 30  # seconds until a test that waits for something gives up
 
@@ -397,6 +397,18 @@ def test_a_child_process_does_not_inherit_the_lock(tmp_path, hold):
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait(timeout=PATIENCE)
+
+
+def test_whether_a_file_is_still_there_is_not_answered_by_what_nfs_remembers(tmp_path, monkeypatch):
+    path, other = tmp_path / "file", tmp_path / "other"
+    path.write_bytes(b"")
+    other.write_bytes(b"")
+    with open(str(path), "rb") as file:
+        assert is_at(file, str(path))
+        remembered = os.stat(str(path))
+        monkeypatch.setattr(os, "stat", lambda path: remembered)
+        os.rename(str(other), str(path))
+        assert not is_at(file, str(path))
 
 
 def test_a_lock_file_goes_with_its_holder_and_still_keeps_others_out(tmp_path):

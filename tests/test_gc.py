@@ -259,6 +259,22 @@ def test_empty_repositories_go_and_those_below_stay(store):
     assert list(store.repositories()) == ["a/b/c"]
 
 
+def test_two_downloads_of_a_blob_never_write_at_once_however_long_one_takes(store, monkeypatch):
+    """The lock of one that takes longer than a day must not be taken for what a crash left."""
+    began = time.time()
+    monkeypatch.setattr(time, "time", lambda: began + 25 * HOUR)
+
+    def open_from(offset):
+        assert len(os.listdir(store.files.scratch)) == 1
+        Collection(store).purge()
+        assert len(os.listdir(store.files.scratch)) == 1
+        raise RegistryError("BLOB_UNKNOWN")
+
+    with pytest.raises(RegistryError):
+        store.put_blob("app", Digest.of(b"blob"), open_from)
+    assert os.listdir(store.files.scratch) == []
+
+
 def test_what_a_crash_left_in_scratch_goes(store):
     grave = os.path.join(store.files.scratch, "x.grave")
     os.makedirs(os.path.join(grave, "below"))

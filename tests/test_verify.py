@@ -176,6 +176,17 @@ def test_the_command(store):
     assert not os.path.exists(store.blob_path(digest))
 
 
+def test_repair_of_a_blob_that_clients_ask_for_meanwhile(store, monkeypatch):
+    """A mount touches it, and changes nothing."""
+    flip(store, make_image(store, "app", layers=LAYERS))
+    check = Verification(store)
+    path = store.blob_path(Digest.of(b"layer one"))
+    found = check._read_blobs
+    monkeypatch.setattr(check, "_read_blobs", lambda: (found(), os.utime(path, (1, 1))))
+    check.run(repair=True)
+    assert len(check.moved) == 1 and not os.path.exists(path)
+
+
 def test_rate(store):
     for number in range(3):
         push_blob(store, "app", bytes([number]) * (1 << 20))
