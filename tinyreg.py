@@ -28,13 +28,14 @@ one folder of our own, whose content can be lost without losing an image:
         repositories/NAME/_manifests/tags/TAG/index/sha256/…/link  what it has ever meant
         repositories/NAME/_uploads/UUID/data, startedat            uploads under way
     ROOT/tinyreg/
-        scratch/                    files being written, folders being deleted
+        scratch/                    files being written, folders being deleted, locks of blobs that come from elsewhere
         lock, lock.turnstile        pushes share it, deletions take it alone
         lock.changes                eight bytes that differ after every change, for what workers keep in memory; not
                                     with serve --shared, because the memory of several hosts is not one
         tls/                        ca.crt, ca.key, server.pem: the CA and the certificate that serve --tls made
         token.key                   signs the tokens of clients that have logged in
-        notify/KEY/NUMBER           notifications that wait for an endpoint, one in a file
+        notify/KEY/NUMBER           notifications that wait for an endpoint, one in a file; beside them KEY.last, whose
+                                    mtime is the last number, and locks
         live.HOST                   what /live on this host shows, while somebody looks
         usage                       how large everything is, measured a while ago
         gc, verify                  what came of the last one, its mtime is when; gc is held while one runs
@@ -138,7 +139,7 @@ MAX_EVENTS = 10000           # notifications that are kept for an endpoint that 
 MIN_ROOM = 64 << 20          # bytes that must be free for a server to call itself ready
 ROWS = 100                   # entries in one table of the page
 MAX_DESCRIBED = 1000         # manifests that are read to say how large an index is
-COLLECTED_AT_ONCE = 64      # folders that gc takes away while it holds the lock alone: some milliseconds
+COLLECTED_AT_ONCE = 64       # folders that gc takes away while it holds the lock alone: some milliseconds
 PAGE_SIZE = 1000             # entries in one page of the catalog or of referrers, and the most that n may ask for
 
 TICK = 5.0                   # seconds; how often a waiting connection looks at its time limits
@@ -918,6 +919,8 @@ class Registry:
         open_blob(name, digest)             an open Blob. Raises BLOB_UNKNOWN
         referrers(name, subject, last="")   iterates over the Manifests whose subject is this digest, in the order of
                                             their digests; none is no error
+        digests(name=None)                  iterates over all that is held, of one repository or altogether; not of
+                                            another registry
 
     A registry that can be written to also has these, and one that is served and can't refuses them:
 
@@ -2077,8 +2080,8 @@ class Verification:
             needs[tag] = self._check_link(found, tag, current)
             if needs[tag] and needs[tag][0] not in revisions:
                 found.append(("tag without manifest", tag, os.path.join(current, "link")))
-            for digest, folder in digest_folders(os.path.dirname(current), "index"):
-                self._check_link(found, digest, folder)  # what a tag once meant may be gone
+            for digest, entry in digest_folders(os.path.dirname(current), "index"):
+                self._check_link(found, digest, entry)  # what a tag once meant may be gone
         images, tagged = {what: set() for _, what, _ in found}, set()
         for image in [tag for tag, _ in tags] + list(revisions):
             if image not in tagged:
