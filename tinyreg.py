@@ -323,6 +323,15 @@ def image_text(name, reference):
     return "%s%s%s" % (name, "@" if isinstance(reference, Digest) else ":", reference)
 
 
+TAG_ABOUT = re.compile(r"(sha256|sha512)-([0-9a-f]{64})(?:\..*)?")  # such a tag, or cosign's: that and .sig, .att …
+
+
+def fallback_tag(subject):
+    """The tag of the index that lists the referrers of a manifest where no API does (distribution-spec, "Referrers Tag
+    Schema"); tags have 128 characters at most."""
+    return subject.replace(":", "-")[:71]
+
+
 def is_loopback(address):
     """Whether an IP address is this machine's own."""
     return address.startswith("127.") or address == "::1"
@@ -486,6 +495,12 @@ def load_json(content):
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
+
+
+def platform_name(platform):
+    """OS/ARCHITECTURE[/VARIANT] by a config, or by the platform in an index's entry; "" where it says none."""
+    platform = platform if isinstance(platform, dict) else {}
+    return "/".join(str(platform[key]) for key in ("os", "architecture", "variant") if platform.get(key))
 
 
 class Manifest:
@@ -871,11 +886,23 @@ class SharedLock:
 # ---------------------------------------------------------------------------------------------------------
 
 
+def pour(blob, length, *takers):
+    """Hand the next bytes of a Blob to functions, such as a file's write and a hasher's update. Raises OSError."""
+    view = memoryview(bytearray(min(COPY_BUFFER, length)))
+    while length:
+        count = blob.readinto(view[:min(len(view), length)])
+        if not count:
+            raise OSError(errno.EIO, "a blob is shorter than it should be")
+        for take in takers:
+            take(view[:count])
+        length -= count
+
+
 class Blob:
     """A blob, or a part of it, as a slice of an open file: what sendfile wants, and what an archive can give too.
 
     Who gets it closes it (`with`). A subclass whose bytes lie in no single file (another registry's, an archive's in
-    several parts) has `file` None and its own `readinto`, `part` and `close`: it is read in order, once."""
+    several parts) has `file` None and its own `readinto` and `part`: it is read in order, once."""
 
     def __init__(self, file, offset, length):
         self.file = file
@@ -895,11 +922,16 @@ class Blob:
         return len(block)
 
     def read(self, limit=MAX_MANIFEST):
-        """The content from its start, at most `limit` bytes."""
-        return os.pread(self.file.fileno(), min(self.length, limit), self.offset)
+        """The content from its start, at most `limit` bytes. Raises OSError."""
+        if self.file:
+            return os.pread(self.file.fileno(), min(self.length, limit), self.offset)
+        content = bytearray()
+        pour(self.part(0, self.length), min(limit, self.length), content.extend)
+        return bytes(content)
 
     def close(self):
-        self.file.close()
+        if self.file:
+            self.file.close()
 
     def __enter__(self):
         return self
@@ -1002,8 +1034,7 @@ def describe(registry, name, digest):
     for manifest in waiting:
         if manifest.media_type in IMAGE_TYPES:
             config = read_config(registry, name, manifest)
-            platform = "/".join(str(config[key]) for key in ("os", "architecture", "variant") if config.get(key))
-            platform = platform or manifest.artifact_type or "-"
+            platform = platform_name(config) or manifest.artifact_type or "-"
             found["created"] = found["created"] or config.get("created")
             if platform not in found["platforms"] + ["unknown/unknown"]:  # that is BuildKit's, for attestations
                 found["platforms"].append(platform)
@@ -1092,6 +1123,10 @@ class Directory(Registry):
 
     def tag_path(self, name, tag):
         return os.path.join(self.repository_path(name), "_manifests", "tags", tag)
+
+    def current_path(self, name, tag):
+        """Where the link lies that says what a tag means."""
+        return os.path.join(self.tag_path(name, tag), "current")
 
     # Links
 
@@ -1184,12 +1219,12 @@ class Directory(Registry):
     def _is_tag(self, name, tag):
         """Whether the tag's link has something in it; less work than reading it, for ten thousand tags."""
         try:
-            return os.stat(os.path.join(self.tag_path(name, tag), "current", "link")).st_size > 0
+            return os.stat(os.path.join(self.current_path(name, tag), "link")).st_size > 0
         except (FileNotFoundError, NotADirectoryError):
             return False
 
     def resolve(self, name, tag):
-        digest = self._read_link(os.path.join(self.tag_path(name, tag), "current"))
+        digest = self._read_link(self.current_path(name, tag))
         if digest is None:
             raise self._unknown(name, "MANIFEST_UNKNOWN", tag)
         return digest
@@ -1303,8 +1338,8 @@ class Directory(Registry):
         """The digests listed in the index under the tag in which clients keep the referrers of a registry that
         doesn't (distribution-spec, "Referrers Tag Schema"). Only there does one without a subject count."""
         try:
-            tag = "%s-%s" % (subject.algorithm, subject.encoded[:64])
-            return {entry.digest for entry in self.manifest(name, self.resolve(name, tag)).manifests}
+            index = self.manifest(name, self.resolve(name, fallback_tag(subject)))
+            return {entry.digest for entry in index.manifests}
         except RegistryError:
             return set()
 
@@ -1448,7 +1483,7 @@ class Directory(Registry):
     def _check_movable(self, name, tag, digest=None):
         """Raises DENIED if an immutable tag points to something else."""
         if any(glob.fullmatch(tag) or glob.fullmatch("%s:%s" % (name, tag)) for glob in self.immutable):
-            if self._read_link(os.path.join(self.tag_path(name, tag), "current")) not in (None, digest):
+            if self._read_link(self.current_path(name, tag)) not in (None, digest):
                 raise RegistryError("DENIED", message="the tag %s can't be moved or deleted (--immutable-tags)" % tag)
 
     def put_manifest(self, name, manifest, tags=()):
@@ -1470,10 +1505,9 @@ class Directory(Registry):
             self.files.write(self.blob_path(manifest.digest), manifest.content)
             self._write_link(self.revision_path(name, manifest.digest), manifest.digest)
             for tag in tags:
-                folder = self.tag_path(name, tag)
-                self._write_link(os.path.join(folder, "index", manifest.digest.algorithm, manifest.digest.encoded),
-                                 manifest.digest)
-                self._write_link(os.path.join(folder, "current"), manifest.digest)
+                self._write_link(os.path.join(self.tag_path(name, tag), "index", manifest.digest.algorithm,
+                                              manifest.digest.encoded), manifest.digest)
+                self._write_link(self.current_path(name, tag), manifest.digest)
 
     def _has(self, name, descriptor):
         """Whether the repository has the blob that a manifest describes. A size that differs is either a mistake of
@@ -1515,8 +1549,7 @@ class Directory(Registry):
         with self.lock.alone():
             if self._read_link(self.revision_path(name, digest)) is None:
                 raise self._unknown(name, "MANIFEST_UNKNOWN", digest)
-            pointing = [tag for tag in self.tags(name)
-                        if self._read_link(os.path.join(self.tag_path(name, tag), "current")) == digest]
+            pointing = [tag for tag in self.tags(name) if self._read_link(self.current_path(name, tag)) == digest]
             for tag in pointing:
                 self._check_movable(name, tag)
             for tag in pointing:
@@ -1673,7 +1706,6 @@ class DirectoryUpload:
 # Upkeep: garbage collection
 
 MENTIONED = re.compile(rb"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
-TAG_ABOUT = re.compile(r"sha(?:256|512)-[0-9a-f]{64}(?:\..*)?")  # cosign's, and the Referrers Tag Schema's
 CURRENT = os.path.join("current", "link")
 
 
@@ -1873,11 +1905,11 @@ class Collection:
         if self.keep is None and self.older_than is None or self.among and not self.among.fullmatch(name):
             return {}
         moved, targets = {}, {}
-        for tag in list_directory(os.path.join(self.store.repository_path(name), "_manifests", "tags")):
-            folder = self.store.tag_path(name, tag)
-            digest = None if TAG_ABOUT.fullmatch(tag) else self.store._read_link(os.path.join(folder, "current"))
+        for tag in list_directory(self.store.tag_path(name, "")):
+            current = self.store.current_path(name, tag)
+            digest = None if TAG_ABOUT.fullmatch(tag) else self.store._read_link(current)
             if digest:
-                moved[tag], targets[tag] = look_at(os.path.join(folder, CURRENT))[0], digest
+                moved[tag], targets[tag] = look_at(os.path.join(current, "link"))[0], digest
         limit = min(self.young, self.now - (self.older_than or 0.0))
         expired = [tag for tag in sorted(moved, key=moved.get, reverse=True)[self.keep or 0:] if moved[tag] < limit]
         kept = {targets[tag] for tag in set(targets).difference(expired)}
@@ -1891,18 +1923,17 @@ class Collection:
         """The keys of the manifests that stay, with what they mention, and the tags that go. What stays is young, or a
         tag leads to it; and, without `untagged`, what is no expired tag's: its manifest, that one's children and what
         is about them. (Other mentions, as of a base image, keep what they name, but don't take it along.)"""
-        tags = os.path.join(self.store.repository_path(name), "_manifests", "tags")
         todo = [key_of(digest) for digest, revision in revisions.items()
                 if look_at(os.path.join(revision, "link"))[0] >= self.young]
         notes = []
-        for tag in list_directory(tags):
-            digest = self.store._read_link(os.path.join(tags, tag, "current"))
+        for tag in list_directory(self.store.tag_path(name, "")):
+            digest = self.store._read_link(self.store.current_path(name, tag))
             if digest and expired and TAG_ABOUT.fullmatch(tag) and key_of(tag) in mentions:
                 about.setdefault(key_of(tag), []).append(key_of(digest))
                 notes.append(tag)
             elif digest and tag not in expired:
                 todo.append(key_of(digest))
-            elif not digest and os.path.exists(os.path.join(tags, tag, CURRENT)):
+            elif not digest and os.path.exists(os.path.join(self.store.tag_path(name, tag), CURRENT)):
                 self.unread.append("%s:%s" % (name, tag))
         reached = follow(todo, mentions, about)
         if not self.untagged:
@@ -2074,8 +2105,7 @@ class Verification:
             blobs, children = self._needs(digest)
             needs[digest] = needs[digest] + blobs + children
             found += [("missing blob", blob, self.store.layer_path(name, blob)) for blob in blobs if blob not in held]
-        tags = [(tag, os.path.join(self.store.tag_path(name, tag), "current"))
-                for tag in list_directory(os.path.join(folder, "tags"))]
+        tags = [(tag, self.store.current_path(name, tag)) for tag in list_directory(self.store.tag_path(name, ""))]
         for tag, current in tags:
             needs[tag] = self._check_link(found, tag, current)
             if needs[tag] and needs[tag][0] not in revisions:
@@ -2157,18 +2187,6 @@ TREE_LINK = re.compile(r"docker/registry/v2/repositories/(.+)/_manifests/"
                        r"(?:tags/([^/]+)/current|revisions/[^/]+/[^/]+)/link")
 
 
-def pour(blob, length, *takers):
-    """Hand the next bytes of a Blob to functions, such as a file's write and a hasher's update. Raises OSError."""
-    view = memoryview(bytearray(min(COPY_BUFFER, length)))
-    while length:
-        count = blob.readinto(view[:min(len(view), length)])
-        if not count:
-            raise OSError(errno.EIO, "a blob is shorter than it should be")
-        for take in takers:
-            take(view[:count])
-        length -= count
-
-
 class Member(collections.namedtuple("Member", "source offset length")):
     """Where a file of an archive lies: in an open tar; by itself, at the path that `source` then is; or in pieces, in
     the Members of which `source` is a tuple."""
@@ -2216,14 +2234,6 @@ class JoinedBlob(Blob):
             count = blob.part(blob.length - left, max(min(left, self.length - self.position), 0)).readinto(view)
         self.position += count
         return count
-
-    def read(self, limit=MAX_MANIFEST):
-        content = bytearray()
-        pour(self.part(0, self.length), min(limit, self.length), content.extend)
-        return bytes(content)
-
-    def close(self):
-        """Nothing is open between two reads."""
 
 
 # Reading tars
@@ -2655,8 +2665,8 @@ class ArchiveWriter(Registry):
             manifest, annotations = self.manifests[digest], {}
             if isinstance(reference, Digest) and digest in children:
                 continue
-            about = re.fullmatch(r"(sha256)-([0-9a-f]{64})(\..+)?", reference)
-            subject = manifest.subject or about and "%s:%s" % about.group(1, 2)
+            about = TAG_ABOUT.fullmatch(reference)
+            subject = manifest.subject or about and about.group(1) == "sha256" and "%s:%s" % about.groups()
             if subject:
                 annotations[SUBJECT] = subject
             if not (manifest.subject and isinstance(reference, Digest)):
@@ -3301,11 +3311,6 @@ class Remote(Registry):
             self.put_manifest(name, parse_manifest(to_json(index)), [fallback_tag(manifest.subject)])
 
 
-def fallback_tag(subject):
-    """The tag of the index that lists the referrers of a manifest; tags have 128 characters at most."""
-    return subject.replace(":", "-")[:71]
-
-
 class RemoteBlob(Blob):
     """The rest of a blob of another registry, from an offset on. When the connection is cut, that is Passing: what came
     so far is kept by who reads it, and `retry` gets him the rest."""
@@ -3469,7 +3474,7 @@ class PullThrough(Directory):
             return None
 
     def resolve(self, name, tag):
-        link = os.path.join(self.tag_path(name, tag), "current", "link")
+        link = os.path.join(self.current_path(name, tag), "link")
         with contextlib.suppress(FileNotFoundError):
             if time.time() - os.stat(link).st_mtime < self.ttl:  # it is written anew each time the tag is found right
                 return super().resolve(name, tag)
@@ -3575,14 +3580,6 @@ class ArrivingBlob(Blob):
                 raise OSError(errno.EIO, "the upstream did not send all of a blob")
             self.ended.wait(0.01)
         return 0
-
-    def read(self, limit=MAX_MANIFEST):
-        content = bytearray()
-        pour(self.part(0, self.length), min(limit, self.length), content.extend)
-        return bytes(content)
-
-    def close(self):
-        """Nothing is open between two reads."""
 
 # ---------------------------------------------------------------------------------------------------------
 # 9  Copy
@@ -3726,7 +3723,7 @@ class Copy:
                     self._add(referrer, depth)
                     self.report.referrers.append((referrer, self.manifests[referrer].artifact_type or "referrer"))
         for suffix in COSIGN_SUFFIXES:
-            tag = digest.replace(":", "-") + suffix
+            tag = fallback_tag(digest) + suffix
             with if_there():
                 found = self.source.resolve(self.name, tag)
                 self.attestations.add(found)
@@ -3787,12 +3784,6 @@ class Copy:
             for digest in error.details:
                 self._put_blob(self.blobs[digest])
             self.target.put_manifest(self.target_name, manifest, tags)
-
-
-def platform_name(platform):
-    """OS/ARCHITECTURE[/VARIANT] of an index's entry; "" where it says none."""
-    platform = platform if isinstance(platform, dict) else {}
-    return "/".join(str(platform[key]) for key in ("os", "architecture", "variant") if platform.get(key))
 
 
 def is_wanted(platform, wishes):
