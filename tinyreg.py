@@ -1945,8 +1945,7 @@ class Collection:
     def _take(self, kind, file, entries):
         """Take away the folders of the (digest, folder) entries whose file is not young. Returns the other entries."""
         stay, entries = [], iter(entries)
-        batch = list(itertools.islice(entries, COLLECTED_AT_ONCE))
-        while batch:
+        for batch in iter(lambda: list(itertools.islice(entries, COLLECTED_AT_ONCE)), []):
             looks = {entry: look_at(os.path.join(entry[1], file)) for entry in batch}
             old = [entry for entry in batch if looks[entry][0] < self.young]
             if old and not self.dry_run:
@@ -1954,7 +1953,6 @@ class Collection:
             for entry in old:
                 self._count(kind, entry[0], looks[entry][1] if kind == "blobs" else 0)
             stay += set(batch).difference(old)
-            batch = list(itertools.islice(entries, COLLECTED_AT_ONCE))
         return stay
 
     def _bury(self, file, entries):
@@ -3338,17 +3336,18 @@ class RemoteBlob(Blob):
 
 
 class LimitedBlob(Blob):
-    """A blob of which `left` bytes may come at most: an endless one would fill the disk."""
+    """A blob of which `left` bytes may come at most: an endless one would fill the disk. `told` hears of what comes."""
 
-    def __init__(self, blob, left):
+    def __init__(self, blob, left, told=lambda count: None):
         super().__init__(None, 0, blob.length)
-        self.blob, self.left = blob, left
+        self.blob, self.left, self.told = blob, left, told
 
     def readinto(self, view):
         count = self.blob.readinto(view)
         self.left -= count
         if self.left < 0:
             raise RegistryError("SIZE_INVALID", message="the source sends more bytes of a blob than it should have")
+        self.told(count)
         return count
 
     def close(self):
@@ -3620,19 +3619,6 @@ class Report:
         return dict(found, referrers=[{"digest": digest, "type": kind} for digest, kind in self.referrers])
 
 
-class Watched(LimitedBlob):
-    """The same, its bytes counted as they are read."""
-
-    def __init__(self, blob, report, left):
-        super().__init__(blob, left)
-        self.report = report
-
-    def readinto(self, view):
-        count = super().readinto(view)
-        self.report.add(copied_bytes=count)
-        return count
-
-
 class Copy:
     """One image on its way from a source to a target: plan() reads manifests, run() moves the bytes.
 
@@ -3759,7 +3745,7 @@ class Copy:
                 raise
             self.report.add(present_bytes=0 if attempts else offset)  # later ones go on after what this run copied
             attempts.append(offset)
-            return Watched(opened, self.report, max(blob.size - offset, 0))
+            return LimitedBlob(opened, max(blob.size - offset, 0), lambda count: self.report.add(copied_bytes=count))
 
         if self.target.mount(self.target_name, blob.digest):
             return self.report.add(present_bytes=blob.size)
