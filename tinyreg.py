@@ -670,7 +670,7 @@ def is_at(file, path):
 
 
 def look_at(path, opened=False):
-    """(mtime, size) of a file; (0, 0) where there is none. Raises OSError.
+    """(mtime, size, inode) of a file; zeros where there is none. Raises OSError.
 
     NFS may tell what it knew of a file a minute ago, but not of one that has just been `opened`."""
     try:
@@ -679,9 +679,9 @@ def look_at(path, opened=False):
                 found = os.fstat(file.fileno())
         else:
             found = os.stat(path)
-        return found.st_mtime, found.st_size
+        return found.st_mtime, found.st_size, found.st_ino
     except (FileNotFoundError, NotADirectoryError):
-        return 0.0, 0
+        return 0.0, 0, 0
 
 
 def list_directory(path):
@@ -1822,7 +1822,7 @@ class Collection:
         for name in repository_folders(self.store):
             for session_id in list_directory(os.path.join(self.store.repository_path(name), "_uploads")):
                 session = DirectoryUpload(self.store, name, session_id)
-                age, size = look_at(session.path)
+                age, size, _ = look_at(session.path)
                 if (age or look_at(session.folder)[0]) < limit and (self.dry_run or session.expire(limit)):
                     self._count("uploads", "%s %s" % (name, session_id), size)
         for entry in list_directory(self.store.files.scratch):
@@ -2026,7 +2026,7 @@ class Verification:
         self.progress = progress or (lambda blobs, size: None)
         self.blobs = 0
         self.bytes = 0
-        self.damaged = {}   # {digest: (path, _look at it)}
+        self.damaged = {}   # {digest: (path, its size and inode, in which what a push puts there differs)}
         self.findings = {}
         self.moved = []
         self.mutex = threading.Lock()
@@ -2047,7 +2047,7 @@ class Verification:
                 self.findings.setdefault(key, set()).update(images)
         for path, seen in self.damaged.values() if repair else ():
             with self.store.lock.alone():
-                if self._look(path) == seen:
+                if look_at(path)[1:] == seen:
                     self.moved.append(self.store.put_aside(path))
         if repair:  # the referrers index is made anew
             shutil.rmtree(os.path.join(self.store.own, "referrers"), ignore_errors=True)
@@ -2060,16 +2060,9 @@ class Verification:
             for batch in iter(lambda: list(itertools.islice(entries, 1000)), []):
                 list(pool.map(self._read_blob, batch))
 
-    @staticmethod
-    def _look(path):
-        """(inode, size) of a file, or None: what a push replaces differs, and what clients only ask for does not."""
-        with contextlib.suppress(FileNotFoundError):
-            found = os.stat(path)
-            return found.st_ino, found.st_size
-
     def _read_blob(self, entry):
         digest, path = entry[0], os.path.join(entry[1], "data")
-        seen, intact = self._look(path), False
+        seen, intact = look_at(path)[1:], False
         try:
             with open(path, "rb", buffering=0) as file:
                 intact = hash_of_file(file, digest.algorithm, self._count).hexdigest() == digest.encoded
@@ -7251,8 +7244,9 @@ class ArchiveVerification(Verification):
             self._read_archive(path, Archive([path]).blobs)
         archive = Archive(self.store)
         # Whether parts that are whole are those of the blob shows only where all are at hand.
-        self._read_archive(archive.root, {digest: archive.blobs[digest] for digest, parts in archive.joined.items()
-                                          if digest in archive.blobs and not self.damaged.keys() & set(parts)}, True)
+        self._read_archive(archive.root, {
+            digest: member for digest, member in archive.blobs.items()
+            if isinstance(member.source, tuple) and not self.damaged.keys() & set(archive.joined[digest])})
         for name, reference, _ in archive.images():
             image, plan = image_text(name, reference), Copy(archive, None, name, reference)
             try:
@@ -7266,11 +7260,8 @@ class ArchiveVerification(Verification):
                     finding = self.damaged.get(digest, ("missing blob", digest, archive.root))
                     self.findings.setdefault(finding, set()).add(image)
 
-    def _read_archive(self, path, blobs, joined=False):
-        """Read these blobs, those that lie in one piece or those that are `joined`."""
+    def _read_archive(self, path, blobs):
         for digest, member in blobs.items():
-            if isinstance(member.source, tuple) is not joined:
-                continue
             found = None
             with contextlib.suppress(OSError):  # media that can't be read are damaged as well
                 found = member.digest(digest.algorithm)
