@@ -1913,11 +1913,8 @@ class Collection:
         limit = min(self.young, self.now - (self.older_than or 0.0))
         expired = [tag for tag in sorted(moved, key=moved.get, reverse=True)[self.keep or 0:] if moved[tag] < limit]
         kept = {targets[tag] for tag in set(targets).difference(expired)}
-
-        def is_young(digest):
-            return look_at(os.path.join(self.store.revision_path(name, digest), "link"))[0] >= self.young
-
-        return {tag: targets[tag] for tag in expired if targets[tag] in kept or not is_young(targets[tag])}
+        return {tag: targets[tag] for tag in expired if targets[tag] in kept or look_at(
+            os.path.join(self.store.revision_path(name, targets[tag]), "link"))[0] < self.young}
 
     def _reached(self, name, revisions, mentions, children, about, expired):
         """The keys of the manifests that stay, with what they mention, and the tags that go. What stays is young, or a
