@@ -1710,9 +1710,9 @@ CURRENT = os.path.join("current", "link")
 
 
 def key_of(digest):
-    """60 bits of a digest, or of the one in a TAG_ABOUT, in 32 bytes of memory. Two digests that share them would keep
-    each other from gc."""
-    return int(digest[7:22], 16)
+    """128 bits of a digest, or of the one in a TAG_ABOUT, in 44 bytes of memory; two digests that share fewer bits can
+    be made on purpose."""
+    return int(digest[7:39], 16)
 
 
 def keys_mentioned(content):
@@ -2703,7 +2703,7 @@ class ArchiveWriter(Registry):
         room -= table
         if room < table:
             raise RegistryError("SIZE_INVALID", message="a part has to be larger: what all parts have, the manifests "
-                                "above all, takes %d bytes" % (limit - room))
+                                "above all, takes %d bytes" % self.size([]))
         joined = {digest: self._cut(digest, room - 2 * BLOCK) for digest in blobs if self._cost(digest) > room}
         pieces = itertools.chain.from_iterable(joined.get(digest, [digest]) for digest in blobs)
         parts, left = [], 0
@@ -2820,7 +2820,7 @@ REMOTE_TIMEOUT = 60.0        # seconds without a byte from it …
 CLOSING_TIMEOUT = 600.0      # … and at the end of an upload, while it reads a large blob again and puts it away
 LONGEST_WAIT = 300.0         # seconds; who says Retry-After with more than that means "come back another day"
 UPLOAD_CHUNK = 64 << 20      # bytes; what a dropped connection costs at most, where the other side keeps whole chunks
-TOKEN_LIFE = 60              # seconds, where the token server does not say
+SHORT_LIFE = 60              # seconds of a token, where its server does not say
 NETWORK_ERRORS = (OSError, http.client.HTTPException, ValueError)  # for example for a host that is no name
 CHALLENGE = re.compile(r'(?:^|,)\s*(Basic|Bearer)\b((?:[\s,]*\w+\s*=\s*(?:"(?:\\.|[^"\\])*"|[^\s,"]+))*)', re.I)
 PARAMETER = re.compile(r'(\w+)\s*=\s*(?:"((?:\\.|[^"\\])*)"|([^\s,"]+))')
@@ -3182,7 +3182,7 @@ class Remote(Registry):
         token, life = found.get("token") or found.get("access_token"), found.get("expires_in")
         if not isinstance(token, str):
             raise self._unauthorized(login)
-        return "Bearer " + token, life if isinstance(life, int) and life > 0 else TOKEN_LIFE
+        return "Bearer " + token, life if isinstance(life, int) and life > 0 else SHORT_LIFE
 
     # Reading
 
