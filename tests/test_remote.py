@@ -781,7 +781,7 @@ def test_an_image_that_fails_does_not_stop_the_others(filled, server, tmp_path):
     (["pull", "Not/An/Image"], "invalid repository name"),
     (["pull", "127.0.0.1:1/x"], "can't reach 127.0.0.1:1: nothing listens there"),
     (["pull", "no-such-host.invalid/x"], "no-such-host.invalid"),
-    (["push", "nothing", "--to", "127.0.0.1:1"], "nothing: not in the store; `tinyreg.py ls` shows what is"),
+    (["push", "nothing", "--to", "127.0.0.1:1"], "nothing: not in the store as nothing:latest; `tinyreg.py ls` shows what is"),
     (["push", "x", "--to", "http://lab"], "write HOST[:PORT] or HOST[:PORT]/PREFIX"),
     (["pull", "x", "--ca", "/nowhere"], "can't use /nowhere as the CA"),
     (["pull", "-f", "/nowhere"], "/nowhere: No such file or directory"),
@@ -863,7 +863,7 @@ def test_ctrl_c_ends_a_pull_that_waits_for_its_upstream(filled, server, start_pr
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=10)
     go_on.set()
-    assert (process.returncode, output, errors) == (130, b"", b"")
+    assert (process.returncode, output) == (130, b"") and b"interrupted; run it again" in errors
 
 
 def test_a_terminal_shows_a_bar(filled, server, start_proxy, tmp_path):
@@ -885,7 +885,7 @@ def test_a_terminal_shows_a_bar(filled, server, start_proxy, tmp_path):
     assert process.wait() == 0
     bars = re.findall(rb"\r\S+/demo:latest \[[#-]{20}\] \d+ %, in total [0-9.]+ \w+ of 3.0 MiB", shown)
     assert bars, shown
-    assert shown.rstrip().splitlines()[-1].endswith(b"referrers: none found")
+    assert shown.rstrip().splitlines()[-2].endswith(b"referrers: none found")
 
 
 def test_pull_goes_through_the_proxy_that_the_environment_names(filled, server, start_proxy, tmp_path):
