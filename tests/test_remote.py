@@ -781,7 +781,7 @@ def test_an_image_that_fails_does_not_stop_the_others(filled, server, tmp_path):
     (["pull", "Not/An/Image"], "invalid repository name"),
     (["pull", "127.0.0.1:1/x"], "can't reach 127.0.0.1:1: nothing listens there"),
     (["pull", "no-such-host.invalid/x"], "no-such-host.invalid"),
-    (["push", "nothing", "--to", "127.0.0.1:1"], "nothing: not in the store as nothing:latest; `tinyreg.py ls` shows what is"),
+    (["push", "nothing", "--to", "127.0.0.1:1"], "nothing: not in the store as nothing:latest; `tinyreg.py ls`"),
     (["push", "x", "--to", "http://lab"], "write HOST[:PORT] or HOST[:PORT]/PREFIX"),
     (["pull", "x", "--ca", "/nowhere"], "can't use /nowhere as the CA"),
     (["pull", "-f", "/nowhere"], "/nowhere: No such file or directory"),
