@@ -46,7 +46,7 @@ one folder of our own, whose content can be lost without losing an image:
 One request:
 
     socket -> Connection -> Request -> dispatch: match ROUTES, check access -> handler -> Registry
-    socket <- Connection <- Response <- dispatch (RegistryError and OSError become a Response here, and only here)
+    socket <- Connection <- Response <- dispatch (a handler's RegistryError or OSError becomes a Response here)
 
 The rooms of this file; each uses the ones above it and none below:
 
@@ -129,8 +129,8 @@ MAX_HEAD = 64 << 10          # bytes, request line and header block; bearer toke
 MAX_CHUNK_LINE = 1 << 10     # bytes; a chunk's size line with its extensions, which nobody sends
 MAX_DRAIN = 256 << 10        # bytes of a refused body that are read, to keep the connection
 MAX_LINGER = 64 << 20        # bytes read off a connection that is to be closed, so that the answer arrives
-COPY_BUFFER = 256 << 10      # bytes moved at once from file to file; and what is worth a write, as a blob comes in …
-MOST_AT_ONCE = 640 << 10     # … into a buffer of so many bytes, which fills at once where the network is fast
+COPY_BUFFER = 256 << 10      # bytes moved at once from file to file; an upload is written whenever so many have come
+MOST_AT_ONCE = 640 << 10     # bytes of an upload that are taken with one call, where the network is that fast
 SMALL_BLOB = 64 << 10        # bytes; a blob up to this goes out in one write with its headers, and may be cached
 MAX_CACHED = 16 << 20        # bytes of answers that one worker keeps
 HASHED_SESSIONS = 1024       # upload sessions whose hash is kept in memory; others are read again at their end
@@ -942,7 +942,7 @@ class Blob:
 
 class Registry:
     """Repositories of manifests and blobs. Names, tags and digests that come in are parsed values; what iterates does
-    so in ASCII order, from after `last`. All raise NAME_UNKNOWN for a repository that is not there.
+    so in ASCII order, from after `last`. All but referrers raise NAME_UNKNOWN for a repository that is not there.
 
         repositories(last="")               iterates over the names of those that have held a manifest
         tags(name, last="")                 iterates over the tags; raises before the first one
@@ -973,7 +973,7 @@ class Registry:
     distant = False  # whether reading it takes a network: what is known nearer is then not read from it
 
     def retry(self, action, *arguments):
-        """What an action returns that reads from here, after more attempts where another one may succeed."""
+        """Call something that reads from here, again where that may help (Remote does), and return what it returns."""
         return action(*arguments)
 
     def version(self):
@@ -1780,7 +1780,8 @@ class Collection:
 
     With `keep` or `older_than` tags expire: those in a repository that are none of the `keep` that were moved last, and
     were last moved more than `older_than` seconds ago; `among` is a pattern of the repositories that are meant. With
-    them go the manifests to which no other tag leads. A tag about a manifest goes with that, and counts for nothing.
+    them go the manifests to which no other tag leads. A tag that is about a manifest (cosign's
+    sha256-HEX.sig) is none of the `keep`, and goes when its manifest goes.
     """
 
     def __init__(self, store, grace=0.0, untagged=False, dry_run=False, tell=None, keep=None, older_than=None,
@@ -1901,7 +1902,7 @@ class Collection:
 
     def _expired(self, name):
         """{tag: digest} of the tags of a repository that are to go. One stays if it is young, or if a client was just
-        told of its manifest, which then stays as well, and no later run would know that it was meant to go."""
+        told of its manifest: that stays then, and without its tag no later run would know that it was to go."""
         if self.keep is None and self.older_than is None or self.among and not self.among.fullmatch(name):
             return {}
         moved, targets = {}, {}
@@ -1917,9 +1918,11 @@ class Collection:
             os.path.join(self.store.revision_path(name, targets[tag]), "link"))[0] < self.young}
 
     def _reached(self, name, revisions, mentions, children, about, expired):
-        """The keys of the manifests that stay, with what they mention, and the tags that go. What stays is young, or a
-        tag leads to it; and, without `untagged`, what is no expired tag's: its manifest, that one's children and what
-        is about them. (Other mentions, as of a base image, keep what they name, but don't take it along.)"""
+        """The keys of the manifests that stay, with what they mention, and the tags that go.
+
+        A manifest stays if it is young, or a tag that stays leads to it. Others go with `untagged`; without it only
+        those go that belonged to an expired tag: its manifest, that one's children, and what is about these. (What
+        else a manifest mentions, its base image for one, is kept by that, but does not go along.)"""
         todo = [key_of(digest) for digest, revision in revisions.items()
                 if look_at(os.path.join(revision, "link"))[0] >= self.young]
         notes = []
@@ -2836,7 +2839,7 @@ class Passing(RegistryError):
 
 @contextlib.contextmanager
 def if_there():
-    """Around what is given up where a repository, manifest or blob that it needs is not there."""
+    """For a block that ends where a repository, manifest or blob is not there, and after which all goes on."""
     try:
         yield
     except RegistryError as error:
@@ -4050,8 +4053,8 @@ class Access:
         return not self.rules_file and self.identify(request).grants is None and self.allows(request, "pull")
 
     def check(self, request, action, name=None):
-        """The one question of room 12. Raises UNAUTHORIZED if a password could help, else DENIED with what would:
-        docker prints the message and stops. Raises TOOMANYREQUESTS."""
+        """What each route is asked before its handler. Raises UNAUTHORIZED if a password could help, else DENIED with
+        what would: docker prints the message and stops. Raises TOOMANYREQUESTS."""
         who, needed = self.identify(request), NEEDED[action]
         if self.only_local and needed > NEEDED["pull"]:
             self._check_local(request)
@@ -4595,7 +4598,7 @@ class Request:
 
 
 class Response:
-    """A status, headers and a body: bytes, or a Blob that is sent and closed."""
+    """A status, headers and a body: bytes, or a Blob or Stream that is sent and closed."""
 
     def __init__(self, status, headers=(), body=b""):
         self.status = status
@@ -5556,7 +5559,7 @@ ROUTES += compile_routes([
 # 14  Server
 #
 # Sockets: HTTP/1.1 as RFC 9112 has it, and not a bit looser, because what two parsers read differently is how
-# requests are smuggled. One thread a connection; all limits on time and size. Knows no rule of registries.
+# requests are smuggled. One thread a connection; all limits on time and size. What an answer says is room 12's.
 # ---------------------------------------------------------------------------------------------------------
 
 REQUEST_LINE = re.compile(rb"([A-Z]{1,32}) ([!-~]+) HTTP/(1\.[01])")
