@@ -6488,6 +6488,166 @@ def open_store(options, create=False, kind=Directory):
                            % (os.path.abspath(options.root), error.strerror))
 
 
+def inherited_listeners():
+    """The sockets that systemd opened for us (sd_listen_fds), or []."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    found = []
+    for descriptor in range(3, 3 + int(os.environ.get("LISTEN_FDS", "0"))):
+        os.set_inheritable(descriptor, False)
+        probe = socket.socket(fileno=descriptor)  # Python 3.6 takes each for IPv4; the address tells
+        if not isinstance(probe.getsockname(), tuple):
+            raise CommandError("systemd gave us a socket that is not TCP's: ListenStream= must be a port or an address")
+        family = socket.AF_INET6 if len(probe.getsockname()) == 4 else socket.AF_INET
+        found.append(prepare_listener(socket.socket(family, socket.SOCK_STREAM, fileno=probe.detach())))
+    return found
+
+
+def tell_systemd(state):
+    """Report a state (sd_notify) to systemd, if it has started us."""
+    where = os.environ.get("NOTIFY_SOCKET", "")
+    if where:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode(), re.sub("^@", "\0", where))
+
+
+def feed_watchdog():
+    """Tell systemd that we live, twice as often as it wants, as long as this process gets to run."""
+    interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
+    while interval:
+        tell_systemd("WATCHDOG=1")
+        time.sleep(interval)
+
+
+def token_key(store):
+    """The key that signs tokens, the same in all servers of the store; made if it is not there yet. None, so that only
+    this server's processes know each other's tokens, where the store can't be written to."""
+    path = os.path.join(store.own, "token.key")
+    try:
+        with alone(path + ".lock"):
+            if not os.path.exists(path):
+                store.files.write(path, os.urandom(32), private=True)
+        return read_file(path)
+    except OSError as error:
+        logger.warning("tokens end with this server: %s", error)
+        return None
+
+
+def open_access(options, store, local):
+    """The Access that the options of serve describe; `local` if nobody but this machine can connect. Raises OSError,
+    CommandError."""
+    default = "none" if options.users or options.tls_client_ca else "admin" if local else "pull"
+    return Access(options.anonymous or default, options.users, options.rules,
+                  token_key(store) if options.users else None,
+                  only_local=not options.anonymous and default == "admin")
+
+
+def tls_folder(root):
+    """Where our own CA and certificate are."""
+    return os.path.join(root, "tinyreg", "tls")
+
+
+def open_tls(options, store):
+    """The Certificates that the options of serve ask for, or None. Raises CommandError."""
+    certificate, key = options.tls_cert, options.tls_key
+    if key and not certificate or certificate and options.tls:
+        raise CommandError("--tls-key goes with --tls-cert, and --tls without both")
+    if options.tls_client_ca and not (certificate or options.tls):
+        raise CommandError("--tls-client-ca goes with --tls or --tls-cert")
+    if options.tls and options.shared:
+        raise CommandError("--tls makes a certificate for this host, and --shared has several: give each the same one "
+                           "with --tls-cert, or let the load balancer speak TLS")
+    folder = tls_folder(os.path.abspath(options.root))
+    hosts = {host for host, _ in options.listen if "%" not in host} - {"", "0.0.0.0", "::"}
+
+    def renew():
+        make_certificates(store.files, folder, hosts | set(options.tls_name or ()) | host_names())
+
+    if options.tls:
+        renew()
+        return Certificates(os.path.join(folder, "server.pem"), None, options.tls_client_ca,
+                            os.path.join(folder, "ca.crt"), renew)
+    return Certificates(certificate, key, options.tls_client_ca) if certificate else None
+
+
+def listen_everywhere(addresses):
+    """Raises CommandError, with what to do about a port that is taken."""
+    listeners = []
+    for host, port in addresses:
+        try:
+            listeners += open_listeners(host, port)
+        except OSError as error:
+            where = "%s:%d" % (host, port)
+            advice = {errno.EADDRINUSE: "is in use: another program, or another tinyreg, listens there; stop it or "
+                      "choose another port with --listen %s:%d" % (host, port + 1 if port < 65535 else 5000),
+                      errno.EACCES: "is for root only; choose a port above 1023 with --listen",
+                      errno.EADDRNOTAVAIL: "is no address of this machine; --listen :%d is all of them" % port}
+            raise CommandError("%s %s" % (where, advice.get(error.errno, "can't be listened on: %s" % error.strerror)))
+    return listeners
+
+
+def example(store, host):
+    """A command that pulls the first image of a store or an archive."""
+    images = store.images() if isinstance(store, Archive) else (
+        (name, tag, None) for name in store.repositories() for tag in store.tags(name))
+    name, reference, _ = next(images, ("alpine", "latest", None))
+    return "docker pull %s/%s" % (host, image_text(name, reference))
+
+
+def banner(store, listeners, access, local, tls=None):
+    """What serve says first: where it listens and stores, who may do what, and two commands to try."""
+    urls, ports = [], []
+    for listener in listeners:
+        host, port = listener.getsockname()[:2]
+        everywhere = host in ("::", "0.0.0.0")
+        ports.append("%s:%d" % ("localhost" if local else socket.gethostname() if everywhere else host, port))
+        urls.append("http%s://%s:%d%s" % ("s" if tls else "", "[%s]" % host if ":" in host else host, port,
+                                        " (every address of this machine)" if everywhere else ""))
+    reach = "whoever is on this machine" if local else "whoever can reach it"
+    pushed = not store.read_only and (access.users_file or LEVELS[access.anonymous] in ("push", "admin"))
+    login = "docker login %s && " % ports[0] if access.users_file else ""
+    clear = access.users_file and not tls and not local
+    return "\n".join([
+        "tinyreg %s" % __version__,
+        "  listens on  " + ", ".join(urls),
+        ("  serves      %s (read-only)" if isinstance(store, Archive) else "  stores in   %s") % store.root,
+        ] + (["  CA          /ca.crt, SHA-256 " + fingerprint(tls.ca)] if tls and tls.ca else []) + [
+        "  access      " + "\n              ".join(access.in_words(reach, store.read_only)),
+        ] + ["  beware      passwords cross the network in the clear; add --tls"] * bool(clear) + [
+        "  try         " + (login + "docker tag alpine %s/alpine && docker push %s/alpine\n"
+                            "              docker pull %s/alpine" % (ports[0], ports[0], ports[0]) if pushed else
+                            example(store, ports[0])),
+        "  Ctrl-C ends it.",
+    ])
+
+
+def keep_up(store, every, grace):
+    """Until the process ends: purge idle upload sessions once an hour, and collect garbage every so many seconds
+    (0: never), whichever of the processes that share the store does it."""
+    while True:
+        pause = UPKEEP
+        try:
+            if every and time.time() - look_at(os.path.join(store.own, "gc"))[0] >= every:
+                collect_garbage(store, grace=grace)
+            else:
+                Collection(store).purge()
+            if every:
+                pause = min(pause, look_at(os.path.join(store.own, "gc"))[0] + every - time.time())
+        except BlockingIOError:
+            pass
+        except Exception:
+            logger.exception("garbage collection failed")
+        time.sleep(max(pause, 1.0))
+
+
+def check_writable(store):
+    """Raises CommandError if nothing can be stored; better now than at the first push."""
+    try:
+        store.files.probe()
+    except OSError as error:
+        raise CommandError("can't write to %s: %s; choose another directory with --root" % (store.root, error.strerror))
+
+
 def open_registry(options):
     """What there is to serve: archives; or the store, with other registries behind it if they are named. Raises
     CommandError, OSError, UNSUPPORTED for what is no archive."""
@@ -6556,139 +6716,6 @@ def serve(options):
     return supervisor.run()
 
 
-def inherited_listeners():
-    """The sockets that systemd opened for us (sd_listen_fds), or []."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        return []
-    found = []
-    for descriptor in range(3, 3 + int(os.environ.get("LISTEN_FDS", "0"))):
-        os.set_inheritable(descriptor, False)
-        probe = socket.socket(fileno=descriptor)  # Python 3.6 takes each for IPv4; the address tells
-        if not isinstance(probe.getsockname(), tuple):
-            raise CommandError("systemd gave us a socket that is not TCP's: ListenStream= must be a port or an address")
-        family = socket.AF_INET6 if len(probe.getsockname()) == 4 else socket.AF_INET
-        found.append(prepare_listener(socket.socket(family, socket.SOCK_STREAM, fileno=probe.detach())))
-    return found
-
-
-def tell_systemd(state):
-    """Report a state (sd_notify) to systemd, if it has started us."""
-    where = os.environ.get("NOTIFY_SOCKET", "")
-    if where:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(state.encode(), re.sub("^@", "\0", where))
-
-
-def feed_watchdog():
-    """Tell systemd that we live, twice as often as it wants, as long as this process gets to run."""
-    interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
-    while interval:
-        tell_systemd("WATCHDOG=1")
-        time.sleep(interval)
-
-
-def open_access(options, store, local):
-    """The Access that the options of serve describe; `local` if nobody but this machine can connect. Raises OSError,
-    CommandError."""
-    default = "none" if options.users or options.tls_client_ca else "admin" if local else "pull"
-    return Access(options.anonymous or default, options.users, options.rules,
-                  token_key(store) if options.users else None,
-                  only_local=not options.anonymous and default == "admin")
-
-
-def open_tls(options, store):
-    """The Certificates that the options of serve ask for, or None. Raises CommandError."""
-    certificate, key = options.tls_cert, options.tls_key
-    if key and not certificate or certificate and options.tls:
-        raise CommandError("--tls-key goes with --tls-cert, and --tls without both")
-    if options.tls_client_ca and not (certificate or options.tls):
-        raise CommandError("--tls-client-ca goes with --tls or --tls-cert")
-    if options.tls and options.shared:
-        raise CommandError("--tls makes a certificate for this host, and --shared has several: give each the same one "
-                           "with --tls-cert, or let the load balancer speak TLS")
-    folder = tls_folder(os.path.abspath(options.root))
-    hosts = {host for host, _ in options.listen if "%" not in host} - {"", "0.0.0.0", "::"}
-
-    def renew():
-        make_certificates(store.files, folder, hosts | set(options.tls_name or ()) | host_names())
-
-    if options.tls:
-        renew()
-        return Certificates(os.path.join(folder, "server.pem"), None, options.tls_client_ca,
-                            os.path.join(folder, "ca.crt"), renew)
-    return Certificates(certificate, key, options.tls_client_ca) if certificate else None
-
-
-def tls_folder(root):
-    """Where our own CA and certificate are."""
-    return os.path.join(root, "tinyreg", "tls")
-
-
-def token_key(store):
-    """The key that signs tokens, the same in all servers of the store; made if it is not there yet. None, so that only
-    this server's processes know each other's tokens, where the store can't be written to."""
-    path = os.path.join(store.own, "token.key")
-    try:
-        with alone(path + ".lock"):
-            if not os.path.exists(path):
-                store.files.write(path, os.urandom(32), private=True)
-        return read_file(path)
-    except OSError as error:
-        logger.warning("tokens end with this server: %s", error)
-        return None
-
-
-def check_writable(store):
-    """Raises CommandError if nothing can be stored; better now than at the first push."""
-    try:
-        store.files.probe()
-    except OSError as error:
-        raise CommandError("can't write to %s: %s; choose another directory with --root" % (store.root, error.strerror))
-
-
-def listen_everywhere(addresses):
-    """Raises CommandError, with what to do about a port that is taken."""
-    listeners = []
-    for host, port in addresses:
-        try:
-            listeners += open_listeners(host, port)
-        except OSError as error:
-            where = "%s:%d" % (host, port)
-            advice = {errno.EADDRINUSE: "is in use: another program, or another tinyreg, listens there; stop it or "
-                      "choose another port with --listen %s:%d" % (host, port + 1 if port < 65535 else 5000),
-                      errno.EACCES: "is for root only; choose a port above 1023 with --listen",
-                      errno.EADDRNOTAVAIL: "is no address of this machine; --listen :%d is all of them" % port}
-            raise CommandError("%s %s" % (where, advice.get(error.errno, "can't be listened on: %s" % error.strerror)))
-    return listeners
-
-
-def banner(store, listeners, access, local, tls=None):
-    """What serve says first: where it listens and stores, who may do what, and two commands to try."""
-    urls, ports = [], []
-    for listener in listeners:
-        host, port = listener.getsockname()[:2]
-        everywhere = host in ("::", "0.0.0.0")
-        ports.append("%s:%d" % ("localhost" if local else socket.gethostname() if everywhere else host, port))
-        urls.append("http%s://%s:%d%s" % ("s" if tls else "", "[%s]" % host if ":" in host else host, port,
-                                        " (every address of this machine)" if everywhere else ""))
-    reach = "whoever is on this machine" if local else "whoever can reach it"
-    pushed = not store.read_only and (access.users_file or LEVELS[access.anonymous] in ("push", "admin"))
-    login = "docker login %s && " % ports[0] if access.users_file else ""
-    clear = access.users_file and not tls and not local
-    return "\n".join([
-        "tinyreg %s" % __version__,
-        "  listens on  " + ", ".join(urls),
-        ("  serves      %s (read-only)" if isinstance(store, Archive) else "  stores in   %s") % store.root,
-        ] + (["  CA          /ca.crt, SHA-256 " + fingerprint(tls.ca)] if tls and tls.ca else []) + [
-        "  access      " + "\n              ".join(access.in_words(reach, store.read_only)),
-        ] + ["  beware      passwords cross the network in the clear; add --tls"] * bool(clear) + [
-        "  try         " + (login + "docker tag alpine %s/alpine && docker push %s/alpine\n"
-                            "              docker pull %s/alpine" % (ports[0], ports[0], ports[0]) if pushed else
-                            example(store, ports[0])),
-        "  Ctrl-C ends it.",
-    ])
-
-
 def find_image(store, text):
     """(name, reference) of an image in the store, by its name here or by the one at its origin: alpine is
     docker.io/library/alpine where only that has the tag. Raises NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID,
@@ -6707,18 +6734,18 @@ def find_image(store, text):
                         "`tinyreg.py pull` fetches more" % image_text(names[0], reference))
 
 
-def example(store, host):
-    """A command that pulls the first image of a store or an archive."""
-    images = store.images() if isinstance(store, Archive) else (
-        (name, tag, None) for name in store.repositories() for tag in store.tags(name))
-    name, reference, _ = next(images, ("alpine", "latest", None))
-    return "docker pull %s/%s" % (host, image_text(name, reference))
-
-
 def show(options, value, lines):
     """Print what a command reports: with --json the value, else the lines."""
     for line in [json.dumps(value, indent=2)] if options.json else lines:
         print(line)
+
+
+def tag_row(entry):
+    """One line of `ls REPOSITORY`."""
+    if "error" in entry:
+        return [entry["tag"], "-", "-", entry["error"]]
+    missing = " (%d not here)" % entry["missing"] if entry["missing"] else ""
+    return [entry["tag"], in_units(entry["size"]), ",".join(entry["platforms"]) + missing, entry["digest"]]
 
 
 def list_store(options):
@@ -6747,14 +6774,6 @@ def list_store(options):
     return 0
 
 
-def tag_row(entry):
-    """One line of `ls REPOSITORY`."""
-    if "error" in entry:
-        return [entry["tag"], "-", "-", entry["error"]]
-    missing = " (%d not here)" % entry["missing"] if entry["missing"] else ""
-    return [entry["tag"], in_units(entry["size"]), ",".join(entry["platforms"]) + missing, entry["digest"]]
-
-
 def remove(options):
     """Delete tags (NAME:TAG) and manifests (NAME@DIGEST). The bytes stay until garbage is collected."""
     store, deleted = open_store(options), []
@@ -6774,6 +6793,23 @@ def remove(options):
         lines = ["deleted " + image for image in deleted] + ["the space comes back with: tinyreg.py gc --untagged"]
         show(options, {"deleted": deleted}, [] if options.quiet or not deleted else lines)
     return 0
+
+
+def read_password(options):
+    """From standard input or, twice, from the terminal. Raises CommandError."""
+    try:
+        if options.stdin:
+            password = sys.stdin.buffer.readline().decode("utf-8").rstrip("\r\n")
+        else:
+            password = getpass.getpass("password of %s: " % options.user)
+            if password and getpass.getpass("once more: ") != password:
+                raise CommandError("the two passwords differ; nothing was changed")
+        size = len(password.encode("utf-8"))
+    except (EOFError, KeyboardInterrupt, UnicodeError):
+        size = 0
+    if not 0 < size <= MAX_PASSWORD or "\0" in password:
+        raise CommandError("a password has 1 to %d bytes of UTF-8; nothing was changed" % MAX_PASSWORD)
+    return password
 
 
 def passwd(options):
@@ -6798,42 +6834,6 @@ def passwd(options):
     return 0
 
 
-def read_password(options):
-    """From standard input or, twice, from the terminal. Raises CommandError."""
-    try:
-        if options.stdin:
-            password = sys.stdin.buffer.readline().decode("utf-8").rstrip("\r\n")
-        else:
-            password = getpass.getpass("password of %s: " % options.user)
-            if password and getpass.getpass("once more: ") != password:
-                raise CommandError("the two passwords differ; nothing was changed")
-        size = len(password.encode("utf-8"))
-    except (EOFError, KeyboardInterrupt, UnicodeError):
-        size = 0
-    if not 0 < size <= MAX_PASSWORD or "\0" in password:
-        raise CommandError("a password has 1 to %d bytes of UTF-8; nothing was changed" % MAX_PASSWORD)
-    return password
-
-
-def clients(options):
-    """Print (or, with --install, run) shell scripts that make clients trust this registry, or use it as a mirror."""
-    host = options.host or socket.gethostname() + ":5000"
-    if not re.fullmatch(r"[A-Za-z0-9._:\[\]-]+", host):
-        raise CommandError("--host %s is not HOST:PORT" % host)
-    ca = None if options.plain_http else clients_ca(options)
-    script = "".join(client_script(client, host, ca, options.mirror, known_origins(options.root))
-                     for client in CLIENTS if options.client in (None, client))
-    if not options.install:
-        print(script, end="")
-    elif not options.client:
-        raise CommandError("say for which client: tinyreg.py clients CLIENT --install")
-    elif subprocess.run(["sh", "-e", "-c", script]).returncode:
-        raise CommandError("the files could not be written; that needs root's rights")
-    elif not options.quiet:
-        print("\n".join(line[2:] for line in script.splitlines() if line.startswith("# ")))
-    return 0
-
-
 def clients_ca(options):
     """The CA's certificate as clients want it. Raises CommandError."""
     path = options.ca or os.path.join(tls_folder(options.root), "ca.crt")
@@ -6853,6 +6853,25 @@ def known_origins(root):
             if slash and "." in first:
                 found.add(re.sub(r"_([0-9]+)$", r":\1", first))
     return sorted(found)
+
+
+def clients(options):
+    """Print (or, with --install, run) shell scripts that make clients trust this registry, or use it as a mirror."""
+    host = options.host or socket.gethostname() + ":5000"
+    if not re.fullmatch(r"[A-Za-z0-9._:\[\]-]+", host):
+        raise CommandError("--host %s is not HOST:PORT" % host)
+    ca = None if options.plain_http else clients_ca(options)
+    script = "".join(client_script(client, host, ca, options.mirror, known_origins(options.root))
+                     for client in CLIENTS if options.client in (None, client))
+    if not options.install:
+        print(script, end="")
+    elif not options.client:
+        raise CommandError("say for which client: tinyreg.py clients CLIENT --install")
+    elif subprocess.run(["sh", "-e", "-c", script]).returncode:
+        raise CommandError("the files could not be written; that needs root's rights")
+    elif not options.quiet:
+        print("\n".join(line[2:] for line in script.splitlines() if line.startswith("# ")))
+    return 0
 
 
 # Images between registries: what pull, push, save and load have in common
@@ -6890,6 +6909,18 @@ class Progress:
                                                      in_units(self.before + done), in_units(self.total))
         sys.stderr.write("\r" + line[:shutil.get_terminal_size().columns - 1] + "\x1b[K")
         sys.stderr.flush()
+
+
+def summary(report, planned=False):
+    """One line on what became of an image, or will become."""
+    blobs, size = (report.needed_blobs, report.needed_bytes) if planned else (report.copied_blobs, report.copied_bytes)
+    line = "%s: %s, %s %s in %d blobs, %d there already" % (
+        report.image, report.digest, "to copy:" if planned else "copied", in_units(size), blobs,
+        report.total_blobs - blobs - len(report.missing))
+    if report.absent:
+        line += ", %d manifests of the index left out" % len(report.absent)
+    kinds = collections.Counter(kind for _, kind in report.referrers)
+    return line + "; referrers: " + (", ".join("%d %s" % (kinds[kind], kind) for kind in sorted(kinds)) or "none found")
 
 
 def leave_at_once(number, frame):
@@ -6948,18 +6979,6 @@ def run_copies(options, work, target, progress):
     elif plans and isinstance(target, Directory) and not options.quiet:
         print("the store is " + target.root)
     return 1 if failures else 0
-
-
-def summary(report, planned=False):
-    """One line on what became of an image, or will become."""
-    blobs, size = (report.needed_blobs, report.needed_bytes) if planned else (report.copied_blobs, report.copied_bytes)
-    line = "%s: %s, %s %s in %d blobs, %d there already" % (
-        report.image, report.digest, "to copy:" if planned else "copied", in_units(size), blobs,
-        report.total_blobs - blobs - len(report.missing))
-    if report.absent:
-        line += ", %d manifests of the index left out" % len(report.absent)
-    kinds = collections.Counter(kind for _, kind in report.referrers)
-    return line + "; referrers: " + (", ".join("%d %s" % (kinds[kind], kind) for kind in sorted(kinds)) or "none found")
 
 
 def wanted_images(options):
@@ -7026,6 +7045,13 @@ def push(options):
     return run_copies(options, work, remote, progress)
 
 
+def positive(text):
+    """A number from 1 on the command line. Raises CommandError."""
+    if not re.fullmatch("[1-9][0-9]{0,3}", text):
+        raise CommandError("%r is no number from 1 to 9999" % text)
+    return int(text)
+
+
 def add_transfer_options(command, to=None, images=True, remote=True):
     """The options that pull, push, save and load have in common; `to` is the help of --to, where it is needed, `images`
     whether images are named, and `remote` whether another registry may be at work."""
@@ -7083,6 +7109,44 @@ def collect(options):
     return 0
 
 
+class ArchiveVerification(Verification):
+    """The same of archives, given by their paths: every blob is read again, and all that images need is looked for."""
+
+    def run(self, repair=False):
+        """Raises UNSUPPORTED where one is no archive, OSError."""
+        for path in self.store:
+            self._read_archive(path, Archive([path]).blobs)
+        archive = Archive(self.store)
+        # Whether parts that are whole are those of the blob shows only where all are at hand.
+        self._read_archive(archive.root, {
+            digest: member for digest, member in archive.blobs.items()
+            if isinstance(member.source, tuple) and not self.damaged.keys() & set(archive.joined[digest])})
+        for name, reference, _ in archive.images():
+            image, plan = image_text(name, reference), Copy(archive, None, name, reference)
+            try:
+                plan.plan()
+            except RegistryError as error:
+                self.findings.setdefault(("unreadable image", str(error), archive.root), set()).add(image)
+            for digest in itertools.chain.from_iterable(
+                    [digest] if digest in self.damaged else archive.joined.get(digest, [digest])
+                    for digest in plan.blobs):
+                if digest in self.damaged or digest not in archive.blobs:
+                    finding = self.damaged.get(digest, ("missing blob", digest, archive.root))
+                    self.findings.setdefault(finding, set()).add(image)
+
+    def _read_archive(self, path, blobs):
+        for digest, member in blobs.items():
+            found = None
+            with contextlib.suppress(OSError):  # media that can't be read are damaged as well
+                found = member.digest(digest.algorithm)
+            if found != digest:
+                self.damaged[digest] = "damaged blob", digest, path
+                self.findings[self.damaged[digest]] = set()
+            self.blobs += 1
+            self.bytes += member.length
+            self.progress(self.blobs, self.bytes)
+
+
 def verify(options):
     """Read everything in the store again; name what is damaged and what that harms. Exit status 1 if anything is."""
     if options.archives and (options.repair or options.rate):
@@ -7110,25 +7174,6 @@ def verify(options):
                                            "copy the archive) again" % len(report)))
     show(options, {"blobs": check.blobs, "size": check.bytes, "damage": report, "moved": check.moved}, lines)
     return 1 if report else 0
-
-
-def keep_up(store, every, grace):
-    """Until the process ends: purge idle upload sessions once an hour, and collect garbage every so many seconds
-    (0: never), whichever of the processes that share the store does it."""
-    while True:
-        pause = UPKEEP
-        try:
-            if every and time.time() - look_at(os.path.join(store.own, "gc"))[0] >= every:
-                collect_garbage(store, grace=grace)
-            else:
-                Collection(store).purge()
-            if every:
-                pause = min(pause, look_at(os.path.join(store.own, "gc"))[0] + every - time.time())
-        except BlockingIOError:
-            pass
-        except Exception:
-            logger.exception("garbage collection failed")
-        time.sleep(max(pause, 1.0))
 
 
 # Archives
@@ -7181,6 +7226,24 @@ def save(options):
     return 0
 
 
+def keep_ranges(store, archive):
+    """Keep the ranges of blobs that are not whole yet, until their other parts come; forget the others. Raises
+    DIGEST_INVALID, OSError."""
+    lacking = [parts for whole, parts in archive.joined.items() if not os.path.exists(store.blob_path(whole))]
+    wanted = set().union(*lacking)
+    for digest in wanted.union(*archive.joined.values()):
+        path = os.path.join(store.own, "ranges", digest.encoded)
+        if digest not in wanted:
+            with contextlib.suppress(FileNotFoundError):
+                store.files.remove(path)
+        elif digest in archive.blobs and not os.path.exists(path):
+            member = archive.blobs[digest]
+            if member.digest(digest.algorithm) != digest:
+                raise RegistryError("DIGEST_INVALID", digest, message="a part is damaged; verify says which")
+            with member.open() as blob:
+                store.files.fill(path, functools.partial(pour, blob, member.length))
+
+
 def load(options):
     """Copy the images of archives into the store, or to another registry."""
     start_logging()
@@ -7215,62 +7278,6 @@ def load(options):
     if not host and not options.dry_run:
         keep_ranges(target, archive)
     return status
-
-
-def keep_ranges(store, archive):
-    """Keep the ranges of blobs that are not whole yet, until their other parts come; forget the others. Raises
-    DIGEST_INVALID, OSError."""
-    lacking = [parts for whole, parts in archive.joined.items() if not os.path.exists(store.blob_path(whole))]
-    wanted = set().union(*lacking)
-    for digest in wanted.union(*archive.joined.values()):
-        path = os.path.join(store.own, "ranges", digest.encoded)
-        if digest not in wanted:
-            with contextlib.suppress(FileNotFoundError):
-                store.files.remove(path)
-        elif digest in archive.blobs and not os.path.exists(path):
-            member = archive.blobs[digest]
-            if member.digest(digest.algorithm) != digest:
-                raise RegistryError("DIGEST_INVALID", digest, message="a part is damaged; verify says which")
-            with member.open() as blob:
-                store.files.fill(path, functools.partial(pour, blob, member.length))
-
-
-class ArchiveVerification(Verification):
-    """The same of archives, given by their paths: every blob is read again, and all that images need is looked for."""
-
-    def run(self, repair=False):
-        """Raises UNSUPPORTED where one is no archive, OSError."""
-        for path in self.store:
-            self._read_archive(path, Archive([path]).blobs)
-        archive = Archive(self.store)
-        # Whether parts that are whole are those of the blob shows only where all are at hand.
-        self._read_archive(archive.root, {
-            digest: member for digest, member in archive.blobs.items()
-            if isinstance(member.source, tuple) and not self.damaged.keys() & set(archive.joined[digest])})
-        for name, reference, _ in archive.images():
-            image, plan = image_text(name, reference), Copy(archive, None, name, reference)
-            try:
-                plan.plan()
-            except RegistryError as error:
-                self.findings.setdefault(("unreadable image", str(error), archive.root), set()).add(image)
-            for digest in itertools.chain.from_iterable(
-                    [digest] if digest in self.damaged else archive.joined.get(digest, [digest])
-                    for digest in plan.blobs):
-                if digest in self.damaged or digest not in archive.blobs:
-                    finding = self.damaged.get(digest, ("missing blob", digest, archive.root))
-                    self.findings.setdefault(finding, set()).add(image)
-
-    def _read_archive(self, path, blobs):
-        for digest, member in blobs.items():
-            found = None
-            with contextlib.suppress(OSError):  # media that can't be read are damaged as well
-                found = member.digest(digest.algorithm)
-            if found != digest:
-                self.damaged[digest] = "damaged blob", digest, path
-                self.findings[self.damaged[digest]] = set()
-            self.blobs += 1
-            self.bytes += member.length
-            self.progress(self.blobs, self.bytes)
 
 
 REPEATED = ("--listen", "--tls-name", "--immutable-tags", "--notify", "--upstream")  # options that take several values
@@ -7313,13 +7320,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action):
         return super()._get_help_string(action) if action.default else action.help
-
-
-def positive(text):
-    """A number from 1 on the command line. Raises CommandError."""
-    if not re.fullmatch("[1-9][0-9]{0,3}", text):
-        raise CommandError("%r is no number from 1 to 9999" % text)
-    return int(text)
 
 
 def seconds(text):
