@@ -209,9 +209,15 @@ HOST_FAILURES = {
     errno.EFBIG:  (507, "the store is full: the blob is larger than a file may be on the registry's disk"),
     errno.EROFS:  (503, "the registry's disk is read-only"),
     errno.EIO:    (503, "the registry's disk failed"),
+    errno.ESTALE: (503, "the registry's network disk lost sight of a file"),
     errno.EMFILE: (503, "the registry has too many files open"),
     errno.ENFILE: (503, "the registry's host has too many files open"),
 }
+
+
+def to_json(value):
+    """The value as one line of JSON, in bytes; ASCII, so that stray surrogates can't make it invalid UTF-8."""
+    return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
 
 
 class RegistryError(Exception):
@@ -246,11 +252,6 @@ class CommandError(argparse.ArgumentTypeError):
 
 class ClientLeft(Exception):
     """The client closed its connection, or moved too slowly, in the middle of a request or an answer."""
-
-
-def to_json(value):
-    """The value as one line of JSON, in bytes; ASCII, so that stray surrogates can't make it invalid UTF-8."""
-    return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
 
 # ---------------------------------------------------------------------------------------------------------
 # 3  Values
@@ -572,6 +573,27 @@ class Manifest:
         return entry
 
 
+def _check_shape(manifest):
+    """What else a manifest must be. A document that is an index and an image at once is refused: clients would not
+    agree on what it says (CVE-2021-41190)."""
+    document = manifest.document
+    is_index = manifest.media_type in INDEX_TYPES
+    if "manifests" in document and not is_index or is_index and ("config" in document or "layers" in document):
+        raise RegistryError("MANIFEST_INVALID", message="a manifest can't be an index and an image at once")
+    if manifest.media_type in IMAGE_TYPES and not isinstance(document.get("config"), dict):
+        raise RegistryError("MANIFEST_INVALID", message="an image manifest needs a config")
+    if document.get("schemaVersion", 2) != 2:
+        raise RegistryError("MANIFEST_INVALID", message="schemaVersion must be 2")
+    annotations = document.get("annotations")
+    if annotations is not None and not (isinstance(annotations, dict)
+                                        and all(isinstance(value, str) for value in annotations.values())):
+        raise RegistryError("MANIFEST_INVALID", message="annotations must be an object whose values are strings")
+    if not isinstance(document.get("artifactType") or "", str):
+        raise RegistryError("MANIFEST_INVALID", message="artifactType must be a string")
+    # Reading them checks them.
+    return manifest.blobs, manifest.manifests, manifest.subject
+
+
 def parse_manifest(content, content_type="", digest=None):
     """A pushed manifest, checked: JSON, a type that is known and is the one announced, well-formed descriptors;
     `digest` is the one it was pushed by, if any. Raises MANIFEST_INVALID, DIGEST_INVALID."""
@@ -592,27 +614,6 @@ def parse_manifest(content, content_type="", digest=None):
                             message="the Content-Type announces another type than the manifest has")
     _check_shape(manifest)
     return manifest
-
-
-def _check_shape(manifest):
-    """What else a manifest must be. A document that is an index and an image at once is refused: clients would not
-    agree on what it says (CVE-2021-41190)."""
-    document = manifest.document
-    is_index = manifest.media_type in INDEX_TYPES
-    if "manifests" in document and not is_index or is_index and ("config" in document or "layers" in document):
-        raise RegistryError("MANIFEST_INVALID", message="a manifest can't be an index and an image at once")
-    if manifest.media_type in IMAGE_TYPES and not isinstance(document.get("config"), dict):
-        raise RegistryError("MANIFEST_INVALID", message="an image manifest needs a config")
-    if document.get("schemaVersion", 2) != 2:
-        raise RegistryError("MANIFEST_INVALID", message="schemaVersion must be 2")
-    annotations = document.get("annotations")
-    if annotations is not None and not (isinstance(annotations, dict)
-                                        and all(isinstance(value, str) for value in annotations.values())):
-        raise RegistryError("MANIFEST_INVALID", message="annotations must be an object whose values are strings")
-    if not isinstance(document.get("artifactType") or "", str):
-        raise RegistryError("MANIFEST_INVALID", message="artifactType must be a string")
-    # Reading them checks them.
-    return manifest.blobs, manifest.manifests, manifest.subject
 
 # ---------------------------------------------------------------------------------------------------------
 # 4  Files
@@ -1069,6 +1070,17 @@ def digest_folders(*path, shards=False):
                 digest = "%s:%s" % (algorithm, encoded)
                 if DIGEST.fullmatch(digest):
                     yield Digest(digest), os.path.join(folder, encoded)
+
+
+def hash_of_file(file, algorithm, count=None):
+    """The hash object of all that an open file has; `count` hears of the size of each block. Raises OSError."""
+    hasher = hashlib.new(algorithm)
+    file.seek(0)
+    for block in iter(lambda: file.read(COPY_BUFFER), b""):
+        hasher.update(block)
+        if count:
+            count(len(block))
+    return hasher
 
 
 class Directory(Registry):
@@ -1563,17 +1575,6 @@ class Directory(Registry):
             self.files.remove(self.layer_path(name, digest))
 
 
-def hash_of_file(file, algorithm, count=None):
-    """The hash object of all that an open file has; `count` hears of the size of each block. Raises OSError."""
-    hasher = hashlib.new(algorithm)
-    file.seek(0)
-    for block in iter(lambda: file.read(COPY_BUFFER), b""):
-        hasher.update(block)
-        if count:
-            count(len(block))
-    return hasher
-
-
 class DirectoryUpload:
     """An upload session: the file _uploads/ID/data, whose size is its offset.
 
@@ -1756,17 +1757,6 @@ def note_result(store, what, **numbers):
     """Leave behind what came of something, for /metrics; the file's mtime says when. A full disk does not matter."""
     with contextlib.suppress(OSError), open(os.path.join(store.own, what), "wb", buffering=0) as file:
         file.write(to_json(numbers))
-
-
-def collect_garbage(store, **how):
-    """Run a Collection, and return it. Raises OSError; BlockingIOError where another process is at it."""
-    with open(os.path.join(store.own, "gc"), "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        collection = Collection(store, **how)
-        collection.run()
-        if not collection.dry_run:
-            note_result(store, "gc", freed_bytes=collection.counts["bytes"])
-    return collection
 
 
 class Collection:
@@ -2011,6 +2001,18 @@ class Collection:
                 os.unlink(self.store._referrers_index(name)[0])
             self._count("repositories", name)
 
+
+def collect_garbage(store, **how):
+    """Run a Collection, and return it. Raises OSError; BlockingIOError where another process is at it."""
+    with open(os.path.join(store.own, "gc"), "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        collection = Collection(store, **how)
+        collection.run()
+        if not collection.dry_run:
+            note_result(store, "gc", freed_bytes=collection.counts["bytes"])
+    return collection
+
+
 # Upkeep: verification
 
 
@@ -2251,6 +2253,15 @@ def pax_records(text):
     return records
 
 
+def padded(length):
+    """What a member takes in a tar: whole blocks."""
+    return -(-length // BLOCK) * BLOCK
+
+
+def printable(name):
+    return repr(os.fsdecode(name[:200]))
+
+
 def iter_tar(file):
     """Yield (name, kind, target of a link, offset, length) of each file and link in a tar, by seeking from header to
     header. All of old, GNU and pax tars but sparse files. Raises ValueError for what is none, damaged or cut off."""
@@ -2285,15 +2296,6 @@ def iter_tar(file):
                 yield name, kind, target, start, length
         elif kind != b"5":
             raise ValueError("refused: %s is a device, a sparse file or of an unknown kind" % printable(name))
-
-
-def padded(length):
-    """What a member takes in a tar: whole blocks."""
-    return -(-length // BLOCK) * BLOCK
-
-
-def printable(name):
-    return repr(os.fsdecode(name[:200]))
 
 
 def inner_path(name):
@@ -2624,6 +2626,28 @@ class Archive(Registry):
 
 # Writing archives
 
+def blob_name(digest):
+    return "blobs/%s/%s" % (digest.algorithm, digest.encoded)
+
+
+def check_hash(hasher, digest):
+    """Raises DIGEST_INVALID unless that is what was hashed."""
+    if hasher.hexdigest() != digest.encoded:
+        raise RegistryError("DIGEST_INVALID", digest, message="a blob is damaged")
+
+
+def tar_header(name, length, kind=b"0"):
+    """The header of a member, GNU's, without time and owner: the same from every Python, unlike its tarfile's."""
+    encoded, before = name.encode("ascii"), b""
+    if len(encoded) > 100:
+        before = tar_header("././@LongLink", len(encoded) + 1, b"L") + encoded.ljust(padded(len(encoded) + 1), b"\0")
+    octal = b"%011o\0" % length if length < 1 << 33 else (1 << 95 | length).to_bytes(12, "big")
+    fields = [encoded[:100], b"0000755" if name.endswith(".py") else b"0000644", b"0000000", b"0000000", octal,
+              b"00000000000", b" " * 8, kind, b"", b"ustar  "]
+    header = struct.pack("100s8s8s8s12s12s8ss100s8s247x", *fields)
+    return before + header[:148] + b"%06o\0 " % sum(header) + header[156:]
+
+
 class ArchiveWriter(Registry):
     """What is copied here is remembered, and written at the end: so the tar begins with its index, and the same images
     make the same bytes. Blobs in `have` are left out: the far side has them."""
@@ -2784,28 +2808,6 @@ class ArchiveWriter(Registry):
             report.append({"file": path, "size": self.size(digests), "sha256": hasher.hexdigest()})
         return report
 
-
-def check_hash(hasher, digest):
-    """Raises DIGEST_INVALID unless that is what was hashed."""
-    if hasher.hexdigest() != digest.encoded:
-        raise RegistryError("DIGEST_INVALID", digest, message="a blob is damaged")
-
-
-def blob_name(digest):
-    return "blobs/%s/%s" % (digest.algorithm, digest.encoded)
-
-
-def tar_header(name, length, kind=b"0"):
-    """The header of a member, GNU's, without time and owner: the same from every Python, unlike its tarfile's."""
-    encoded, before = name.encode("ascii"), b""
-    if len(encoded) > 100:
-        before = tar_header("././@LongLink", len(encoded) + 1, b"L") + encoded.ljust(padded(len(encoded) + 1), b"\0")
-    octal = b"%011o\0" % length if length < 1 << 33 else (1 << 95 | length).to_bytes(12, "big")
-    fields = [encoded[:100], b"0000755" if name.endswith(".py") else b"0000644", b"0000000", b"0000000", octal,
-              b"00000000000", b" " * 8, kind, b"", b"ustar  "]
-    header = struct.pack("100s8s8s8s12s12s8ss100s8s247x", *fields)
-    return before + header[:148] + b"%06o\0 " % sum(header) + header[156:]
-
 # ---------------------------------------------------------------------------------------------------------
 # 8  Remote
 #
@@ -2863,27 +2865,6 @@ def login_files():
     return [path for path in paths if path]
 
 
-def find_login(host, path=""):
-    """The Login for a repository, or None. Keys may name a part of its path; the longest counts."""
-    parts = [host] + path.split("/")
-    keys = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
-    for file in login_files():
-        try:
-            document = load_json(read_file(file) or b"{}")
-            helpers, entries = [{login_key(name): value for name, value in (document.get(field) or {}).items()}
-                                for field in ("credHelpers", "auths")]
-            helper = helpers.get(host) or document.get("credsStore")
-            login = ask_helper(helper, host) if helper else None
-            for key in keys:
-                login = login or read_login(entries.get(key) or {}, file)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            logger.warning("no logins read from %s: %s", file, error)
-            continue
-        if login:
-            return login
-    return None
-
-
 def login_key(name):
     """A host, or host and path, as we compare it: https://index.docker.io/v1/ is docker.io."""
     scheme, found, rest = name.partition("://")
@@ -2910,6 +2891,27 @@ def ask_helper(helper, host):
     except (OSError, ValueError, KeyError, subprocess.SubprocessError):
         return None
     return Login(user, secret, secret if user == "<token>" else None, program)
+
+
+def find_login(host, path=""):
+    """The Login for a repository, or None. Keys may name a part of its path; the longest counts."""
+    parts = [host] + path.split("/")
+    keys = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    for file in login_files():
+        try:
+            document = load_json(read_file(file) or b"{}")
+            helpers, entries = [{login_key(name): value for name, value in (document.get(field) or {}).items()}
+                                for field in ("credHelpers", "auths")]
+            helper = helpers.get(host) or document.get("credsStore")
+            login = ask_helper(helper, host) if helper else None
+            for key in keys:
+                login = login or read_login(entries.get(key) or {}, file)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            logger.warning("no logins read from %s: %s", file, error)
+            continue
+        if login:
+            return login
+    return None
 
 
 def is_local(netloc):
@@ -3612,6 +3614,14 @@ class Report:
         return dict(found, referrers=[{"digest": digest, "type": kind} for digest, kind in self.referrers])
 
 
+def is_wanted(platform, wishes):
+    """Whether an index's entry for this platform is to be copied: no wish means all, and so does no platform.
+    linux/arm64 is any variant of it."""
+    if not wishes or platform in ("", NO_PLATFORM):
+        return True
+    return any((platform + "/").startswith(wish + "/") for wish in wishes)
+
+
 class Copy:
     """One image on its way from a source to a target: plan() reads manifests, run() moves the bytes.
 
@@ -3763,14 +3773,6 @@ class Copy:
             for digest in error.details:
                 self._put_blob(self.blobs[digest])
             self.target.put_manifest(self.target_name, manifest, tags)
-
-
-def is_wanted(platform, wishes):
-    """Whether an index's entry for this platform is to be copied: no wish means all, and so does no platform.
-    linux/arm64 is any variant of it."""
-    if not wishes or platform in ("", NO_PLATFORM):
-        return True
-    return any((platform + "/").startswith(wish + "/") for wish in wishes)
 
 
 def copy(source, target, name, reference, target_name=None, platforms=(), referrers=True, jobs=4, report=None):
@@ -4189,6 +4191,19 @@ MEANINGS = {201: "right: it is here now as {digest}", 206: "here is the part you
             503: "not at the moment; try again", 507: "the disk is full"}
 
 
+def in_units(size):
+    """A number of bytes for people: 1.5 GiB."""
+    if size < 1024:
+        return "%d B" % size
+    power = min((int(size).bit_length() - 1) // 10, 4)
+    return "%.1f %siB" % (size / 1024.0 ** power, " KMGT"[power])
+
+
+def shorten(digest):
+    """A digest as people write it; a tag stays as it is."""
+    return digest[:19] + "…" if ":" in digest else digest
+
+
 def explain(exchange):
     """The exchange in words: who asks what, and what the answer tells them."""
     question, success, *missing = (EXPLANATIONS.get("%s %s" % (exchange.method, exchange.route))
@@ -4204,19 +4219,6 @@ def explain(exchange):
     who += " (%s)" % exchange.user if exchange.user else ""
     return "%s %s at %s: %s -> %d: %s" % (time.strftime("%H:%M:%S"), who, exchange.client, question.format(**values),
                                           exchange.status, answer.format(**values))
-
-
-def shorten(digest):
-    """A digest as people write it; a tag stays as it is."""
-    return digest[:19] + "…" if ":" in digest else digest
-
-
-def in_units(size):
-    """A number of bytes for people: 1.5 GiB."""
-    if size < 1024:
-        return "%d B" % size
-    power = min((int(size).bit_length() - 1) // 10, 4)
-    return "%.1f %siB" % (size / 1024.0 ** power, " KMGT"[power])
 
 
 LOG_FORMATS = {"text": as_text, "json": as_json, "explain": explain}
@@ -4806,6 +4808,25 @@ def created_blob(name, digest):
     return Response(201, [("Location", "/v2/%s/blobs/%s" % (name, digest)), ("Docker-Content-Digest", digest)])
 
 
+def receive(session, request):
+    """Append the request's body to a session, at the place that its Content-Range names, if it has one.
+
+    Raises RANGE_INVALID, with the headers that tell the client where to go on; SIZE_INVALID."""
+    placed = request.header("content-range")
+    first, last = parse_content_range(placed) if placed else (None, None)
+    length = request.header("content-length")
+    if placed and length and int(length) != last - first + 1:
+        raise RegistryError("SIZE_INVALID", {"Content-Range": placed, "Content-Length": length})
+    try:
+        session.append(request.body, first)
+    except RegistryError as error:
+        if error.code == "RANGE_INVALID":
+            error.headers += upload_headers(session)
+        raise
+    if placed and session.offset != last + 1:
+        raise RegistryError("SIZE_INVALID", {"Content-Range": placed, "offset": session.offset})
+
+
 def start_upload(registry, access, request, name):
     """Begin an upload (end-4a, end-4c), mount a blob instead (end-11), or take it whole (end-4b).
 
@@ -4832,25 +4853,6 @@ def start_upload(registry, access, request, name):
     session = registry.start_upload(name, parse_algorithm(request.get("digest-algorithm", "sha256")))
     access.count_upload(registry, request, session)
     return Response(202, upload_headers(session))
-
-
-def receive(session, request):
-    """Append the request's body to a session, at the place that its Content-Range names, if it has one.
-
-    Raises RANGE_INVALID, with the headers that tell the client where to go on; SIZE_INVALID."""
-    placed = request.header("content-range")
-    first, last = parse_content_range(placed) if placed else (None, None)
-    length = request.header("content-length")
-    if placed and length and int(length) != last - first + 1:
-        raise RegistryError("SIZE_INVALID", {"Content-Range": placed, "Content-Length": length})
-    try:
-        session.append(request.body, first)
-    except RegistryError as error:
-        if error.code == "RANGE_INVALID":
-            error.headers += upload_headers(session)
-        raise
-    if placed and session.offset != last + 1:
-        raise RegistryError("SIZE_INVALID", {"Content-Range": placed, "offset": session.offset})
 
 
 def get_upload(registry, access, request, name, session):
@@ -4924,6 +4926,24 @@ EVENTS = {("get_manifest", 200): "pull", ("get_blob", 200): "pull", ("get_blob",
           ("delete_manifest", 202): "delete", ("delete_blob", 202): "delete"}
 
 
+def describe_target(registry, request, action, name, digest):
+    """What an event tells of the manifest or blob that it is about."""
+    target = {"mediaType": "", "digest": digest, "size": 0, "repository": name}
+    kind = "manifests" if "manifest" in request.route else "blobs"
+    with contextlib.suppress(RegistryError):  # deleted since
+        if action != "delete" and kind == "manifests":
+            manifest = registry.manifest(name, Digest(digest))
+            target.update(mediaType=manifest.media_type, size=len(manifest.content))
+        elif action != "delete":
+            with registry.open_blob(name, Digest(digest)) as blob:
+                target.update(mediaType=OCTET_STREAM, size=blob.length)
+    if digest:
+        target["url"] = "%s://%s/v2/%s/%s/%s" % (request.outer_scheme(), request.host(), name, kind, digest)
+    if action == "mount" and request.get("from"):
+        target["fromRepository"] = request.get("from")
+    return dict(target, length=target["size"])
+
+
 def notify(registry, request, response):
     """Queue the events of a request that has been carried out, as Distribution writes them, for the endpoints that want
     them; whether there are any. Raises OSError where a change can't be told: then it is not acknowledged either, and
@@ -4959,22 +4979,31 @@ def notify(registry, request, response):
     return True
 
 
-def describe_target(registry, request, action, name, digest):
-    """What an event tells of the manifest or blob that it is about."""
-    target = {"mediaType": "", "digest": digest, "size": 0, "repository": name}
-    kind = "manifests" if "manifest" in request.route else "blobs"
-    with contextlib.suppress(RegistryError):  # deleted since
-        if action != "delete" and kind == "manifests":
-            manifest = registry.manifest(name, Digest(digest))
-            target.update(mediaType=manifest.media_type, size=len(manifest.content))
-        elif action != "delete":
-            with registry.open_blob(name, Digest(digest)) as blob:
-                target.update(mediaType=OCTET_STREAM, size=blob.length)
-    if digest:
-        target["url"] = "%s://%s/v2/%s/%s/%s" % (request.outer_scheme(), request.host(), name, kind, digest)
-    if action == "mount" and request.get("from"):
-        target["fromRepository"] = request.get("from")
-    return dict(target, length=target["size"])
+def answer_read(registry, access, request, handler, name, **found):
+    """The answer from the first of the repositories that a read of this name may mean (names_to_try) in which it is.
+
+    `ns` is what a mirror's client calls the registry: a key to look up, never an address to dial. Pushes ignore it."""
+    failures, origin = [], request.get("ns")
+    names = names_to_try(name, origin)
+    access.check(request, "pull", names[0])  # another image in place of one that the client may not pull would deceive
+    for candidate in names:
+        if not access.allows(request, "pull", candidate):
+            continue
+        try:
+            response = handler(registry, access, request, name=candidate, **found)
+            if handler is get_referrers and candidate != names[-1] and response.body.endswith(b'"manifests":[]}\n'):
+                registry.manifest(candidate, found["digest"])  # no referrers is no error, so look for their subject
+        except RegistryError as error:
+            if error.code not in UNKNOWN_CODES:
+                raise
+            failures.append(error)
+            continue
+        request.found["name"] = candidate
+        if origin and candidate != name:
+            response.headers.append(("OCI-Namespace", origin))
+        return response
+    # Rather that a repository lacks it than that there is no such repository.
+    raise min(failures, key=lambda failure: failure.code == "NAME_UNKNOWN")
 
 
 def answer(registry, access, request):
@@ -5002,33 +5031,6 @@ def answer(registry, access, request):
     response.kept = (not notify(registry, request, response) and action in ("login", "pull")
                      and request.path.startswith("/v2/"))
     return response
-
-
-def answer_read(registry, access, request, handler, name, **found):
-    """The answer from the first of the repositories that a read of this name may mean (names_to_try) in which it is.
-
-    `ns` is what a mirror's client calls the registry: a key to look up, never an address to dial. Pushes ignore it."""
-    failures, origin = [], request.get("ns")
-    names = names_to_try(name, origin)
-    access.check(request, "pull", names[0])  # another image in place of one that the client may not pull would deceive
-    for candidate in names:
-        if not access.allows(request, "pull", candidate):
-            continue
-        try:
-            response = handler(registry, access, request, name=candidate, **found)
-            if handler is get_referrers and candidate != names[-1] and response.body.endswith(b'"manifests":[]}\n'):
-                registry.manifest(candidate, found["digest"])  # no referrers is no error, so look for their subject
-        except RegistryError as error:
-            if error.code not in UNKNOWN_CODES:
-                raise
-            failures.append(error)
-            continue
-        request.found["name"] = candidate
-        if origin and candidate != name:
-            response.headers.append(("OCI-Namespace", origin))
-        return response
-    # Rather that a repository lacks it than that there is no such repository.
-    raise min(failures, key=lambda failure: failure.code == "NAME_UNKNOWN")
 
 
 def dispatch(registry, access, request):
@@ -5191,38 +5193,37 @@ def age(created):
 
 # Handlers
 
-def get_page(registry, access, request):
-    """The repositories, a repository's tags, or one image, as the query says. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
-    registry = getattr(registry, "cache", registry)  # of a PullThrough what is here: to look is not to fetch
-    if request.get("repository") is None:
-        return repositories_page(registry, access, request)
-    name = parse_name(request.get("repository"))
-    if not access.allows(request, "pull", name):  # whoever may not see a repository is not told that it is there
-        raise RegistryError("NAME_UNKNOWN", name)
-    if request.get("reference") is None:
-        return tags_page(registry, request, name)
-    return image_page(registry, access, request, name, parse_reference(request.get("reference")))
-
-
-def repositories_page(registry, access, request):
-    """The names, a page of them at a time; the search goes through all of them."""
-    wanted = request.get("q", "").strip().lower()
-    names, more = take_page((name for name in registry.repositories(request.get("last", ""))
-                             if wanted in name and access.lists(request, name)), ROWS)
+def image_details(registry, access, request, name, manifest):
+    """The layers of an image with the commands that made them, who else has them, and its config (which nobody has
+    checked); for an artifact, whose config says nothing, its blobs; for an index nothing."""
+    layers = manifest.blobs[1:] if isinstance(manifest.document.get("config"), dict) else manifest.blobs
+    if not manifest.blobs:
+        return None
+    config = read_config(registry, name, manifest)
+    history = config["history"] if isinstance(config.get("history"), list) else []
+    steps = [(entry.get("created_by"), entry.get("empty_layer")) for entry in history if isinstance(entry, dict)]
+    commands = [command for command, empty in steps if not empty]
+    shared = (registry.usage() or {}).get("shared", {})
     rows = []
-    for name in names:
-        tags, _ = take_page(registry.tags(name), 6)
-        shown = [[" ", link(tag, repository=name, reference=tag)] for tag in tags[:5]]
-        rows.append((link(name, repository=name), shown + [" …"] * (len(tags) > 5)))
-    return page("Repositories", fill(
-        '<form action="./" role="search"><label for="q">Name contains</label>'
-        '<input type="search" name="q" id="q" value="%s"><button>Search</button></form>', wanted),
-        table("in the order of their names", ("Repository", "Tags"), rows)
-        or fill('<p>There is nothing of that kind here. <a href="use">How to push an image</a></p>'),
-        link("Next page", last=names[-1], q=wanted) if more else None)
+    for number, layer in enumerate(layers):
+        others = [[" ", link(other, repository=other)] for other in shared.get(layer.digest, ())
+                  if other != name and access.allows(request, "pull", other)]
+        command = commands[number] if len(commands) == len(layers) else None
+        rows.append((number + 1, in_units(layer.size), fill("<code>%s</code>", command or layer.media_type), others,
+                     fill('<a href="v2/%s/blobs/%s">%s</a>', name, layer.digest, shorten(layer.digest))))
+    settings = config["config"] if isinstance(config.get("config"), dict) else {}
+    return [table("Layers, the lowest first", ("No.", "Size", "Made by", "Also in", "Digest"), rows),
+            definitions("Config", [("Author", config.get("author"))] + sorted(settings.items())
+                        + [("Steps without a layer", [command for command, empty in steps if empty])])]
 
 
-IMAGE_ROW = ("Name", "Platforms", "Size", "Built", "Digest")
+def pull_commands(request, image):
+    """What to type to get an image, for each client."""
+    where = "%s/%s" % (request.host(), image)
+    plain = request.outer_scheme() == "http"
+    return [fill("<h2>Pull it</h2>"), command_line("docker pull " + where),
+            command_line("podman pull %s%s" % ("--tls-verify=false " if plain else "", where)),
+            command_line("ctr images pull%s %s" % (" --plain-http" if plain else "", where))]
 
 
 def image_row(registry, name, reference):
@@ -5234,24 +5235,6 @@ def image_row(registry, name, reference):
         return shorten(reference), "not here: %s" % error.message
     return (link(shorten(reference), repository=name, reference=reference), ", ".join(found["platforms"]),
             in_units(found["size"]), age(found["created"]), shorten(digest))
-
-
-def tags_page(registry, request, name):
-    """The tags of a repository, a page of them at a time."""
-    tags, more = take_page(registry.tags(name, request.get("last", "")), ROWS)
-    return page(name, pull_commands(request, "%s:%s" % (name, tags[0])) if tags else None,
-                table("Tags", IMAGE_ROW, [image_row(registry, name, tag) for tag in tags])
-                or fill("<p>No tags; what this repository has is reached by its digests only.</p>"),
-                link("Next page", repository=name, last=tags[-1]) if more else None)
-
-
-def pull_commands(request, image):
-    """What to type to get an image, for each client."""
-    where = "%s/%s" % (request.host(), image)
-    plain = request.outer_scheme() == "http"
-    return [fill("<h2>Pull it</h2>"), command_line("docker pull " + where),
-            command_line("podman pull %s%s" % ("--tls-verify=false " if plain else "", where)),
-            command_line("ctr images pull%s %s" % (" --plain-http" if plain else "", where))]
 
 
 def image_page(registry, access, request, name, reference):
@@ -5279,28 +5262,47 @@ def image_page(registry, access, request, name, reference):
              '<a href="v2/%s/manifests/%s">the manifest as it is</a>.</p>', image, name, digest))
 
 
-def image_details(registry, access, request, name, manifest):
-    """The layers of an image with the commands that made them, who else has them, and its config (which nobody has
-    checked); for an artifact, whose config says nothing, its blobs; for an index nothing."""
-    layers = manifest.blobs[1:] if isinstance(manifest.document.get("config"), dict) else manifest.blobs
-    if not manifest.blobs:
-        return None
-    config = read_config(registry, name, manifest)
-    history = config["history"] if isinstance(config.get("history"), list) else []
-    steps = [(entry.get("created_by"), entry.get("empty_layer")) for entry in history if isinstance(entry, dict)]
-    commands = [command for command, empty in steps if not empty]
-    shared = (registry.usage() or {}).get("shared", {})
+def tags_page(registry, request, name):
+    """The tags of a repository, a page of them at a time."""
+    tags, more = take_page(registry.tags(name, request.get("last", "")), ROWS)
+    return page(name, pull_commands(request, "%s:%s" % (name, tags[0])) if tags else None,
+                table("Tags", IMAGE_ROW, [image_row(registry, name, tag) for tag in tags])
+                or fill("<p>No tags; what this repository has is reached by its digests only.</p>"),
+                link("Next page", repository=name, last=tags[-1]) if more else None)
+
+
+def repositories_page(registry, access, request):
+    """The names, a page of them at a time; the search goes through all of them."""
+    wanted = request.get("q", "").strip().lower()
+    names, more = take_page((name for name in registry.repositories(request.get("last", ""))
+                             if wanted in name and access.lists(request, name)), ROWS)
     rows = []
-    for number, layer in enumerate(layers):
-        others = [[" ", link(other, repository=other)] for other in shared.get(layer.digest, ())
-                  if other != name and access.allows(request, "pull", other)]
-        command = commands[number] if len(commands) == len(layers) else None
-        rows.append((number + 1, in_units(layer.size), fill("<code>%s</code>", command or layer.media_type), others,
-                     fill('<a href="v2/%s/blobs/%s">%s</a>', name, layer.digest, shorten(layer.digest))))
-    settings = config["config"] if isinstance(config.get("config"), dict) else {}
-    return [table("Layers, the lowest first", ("No.", "Size", "Made by", "Also in", "Digest"), rows),
-            definitions("Config", [("Author", config.get("author"))] + sorted(settings.items())
-                        + [("Steps without a layer", [command for command, empty in steps if empty])])]
+    for name in names:
+        tags, _ = take_page(registry.tags(name), 6)
+        shown = [[" ", link(tag, repository=name, reference=tag)] for tag in tags[:5]]
+        rows.append((link(name, repository=name), shown + [" …"] * (len(tags) > 5)))
+    return page("Repositories", fill(
+        '<form action="./" role="search"><label for="q">Name contains</label>'
+        '<input type="search" name="q" id="q" value="%s"><button>Search</button></form>', wanted),
+        table("in the order of their names", ("Repository", "Tags"), rows)
+        or fill('<p>There is nothing of that kind here. <a href="use">How to push an image</a></p>'),
+        link("Next page", last=names[-1], q=wanted) if more else None)
+
+
+def get_page(registry, access, request):
+    """The repositories, a repository's tags, or one image, as the query says. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+    registry = getattr(registry, "cache", registry)  # of a PullThrough what is here: to look is not to fetch
+    if request.get("repository") is None:
+        return repositories_page(registry, access, request)
+    name = parse_name(request.get("repository"))
+    if not access.allows(request, "pull", name):  # whoever may not see a repository is not told that it is there
+        raise RegistryError("NAME_UNKNOWN", name)
+    if request.get("reference") is None:
+        return tags_page(registry, request, name)
+    return image_page(registry, access, request, name, parse_reference(request.get("reference")))
+
+
+IMAGE_ROW = ("Name", "Platforms", "Size", "Built", "Digest")
 
 
 def bar(parts, whole, words):
@@ -5398,6 +5400,12 @@ def client_help(request, mirror):
     scripts = [(client, client_script(client, request.host(), ca, mirror, ["docker.io"])) for client in CLIENTS]
     return [fill("<details><summary>%s</summary>%s</details>\n", client, command_line(script or "# nothing is needed"))
             for client, script in scripts]
+
+
+def fingerprint(certificate):
+    """The SHA-256 of a PEM certificate, as openssl x509 -fingerprint and browsers show it."""
+    encoded = hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate.decode())).hexdigest().upper()
+    return ":".join(re.findall("..", encoded))
 
 
 def use_page(registry, access, request):
@@ -5534,12 +5542,6 @@ def answer_plainly(request):
     return Response.of_text(text)
 
 
-def fingerprint(certificate):
-    """The SHA-256 of a PEM certificate, as openssl x509 -fingerprint and browsers show it."""
-    encoded = hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate.decode())).hexdigest().upper()
-    return ":".join(re.findall("..", encoded))
-
-
 ROUTES += compile_routes([
     ("GET HEAD", "/",            "pull",   get_page),
     ("GET HEAD", "/disk",        "pull",   disk_page),
@@ -5574,6 +5576,21 @@ def bad_request(message, status=400):
     return RegistryError("UNSUPPORTED", message=message, status=status)
 
 
+def check_framing(version, headers):
+    """Refuse what leaves open where a request ends, or whom it is for. Raises RegistryError."""
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):
+        raise bad_request("Content-Length must be one number")
+    if coding is not None and (length is not None or version != "1.1"):
+        raise bad_request("Transfer-Encoding goes neither with Content-Length nor with HTTP/1.0")
+    if coding is not None and coding.lower() != "chunked":
+        raise bad_request("no Transfer-Encoding but chunked", 501)
+    if version == "1.1" and "host" not in headers:
+        raise bad_request("no Host header")
+    if headers.get("expect", "100-continue").lower() != "100-continue":
+        raise bad_request("no expectation but 100-continue", 417)
+
+
 def parse_head(head):
     """(method, target, version, headers) of a request's head, which ends with its empty line. Raises RegistryError."""
     lines = head[:-4].split(b"\r\n")
@@ -5598,21 +5615,6 @@ def parse_head(head):
     method, target, version = (part.decode() for part in match.groups())
     check_framing(version, headers)
     return method, target, version, headers
-
-
-def check_framing(version, headers):
-    """Refuse what leaves open where a request ends, or whom it is for. Raises RegistryError."""
-    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
-    if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):
-        raise bad_request("Content-Length must be one number")
-    if coding is not None and (length is not None or version != "1.1"):
-        raise bad_request("Transfer-Encoding goes neither with Content-Length nor with HTTP/1.0")
-    if coding is not None and coding.lower() != "chunked":
-        raise bad_request("no Transfer-Encoding but chunked", 501)
-    if version == "1.1" and "host" not in headers:
-        raise bad_request("no Host header")
-    if headers.get("expect", "100-continue").lower() != "100-continue":
-        raise bad_request("no expectation but 100-continue", 417)
 
 
 class Pace:
@@ -6230,6 +6232,29 @@ def parse_listen(text):
     return match.group(1) or match.group(2) or "", int(match.group(3))
 
 
+def prepare_listener(sock):
+    """Let a bound socket take connections, from several processes."""
+    sock.listen(1024)
+    # accept() returns now and then, to see whether the server stops. A time-out of Python's own would let it wait
+    # in poll(), where every connection wakes the threads of all processes.
+    sock.setblocking(True)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 0))
+    return sock
+
+
+def _listen(family, address, dual=False):
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if dual else 1)
+        sock.bind(address)
+        return prepare_listener(sock)
+    except BaseException:
+        sock.close()
+        raise
+
+
 def open_listeners(host, port):
     """Listening sockets for an address; "" is every IPv4 and IPv6 address. Raises OSError."""
     if not host:
@@ -6246,29 +6271,6 @@ def open_listeners(host, port):
     if failure and (failure.errno != errno.EADDRNOTAVAIL or not listeners):
         raise failure  # but localhost may be ::1 as well, where there is no IPv6
     return listeners
-
-
-def _listen(family, address, dual=False):
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if dual else 1)
-        sock.bind(address)
-        return prepare_listener(sock)
-    except BaseException:
-        sock.close()
-        raise
-
-
-def prepare_listener(sock):
-    """Let a bound socket take connections, from several processes."""
-    sock.listen(1024)
-    # accept() returns now and then, to see whether the server stops. A time-out of Python's own would let it wait
-    # in poll(), where every connection wakes the threads of all processes.
-    sock.setblocking(True)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 0))
-    return sock
 
 
 class Server:

@@ -136,3 +136,16 @@ def test_the_grammar_is_that_of_3_6():
     found = [node.lineno for node in ast.walk(MODULE) if isinstance(node, getattr(ast, "NamedExpr", ()))]
     assert found == []
     assert not re.search(r"""\bf["'][^"']*\{[^}"']*=\}""", SOURCE), 'f"{name=}" needs 3.8'
+
+
+def test_helpers_stand_before_their_callers():
+    """But for classes that make each other's objects."""
+    places = {node.name: node.lineno for node in MODULE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    functions = {node.name for node in MODULE.body if isinstance(node, ast.FunctionDef)}
+    for node in MODULE.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+            own = {part.id for part in names if isinstance(part.ctx, ast.Store)}
+            own |= {part.arg for part in ast.walk(node) if isinstance(part, ast.arg)}
+            late = {part.id for part in names if places.get(part.id, 0) > node.lineno} - own
+            assert not late & functions and (not late or isinstance(node, ast.ClassDef)), (node.name, late)
