@@ -3529,8 +3529,7 @@ class PullThrough(Directory):
             return LimitedBlob(blob, max(size - offset, 0)) if size else blob
 
         try:
-            if not self.cache.mount(name, digest):
-                remote.retry(self.cache.put_blob, name, digest, open_from)
+            remote.retry(self.cache.put_blob, name, digest, open_from)
         except (RegistryError, OSError) as error:
             logger.warning("%s of %s was not fetched: %s", digest, name, error)
         finally:

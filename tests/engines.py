@@ -25,6 +25,16 @@ IN_CI = os.environ.get("CI") == "true"
 BUSYBOX = next((path for path in ("/usr/bin/busybox", "/bin/busybox") if os.path.exists(path)), None)
 LARGE = 100 << 20  # bytes of files in the large root filesystem
 
+# How the configuration of an nginx begins that keeps all of its files in one folder.
+NGINX_BEGIN = """
+daemon off; pid {folder}/pid; error_log {folder}/error.log;
+events {{ }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+"""
+
 
 def unavailable(reason):
     """Skip the test; but fail it in CI, which installs all clients: nothing may be skipped there unseen."""

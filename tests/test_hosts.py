@@ -21,7 +21,7 @@ import uuid
 
 import pytest
 from conftest import TINYREG, run_tinyreg, until
-from engines import private_folder, require, require_root, run, unavailable, wait_for
+from engines import NGINX_BEGIN, private_folder, require, require_root, run, unavailable, wait_for
 from samples import CONFIG, image, make_image, push_blob, to_manifest
 from tinyreg import (MANIFEST_TYPES, OCI_INDEX, Digest, Directory, Endpoint, Metrics, Notifications, collect_garbage,
                      token_key)
@@ -30,13 +30,7 @@ FRONT = "10.77.0.1"  # where the load balancer is
 HOSTS = (1, 2, 3)
 
 # As the README has it; there with `hash`, so that a client stays with a host. Here each request goes to the next one.
-NGINX_CONF = """
-daemon off; pid {folder}/pid; error_log {folder}/error.log;
-events {{ }}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+NGINX_CONF = NGINX_BEGIN + """
     upstream registry {{
         server 10.77.1.2:5000;
         server 10.77.2.2:5000;

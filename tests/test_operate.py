@@ -15,6 +15,7 @@ import urllib.request
 
 import pytest
 from conftest import TINYREG, run_tinyreg, until
+from engines import NGINX_BEGIN
 from samples import image, make_image, to_manifest
 
 from tinyreg import Digest, Directory, RegistryError, parse_glob
@@ -201,13 +202,7 @@ def test_make_install(tmp_path):
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 
 # As the README has it, with two ways to share a host: the page below /registry/, and all names below team/.
-NGINX_CONF = """
-daemon off; pid {folder}/pid; error_log {folder}/error.log;
-events {{ }}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+NGINX_CONF = NGINX_BEGIN + """
     server {{
         listen 127.0.0.1:{port};
         client_max_body_size 0;
