@@ -72,6 +72,7 @@ import hmac
 import html
 import http
 import http.client
+import http.server
 import io
 import itertools
 import json
@@ -94,6 +95,7 @@ import urllib.parse
 import urllib.request
 import uuid
 import zlib
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set, Tuple, Union
 
 __version__ = "0.1"
 
@@ -5525,7 +5527,7 @@ def get_ca(registry, access, request):
     return Response(200, [("Content-Type", "application/x-x509-ca-cert")], request.ca)
 
 
-def answer_plainly(request):
+def handle_plain_http(request):
     """What clients of an HTTPS port get that speak HTTP: how to trust it, and nothing that could need a password."""
     host = request.header("host", "HOST")
     if request.path == "/ca.crt" and request.method in ("GET", "HEAD"):
@@ -5556,27 +5558,34 @@ ROUTES += compile_routes([
     ("GET HEAD", "/ca.crt",      "look",   get_ca),
 ])
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 14  Server
-#
-# Sockets: HTTP/1.1 as RFC 9112 has it, and not a bit looser, because what two parsers read differently is how
-# requests are smuggled. One thread a connection; all limits on time and size. What an answer says is room 12's.
-# ---------------------------------------------------------------------------------------------------------
+#  Sockets, on the frame of http.server: Server takes connections, Connection reads requests and
+# sends responses. What is stricter than http.server follows RFC 9112 to the letter, because a
+# request that two parsers read differently is how requests are smuggled past a proxy. What is
+# faster keeps small responses in memory and lets every thread of every process accept. One thread
+# serves a connection; every wait has a limit. What a response says is decided in the room of the
+# API.
+# -------------------------------------------------------------------------------------------------
 
 REQUEST_LINE = re.compile(rb"([A-Z]{1,32}) ([!-~]+) HTTP/(1\.[01])")
 HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
 CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 BARE_NEWLINE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
-TLS_HANDSHAKE = b"\x16"  # the first byte of a client that speaks TLS
+TLS_HANDSHAKE = b"\x16"  # the first byte that a client sends when it speaks TLS
+
+# Headers that decide where a request ends, whom it is for or who sent it: one of each at most.
+SINGLE_HEADERS = ("authorization", "content-length", "content-range", "host", "transfer-encoding")
 
 
-def bad_request(message, status=400):
-    """The error for what is not HTTP, or not HTTP that we take. The connection is closed after it."""
+def bad_request(message: str, status: int = 400) -> RegistryError:
+    """The error for bytes that are not HTTP, or are HTTP that we refuse. The connection is closed
+    after it."""
     return RegistryError("UNSUPPORTED", message=message, status=status)
 
 
-def check_framing(version, headers):
-    """Refuse what leaves open where a request ends, or whom it is for. Raises RegistryError."""
+def check_framing(version: str, headers: Dict[str, str]) -> None:
+    """Refuse a request that leaves open where it ends, or whom it is for. Raises RegistryError."""
     length, coding = headers.get("content-length"), headers.get("transfer-encoding")
     if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):
         raise bad_request("Content-Length must be one number")
@@ -5590,8 +5599,18 @@ def check_framing(version, headers):
         raise bad_request("no expectation but 100-continue", 417)
 
 
-def parse_head(head):
-    """(method, target, version, headers) of a request's head, which ends with its empty line. Raises RegistryError."""
+class RequestHead(NamedTuple):
+    """The request line and the headers; names in lower case, values of repeated headers joined by
+    commas."""
+
+    method: str
+    target: str
+    version: str
+    headers: Dict[str, str]
+
+
+def parse_head(head: bytes) -> RequestHead:
+    """Parse a request's head, its closing empty line included. Raises RegistryError."""
     lines = head[:-4].split(b"\r\n")
     if len(lines[0]) > MAX_REQUEST_LINE:
         raise bad_request("the request line is longer than 8 KiB", 414)
@@ -5600,35 +5619,38 @@ def parse_head(head):
     match = REQUEST_LINE.fullmatch(lines[0])
     if not match:
         raise bad_request("not an HTTP/1.1 request line")
-    headers = {}
+    headers = {}  # type: Dict[str, str]
     for line in lines[1:]:
         field = HEADER_LINE.fullmatch(line)
         if not field:
             raise bad_request("malformed header line")
         name, value = field.group(1).decode().lower(), field.group(2).decode("latin-1").strip(" \t")
         if name in headers:
-            if name in ("content-length", "host", "transfer-encoding", "content-range", "authorization"):
+            if name in SINGLE_HEADERS:
                 raise bad_request("more than one %s" % name)
             value = headers[name] + ", " + value
         headers[name] = value
-    method, target, version = (part.decode() for part in match.groups())
+    method, target, version = [part.decode() for part in match.groups()]
     check_framing(version, headers)
-    return method, target, version, headers
+    return RequestHead(method, target, version, headers)
 
 
 class Pace:
-    """Cuts clients that let us wait: at least 1 KiB a second, over 30 seconds of waiting for them."""
+    """Disconnects slow clients: over each 30 seconds spent waiting for one, 1 KiB a second must
+    move."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.waited = 0.0
         self.moved = 0
 
-    def call(self, function, *arguments):
-        """What a system call returns that the client can hold up: how many bytes it moved; None if that was nothing,
-        for TICK seconds. Raises ClientLeft."""
+    def call(self, function: Callable[..., int], *arguments: Any) -> Optional[int]:
+        """Call a socket function that the client can hold up.
+
+        Returns the number of bytes that it moved, None if nothing moved for TICK seconds. Raises
+        ClientLeft."""
         start = time.monotonic()
         try:
-            moved = function(*arguments)
+            moved = function(*arguments)  # type: Optional[int]
         except BlockingIOError:
             moved = None
         except ConnectionError:
@@ -5642,22 +5664,26 @@ class Pace:
         return moved
 
 
-class Incoming:
-    """What a client sends: its socket behind a buffer. A socket that yields nothing for TICK seconds raises
-    BlockingIOError (SO_RCVTIMEO does that with one system call a read; Python's own time-outs take two)."""
+class RequestReader:
+    """The client's bytes, behind a buffer: the `rfile` of a Connection.
 
-    def __init__(self, sock):
+    A socket without data raises BlockingIOError after TICK seconds: SO_RCVTIMEO does that at one
+    system call a read, where the time-outs of Python's sockets take two."""
+
+    def __init__(self, sock: Any) -> None:
         self.sock = sock
-        self.buffer = bytearray()  # of which the begin can be cut off without moving the rest
+        self.buffer = bytearray()  # deleting from its front moves nothing
         self.pace = Pace()
 
-    def read_head(self):
-        """All up to the empty line after a header block; None if the client closes, or is idle for too long, or
-        begins with a TLS handshake. Raises RegistryError, ClientLeft."""
+    def read_head(self) -> Optional[bytes]:
+        """Read up to the empty line that ends a header block.
+
+        Returns None if the client closes the connection, or sends nothing for IDLE_LIMIT. Raises
+        RegistryError for a head that is too long, too slow or a TLS handshake; ClientLeft."""
         began, first, searched = time.monotonic(), None, 0
         while True:
             while self.buffer.startswith(b"\r\n"):
-                del self.buffer[:2]  # RFC 9112, 2.2: empty lines before a request
+                del self.buffer[:2]  # RFC 9112, 2.2: skip empty lines before a request
             if self.buffer:
                 first = first or time.monotonic()
                 end = self.buffer.find(b"\r\n\r\n", max(searched - 3, 0))
@@ -5677,47 +5703,52 @@ class Incoming:
                 return None
             self.buffer += received
 
-    def _take(self, count):
-        """So many bytes off the begin of the buffer."""
+    def _take(self, count: int) -> bytes:
+        """Remove the first `count` bytes of the buffer and return them."""
         taken = bytes(self.buffer[:count])
         del self.buffer[:count]
         return taken
 
-    def _check_unfinished(self, first, searched):
-        """Refuse a head that has taken too long, is too long, or will never end as it should. What was `searched` is
-        not searched again: that would take a worker's time for each byte that a client sends alone."""
+    def _check_unfinished(self, first: float, searched: int) -> None:
+        """Refuse a head that came too slowly, is too long, or can't end as it should. Raises
+        RegistryError.
+
+        The bytes before `searched` were checked earlier: to search them again for each byte that a
+        client sends alone would take a worker's time."""
         if self.buffer.startswith(TLS_HANDSHAKE):
-            # Go's clients say "server gave HTTP response to HTTPS client" to this, and those that were told that
-            # the registry is insecure fall back to HTTP: to an answer that begins with HTTP/, no other.
+            # The response must begin with "HTTP/". Then Go's clients say "server gave HTTP response
+            # to HTTPS client", and those that were told that the registry is insecure fall back to
+            # HTTP.
             raise bad_request("this is an HTTP port, not an HTTPS one")
         if len(self.buffer) > MAX_HEAD:
             raise bad_request("the header block is longer than 64 KiB", 431)
-        if len(self.buffer) > MAX_REQUEST_LINE and b"\r\n" not in self.buffer[:MAX_REQUEST_LINE + 2]:
+        if len(self.buffer) > MAX_REQUEST_LINE and self.buffer.find(b"\r\n", 0, MAX_REQUEST_LINE + 2) < 0:
             raise bad_request("the request line is longer than 8 KiB", 414)
         if BARE_NEWLINE.search(self.buffer, searched):
             raise bad_request("lines must end with CR LF")
         if time.monotonic() - first > HEAD_LIMIT:
             raise bad_request("the request took longer than 20 seconds to arrive", 408)
 
-    def readinto(self, view):
-        """At least one byte of the body, unless `view` has no room. Raises ClientLeft."""
+    def readinto(self, view: memoryview) -> int:
+        """Read at least one byte of a body, unless `view` has no room. Raises ClientLeft."""
         if self.buffer:
             count = min(len(self.buffer), len(view))
             view[:count] = self._take(count)
             return count
-        count = None
-        while count is None:
-            count = self.pace.call(self.sock.recv_into, view)
-        if not count and len(view):
+        received = None
+        while received is None:
+            received = self.pace.call(self.sock.recv_into, view)
+        if not received and len(view):
             raise ClientLeft("left in the middle of a body")
-        return count
+        return received
 
-    def read_line(self, limit):
-        """A line that ends with CR LF, without it. Raises RegistryError, ClientLeft."""
+    def readline(self, limit: int) -> bytes:
+        """Read a line that ends with CR LF; returns it without them. Raises RegistryError,
+        ClientLeft."""
         end = self.buffer.find(b"\n")
         while end < 0 and len(self.buffer) <= limit + 2:
-            block, held = memoryview(bytearray(MAX_HEAD)), self._take(len(self.buffer))
-            self.buffer += held + bytes(block[:self.readinto(block)])
+            block, buffered = memoryview(bytearray(MAX_HEAD)), self._take(len(self.buffer))
+            self.buffer += buffered + bytes(block[:self.readinto(block)])
             end = self.buffer.find(b"\n")
         if end < 0 or end > limit + 1:
             raise bad_request("a line of a chunked body is too long")
@@ -5726,60 +5757,72 @@ class Incoming:
             raise bad_request("lines must end with CR LF")
         return line[:-2]
 
+    def close(self) -> None:
+        """Nothing to close: the socket is the Connection's."""
 
-class Body:
-    """The body of a request, with its length known or in chunks. `finished` once its end has been read."""
 
-    def __init__(self, incoming, length, chunked, go_on=None):
-        self.incoming = incoming
-        self.left = length       # bytes of the body, or of the present chunk
+class RequestBody:
+    """The body of a request, of known length or in chunks. `finished` is set once its end has been
+    read."""
+
+    def __init__(self, reader: RequestReader, length: int, chunked: bool,
+                 send_continue: Optional[Callable[[], Any]] = None) -> None:
+        self.reader = reader
+        self.left = length  # bytes of the body, or of the present chunk
         self.chunked = chunked
-        self.go_on = go_on       # called before the first read: sends 100 Continue to a client that waits for it
+        self.send_continue = send_continue  # called before the first read
         self.began = False
         self.received = 0
-        self.untouched = self.finished = not chunked and length == 0
+        self.finished = not chunked and length == 0
+        self.is_empty = self.finished
 
-    def readinto(self, view):
-        """Some bytes of the body, 0 at its end. Raises RegistryError for malformed chunks, ClientLeft."""
+    def readinto(self, view: memoryview) -> int:
+        """Read some bytes of the body, 0 at its end. Raises RegistryError for malformed chunks,
+        ClientLeft."""
         if self.finished:
             return 0
-        if self.go_on:
-            self.go_on()
-            self.go_on = None
+        if self.send_continue:
+            self.send_continue()
+            self.send_continue = None
         if self.chunked and not self.left:
             self._next_chunk()
             if self.finished:
                 return 0
-        count = self.incoming.readinto(view[:self.left])
+        count = self.reader.readinto(view[:self.left])
         self.left -= count
         self.received += count
         self.finished = not self.chunked and not self.left
         return count
 
-    def _next_chunk(self):
-        if self.began and self.incoming.read_line(0) != b"":
+    def _next_chunk(self) -> None:
+        if self.began and self.reader.readline(0) != b"":
             raise bad_request("a chunk is longer than it says")
         self.began = True
-        match = CHUNK_LINE.fullmatch(self.incoming.read_line(MAX_CHUNK_LINE))
+        match = CHUNK_LINE.fullmatch(self.reader.readline(MAX_CHUNK_LINE))
         if not match:
             raise bad_request("malformed chunk")
         self.left = int(match.group(1), 16)
         if not self.left:
-            budget = MAX_HEAD
-            trailer = b"-"
-            while trailer:  # nobody needs trailers, so they are dropped
-                trailer = self.incoming.read_line(budget)
-                budget = max(budget - len(trailer), 0)
+            self._skip_trailers()
             self.finished = True
 
-    def drain(self):
-        """Read to the end, if that is near and the client does not wait for a 100; whether it was."""
+    def _skip_trailers(self) -> None:
+        """Read the lines after the last chunk. No client sends anything in them that a registry
+        needs."""
+        budget, trailer = MAX_HEAD, b"-"
+        while trailer:
+            trailer = self.reader.readline(budget)
+            budget = max(budget - len(trailer), 0)
+
+    def drain(self) -> bool:
+        """Read to the end if little is left and the client does not wait for a 100; whether the end
+        was reached."""
         view = memoryview(bytearray(1 << 16))
         budget = MAX_DRAIN
-        while not self.finished and budget > 0 and not self.go_on and (self.chunked or self.left <= budget):
+        while (not self.finished and budget > 0 and not self.send_continue
+               and (self.chunked or self.left <= budget)):
             budget -= max(self.readinto(view), 1)
         return self.finished
-
 
 # TLS, with certificates that the user brings, or with our own: a CA that clients are told to trust, and a certificate
 # of the server that is made anew in time, and when the host gets another name or address.
@@ -5927,15 +5970,17 @@ class Certificates:
 
 
 class TLSSocket:
-    """A client's socket behind TLS, with the ways of the plain one: BlockingIOError after TICK seconds without data.
-    Raises ConnectionError for what is no proper TLS."""
+    """A client's socket behind TLS, used like the plain one: BlockingIOError after TICK seconds
+    without data.
 
-    def __init__(self, sock, context):
+    Raises ConnectionError for bytes that are not proper TLS."""
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:
         sock.settimeout(HANDSHAKE_LIMIT)
         self.sock = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
         self.fileno, self.close = self.sock.fileno, self.sock.close
 
-    def _call(self, function, *arguments):
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return function(*arguments)
         except socket.timeout:
@@ -5943,254 +5988,355 @@ class TLSSocket:
         except ssl.SSLError as error:
             raise ConnectionAbortedError(errno.ECONNABORTED, "TLS: %s" % (error.reason or error))
 
-    def shake_hands(self):
-        """Returns the user whom the client's certificate names, its one CN; None where there is no such."""
+    def shake_hands(self) -> Optional[str]:
+        """Returns the user named by the client's certificate (its only CN), or None."""
         self._call(self.sock.do_handshake)
         self.sock.settimeout(TICK)
-        subject = (self.sock.getpeercert() or {}).get("subject", ())
+        certificate: Any = self.sock.getpeercert() or {}
+        subject = certificate.get("subject", ())
         names = [value for part in subject for field, value in part if field == "commonName"]
         return names[0] if len(names) == 1 and USER.fullmatch(names[0]) else None
 
-    def recv(self, count):
+    def recv(self, count: int) -> bytes:
         return self._call(self.sock.recv, count)
 
-    def recv_into(self, view):
+    def recv_into(self, view: memoryview) -> int:
         return self._call(self.sock.recv_into, view)
 
-    def send(self, view):
-        return self._call(self.sock.send, view)  # of which one record is taken, or nothing
+    def send(self, view: memoryview) -> int:
+        """Send one TLS record of these bytes, or nothing; returns how many were taken."""
+        return self._call(self.sock.send, view)
 
-    def shutdown(self, how):
-        socket.socket.shutdown(self.sock, how)  # SSLSocket's own lets threads go on in plain text
+    def shutdown(self, how: int) -> None:
+        # SSLSocket.shutdown would let other threads go on in plain text
+        socket.socket.shutdown(self.sock, how)
 
 
-KeptAnswer = collections.namedtuple("KeptAnswer", "mark content exchange")
+class CachedResponse(NamedTuple):
+    """A response that can be sent again: all of its bytes, the mark it is valid under, and its log
+    entry."""
+
+    mark: Any
+    content: bytes
+    exchange: Exchange
 
 
-class KeptAnswers:
-    """Small answers of this process, by the request's head to the byte: what many clients ask, and one client often,
-    costs two system calls. An answer is right while the registry has not changed, by whomever, since before it was
-    made; and it lasts a second at most, because a password, a token or the Date may not last longer."""
+class ResponseCache:
+    """Small responses of this process, by the exact bytes of the request's head.
 
-    def __init__(self, registry):
+    What many clients ask, and one client often, then costs two system calls. A response is valid
+    while the registry's version is the one it was made under, whoever changes it; and for a second
+    at most, since a password, a token or the Date may not last longer."""
+
+    def __init__(self, registry: Registry) -> None:
         self.registry = registry
-        self.answers = {}
+        self.responses: Dict[Tuple[Optional[str], bytes], CachedResponse] = {}
         self.size = 0
 
-    def mark(self):
-        """What an answer that is made from now on may be kept under, until this differs."""
+    def mark(self) -> Any:
+        """The mark to keep a response under that is made from now on; None if nothing may be
+        kept."""
         version = self.registry.version()
         return (version, int(time.time() / CACHED_FOR)) if version is not None else None
 
-    def find(self, asked):
-        """`asked` is who says it, by certificate, and the request's head."""
-        answer = self.answers.get(asked)
-        return answer if answer and answer.mark == self.mark() else None
+    def find(self, certificate: Optional[str], head: bytes) -> Optional[CachedResponse]:
+        """The response to this request head, from the user whom this client certificate names."""
+        response = self.responses.get((certificate, head))
+        return response if response and response.mark == self.mark() else None
 
-    def put(self, asked, answer):
-        if answer.mark is None or len(answer.content) > SMALL_BLOB * 2:
+    def put(self, certificate: Optional[str], head: bytes, response: CachedResponse) -> None:
+        if response.mark is None or len(response.content) > SMALL_BLOB * 2:
             return
         if self.size > MAX_CACHED:
-            self.answers, self.size = {}, 0
-        self.size += len(asked[1]) + len(answer.content)
-        self.answers[asked] = answer
+            self.responses, self.size = {}, 0
+        self.size += len(head) + len(response.content)
+        self.responses[certificate, head] = response
 
 
-class Connection:
-    """One client's connection: request after request, in a thread of its own."""
+class Connection(http.server.BaseHTTPRequestHandler):
+    """One client's connection: reads its requests, has each handled, and sends the responses.
 
-    def __init__(self, server, sock, address):
-        self.server = server
-        self.sock = sock
-        self.client = address[0][7:] if address[0].startswith("::ffff:") else address[0]
-        self.idle = True
-        self.sent = 0            # bytes of the body of the answer under way
-        self.plain = False       # whether it speaks HTTP where HTTPS is spoken
-        self.certificate = None  # the user whom its TLS certificate names
-        self.incoming = Incoming(sock)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    http.server gives the loop over requests (handle), the head of a response (send_response,
+    send_header, end_headers) and the meaning of close_connection. Ours are the parser, for theirs
+    repairs what we must refuse (a bare LF, folded lines, two Content-Lengths); the limits on time;
+    cached responses; sendfile."""
+
+    server: "Server"
+    headers: Any  # a dict, with names in lower case
+    rfile: Any
+    wfile: Any
+
+    def setup(self) -> None:
+        """Prepare the socket. Their buffered files would copy every byte once more, and know no
+        time limits."""
+        self.worker = self.server.worker
+        address = self.client_address[0]
+        self.client = address[7:] if address.startswith("::ffff:") else address
+        self.is_idle = True
+        self.speaks_plain = False  # whether the client speaks HTTP to a server of HTTPS
+        self.certificate: Optional[str] = None  # the user named by its TLS certificate
+        self.sent = 0  # bytes of the present response's body
+        self.connection: Any = self.request
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         tick = struct.pack("ll", int(TICK), int(TICK % 1 * 1e6))
-        sock.setblocking(True)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
+        self.connection.setblocking(True)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
+        self.rfile = RequestReader(self.connection)
+        # gathers the head of a response, which leaves in one write with a small body
+        self.wfile = io.BytesIO()
+        self.worker.add(self)
 
-    def run(self):
-        try:
-            if self.server.tls:
-                self._start_tls()
-            while self._serve_one():
-                pass
-        except (ClientLeft, ConnectionError):
-            pass
-        except (OSError, RegistryError) as error:
-            logger.warning("%s: an answer was cut: %s", self.client, error)
-        except Exception:
-            logger.exception("%s: connection ended", self.client)
-        finally:
-            self.sock.close()
+    def finish(self) -> None:
+        self.worker.remove(self)
+        self.connection.close()
 
-    def refuse(self, silently):
-        """Close the connection of a client that has too many, after a word; but only when it has asked: Go's clients
-        don't take an answer that comes before."""
-        with contextlib.suppress(OSError, ClientLeft, RegistryError), self.sock:
-            if not silently and self.incoming.read_head():
-                self._refuse_head(RegistryError.too_many(5, "too many connections from %s" % self.client))
+    def handle(self) -> None:
+        """Serve the client until it leaves, as theirs does, behind TLS if the server speaks it."""
+        crowd = self.worker.crowd_of(self)
+        if crowd > MAX_CONNECTIONS:
+            if not self.worker.tls and crowd <= 2 * MAX_CONNECTIONS:  # each refusal takes a thread
+                self._refuse_crowd()
+            return
+        if self.worker.tls:
+            self._start_tls(self.worker.tls.current())
+        super().handle()
 
-    def _refuse_head(self, error, version="1.1"):
-        """Answer, and record, what did not become a request."""
-        self._send(Response.of_error(error), "GET", version=version, keep=False)
-        self.server.observation.record(Exchange(self.client, "", "-", "-", "", "", "", error.status, 0,
-                                                len(error.body()), 0.0, "", ""))
+    def _refuse_crowd(self) -> None:
+        """Say why, but not before the client has asked: Go's clients drop a response that comes
+        before that."""
+        self.request_version = "HTTP/1.1"
+        # a client that is no better than its neighbours
+        with contextlib.suppress(ClientLeft, RegistryError):
+            if self.rfile.read_head():
+                message = "too many connections from %s" % self.client
+                self.send_refusal(RegistryError.too_many(5, message))
 
-    def _start_tls(self):
+    def _start_tls(self, context: ssl.SSLContext) -> None:
         """Shake hands, unless the client speaks plain HTTP. Raises OSError, ClientLeft."""
         first, began = None, time.monotonic()
         while first is None:
             with contextlib.suppress(BlockingIOError):
-                first = self.sock.recv(1, socket.MSG_PEEK)
+                first = self.connection.recv(1, socket.MSG_PEEK)
             if first == b"" or time.monotonic() - began > HANDSHAKE_LIMIT:
                 raise ClientLeft("no TLS handshake")
-        self.plain = first != TLS_HANDSHAKE
-        if not self.plain:
-            self.sock = self.incoming.sock = TLSSocket(self.sock, self.server.tls.current())
+        self.speaks_plain = first != TLS_HANDSHAKE
+        if not self.speaks_plain:
+            self.connection = self.rfile.sock = TLSSocket(self.connection, context)
             try:
-                self.certificate = self.sock.shake_hands()
+                self.certificate = self.connection.shake_hands()
             except OSError as error:  # most often a client that doesn't trust the CA: worth a line
                 logger.warning("%s: no TLS handshake: %s", self.client, error.strerror)
                 raise ClientLeft("no TLS handshake")
 
-    def _serve_one(self):
-        """Read a request, answer it; whether the connection can take another."""
-        try:
-            head = self.incoming.read_head()
-            if head is None:
-                return False
-            started = time.monotonic()
-            self.idle = False
-            kept = self.server.kept.find((self.certificate, head)) if not self.plain else None
-            if kept and not self.server.stopping:
-                self._send_all(kept.content)
-                self.server.observation.record(kept.exchange._replace(client=self.client,
-                                                                      seconds=time.monotonic() - started), cached=True)
-                self.idle = True
-                return True
-            method, target, version, headers = parse_head(head)
-        except RegistryError as error:
-            self._refuse_head(error, version="1.0" if error.status == 400 else "1.1")
-            self._linger()
-            return False
-        return self._answer(head, method, target, version, headers, started)
+    # Requests
 
-    def _answer(self, head, method, target, version, headers, started):
-        """Have a request answered and send the answer; whether the connection can take another."""
-        chunked = "transfer-encoding" in headers
-        waits = version == "1.1" and "expect" in headers
-        body = Body(self.incoming, int(headers.get("content-length", 0)), chunked, self._go_on if waits else None)
-        mark = self.server.kept.mark()
-        request = Request(method, target, headers, body, self.client, "https" if self.server.tls else "http",
-                          self.certificate, self.server.tls and self.server.tls.ca)
-        request.observation = self.server.observation
-        response, self.sent = Response(CLIENT_LEFT), 0  # until there is another
+    def handle_one_request(self) -> None:
+        """Read one request and respond to it. Afterwards close_connection tells whether to expect
+        another."""
+        self.close_connection = True
+        self.request_version = "HTTP/1.1"
         try:
-            if self.plain:
-                response = answer_plainly(request)
-            else:
-                response = dispatch(self.server.registry, self.server.access, request)
-            if not isinstance(response.body, bytes) and response.body.file and response.length <= SMALL_BLOB:
-                blob, response.body = response.body, response.body.read()
-                blob.close()
-            keep = self._keep(version, headers) and self._drained(body)
-            keep = keep and (response.length is not None or version == "1.1")
-            content = self._send(response, method, version, keep)
+            head = self.rfile.read_head()
+        except RegistryError as error:
+            return self.send_refusal(error)
+        if head is None:
+            return
+        self.started, self.is_idle = time.monotonic(), False
+        self.raw_requestline = head
+        if not self._send_cached() and self.parse_request():
+            self._respond()
+        self.is_idle = True
+
+    def _send_cached(self) -> bool:
+        """Send the response to the same request again, if it is still valid."""
+        if self.speaks_plain or self.worker.stopping:
+            return False
+        cached = self.worker.cache.find(self.certificate, self.raw_requestline)
+        if cached is None:
+            return False
+        self.close_connection = False  # only responses that leave the connection open are kept
+        self._send_all(cached.content)
+        seconds = time.monotonic() - self.started
+        self.worker.observation.record(
+            cached.exchange._replace(client=self.client, seconds=seconds), cached=True)
+        return True
+
+    def parse_request(self) -> bool:
+        """Parse the head, strictly; on an error the client has been told."""
+        try:
+            self.command, self.path, version, self.headers = parse_head(self.raw_requestline)
+        except RegistryError as error:
+            self.send_refusal(error)
+            return False
+        self.request_version = "HTTP/" + version
+        wishes = [wish.strip().lower() for wish in self.headers.get("connection", "").split(",")]
+        wants_more = "keep-alive" in wishes if version == "1.0" else "close" not in wishes
+        self.close_connection = not wants_more
+        return True
+
+    def _respond(self) -> None:
+        """Have the request handled, send the response, and keep that in memory if it may be
+        repeated."""
+        mark = self.worker.cache.mark()
+        body, request = self._make_request()
+        response = Response(CLIENT_LEFT)  # until there is another
+        content, self.sent = None, 0
+        try:
+            response = self._handle(request)
+            self._decide_to_close(response, body)
+            content = self.send(response)
         finally:
             if not isinstance(response.body, bytes):
                 response.body.close()
-            exchange = Exchange(
-                self.client, request.who and request.who.user or "", method, without_secrets(target), request.route,
-                request.found.get("name", ""), request.found.get("reference") or request.found.get("digest", ""),
-                response.status, body.received, self.sent, time.monotonic() - started,
-                dict(response.headers).get("Docker-Content-Digest", ""), headers.get("user-agent", ""))
-            self.server.observation.record(exchange)
-        if content and keep and response.kept and response.status == 200 and body.untouched:
-            self.server.kept.put((self.certificate, head), KeptAnswer(mark, content, exchange))
-        if not keep and not body.finished:
+            exchange = self._exchange(request, response, body)
+            self.worker.observation.record(exchange)
+        may_repeat = response.kept and response.status == 200 and body.is_empty
+        if content and may_repeat and not self.close_connection:
+            self.worker.cache.put(self.certificate, self.raw_requestline,
+                                  CachedResponse(mark, content, exchange))
+        if self.close_connection and not body.finished:
             self._linger()
-        self.idle = True
-        return keep
 
-    def _go_on(self):
-        self._send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+    def _make_request(self) -> Tuple[RequestBody, Request]:
+        waits = "expect" in self.headers and self.request_version == "HTTP/1.1"
+        body = RequestBody(self.rfile, int(self.headers.get("content-length", 0)),
+                           "transfer-encoding" in self.headers,
+                           self.handle_expect_100 if waits else None)
+        tls = self.worker.tls
+        request = Request(self.command, self.path, self.headers, body, self.client,
+                          "https" if tls else "http", self.certificate, tls.ca if tls else None)
+        request.observation = self.worker.observation
+        return body, request
 
-    def _keep(self, version, headers):
-        """Whether the client and we want to go on with this connection."""
-        wishes = [wish.strip().lower() for wish in headers.get("connection", "").split(",")]
-        wanted = "keep-alive" in wishes if version == "1.0" else "close" not in wishes
-        return wanted and not self.server.stopping
+    def _handle(self, request: Request) -> Response:
+        """The response to a request; a small blob as bytes, which leave in one write with the
+        head."""
+        if self.speaks_plain:
+            return handle_plain_http(request)
+        response = dispatch(self.worker.registry, self.worker.access, request)
+        blob = response.body
+        if isinstance(blob, Blob) and blob.file and blob.length <= SMALL_BLOB:
+            with blob:
+                response.body = blob.read()
+        return response
 
-    def _drained(self, body):
-        """Whether the next request can be found, after a body that the handler may not have read to its end."""
-        try:
-            return body.drain()
-        except RegistryError:
-            return False
+    def _decide_to_close(self, response: Response, body: RequestBody) -> None:
+        """Close after this response if the server stops, or nobody could tell where the next
+        request begins."""
+        drained = False
+        with contextlib.suppress(RegistryError):  # a malformed chunk
+            drained = body.drain()
+        endless = response.length is None and self.request_version == "HTTP/1.0"
+        if self.worker.stopping or not drained or endless:
+            self.close_connection = True
 
-    def _send(self, response, method, version, keep):
-        """Send an answer; returns all of its bytes, or None if it has a blob. Raises OSError, ClientLeft."""
-        head = ["HTTP/%s %d %s" % (version, response.status, REASONS.get(response.status, "Unknown"))]
-        head += ["%s: %s" % header for header in response.headers]
-        head += ["Docker-Distribution-Api-Version: registry/2.0", "Date: " + email.utils.formatdate(usegmt=True)]
-        if response.status not in (204, 304) and response.length is not None:
-            head.append("Content-Length: %d" % response.length)
-        elif response.length is None and version == "1.1":
-            head.append("Transfer-Encoding: chunked")
-        if not keep or version == "1.0":
-            head.append("Connection: " + ("keep-alive" if keep else "close"))
-        content = "\r\n".join(head + ["", ""]).encode("latin-1")
-        bodiless = method == "HEAD" or response.status in (204, 304)
-        small = bodiless or isinstance(response.body, bytes)
-        if small and not bodiless:
-            content += response.body
+    def _exchange(self, request: Request, response: Response, body: RequestBody) -> Exchange:
+        """What the log, the metrics and /live are told."""
+        user = request.who.user if request.who else None
+        return Exchange(
+            client=self.client, user=user or "", method=self.command,
+            target=without_secrets(self.path), route=request.route,
+            name=request.found.get("name", ""),
+            reference=request.found.get("reference") or request.found.get("digest", ""),
+            status=response.status, received=body.received, sent=self.sent,
+            seconds=time.monotonic() - self.started,
+            digest=dict(response.headers).get("Docker-Content-Digest", ""),
+            agent=self.headers.get("user-agent", ""))
+
+    # Responses
+
+    def send_response(self, code: int, message: Optional[str] = None) -> None:
+        """Begin a response. Unlike theirs it logs nothing: a request is logged once its response
+        was sent."""
+        self.protocol_version = self.request_version
+        self.send_response_only(code, message)
+        self.send_header("Docker-Distribution-Api-Version", "registry/2.0")
+        self.send_header("Date", self.date_time_string())
+
+    def date_time_string(self, timestamp: Optional[float] = None) -> str:
+        """The Date header, formatted once a second."""
+        if timestamp is not None:
+            return super().date_time_string(timestamp)
+        return self.worker.current_date()
+
+    def send_refusal(self, error: RegistryError) -> None:
+        """Respond to what did not become a request, record it, and close."""
+        self.close_connection = True
+        # Go's fallback from HTTPS to HTTP, and clients that speak no HTTP, are told in the oldest
+        # version.
+        self.request_version = "HTTP/1.0" if error.status == 400 else "HTTP/1.1"
+        self.command = "GET"
+        self.send(Response.of_error(error))
+        self.worker.observation.record(Exchange(
+            client=self.client, user="", method="-", target="-", route="", name="", reference="",
+            status=error.status, received=0, sent=self.sent, seconds=0.0, digest="", agent=""))
+        self._linger()
+
+    def handle_expect_100(self) -> bool:
+        """Send 100 Continue. A handler that reads the body causes it: a refused client need not
+        send one."""
+        super().handle_expect_100()
+        self._send_all(self._take_head())
+        return True
+
+    def send(self, response: Response) -> Optional[bytes]:
+        """Send a response; returns all of its bytes, None if they were not all in memory.
+
+        Raises OSError, RegistryError where the body can't be read, ClientLeft."""
+        has_body = self.command != "HEAD" and response.status not in (204, 304)
+        chunked = response.length is None and self.request_version == "HTTP/1.1"
+        self.send_response(response.status)
+        for name, value in response.headers:
+            self.send_header(name, value)
+        if response.length is not None and response.status not in (204, 304):
+            self.send_header("Content-Length", str(response.length))
+        elif chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        if self.close_connection or self.request_version == "HTTP/1.0":
+            self.send_header("Connection", "close" if self.close_connection else "keep-alive")
+        self.end_headers()
+        content = self._take_head()
+        if not has_body or isinstance(response.body, bytes):
+            body = response.body if has_body else b""
+            self._send_all(content + body)
+            self.sent = len(body)
+            return content + body
         self._send_all(content)
-        self.sent = len(response.body) if small and not bodiless else 0
-        if small:
-            return content
+        self.sent = 0
         if isinstance(response.body, Stream):
-            self._send_stream(response.body, response.length is None and version == "1.1")
+            self._send_stream(response.body, chunked)
         else:
             self._send_blob(response.body)
         return None
 
-    def _send_all(self, content):
+    def _take_head(self) -> bytes:
+        """Take what end_headers has written."""
+        head = self.wfile.getvalue()
+        self.wfile = io.BytesIO()
+        return head
+
+    def _send_all(self, content: Union[bytes, memoryview]) -> None:
         view, pace = memoryview(content), Pace()
         while view:
-            count = pace.call(self.sock.send, view) or 0
+            count = pace.call(self.connection.send, view) or 0
             self.sent += count
             view = view[count:]
 
-    def _send_blob(self, blob):
-        """Let the kernel copy a file to the socket; or read it, for TLS. Raises OSError, RegistryError, ClientLeft."""
-        if blob.file is None or self.server.tls or not hasattr(os, "sendfile"):
+    def _send_blob(self, blob: Blob) -> None:
+        """Send a blob; where there is no TLS the kernel copies it from the file to the socket."""
+        if blob.file is None or self.worker.tls or not hasattr(os, "sendfile"):
             return self._send_read(blob)
+        source, target = blob.file.fileno(), self.connection.fileno()
         offset, end, pace = blob.offset, blob.offset + blob.length, Pace()
         while offset < end:
-            count = pace.call(os.sendfile, self.sock.fileno(), blob.file.fileno(), offset, min(end - offset, 1 << 30))
+            count = pace.call(os.sendfile, target, source, offset, min(end - offset, 1 << 30))
             if count == 0:
                 raise OSError(errno.EIO, "a blob became shorter while it was sent")
             offset += count or 0
             self.sent += count or 0
 
-    def _send_stream(self, stream, chunked):
-        """Send a body as it is made. If the server stops before its end, the client sees that the end is missing."""
-        def send(block):
-            if self.server.stopping and stream.length is None:
-                raise ClientLeft("the server stops")
-            if block:
-                self._send_all(b"%x\r\n%s\r\n" % (len(block), block) if chunked else block)
-
-        stream.write_to(send)
-        self._send_all(b"0\r\n\r\n" if chunked else b"")
-
-    def _send_read(self, blob):
+    def _send_read(self, blob: Blob) -> None:
         buffer, left = memoryview(bytearray(min(blob.length, COPY_BUFFER))), blob.length
         while left:
             count = blob.readinto(buffer[:left])
@@ -6199,28 +6345,38 @@ class Connection:
             self._send_all(buffer[:count])
             left -= count
 
-    def _linger(self):
-        """Close in order: a client that is still sending would lose our answer to a reset otherwise."""
+    def _send_stream(self, stream: Stream, chunked: bool) -> None:
+        """Send a body while it is made. If the server stops before its end, the client sees that
+        the end lacks."""
+        def send(block: bytes) -> None:
+            if self.worker.stopping and stream.length is None:
+                raise ClientLeft("the server stops")
+            if block:
+                self._send_all(b"%x\r\n%s\r\n" % (len(block), block) if chunked else block)
+
+        stream.write_to(send)
+        self._send_all(b"0\r\n\r\n" if chunked else b"")
+
+    def _linger(self) -> None:
+        """Read on for a while before closing: a reset would destroy our response to a client that
+        still sends."""
         deadline, left = time.monotonic() + LINGER_LIMIT, MAX_LINGER
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # the client has gone
+            self.connection.shutdown(socket.SHUT_WR)
             while left > 0 and time.monotonic() < deadline:
                 try:
-                    received = len(self.sock.recv(1 << 16))
+                    received = len(self.connection.recv(1 << 16))
                 except BlockingIOError:
                     continue
                 if not received:
                     break
                 left -= received
 
-    def close_if_idle(self):
-        """Wake a connection that waits for a next request, to end it."""
-        if self.idle:
-            with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RD)
-
-
-REASONS = {status.value: status.phrase for status in http.HTTPStatus}
+    def close_if_idle(self) -> None:
+        """Wake a connection that waits for its next request, so that it ends."""
+        if self.is_idle:
+            with contextlib.suppress(OSError):  # it has just ended
+                self.connection.shutdown(socket.SHUT_RD)
 
 
 def parse_listen(text):
@@ -6272,94 +6428,107 @@ def open_listeners(host, port):
     return listeners
 
 
-class Server:
-    """One process's threads, which accept connections until they are told to stop.
+class Server(http.server.HTTPServer):
+    """One listening socket, and the threads of this process that take connections from it.
 
-    A thread waits for a connection, serves it to its end, and waits for the next one; the last that waits makes
-    another before it serves. So a connection costs no thread, and the kernel hands them out among the processes."""
+    HTTPServer takes connections in one thread and hands each to another. Here a thread waits for a
+    connection, serves it to its end, and waits for the next; the last one that waits starts another
+    thread before it serves. So a connection costs no thread, and the kernel hands connections out
+    among all processes that listen."""
 
-    def __init__(self, listeners, registry, access, observation, drain=30.0, tls=None):
-        self.listeners = listeners
-        self.tls = tls  # Certificates, for a server that speaks HTTPS
-        self.registry = registry
-        self.access = access
-        self.observation = observation
-        self.drain = drain
-        self.stopping = False
-        self.kept = KeptAnswers(registry)
-        self.connections = set()
-        self.crowds = collections.Counter()   # connections, by the client's address
-        self.waiting = collections.Counter()  # threads that wait, by listener
-        self.changed = threading.Condition()
+    def __init__(self, listener: socket.socket, worker: "Worker") -> None:
+        super().__init__(listener.getsockname()[:2], Connection, bind_and_activate=False)
+        self.socket.close()  # theirs, which is not bound
+        self.socket = listener
+        self.worker = worker
+        self.waiting = 0  # threads in get_request
+        self.mutex = threading.Lock()
 
-    def start(self):
-        """Begin to accept; returns at once."""
-        threading.stack_size(8 << 20)  # virtual; room for deeply nested JSON where the C library's default is small
-        for listener in self.listeners:
-            self._wait_for_more(listener)
-
-    def _wait_for_more(self, listener):
-        with self.changed:
-            self.waiting[listener] += 1
+    def add_thread(self) -> None:
+        """Start one more thread that takes connections. Raises RuntimeError if there can be no more threads."""
+        with self.mutex:
+            self.waiting += 1
         try:
-            threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
-        except RuntimeError:  # no thread is to be had: those who wait are as many as before
-            with self.changed:
-                self.waiting[listener] -= 1
+            threading.Thread(target=self.serve_forever, daemon=True).start()
+        except RuntimeError:
+            with self.mutex:
+                self.waiting -= 1
             raise
 
-    def _accept(self, listener):
-        """What a thread does."""
-        while not self.stopping:
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Take connections, one after the other, until the worker stops or enough other threads wait."""
+        while not self.worker.stopping:
             try:
-                sock, address = listener.accept()
+                request, client_address = self.get_request()
             except (BlockingIOError, ConnectionError):
-                continue
-            except OSError as error:  # out of file descriptors: those who are served will give theirs back
-                if not self.stopping:
+                continue  # nobody came for a second, or has left already
+            except OSError as error:  # no file descriptor: connections that end will give theirs back
+                if not self.worker.stopping:
                     logger.error("can't accept a connection: %s", error)
                     time.sleep(0.05)
                 continue
-            with self.changed:
-                self.waiting[listener] -= 1
-                alone = not self.waiting[listener]
-            try:
-                if alone:
-                    self._wait_for_more(listener)
-                self._serve(sock, address)
-            except (OSError, RuntimeError) as error:  # the client is gone already, or no thread is to be had
-                logger.warning("%s: %s", address[0], error)
-                sock.close()
-            with self.changed:
-                if self.waiting[listener] >= SPARE_THREADS:
+            self.process_request(request, client_address)
+            with self.mutex:
+                if self.waiting >= SPARE_THREADS:
                     return
-                self.waiting[listener] += 1
+                self.waiting += 1
 
-    def _serve(self, sock, address):
-        connection = Connection(self, sock, address)
-        client = whole_client(connection.client)
-        with self.changed:
-            self.connections.add(connection)
-            self.crowds[client] += 1
-            crowd = 0 if is_loopback(connection.client) else self.crowds[client]
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in this thread, and leave another one waiting."""
+        with self.mutex:
+            self.waiting -= 1
+            is_last = not self.waiting
         try:
-            if crowd > MAX_CONNECTIONS:
-                connection.refuse(silently=self.tls or crowd > 2 * MAX_CONNECTIONS)  # a refusal costs a thread
-            else:
-                connection.run()
+            if is_last:
+                self.add_thread()
+            self.finish_request(request, client_address)  # makes a Connection, which serves the client
+        except Exception:
+            self.handle_error(request, client_address)
         finally:
-            with self.changed:
-                self.connections.discard(connection)
-                self.crowds[client] -= 1
-                if not self.crowds[client]:
-                    del self.crowds[client]
-                self.changed.notify_all()
+            self.close_request(request)
 
-    def stop(self):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log why a connection ended, unless it is that the client left."""
+        error = sys.exc_info()[1]
+        if isinstance(error, (ClientLeft, ConnectionError)):
+            return
+        if isinstance(error, (OSError, RegistryError, RuntimeError)):
+            logger.warning("%s: a response was cut: %s", client_address[0], error)
+        else:
+            logger.exception("%s: connection ended", client_address[0])
+
+
+class Worker:
+    """What one process serves: a Server for each listening socket, and all that they share."""
+
+    def __init__(self, listeners: List[socket.socket], registry: Registry, access: Access,
+                 observation: Observation, drain: float = 30.0,
+                 tls: Optional[Certificates] = None) -> None:
+        self.registry = registry
+        self.access = access
+        self.observation = observation
+        self.drain = drain  # seconds that running transfers get when the server stops
+        self.tls = tls  # for a server that speaks HTTPS
+        self.stopping = False
+        self.cache = ResponseCache(registry)
+        self.connections: Set[Connection] = set()
+        self.crowds: Dict[str, int] = collections.Counter()  # connections, by the client's network
+        self.changed = threading.Condition()
+        self.date = 0, ""  # the present second, and the Date header that it has
+        self.servers = [Server(listener, self) for listener in listeners]
+
+    def start(self) -> None:
+        """Begin to accept; returns at once."""
+        # Virtual memory: room for deeply nested JSON, where the C library's default stack is small.
+        threading.stack_size(8 << 20)
+        for server in self.servers:
+            server.add_thread()
+
+    def stop(self) -> int:
         """Accept nothing more, and let running transfers end; returns how many had to be cut."""
         self.stopping = True
-        for listener in self.listeners:
-            listener.close()
+        for server in self.servers:
+            server.server_close()
         deadline = time.monotonic() + self.drain
         with self.changed:
             while self.connections and time.monotonic() < deadline:
@@ -6367,6 +6536,34 @@ class Server:
                     connection.close_if_idle()
                 self.changed.wait(0.1)
             return len(self.connections)
+
+    def add(self, connection: Connection) -> None:
+        with self.changed:
+            self.connections.add(connection)
+            self.crowds[whole_client(connection.client)] += 1
+
+    def remove(self, connection: Connection) -> None:
+        client = whole_client(connection.client)
+        with self.changed:
+            self.connections.discard(connection)
+            self.crowds[client] -= 1
+            if not self.crowds[client]:
+                del self.crowds[client]
+            self.changed.notify_all()
+
+    def crowd_of(self, connection: Connection) -> int:
+        """How many connections its client has; 0 for this machine, from which a proxy may come."""
+        client = connection.client
+        return 0 if is_loopback(client) else self.crowds[whole_client(client)]
+
+    def current_date(self) -> str:
+        """Now, as the Date header has it."""
+        second, text = self.date
+        if second != int(time.time()):
+            second = int(time.time())
+            text = email.utils.formatdate(second, usegmt=True)
+            self.date = second, text
+        return text
 
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}
@@ -6696,7 +6893,7 @@ def serve(options):
 
     def work(number):
         hang_up()  # the log may have been moved since the server started
-        server = Server(listeners, store, access, observation, drain=options.drain, tls=tls)
+        server = Worker(listeners, store, access, observation, drain=options.drain, tls=tls)
         observation.start(number)
         server.start()
         if number == 0:

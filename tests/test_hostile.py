@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import samples
 import tinyreg
-from tinyreg import Digest, Directory, Incoming, RegistryError, Request, Response, dispatch, load_json, parse_head
+from tinyreg import Digest, Directory, RequestReader, RegistryError, Request, Response, dispatch, load_json, parse_head
 
 SEED = 20240601
 PATIENCE = 20
@@ -224,7 +224,7 @@ def test_heads_are_parsed_or_refused(pieces, step):
     found = []
     for size in (step, 1 << 20):
         try:
-            head = Incoming(Feed(content, size)).read_head()
+            head = RequestReader(Feed(content, size)).read_head()
             found.append(head and parse_head(head))
         except RegistryError as error:
             found.append(400 <= error.status <= 501)
@@ -243,8 +243,8 @@ def test_chunked_bodies_arrive_as_they_were(content, sizes, step):
         if chunk:
             wire += b"%x;x=y\r\n%s\r\n" % (len(chunk), chunk)
     wire += (b"%X\r\n%s\r\n" % (len(rest), rest) if rest else b"") + b"0\r\nTrailer: x\r\n\r\n"
-    incoming = Incoming(Feed(wire + SMUGGLED, step))
-    body, got, view = tinyreg.Body(incoming, 0, True), b"", memoryview(bytearray(333))
+    incoming = RequestReader(Feed(wire + SMUGGLED, step))
+    body, got, view = tinyreg.RequestBody(incoming, 0, True), b"", memoryview(bytearray(333))
     while True:
         count = body.readinto(view)
         if not count:
@@ -304,7 +304,7 @@ def test_a_head_that_comes_byte_by_byte_costs_little():
     content = b"GET /v2/ HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 60000
     began = time.process_time()
     with pytest.raises(tinyreg.ClientLeft):
-        Incoming(Feed(content, 30)).read_head()
+        RequestReader(Feed(content, 30)).read_head()
     assert time.process_time() - began < 1
 
 

@@ -226,7 +226,7 @@ def impatient(tmp_path, monkeypatch):
     listeners = tinyreg.open_listeners("127.0.0.1", 0)
     store = Directory(str(tmp_path / "r"))
     observation = tinyreg.Observation(store.own, "off", set())
-    server = tinyreg.Server(listeners, store, tinyreg.Access("admin"), observation, drain=5,
+    server = tinyreg.Worker(listeners, store, tinyreg.Access("admin"), observation, drain=5,
                             tls=Certificates(str(folder / "server.pem")))
     server.start()
     yield listeners[0].getsockname(), store, ssl.create_default_context(cafile=str(folder / "ca.crt"))
