@@ -3585,6 +3585,7 @@ class ArrivingBlob(Blob):
 
 MAX_NESTING = 100  # indexes in indexes, and referrers of referrers; two or three are seen
 NO_PLATFORM = "unknown/unknown"  # what BuildKit says that its attestations are for
+SAY_NOTHING_OF_CONTENT = ("UNAUTHORIZED", "DENIED", "UNAVAILABLE", "UNKNOWN", "TOOMANYREQUESTS")
 COSIGN_SUFFIXES = (".sig", ".att", ".sbom")  # cosign's tags about a manifest: sha256-HEX and one of these
 
 
@@ -3601,6 +3602,7 @@ class Report:
         self.present_bytes = 0                       # what the target had already
         self.referrers = []  # (digest, what it is): signatures, attestations, SBOMs and the like that went along
         self.absent = []     # digests of children that the index names and the source has not got, or was not asked for
+        self.stripped = {}   # {digest: the digest that took its place} of the indexes that lost such children
         self.missing = []    # digests of blobs that the source should have, and has not
 
     def add(self, **counts):
@@ -3626,19 +3628,22 @@ def is_wanted(platform, wishes):
 class Copy:
     """One image on its way from a source to a target: plan() reads manifests, run() moves the bytes.
 
-    `platforms` (OS/ARCH[/VARIANT]) leaves the other children of an index behind; the index keeps its bytes. Between the
-    two, `manifests` and `blobs` (digest to Manifest and Descriptor) and `tags` (digest to list) say what will be put.
+    `platforms` (OS/ARCH[/VARIANT]) leaves the other children of an index behind; the index keeps
+    its bytes, unless `strip` takes these children out of it. Between the two, `manifests` and
+    `blobs` (digest to Manifest and Descriptor) and `tags` (digest to list) say what will be put.
     """
 
-    def __init__(self, source, target, name, reference, target_name=None, platforms=(), referrers=True, report=None):
+    def __init__(self, source, target, name, reference, target_name=None, platforms=(),
+                 referrers=True, report=None, strip=False):
         self.source, self.target = source, target
         self.name, self.target_name, self.reference = name, target_name or name, reference
-        self.platforms, self.with_referrers = platforms, referrers
+        self.platforms, self.with_referrers, self.strip = platforms, referrers, strip
         self.report = report or Report()
         self.manifests = collections.OrderedDict()  # in the order in which they are put
         self.blobs = collections.OrderedDict()
         self.tags = {}
         self.seen = set()          # digests of manifests that are planned, or begun
+        self.children = []         # digests of all that indexes name
         self.attestations = set()  # digests of manifests that nothing else is about
 
     # What there is to copy
@@ -3647,11 +3652,11 @@ class Copy:
         """Returns the Report. Raises NAME_UNKNOWN, and MANIFEST_UNKNOWN also where it is for no wanted platform."""
         by_digest = isinstance(self.reference, Digest)
         root = self.reference if by_digest else self.source.resolve(self.name, self.reference)
-        self.tags[root] = [] if by_digest else [self.reference]
-        self._add(root)
+        root = self._add(root)
+        self.tags.setdefault(root, []).extend([] if by_digest else [self.reference])
         planned = set(self.manifests).union(self.blobs)
-        self.report.absent = [child.digest for manifest in self.manifests.values() for child in manifest.manifests
-                              if child.digest not in planned]
+        self.report.absent = [child for child in collections.OrderedDict.fromkeys(self.children)
+                              if child not in planned]
         self.report.digest = root
         self.report.total_blobs = len(self.blobs)
         self.report.total_bytes = sum(blob.size for blob in self.blobs.values())
@@ -3674,23 +3679,53 @@ class Copy:
         return self.source.manifest(self.name, digest)
 
     def _add(self, digest, depth=0):
-        """Plan a manifest, after all that it refers to. Raises MANIFEST_UNKNOWN, MANIFEST_INVALID."""
+        """Plan a manifest, after all that it refers to; returns its digest, or that of what --strip
+        puts in its place. Raises MANIFEST_UNKNOWN, MANIFEST_INVALID."""
         if digest in self.seen:
-            return
+            return self.report.stripped.get(digest, digest)
         if depth > MAX_NESTING:
             raise RegistryError("MANIFEST_INVALID", digest, message="indexes in indexes without end")
         manifest = self._manifest(digest)
+        wanted = self._wanted_children(manifest)
         self.seen.add(digest)
-        for child in self._wanted_children(manifest):
+        going = {}  # {digest of a child: the digest under which it goes}
+        for child in wanted:
             if child.media_type not in MANIFEST_TYPES:
                 self.blobs[child.digest] = child  # BuildKit's cache: an index of layers
+                going[child.digest] = child.digest
             else:
                 with if_there():
-                    self._add(child.digest, depth + 1)
+                    going[child.digest] = self._add(child.digest, depth + 1)
+        self.children += [child.digest for child in manifest.manifests]
+        if self.strip and any(going.get(child.digest) != child.digest for child in manifest.manifests):
+            manifest = self._without_absent(manifest, going)
+            self.report.stripped[digest] = manifest.digest
         self.blobs.update((blob.digest, blob) for blob in manifest.blobs if not blob.foreign)
-        if self.with_referrers and digest not in self.attestations:
+        # What is about an index is not about the one that --strip makes of it.
+        if self.with_referrers and digest not in self.attestations and manifest.digest == digest:
             self._add_referrers(digest, depth + 1)
-        self.manifests[digest] = manifest
+        self.manifests[manifest.digest] = manifest
+        return manifest.digest
+
+    def _without_absent(self, manifest, going):
+        """The index with only those children that go along; or, where it is just one image, that
+        image. Raises MANIFEST_UNKNOWN where it is none."""
+        entries = []
+        for entry in manifest.document["manifests"]:
+            child = self.manifests.get(going.get(entry["digest"]))
+            if child and child.digest != entry["digest"]:
+                entry = dict(entry, digest=child.digest, size=len(child.content),
+                             mediaType=child.media_type)
+            if child or going.get(entry["digest"]):
+                entries.append(entry)
+        images = [entry for entry in entries if entry["digest"] not in self.attestations]
+        if not images:
+            self.seen.discard(manifest.digest)
+            raise RegistryError("MANIFEST_UNKNOWN", manifest.digest,
+                                message="none of the images of this index is here")
+        if len(entries) == 1 and entries[0]["digest"] in self.manifests:
+            return self.manifests[entries[0]["digest"]]
+        return parse_manifest(to_json(dict(manifest.document, manifests=entries)))
 
     def _wanted_children(self, manifest):
         """Descriptors of an index's children, without those for other platforms. BuildKit's attestations are for none,
@@ -3710,16 +3745,17 @@ class Copy:
         for referrer in self.source.referrer_digests(self.name, digest):
             if referrer not in self.seen:
                 with if_there():
-                    self._add(referrer, depth)
-                    self.report.referrers.append((referrer, self.manifests[referrer].artifact_type or "referrer"))
+                    going = self._add(referrer, depth)
+                    kind = self.manifests[going].artifact_type or "referrer"
+                    self.report.referrers.append((going, kind))
         for suffix in COSIGN_SUFFIXES:
             tag = fallback_tag(digest) + suffix
             with if_there():
                 found = self.source.resolve(self.name, tag)
                 self.attestations.add(found)
-                self._add(found, depth)
-                self.tags.setdefault(found, []).append(tag)
-                self.report.referrers.append((found, "cosign's " + suffix))
+                going = self._add(found, depth)
+                self.tags.setdefault(going, []).append(tag)
+                self.report.referrers.append((going, "cosign's " + suffix))
 
     # The copying
 
@@ -3766,9 +3802,12 @@ class Copy:
         try:
             self.target.put_manifest(self.target_name, manifest, tags)
         except RegistryError as error:
-            if error.code == "MANIFEST_BLOB_UNKNOWN" and self.report.absent and not error.details:
-                raise RegistryError(error.code, message="%s; the target takes an index with all its children only: "
-                                    "copy all platforms, or one child by its digest" % error.message)
+            lacks = set(self.report.absent).intersection(child.digest for child in manifest.manifests)
+            if lacks and not error.details and error.code not in SAY_NOTHING_OF_CONTENT:
+                raise RegistryError(error.code, message="%s; it seems to take an index with all its "
+                                    "children only, and %d of them are not here: copy them as well; or "
+                                    "add --strip, which takes them out of the index and so changes its "
+                                    "digest (the images in it keep theirs)" % (error.message, len(lacks)))
             if error.code != "MANIFEST_BLOB_UNKNOWN" or not error.details:
                 raise
             for digest in error.details:
@@ -3776,9 +3815,10 @@ class Copy:
             self.target.put_manifest(self.target_name, manifest, tags)
 
 
-def copy(source, target, name, reference, target_name=None, platforms=(), referrers=True, jobs=4, report=None):
+def copy(source, target, name, reference, target_name=None, platforms=(), referrers=True, jobs=4,
+         report=None, strip=False):
     """Plan and run a Copy; returns its Report."""
-    work = Copy(source, target, name, reference, target_name, platforms, referrers, report)
+    work = Copy(source, target, name, reference, target_name, platforms, referrers, report, strip)
     work.plan()
     return work.run(jobs)
 
@@ -7117,6 +7157,8 @@ def summary(report, planned=False):
         report.total_blobs - blobs - len(report.missing))
     if report.absent:
         line += ", %d manifests of the index left out" % len(report.absent)
+    for old, new in report.stripped.items():
+        line += ", --strip put %s in the place of %s" % (new, old)
     kinds = collections.Counter(kind for _, kind in report.referrers)
     return line + "; referrers: " + (", ".join("%d %s" % (kinds[kind], kind) for kind in sorted(kinds)) or "none found")
 
@@ -7237,7 +7279,7 @@ def push(options):
     def planned(text, report):
         name, reference = find_image(store, text)
         return Copy(store, remote, name, reference, push_name(host, prefix, name), options.platform,
-                    not options.no_referrers, report)
+                    not options.no_referrers, report, options.strip)
 
     work = [(image, functools.partial(planned, image)) for image in wanted_images(options)]
     return run_copies(options, work, remote, progress)
@@ -7250,15 +7292,21 @@ def positive(text):
     return int(text)
 
 
-def add_transfer_options(command, to=None, images=True, remote=True):
-    """The options that pull, push, save and load have in common; `to` is the help of --to, where it is needed, `images`
-    whether images are named, and `remote` whether another registry may be at work."""
+def add_transfer_options(command, to=None, images=True, remote=True, strip=True):
+    """The options that pull, push, save and load have in common; `to` is the help of --to, where it
+    is needed, `images` whether images are named, `remote` whether another registry may be at work,
+    and `strip` whether an index may be changed."""
     if images:
         command.add_argument("-f", "--file", metavar="FILE", action="append", help="read images from FILE as well, one "
                              "a line, # begins a comment; - is stdin")
     command.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", action="append",
                          help="copy images for this platform only; may be repeated; the index keeps its digest "
                          "(default: all)")
+    if strip:
+        command.add_argument("--strip", action="store_true", help="take out of an index what does not "
+                             "go along (--platform), for registries that refuse it otherwise; its "
+                             "digest changes, those of its images and their signatures don't; where "
+                             "one image is left, the tag points to that")
     command.add_argument("--no-referrers", action="store_true", help="leave signatures, SBOMs and the like behind")
     command.add_argument("--dry-run", action="store_true", help="say what would be copied, and copy nothing")
     if not remote:
@@ -7397,7 +7445,8 @@ def save(options):
         try:
             name, reference = find_image(store, text)
             report = copy(store, writer, name, reference, platforms=options.platform,
-                          referrers=not options.no_referrers, report=Report(text))
+                          referrers=not options.no_referrers, report=Report(text),
+                          strip=options.strip)
         except RegistryError as error:
             raise CommandError("%s: %s" % (text, error))
         if report.missing:
@@ -7459,7 +7508,7 @@ def load(options):
         report.missing += {digest} - held
         reports.append(report)
         return Copy(archive, target, name, reference, push_name(host, prefix, name), options.platform,
-                    not options.no_referrers, report)
+                    not options.no_referrers, report, options.strip)
 
     work = [(image_text(name, reference), functools.partial(planned, name, reference, digest))
             for name, reference, digest in archive.images()]
@@ -7637,10 +7686,11 @@ def add_transfer_commands(commands):
                           "  tinyreg.py pull alpine:3.19 quay.io/prometheus/prometheus:v2.53.0\n"
                           "  tinyreg.py pull -f images.txt --platform linux/amd64 --dry-run\n")
     command.add_argument("images", metavar="IMAGE", nargs="*", help="as docker pull takes it")
-    add_transfer_options(command)
+    add_transfer_options(command, strip=False)
     command = add_command(commands, push, "push", "Copy images from the store to another registry.",
                           "  tinyreg.py push alpine:3.19 --to lab.example:5000\n"
-                          "  tinyreg.py push -f images.txt --to lab.example/mirror\n")
+                          "  tinyreg.py push -f images.txt --to lab.example/mirror\n"
+                          "  tinyreg.py push alpine:3.19 --to harbor.lab/mirror --platform linux/amd64 --strip\n")
     command.add_argument("images", metavar="IMAGE", nargs="*", help="as pull took it, or as ls shows it")
     add_transfer_options(command, to="the registry, and what its repositories' names begin with")
     command = add_command(commands, save, "save", "Write images of the store into an archive.",

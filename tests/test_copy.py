@@ -130,6 +130,59 @@ def test_a_sparse_index_stays_sparse(source, target):
     assert holdings(third) == holdings(target) and len(report.absent) == 1
 
 
+def test_strip_takes_other_platforms_out_of_the_index_and_its_images_stay_as_they_were(source, target):
+    top, (amd64, arm64, arm) = make_multi(source, architectures=("amd64", "arm64", "arm"), attest=False)
+    sbom = make_referrer(source, NAME, arm64, artifactType="application/spdx+json")
+    about_all = make_referrer(source, NAME, top, artifactType="application/signature")
+    report = copy(source, target, NAME, "latest", platforms=["linux/arm64", "linux/arm"], strip=True)
+    made = target.manifest(NAME, target.resolve(NAME, "latest"))
+    assert made.document == dict(top.document, manifests=top.document["manifests"][1:])
+    assert (report.digest, report.stripped) == (made.digest, {top.digest: made.digest})
+    assert report.absent == [amd64.digest]
+    assert [found.digest for found in target.referrers(NAME, arm64.digest)] == [sbom.digest]
+    held = set(target.digests(NAME))
+    assert {arm64.digest, arm.digest} <= held and not {top.digest, about_all.digest} & held
+
+
+def test_strip_lets_the_tag_point_to_the_one_image_that_is_left(source, target):
+    top, (amd64, arm64) = make_multi(source, attest=False)
+    report = copy(source, target, NAME, "latest", platforms=["linux/amd64"], strip=True)
+    assert target.resolve(NAME, "latest") == amd64.digest == report.digest
+    assert report.stripped == {top.digest: amd64.digest}
+
+
+def test_strip_keeps_the_attestations_beside_their_image(source, target):
+    top, (amd64, arm64, amd64_note, arm64_note) = make_multi(source)
+    copy(source, target, NAME, "latest", platforms=["linux/amd64"], strip=True)
+    made = target.manifest(NAME, target.resolve(NAME, "latest"))
+    assert [child.digest for child in made.manifests] == [amd64.digest, amd64_note.digest, arm64_note.digest]
+
+
+def test_strip_reaches_an_index_in_an_index(source, target):
+    inner, (amd64, arm64) = make_multi(source, tag="inner", attest=False)
+    other, _ = make_multi(source, tag="other", architectures=("riscv64",), attest=False)
+    outer = to_manifest(index(inner, other, inner))
+    source.put_manifest(NAME, outer, ["outer"])
+    copy(source, target, NAME, "outer", platforms=["linux/arm64"], strip=True)
+    assert target.resolve(NAME, "outer") != arm64.digest
+    made = target.manifest(NAME, target.resolve(NAME, "outer"))
+    assert [(child.digest, child.media_type) for child in made.manifests] == [(arm64.digest, arm64.media_type)] * 2
+
+
+def test_strip_changes_nothing_where_all_goes_along(source, target):
+    top, _ = make_multi(source)
+    assert copy(source, target, NAME, "latest", strip=True).stripped == {}
+    assert holdings(target) == holdings(source) and target.resolve(NAME, "latest") == top.digest
+
+
+def test_strip_of_an_index_none_of_whose_images_is_here_is_an_error(source, target):
+    top, children = make_multi(source)
+    for child in children[:2]:
+        source.delete_manifest(NAME, child.digest)
+    with pytest.raises(RegistryError, match="none of the images of this index is here"):
+        copy(source, target, NAME, "latest", strip=True)
+
+
 def test_referrers_of_referrers_and_cosign_tags_travel(source, target):
     manifest = make_image(source, NAME)
     sbom = make_referrer(source, NAME, manifest, artifactType="application/spdx+json")

@@ -9,6 +9,7 @@ import re
 
 import pytest
 
+from conftest import run_tinyreg
 from engines import Api, daemon, private_folder, require, run
 from samples import image, index, make_docker_image, make_image, make_referrer, push_blob, to_manifest
 from tinyreg import OCI_INDEX, OCI_MANIFEST, Digest, Directory
@@ -378,3 +379,45 @@ def test_a_mended_volume_is_good_for_docker_registry(their_volume, serve, distri
     with distribution as theirs:
         assert theirs.blob("app", Digest.of(b"one")) == b"one"
         assert theirs.digest("app", "1") == their_volume
+
+
+# What a registry that takes an index only with all its children is given
+
+
+def two_platforms(store, name):
+    """Push an index of two images, one signed as cosign does; returns the index and its children."""
+    children = [make_image(store, name, None, layers=(b"for " + architecture,),
+                           config=b'{"os":"linux","architecture":"%s"}' % architecture)
+                for architecture in (b"amd64", b"arm64")]
+    document = index(*children)
+    for entry, architecture in zip(document["manifests"], ("amd64", "arm64")):
+        entry["platform"] = {"os": "linux", "architecture": architecture}
+    both = to_manifest(document)
+    store.put_manifest(name, both, ["1"])
+    make_image(store, name, "sha256-%s.sig" % children[0].digest.encoded, layers=(b"signed",))
+    return both, children
+
+
+@pytest.mark.parametrize("way", ["push", "load", "save --strip"])
+def test_a_strict_registry_takes_one_platform_with_strip_and_the_refusal_says_so(distribution, tmp_path, way):
+    store = Directory(str(tmp_path / "store"))
+    both, (amd64, arm64) = two_platforms(store, "app")
+    archive = tmp_path / "one.tar"
+    platform = ["--platform", "linux/amd64"]
+    if way != "push":
+        strip = ["--strip"] if way == "save --strip" else []
+        done = run_tinyreg("save", "--root", store.root, "-o", archive, "app:1", *platform + strip)
+        assert done.returncode == 0, done.stderr
+    command = ["push", "--root", store.root, "app:1"] + platform if way == "push" else ["load", archive]
+    with distribution as theirs:
+        there = ["--to", distribution.host, "--plain-http"]
+        if way != "save --strip":
+            done = run_tinyreg(*command + there)
+            assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--strip" in done.stderr
+            command.append("--strip")
+        done = run_tinyreg(*command + there)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert way == "save --strip" or both.digest in done.stdout and amd64.digest in done.stdout
+        assert theirs.digest("app", "1") == amd64.digest
+        assert theirs.blob("app", amd64.blobs[1].digest) == b"for amd64"
+        assert theirs.digest("app", "sha256-%s.sig" % amd64.digest.encoded)
