@@ -1,12 +1,19 @@
-"""What every room's tests share: where tinyreg.py is, which Pythons can run it, and a server to talk to."""
+"""What every room's tests share: where tinyreg.py is, which Pythons can run it, a server, a client that talks to it,
+a store, and the way to wait for something."""
 
+import contextlib
 import glob
+import http.client
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import typing
+import urllib.parse
 
 import pytest
 
@@ -15,6 +22,13 @@ pytest_plugins = ["engines"]  # real clients, and what they need
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINYREG = os.path.join(os.path.dirname(HERE), "tinyreg.py")
 sys.path.insert(0, os.path.dirname(TINYREG))
+
+from samples import descriptor  # noqa: E402  what follows needs the path
+from tinyreg import MANIFEST_TYPES, OCI_INDEX, Digest, Directory  # noqa: E402
+
+# Seconds until a test gives up waiting for something. Large, so that a busy machine fails no test;
+# what comes is never waited for longer than it takes.
+PATIENCE = 60
 
 
 def found_pythons():
@@ -31,6 +45,183 @@ def found_pythons():
         if version >= (3, 6):
             found.setdefault(version, path)
     return found
+
+
+def until(condition, seconds=PATIENCE, what="what was awaited", process=None, log=None):
+    """Wait until a function returns something true; returns that.
+
+    Fails when the time is up, or when `process`, which should bring it about, has ended."""
+    deadline = time.monotonic() + seconds
+    while True:
+        is_last_look = time.monotonic() > deadline or (process and process.poll() is not None)
+        value = condition()
+        if value:
+            return value
+        if is_last_look:
+            text = ""
+            if log:
+                with open(log, errors="replace") as file:
+                    text = ":\n" + file.read()[-3000:]
+            raise AssertionError("%s did not come to be%s" % (what, text))
+        time.sleep(0.01)
+
+
+class Answer(typing.NamedTuple):
+    """What a server answered, whatever the status."""
+
+    status: int
+    headers: http.client.HTTPMessage  # headers["Name"], in any case; None where it is not there
+    body: bytes
+
+    @property
+    def text(self):
+        return self.body.decode()
+
+    @property
+    def json(self):
+        return json.loads(self.body.decode())
+
+    @property
+    def error(self):
+        """The first error of a refusal: its code, message and detail."""
+        return self.json["errors"][0]
+
+    @property
+    def code(self):
+        """The one error code of a refusal."""
+        codes = {error["code"] for error in self.json["errors"]}
+        assert len(codes) == 1
+        return codes.pop()
+
+
+class Client:
+    """The HTTP client of all tests. It keeps its connection from request to request, unless `keep` is false.
+
+    `where` is a Server or a URL, whose path goes before all targets. A request that gets no answer
+    raises OSError, and the next one connects again. Headers are in Python's spelling (user_agent)."""
+
+    def __init__(self, where, context=None, timeout=PATIENCE, keep=True):
+        self.keep = keep
+        url = urllib.parse.urlsplit(getattr(where, "url", where))
+        self.prefix = url.path.rstrip("/")
+        if url.scheme == "https":
+            self.connection = http.client.HTTPSConnection(url.hostname, url.port, timeout=timeout, context=context)
+        else:
+            self.connection = http.client.HTTPConnection(url.hostname, url.port, timeout=timeout)
+
+    def _send(self, method, target, body, headers):
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        if not self.keep:
+            headers["Connection"] = "close"
+        if not target.startswith("/"):  # the whole URL, as some servers have it in a Location
+            parts = urllib.parse.urlsplit(target)
+            target = parts.path + (parts.query and "?" + parts.query)
+        else:
+            target = self.prefix + target
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            # A server that refuses the body before it has come ends that way; its answer says why.
+            self.connection.request(method, target, body, headers)
+
+    def ask(self, method, target, body=None, **headers):
+        """The Answer to a request."""
+        try:
+            self._send(method, target, body, headers)
+            response = self.connection.getresponse()
+            return Answer(response.status, response.headers, response.read())
+        except (OSError, http.client.HTTPException) as error:
+            self.connection.close()
+            if isinstance(error, OSError):
+                raise
+            raise ConnectionError(repr(error))
+
+    def open(self, method, target, body=None, **headers):
+        """The response itself, of http.client, for who reads its body bit by bit and closes it."""
+        self._send(method, target, body, headers)
+        return self.connection.getresponse()
+
+    def close(self):
+        self.connection.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    # The registry's API, as scripts use it.
+
+    def digest(self, name, tag):
+        """What a tag points to, or None."""
+        answer = self.ask("HEAD", "/v2/%s/manifests/%s" % (name, tag), accept=", ".join(MANIFEST_TYPES))
+        return answer.headers["Docker-Content-Digest"] if answer.status == 200 else None
+
+    def manifest(self, name, reference):
+        return json.loads(self.manifest_bytes(name, reference).decode())
+
+    def manifest_bytes(self, name, reference):
+        """The manifest, or None."""
+        answer = self.ask("GET", "/v2/%s/manifests/%s" % (name, reference), accept=", ".join(MANIFEST_TYPES))
+        return answer.body if answer.status == 200 else None
+
+    def blob(self, name, digest):
+        """The blob, or None."""
+        answer = self.ask("GET", "/v2/%s/blobs/%s" % (name, digest))
+        return answer.body if answer.status == 200 else None
+
+    def tags(self, name):
+        return self.ask("GET", "/v2/%s/tags/list" % name).json["tags"]
+
+    def referrers(self, name, digest):
+        """The digests of the manifests about another."""
+        answer = self.ask("GET", "/v2/%s/referrers/%s" % (name, digest))
+        assert (answer.status, answer.headers["Content-Type"]) == (200, OCI_INDEX)
+        return [entry["digest"] for entry in answer.json["manifests"]]
+
+    def upload(self, name, content):
+        """Push a blob as docker does, in a session; returns the Answer to the last request."""
+        answer = self.ask("POST", "/v2/%s/blobs/uploads/" % name)
+        if answer.status == 202:
+            answer = self.ask("PATCH", answer.headers["Location"], content)
+        if answer.status == 202:
+            location = answer.headers["Location"]
+            mark = "&" if "?" in location else "?"
+            answer = self.ask("PUT", location + mark + "digest=" + Digest.of(content))
+        return answer
+
+    def put_blob(self, name, content):
+        """Push a blob in one request; returns its digest."""
+        digest = Digest.of(content)
+        answer = self.ask("POST", "/v2/%s/blobs/uploads/?digest=%s" % (name, digest), content)
+        assert answer.status == 201, answer
+        return digest
+
+    def put_manifest(self, name, document, reference=None):
+        """Push a manifest by its digest or under a tag; returns its descriptor and the answer's headers."""
+        content = json.dumps(document).encode()
+        target = "/v2/%s/manifests/%s" % (name, reference or Digest.of(content))
+        answer = self.ask("PUT", target, content, content_type=document["mediaType"])
+        assert answer.status == 201, answer
+        return descriptor(content, document["mediaType"]), answer.headers
+
+
+def ask(where, method, target, body=None, context=None, **headers):
+    """The Answer to one request over a connection of its own, to a Server or below a URL."""
+    with Client(where, context, keep=False) as client:
+        return client.ask(method, target, body, **headers)
+
+
+def open_url(url, **headers):
+    """The response to a GET, for who reads its body bit by bit and closes it."""
+    parts = urllib.parse.urlsplit(url)
+    client = Client("%s://%s" % parts[:2], keep=False)
+    return client.open("GET", urllib.parse.urlunsplit(("", "") + parts[2:]), **headers)
+
+
+def free_port():
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class Server:
@@ -68,6 +259,14 @@ class Server:
                 return
         raise RuntimeError("the server did not start:\n%s%s" % (self.banner, self.log()))
 
+    def ask(self, method, target, body=None, **headers):
+        """The Answer to one request over a connection of its own; headers are in Python's spelling (user_agent)."""
+        return ask(self, method, target, body, **headers)
+
+    def open(self, method, target, body=None, **headers):
+        """The response to a request, for who reads its body bit by bit and closes it."""
+        return Client(self, keep=False).open(method, target, body, **headers)
+
     def log(self):
         with open(self.log_path) as log:
             return log.read()
@@ -86,6 +285,24 @@ class Server:
         self.stop(how)
         self.listen = self.host
         self.start()
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Where the store is, and where servers have theirs if the test says nothing else."""
+    return tmp_path / "registry"
+
+
+@pytest.fixture
+def no_fsync(monkeypatch):
+    """This process needs not survive a power cut."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def store(root, no_fsync):
+    """A fresh store, the one that `server` serves; without fsync, because no test pulls the plug."""
+    return Directory(str(root))
 
 
 @pytest.fixture
@@ -108,15 +325,6 @@ def start_server(tmp_path):
 def server(start_server):
     """A fresh registry on a free port of 127.0.0.1, in which anyone may do everything."""
     return start_server()
-
-
-def until(condition, seconds=20):
-    """Wait for a condition; returns its value."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
-    return condition()
 
 
 def run_tinyreg(*arguments, **settings):

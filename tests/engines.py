@@ -12,14 +12,10 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
-import urllib.error
-import urllib.request
 
 import pytest
 
-from samples import descriptor
-from tinyreg import MANIFEST_TYPES, OCI_INDEX, Digest
+from conftest import until
 
 IN_CI = os.environ.get("CI") == "true"
 BUSYBOX = next((path for path in ("/usr/bin/busybox", "/bin/busybox") if os.path.exists(path)), None)
@@ -64,16 +60,6 @@ def run(*command, ok=True, environment=None, **settings):
     return done
 
 
-def wait_for(condition, what, process=None, log=None, limit=60):
-    """Wait until `condition()` is true. Raises RuntimeError after `limit` seconds, or when the process has ended."""
-    deadline = time.monotonic() + limit
-    while not condition():
-        if time.monotonic() > deadline or process and process.poll() is not None:
-            text = open(log).read()[-3000:] if log else ""
-            raise RuntimeError("%s did not come up:\n%s" % (what, text))
-        time.sleep(0.01)
-
-
 def unmount_below(folder):
     """Take away what an engine left mounted (dockerd: its network namespace)."""
     with open("/proc/self/mountinfo") as mounts:
@@ -102,7 +88,7 @@ def daemon(command, folder, ready):
     with open(log, "w") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     try:
-        wait_for(ready, command[0], process, log)
+        until(ready, what=command[0], process=process, log=log)
         yield process
     finally:
         process.send_signal(signal.SIGTERM)
@@ -113,7 +99,7 @@ def daemon(command, folder, ready):
             process.wait()
 
 
-class Client:
+class Program:
     """A command with the options and the environment that make it use only what is ours."""
 
     def __init__(self, *command, environment=None):
@@ -126,66 +112,6 @@ class Client:
 
     def run(self, *arguments, **settings):
         return run(*self.command + arguments, environment=self.environment, **settings)
-
-
-class Api:
-    """The registry's HTTP API, as scripts use it."""
-
-    def __init__(self, url):
-        self.url = url + "/v2/"
-
-    def __call__(self, method, path, body=None, **headers):
-        """The (status, headers, body) of an answer, whatever the status."""
-        headers = {key.replace("_", "-"): value for key, value in headers.items()}
-        headers.setdefault("Content-Type", "application/octet-stream")
-        request = urllib.request.Request(self.url + path, body, headers, method=method)
-        try:
-            with urllib.request.urlopen(request) as response:
-                return response.status, response.headers, response.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.headers, error.read()
-
-    def digest(self, name, tag):
-        """What a tag points to, or None."""
-        status, headers, _ = self("HEAD", "%s/manifests/%s" % (name, tag), Accept=", ".join(MANIFEST_TYPES))
-        return headers["Docker-Content-Digest"] if status == 200 else None
-
-    def manifest(self, name, reference):
-        return json.loads(self.manifest_bytes(name, reference).decode())
-
-    def manifest_bytes(self, name, reference):
-        """The manifest, or None."""
-        status, _, content = self("GET", "%s/manifests/%s" % (name, reference), Accept=", ".join(MANIFEST_TYPES))
-        return content if status == 200 else None
-
-    def blob(self, name, digest):
-        """The blob, or None."""
-        status, _, content = self("GET", "%s/blobs/%s" % (name, digest))
-        return content if status == 200 else None
-
-    def tags(self, name):
-        return json.loads(self("GET", "%s/tags/list" % name)[2].decode())["tags"]
-
-    def referrers(self, name, digest):
-        """The digests of the manifests about another."""
-        status, headers, content = self("GET", "%s/referrers/%s" % (name, digest))
-        assert (status, headers["Content-Type"]) == (200, OCI_INDEX)
-        return [entry["digest"] for entry in json.loads(content.decode())["manifests"]]
-
-    def put_blob(self, name, content):
-        digest = Digest.of(content)
-        status, _, answer = self("POST", "%s/blobs/uploads/?digest=%s" % (name, digest), content)
-        assert status == 201, answer
-        return digest
-
-    def put_manifest(self, name, document, reference=None):
-        """Push a manifest by its digest or under a tag; returns its descriptor and the answer's headers."""
-        content = json.dumps(document).encode()
-        status, headers, answer = self("PUT", "%s/manifests/%s" % (name, reference or Digest.of(content)), content,
-                                       Content_Type=document["mediaType"])
-        assert status == 201, answer
-        return descriptor(content, document["mediaType"]), headers
 
 
 @contextlib.contextmanager
@@ -208,7 +134,7 @@ def ctr():
     require("ctr", "containerd", "runc")
     require_root()
     with private_folder("ctr") as folder, running_containerd(folder) as address:
-        yield Client("ctr", "--address", address, environment={"CONTAINERD_SNAPSHOTTER": "native"})
+        yield Program("ctr", "--address", address, environment={"CONTAINERD_SNAPSHOTTER": "native"})
 
 
 @contextlib.contextmanager
@@ -219,7 +145,7 @@ def running_docker(folder, enter=()):
     require_root()
     with running_containerd(folder) as containerd:
         host = "unix://%s/docker.sock" % folder
-        client = Client("docker", "--config", folder + "/client", "--host", host)
+        client = Program("docker", "--config", folder + "/client", "--host", host)
         with open(folder + "/daemon.json", "w") as file:
             json.dump({}, file)
         command = list(enter) + [
@@ -273,7 +199,7 @@ def policy(tmp_path_factory):
 @pytest.fixture(scope="session")
 def skopeo(containers, policy):
     require("skopeo")
-    return Client("skopeo", "--policy", policy, "--registries-conf", containers["CONTAINERS_REGISTRIES_CONF"],
+    return Program("skopeo", "--policy", policy, "--registries-conf", containers["CONTAINERS_REGISTRIES_CONF"],
                   environment=containers)
 
 
@@ -281,27 +207,27 @@ def skopeo(containers, policy):
 def podman(containers):
     require("podman", "runc")
     require_root()
-    return Client("podman", environment=containers)
+    return Program("podman", environment=containers)
 
 
 @pytest.fixture(scope="session")
 def buildah(containers):
     require("buildah")
     require_root()
-    return Client("buildah", environment=containers)
+    return Program("buildah", environment=containers)
 
 
 @pytest.fixture(scope="session")
 def umoci():
     require("umoci")
     require_root()
-    return Client("umoci")
+    return Program("umoci")
 
 
 @pytest.fixture(scope="session")
 def curl():
     require("curl")
-    return Client("curl", "--silent", "--show-error", "--fail")
+    return Program("curl", "--silent", "--show-error", "--fail")
 
 
 def fill_from_usr(folder, size):

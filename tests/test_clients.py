@@ -13,8 +13,8 @@ import subprocess
 
 import pytest
 
-from conftest import found_pythons
-from engines import Api, run, wait_for
+from conftest import Client, found_pythons, until
+from engines import run
 from samples import image
 from tinyreg import OCI_INDEX, OCI_MANIFEST, Digest
 
@@ -23,17 +23,17 @@ CHECK = ["/bin/sh", "-c", "sha256sum -c -s checksums && echo all intact"]
 
 @pytest.fixture
 def api(server):
-    return Api(server.url)
+    return Client(server)
 
 
 def check_content(api, name, tag):
     """All that a tag's manifest refers to is served, and is what its digest says; returns the manifest's digest."""
     digest = api.digest(name, tag)
-    content = api("GET", "%s/manifests/%s" % (name, digest))[2]
+    content = api.ask("GET", "/v2/%s/manifests/%s" % (name, digest))[2]
     assert Digest.of(content) == digest
     document = json.loads(content.decode())
     for blob in [document["config"]] + document["layers"]:
-        body = api("GET", "%s/blobs/%s" % (name, blob["digest"]))[2]
+        body = api.ask("GET", "/v2/%s/blobs/%s" % (name, blob["digest"]))[2]
         assert (Digest.of(body), len(body)) == (blob["digest"], blob["size"])
     return digest
 
@@ -219,7 +219,7 @@ def test_skopeo_pushes_again_after_kill_9(server, api, skopeo, layout, large_roo
     uploads = os.path.join(server.root, "docker/registry/v2/repositories/cut/_uploads/*/data")
     with subprocess.Popen(command, env=dict(os.environ, **skopeo.environment), stdout=subprocess.DEVNULL,
                           stderr=subprocess.DEVNULL) as first:
-        wait_for(lambda: any(os.path.getsize(path) for path in glob.glob(uploads)), "an upload", first)
+        until(lambda: any(os.path.getsize(path) for path in glob.glob(uploads)), what="an upload", process=first)
         server.restart(signal.SIGKILL)
     assert first.returncode != 0
     assert api.digest("cut", "1") is None
@@ -324,7 +324,7 @@ def test_indexes_keep_their_digest(server, api, two_platforms, ctr, skopeo, tmp_
 
 def push_signature(api, name, subject_tag):
     """Push an artifact about an image, as cosign and notation do; returns its descriptor and the answer's headers."""
-    headers = api("HEAD", "%s/manifests/%s" % (name, subject_tag))[1]
+    headers = api.ask("HEAD", "/v2/%s/manifests/%s" % (name, subject_tag))[1]
     subject = {"mediaType": headers["Content-Type"], "digest": headers["Docker-Content-Digest"],
                "size": int(headers["Content-Length"])}
     signature, empty = b"signed, honestly", b"{}"
@@ -340,7 +340,7 @@ def test_a_signature_is_found(server, api, skopeo, layout, small_root):
     signature, headers = push_signature(api, "signed", "1")
     assert headers["OCI-Subject"] == digest
     entry = dict(signature, artifactType="application/x.signature")
-    assert json.loads(api("GET", "signed/referrers/" + digest)[2].decode())["manifests"] == [entry]
+    assert api.ask("GET", "/v2/signed/referrers/" + digest).json["manifests"] == [entry]
     skopeo("delete", "--tls-verify=false", "docker://%s/signed@%s" % (server.host, signature["digest"]))
     assert api.referrers("signed", digest) == []
 

@@ -3,14 +3,13 @@
 Images here are a few bytes each, made by `samples`; what real clients make of both is test_clients.py's.
 """
 
-import json
 import os
 import re
 
 import pytest
 
-from conftest import run_tinyreg
-from engines import Api, daemon, private_folder, require, run
+from conftest import Client, run_tinyreg
+from engines import daemon, private_folder, require, run
 from samples import image, index, make_docker_image, make_image, make_referrer, push_blob, to_manifest
 from tinyreg import OCI_INDEX, OCI_MANIFEST, Digest, Directory
 
@@ -38,15 +37,10 @@ class Distribution:
         self.running = daemon(["docker-registry", "serve", self.config], self.folder, self.address)
         self.running.__enter__()
         self.host = self.address().group(1)
-        return Api("http://" + self.host)
+        return Client("http://" + self.host)
 
     def __exit__(self, *exc_info):
         self.running.__exit__(*exc_info)
-
-
-@pytest.fixture
-def root(tmp_path):
-    return str(tmp_path / "registry")
 
 
 @pytest.fixture
@@ -58,13 +52,14 @@ def distribution(root):
 
 @pytest.fixture
 def serve(start_server, root):
-    """A function that serves the root by tinyreg, and gives its Api; it ends the server before, if there is one."""
+    """A function that serves the root by tinyreg, and gives a Client that keeps no connection; it ends the
+    server before, if there is one."""
     servers = []
 
     def start():
         stop()
         servers.append(start_server(root))
-        return Api(servers[-1].url)
+        return Client(servers[-1], keep=False)
 
     def stop():
         while servers:
@@ -78,10 +73,7 @@ def push_image(api, name, tag, *layers, **fields):
     """Push an OCI image through the API; returns its manifest's descriptor."""
     config = b'{"os":"linux","architecture":"amd64"}'
     for content in (config,) + layers:
-        location = api("POST", name + "/blobs/uploads/")[1]["Location"]
-        joint = "&" if "?" in location else "?"
-        path = re.sub("^.*/v2/", "", location)
-        assert api("PUT", path + joint + "digest=" + Digest.of(content), content)[0] == 201
+        assert api.upload(name, content).status == 201
     return api.put_manifest(name, image(layers, config, **fields), tag)[0]
 
 
@@ -94,9 +86,9 @@ def test_images_that_docker_registry_stored(distribution, serve, root):
         joint, _ = theirs.put_manifest("their/app", {"schemaVersion": 2, "mediaType": OCI_INDEX,
                                                      "manifests": list(pushed.values())}, "all")
         push_image(theirs, "other", "1", b"shared", b"layers")
-        theirs("DELETE", "their/app/manifests/" + push_image(theirs, "their/app", "gone", b"gone")["digest"])
+        theirs.ask("DELETE", "/v2/their/app/manifests/" + push_image(theirs, "their/app", "gone", b"gone")["digest"])
     ours = serve()
-    assert json.loads(ours("GET", "_catalog")[2].decode())["repositories"] == ["other", "their/app"]
+    assert ours.ask("GET", "/v2/_catalog").json["repositories"] == ["other", "their/app"]
     assert ours.tags("their/app") == ["1", "2", "all"]
     assert {tag: ours.digest("their/app", tag) for tag in ("1", "2", "all")} == {
         "1": pushed["1"]["digest"], "2": pushed["2"]["digest"], "all": joint["digest"]}
@@ -121,7 +113,7 @@ def test_referrers_that_docker_registry_does_not_know(distribution, serve):
     """Clients that find no referrers API keep a list in a tag; tinyreg finds the manifests themselves."""
     with distribution as theirs:
         subject = push_image(theirs, "signed", "1", b"layer")
-        assert theirs("GET", "signed/referrers/" + subject["digest"])[0] == 404
+        assert theirs.ask("GET", "/v2/signed/referrers/" + subject["digest"])[0] == 404
         signature = push_image(theirs, "signed", None, b"signature", subject=subject)
         listed = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [signature]}
         theirs.put_manifest("signed", listed, subject["digest"].replace(":", "-"))
@@ -132,13 +124,13 @@ def test_referrers_that_docker_registry_does_not_know(distribution, serve):
 
 def test_an_upload_that_docker_registry_had_begun(distribution, serve):
     with distribution as theirs:
-        location = theirs("POST", "half/blobs/uploads/")[1]["Location"]
-        assert theirs("PATCH", re.sub("^.*/v2/", "", location), b"first half, ")[0] == 202
+        location = theirs.ask("POST", "/v2/half/blobs/uploads/")[1]["Location"]
+        assert theirs.ask("PATCH", location, b"first half, ")[0] == 202
     ours = serve()
     session = re.search("half/blobs/uploads/[^?]+", location).group(0)
-    assert ours("GET", session)[1]["Range"] == "0-11"
+    assert ours.ask("GET", "/v2/" + session)[1]["Range"] == "0-11"
     digest = Digest.of(b"first half, second half")
-    status, _, answer = ours("PUT", session + "?digest=" + digest, b"second half")
+    status, _, answer = ours.ask("PUT", "/v2/" + session + "?digest=" + digest, b"second half")
     assert status == 201, answer
     serve.stop()
     with distribution as theirs:
@@ -148,11 +140,6 @@ def test_an_upload_that_docker_registry_had_begun(distribution, serve):
 # A volume of tinyreg's opens in docker-registry
 
 
-@pytest.fixture
-def store(root):
-    return Directory(root)
-
-
 def test_images_that_tinyreg_stored(distribution, serve, store):
     made = {"oci": make_image(store, "our/app", "oci"), "docker": make_docker_image(store, "our/app", "docker"),
             "empty": make_image(store, "our/app", "empty", layers=(b"",))}
@@ -160,7 +147,7 @@ def test_images_that_tinyreg_stored(distribution, serve, store):
     store.put_manifest("our/app", made["all"], ["all"])
     make_image(store, "other", "1", layers=(b"other",))
     with distribution as theirs:
-        assert json.loads(theirs("GET", "_catalog")[2].decode())["repositories"] == ["other", "our/app"]
+        assert theirs.ask("GET", "/v2/_catalog").json["repositories"] == ["other", "our/app"]
         assert sorted(theirs.tags("our/app")) == sorted(made)
         for tag, manifest in made.items():
             assert theirs.digest("our/app", tag) == manifest.digest
@@ -227,7 +214,7 @@ def test_there_and_back(distribution, serve, store):
         pushed = push_image(theirs, "app", "theirs", b"shared", b"theirs")
         about = {"mediaType": OCI_MANIFEST, "digest": ours_first.digest, "size": len(ours_first.content)}
         second = push_image(theirs, "app", None, b"second signature", subject=about)
-        assert theirs("DELETE", "app/manifests/" + ours_first.digest)[0] == 202
+        assert theirs.ask("DELETE", "/v2/app/manifests/" + ours_first.digest)[0] == 202
         assert push_image(theirs, "app", "ours", b"new content of ours")["digest"] != ours_first.digest
     ours = serve()
     assert ours.tags("app") == ["ours", "theirs"]
@@ -243,14 +230,14 @@ def test_an_upload_that_tinyreg_had_begun(distribution, serve, store):
     session = store.start_upload("half")
     ours = serve()
     path = "half/blobs/uploads/" + session.id
-    assert ours("PATCH", path, b"first half, ")[0] == 202
+    assert ours.ask("PATCH", "/v2/" + path, b"first half, ")[0] == 202
     serve.stop()
     distribution.collect()
     with distribution as theirs:
         assert theirs.tags("half") == ["1"]
         push_image(theirs, "half", "2", b"another")
     digest = Digest.of(b"first half, second half")
-    assert serve()("PUT", path + "?digest=" + digest, b"second half")[0] == 201
+    assert serve().ask("PUT", "/v2/" + path + "?digest=" + digest, b"second half")[0] == 201
 
 
 # sha512
@@ -281,14 +268,14 @@ def test_a_blob_that_docker_registry_took_by_its_sha512(distribution, serve):
     """It stores the bytes by their sha256, and links to them from both: so a link may name another digest."""
     long = Digest.of(b"taken by sha512", "sha512")
     with distribution as theirs:
-        location = theirs("POST", "app/blobs/uploads/")[1]["Location"]
+        location = theirs.ask("POST", "/v2/app/blobs/uploads/")[1]["Location"]
         path = re.sub("^.*/v2/", "", location)
-        assert theirs("PUT", path + "&digest=" + long, b"taken by sha512")[0] == 201
+        assert theirs.ask("PUT", "/v2/" + path + "&digest=" + long, b"taken by sha512")[0] == 201
     ours = serve()
-    status, headers, content = ours("GET", "app/blobs/" + long)
+    status, headers, content = ours.ask("GET", "/v2/app/blobs/" + long)
     assert (status, headers["Docker-Content-Digest"], content) == (200, long, b"taken by sha512")
     assert ours.blob("app", Digest.of(b"taken by sha512")) == b"taken by sha512"
-    assert ours("POST", "other/blobs/uploads/?from=app&mount=" + long)[0] == 201
+    assert ours.ask("POST", "/v2/other/blobs/uploads/?from=app&mount=" + long)[0] == 201
     assert ours.blob("other", long) == b"taken by sha512"
 
 
@@ -309,7 +296,7 @@ def their_volume(distribution):
 
 def test_damage_opens_and_a_push_mends_it(their_volume, serve, root):
     """Links and blobs of no bytes, blobs cut short: missing for clients, who push them again, as on any push."""
-    store = Directory(root)
+    store = Directory(str(root))
     places = {
         "a blob's link": store.layer_path("app", Digest.of(b"one")) + "/link",
         "a blob": store.blob_path(Digest.of(b"two")),
@@ -332,7 +319,7 @@ def test_a_blob_cut_short_is_noticed_by_the_next_push(start_server, root, skopeo
     """Clients don't push a blob that they are told is there. So that push fails, and from then on the blob is missing
     for all: the next push brings it."""
     made = make_image(Directory(str(tmp_path / "source")), "app", "1")
-    store, cut = Directory(root), made.blobs[1].digest
+    store, cut = Directory(str(root)), made.blobs[1].digest
     ours, name = start_server(root), "docker://%s/app:1"
     source = start_server(tmp_path / "source")
     command = ["copy", "--preserve-digests", "--src-tls-verify=false", "--dest-tls-verify=false",
@@ -343,18 +330,18 @@ def test_a_blob_cut_short_is_noticed_by_the_next_push(start_server, root, skopeo
     assert "manifest blob unknown" in skopeo(*command, ok=False)
     assert "damaged blob" in ours.log()
     skopeo(*command)
-    api = Api(ours.url)
+    api = Client(ours)
     assert api.digest("app", "1") == made.digest
     assert Digest.of(api.blob("app", cut)) == cut
 
 
 def check_missing(api, digest, what):
     """Nothing crashes: each part is there, whole, or is answered as missing; not all of them are there."""
-    statuses = [api("GET", "app/manifests/1")[0], api("GET", "app/manifests/" + digest)[0]]
-    statuses += [api("GET", "app/blobs/" + Digest.of(blob))[0] for blob in (b"one", b"two")]
+    statuses = [api.ask("GET", "/v2/app/manifests/1")[0], api.ask("GET", "/v2/app/manifests/" + digest)[0]]
+    statuses += [api.ask("GET", "/v2/app/blobs/" + Digest.of(blob))[0] for blob in (b"one", b"two")]
     assert set(statuses) <= {200, 404} and 404 in statuses, what
-    assert api("GET", "app/tags/list")[0] == 200, what
-    assert api("GET", "_catalog")[0] == 200, what
+    assert api.ask("GET", "/v2/app/tags/list")[0] == 200, what
+    assert api.ask("GET", "/v2/_catalog")[0] == 200, what
 
 
 def mend(api, digest, what):
@@ -368,7 +355,7 @@ def mend(api, digest, what):
 
 def test_a_mended_volume_is_good_for_docker_registry(their_volume, serve, distribution, root):
     """2.8 itself never gets over such damage: its garbage collection stops, and a push leaves the blob as it is."""
-    store = Directory(root)
+    store = Directory(str(root))
     empty(store.blob_path(Digest.of(b"one")))
     empty(store.revision_path("app", their_volume) + "/link")
     with pytest.raises(AssertionError, match="invalid checksum digest"):

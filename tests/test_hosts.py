@@ -21,7 +21,7 @@ import uuid
 
 import pytest
 from conftest import TINYREG, run_tinyreg, until
-from engines import NGINX_BEGIN, private_folder, require, require_root, run, unavailable, wait_for
+from engines import NGINX_BEGIN, private_folder, require, require_root, run, unavailable
 from samples import CONFIG, image, make_image, push_blob, to_manifest
 from tinyreg import (MANIFEST_TYPES, OCI_INDEX, Digest, Directory, Endpoint, Metrics, Notifications, collect_garbage,
                      token_key)
@@ -174,7 +174,8 @@ def nginx(hosts):
         file.write(NGINX_CONF.format(folder=hosts.folder, front=FRONT))
     process = subprocess.Popen(["nginx", "-p", hosts.folder, "-c", path], stderr=subprocess.DEVNULL)
     try:
-        wait_for(lambda: ask(FRONT, "GET", "/v2/")[0] in (200, 401), "nginx", process, hosts.folder + "/error.log")
+        until(lambda: ask(FRONT, "GET", "/v2/")[0] in (200, 401), what="nginx", process=process,
+              log=hosts.folder + "/error.log")
         yield
     finally:
         process.terminate()

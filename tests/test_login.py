@@ -13,9 +13,9 @@ import sys
 import time
 
 import pytest
-from conftest import TINYREG, Server, run_tinyreg
-from engines import (Client, private_folder, require, require_root, run, running_containerd, running_docker,
-                     unavailable, wait_for)
+from conftest import TINYREG, Server, run_tinyreg, until
+from engines import (Program, private_folder, require, require_root, run, running_containerd, running_docker,
+                     unavailable)
 from samples import make_image, real_image
 from tinyreg import Directory, host_names
 
@@ -172,7 +172,7 @@ def test_docker_with_a_mirror(registry, machine, trusted_by_docker, challenge):
     machine.sh("rm -f /etc/docker/daemon.json")
     clients(registry, machine, "docker", "--mirror")
     machine.sh("cp /etc/docker/daemon.json %s; kill -HUP $(cat %s/docker.pid)" % (docker.folder, docker.folder))
-    wait_for(lambda: registry.address in docker("info"), "the mirror")
+    until(lambda: registry.address in docker("info"), what="the mirror")
     docker("pull", "app:1")
     docker("image", "rm", "app:1")
     assert "GET /v2/library/app/manifests/" in registry.log()
@@ -193,7 +193,7 @@ def trusted_by_podman(registry, machine):
 
 
 def client_in(machine, environment, *command):
-    return Client(*machine.enter + list(command), environment=environment)
+    return Program(*machine.enter + list(command), environment=environment)
 
 
 def test_podman(registry, machine, containers_environment, trusted_by_podman, challenge):
