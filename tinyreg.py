@@ -5600,7 +5600,8 @@ ROUTES += compile_routes([
 
 # -------------------------------------------------------------------------------------------------
 # 14  Server
-#  Sockets, on the frame of http.server: Server takes connections, Connection reads requests and
+#
+# Sockets, on the frame of http.server: Server takes connections, Connection reads requests and
 # sends responses. What is stricter than http.server follows RFC 9112 to the letter, because a
 # request that two parsers read differently is how requests are smuggled past a proxy. What is
 # faster keeps small responses in memory and lets every thread of every process accept. One thread
@@ -5762,7 +5763,8 @@ class RequestReader:
             raise bad_request("this is an HTTP port, not an HTTPS one")
         if len(self.buffer) > MAX_HEAD:
             raise bad_request("the header block is longer than 64 KiB", 431)
-        if len(self.buffer) > MAX_REQUEST_LINE and self.buffer.find(b"\r\n", 0, MAX_REQUEST_LINE + 2) < 0:
+        first_line = self.buffer[:MAX_REQUEST_LINE + 2]
+        if len(self.buffer) > MAX_REQUEST_LINE and b"\r\n" not in first_line:
             raise bad_request("the request line is longer than 8 KiB", 414)
         if BARE_NEWLINE.search(self.buffer, searched):
             raise bad_request("lines must end with CR LF")
