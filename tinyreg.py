@@ -95,7 +95,9 @@ import urllib.parse
 import urllib.request
 import uuid
 import zlib
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set, Tuple, Union
+from typing import (
+    Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple, Type, Union,
+)
 
 __version__ = "0.1"
 
@@ -180,29 +182,6 @@ logger = logging.getLogger("tinyreg")
 # any other OSError means that the host failed, and the rest are bugs.
 # ---------------------------------------------------------------------------------------------------------
 
-ERRORS = {  # OCI code (distribution-spec, "Error Codes"): (HTTP status, default message)
-    "BLOB_UNKNOWN":          (404, "blob unknown to registry"),
-    "BLOB_UPLOAD_INVALID":   (400, "blob upload invalid"),
-    "BLOB_UPLOAD_UNKNOWN":   (404, "blob upload unknown to registry"),
-    "DIGEST_INVALID":        (400, "provided digest did not match uploaded content"),
-    "MANIFEST_BLOB_UNKNOWN": (400, "manifest references a manifest or blob unknown to registry"),
-    "MANIFEST_INVALID":      (400, "manifest invalid"),
-    "MANIFEST_UNKNOWN":      (404, "manifest unknown to registry"),
-    "NAME_INVALID":          (400, "invalid repository name"),
-    "NAME_UNKNOWN":          (404, "repository name not known to registry"),
-    "SIZE_INVALID":          (400, "provided length did not match content length"),
-    "UNAUTHORIZED":          (401, "authentication required"),
-    "DENIED":                (403, "requested access to the resource is denied"),
-    "UNSUPPORTED":           (405, "the operation is unsupported"),
-    "TOOMANYREQUESTS":       (429, "too many requests"),
-    # Distribution's, for what the specification has no code for.
-    "RANGE_INVALID":         (416, "the range does not fit what is there"),
-    "UNAVAILABLE":           (503, "the registry can't do this at the moment"),
-    "UNKNOWN":               (500, "the registry failed; its log says why"),
-}
-
-UNKNOWN_CODES = ("NAME_UNKNOWN", "MANIFEST_UNKNOWN", "BLOB_UNKNOWN")  # it is not there
-
 # What the host may run out of while it stores something, and what the client is told: (status, message).
 # The client may try again later, and docker does so by itself; 507 is "Insufficient Storage".
 HOST_FAILURES = {
@@ -217,35 +196,106 @@ HOST_FAILURES = {
 }
 
 
-def to_json(value):
-    """The value as one line of JSON, in bytes; ASCII, so that stray surrogates can't make it invalid UTF-8."""
+def to_json(value: Any) -> bytes:
+    """The value as one line of JSON. ASCII, so that stray surrogates can't make it invalid UTF-8."""
     return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
 
 
 class RegistryError(Exception):
     """A refusal in the client's terms: an OCI error code, its HTTP status, a message and details.
 
-    Each detail makes an entry of its own in the answer's list of errors, as MANIFEST_BLOB_UNKNOWN wants it.
-    """
+    RegistryError(CODE) makes an instance of the class that ERRORS names for the code, so a caller that
+    goes on where something is missing catches Unknown, and compares no codes. Each detail makes an entry
+    of its own in the response's list of errors, as MANIFEST_BLOB_UNKNOWN wants it."""
 
-    def __init__(self, code, *details, message=None, status=None, headers=()):
-        default_status, default_message = ERRORS[code]
+    def __new__(cls, code: str, *details: Any, **settings: Any) -> "RegistryError":
+        return super().__new__(ERRORS[code].kind if cls is RegistryError else cls)
+
+    def __init__(self, code: str, *details: Any, message: Optional[str] = None,
+                 status: Optional[int] = None, headers: Iterable[Tuple[str, str]] = ()) -> None:
         self.code = code
         self.details = details
-        self.message = message or default_message
-        self.status = status or default_status
+        self.message = message or ERRORS[code].message
+        self.status = status or ERRORS[code].status
         self.headers = list(headers)
         super().__init__(": ".join([self.message] + [str(detail) for detail in details]))
 
     @classmethod
-    def too_many(cls, wait, message):
-        """TOOMANYREQUESTS, and in how many seconds to come again."""
+    def too_many(cls, wait: int, message: str) -> "RegistryError":
+        """TOOMANYREQUESTS; the client is to come again in `wait` seconds."""
         return cls("TOOMANYREQUESTS", message=message, headers=[("Retry-After", str(wait))])
 
-    def body(self):
-        """The JSON that distribution-spec's "Error Codes" prescribes, as bytes."""
-        entries = [{"code": self.code, "message": self.message, "detail": detail} for detail in self.details]
-        return to_json({"errors": entries or [{"code": self.code, "message": self.message}]})
+    def body(self) -> bytes:
+        """The JSON that distribution-spec's "Error Codes" prescribes."""
+        entry = {"code": self.code, "message": self.message}
+        entries = [dict(entry, detail=detail) for detail in self.details]
+        return to_json({"errors": entries or [entry]})
+
+
+class Unknown(RegistryError):
+    """A repository, manifest, blob or upload session is not there."""
+
+
+class Invalid(RegistryError):
+    """What the client sent is malformed, or is not what it says."""
+
+
+class DigestInvalid(Invalid):
+    """A digest is malformed, or is not that of the content."""
+
+
+class RangeInvalid(Invalid):
+    """A range is not there, or a chunk does not begin where the upload ends."""
+
+
+class BlobsMissing(RegistryError):
+    """A manifest needs blobs or manifests that the repository lacks; the details are their digests."""
+
+
+class Refused(RegistryError):
+    """The client may not do this, or not without a password."""
+
+
+class Unsupported(RegistryError):
+    """This registry can't do this, whoever asks."""
+
+
+class Unavailable(RegistryError):
+    """A host, a disk or a network failed, or is overloaded: it may work later."""
+
+
+class ErrorKind(NamedTuple):
+    """What an OCI error code means here: the class to catch, the HTTP status and the default message."""
+
+    kind: Type[RegistryError]
+    status: int
+    message: str
+
+
+ERRORS = {  # by the OCI code (distribution-spec, "Error Codes")
+    "BLOB_UNKNOWN": ErrorKind(Unknown, 404, "blob unknown to registry"),
+    "BLOB_UPLOAD_INVALID": ErrorKind(Invalid, 400, "blob upload invalid"),
+    "BLOB_UPLOAD_UNKNOWN": ErrorKind(Unknown, 404, "blob upload unknown to registry"),
+    "DIGEST_INVALID": ErrorKind(
+        DigestInvalid, 400, "provided digest did not match uploaded content"),
+    "MANIFEST_BLOB_UNKNOWN": ErrorKind(
+        BlobsMissing, 400, "manifest references a manifest or blob unknown to registry"),
+    "MANIFEST_INVALID": ErrorKind(Invalid, 400, "manifest invalid"),
+    "MANIFEST_UNKNOWN": ErrorKind(Unknown, 404, "manifest unknown to registry"),
+    "NAME_INVALID": ErrorKind(Invalid, 400, "invalid repository name"),
+    "NAME_UNKNOWN": ErrorKind(Unknown, 404, "repository name not known to registry"),
+    "SIZE_INVALID": ErrorKind(Invalid, 400, "provided length did not match content length"),
+    "UNAUTHORIZED": ErrorKind(Refused, 401, "authentication required"),
+    "DENIED": ErrorKind(Refused, 403, "requested access to the resource is denied"),
+    "UNSUPPORTED": ErrorKind(Unsupported, 405, "the operation is unsupported"),
+    "TOOMANYREQUESTS": ErrorKind(Unavailable, 429, "too many requests"),
+    # Distribution's, for what the specification has no code for.
+    "RANGE_INVALID": ErrorKind(RangeInvalid, 416, "the range does not fit what is there"),
+    "UNAVAILABLE": ErrorKind(Unavailable, 503, "the registry can't do this at the moment"),
+    "UNKNOWN": ErrorKind(Unavailable, 500, "the registry failed; its log says why"),
+}
+
+UNKNOWN_CODES = ("NAME_UNKNOWN", "MANIFEST_UNKNOWN", "BLOB_UNKNOWN")  # it is not there
 
 
 class CommandError(argparse.ArgumentTypeError):
