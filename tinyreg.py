@@ -332,6 +332,17 @@ class Digest(str):
         return cls("%s:%s" % (algorithm, hashlib.new(algorithm, content).hexdigest()))
 
 
+# Control characters, half surrogates, and what is invisible or turns the direction of a line.
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+                    "\ud800-\udfff\ufeff\U000e0000-\U000e007f]")
+
+
+def harmless(text: str) -> str:
+    """A stranger's text for a terminal, a log or the page, with escapes for what would break a line,
+    turn its direction or move the cursor."""
+    return UNSAFE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
 def parse_algorithm(text):
     """Raises DIGEST_INVALID for an algorithm other than sha256 and sha512."""
     if text not in ALGORITHMS:
@@ -2872,6 +2883,7 @@ RETRIED = (408, 429, 500, 502, 503, 504)
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 10
 MAX_ANSWER = 4 * MAX_MANIFEST  # bytes of an answer that is no blob: some registries list all tags at once
+MAX_MESSAGE = 1000           # characters of another registry's error message that are passed on
 CONNECT_TIMEOUT = 15.0       # seconds to reach another registry
 REMOTE_TIMEOUT = 60.0        # seconds without a byte from it …
 CLOSING_TIMEOUT = 600.0      # … and at the end of an upload, while it reads a large blob again and puts it away
@@ -3102,7 +3114,7 @@ class Remote(Registry):
         with contextlib.suppress(ValueError, LookupError, TypeError):  # many answer in HTML, or not at all to a HEAD
             told = load_json(reply.content)["errors"][0]
             code = told["code"] if told["code"] in ERRORS else code
-            message = told.get("message") or message
+            message = str(told.get("message") or message)[:MAX_MESSAGE]
         code = "UNKNOWN" if reply.status >= 500 else code
         message = "%s answered %d: %s" % (self.host, reply.status, message)
         if reply.status == 404:
@@ -4218,15 +4230,9 @@ class Access:
 Exchange = collections.namedtuple("Exchange", "client user method target route name reference status received sent "
                                   "seconds digest agent")
 
-UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 KNOWN_PARAMETERS = ("artifactType|digest|digest-algorithm|from|last|mount|n|ns|platform|q|reference|repository|scope|"
                     "service|tag")
 SECRET_PARAMETER = re.compile(r"(?<=[?&])(?!(?:%s)=)([^=&]*=|)[^&]+" % KNOWN_PARAMETERS)
-
-
-def harmless(text):
-    """The text with escapes for what would break a line or turn its direction: nobody forges a log with a header."""
-    return UNSAFE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
 def without_secrets(target):
@@ -4348,8 +4354,8 @@ class LogHandler(logging.Handler):
 
 
 def start_logging(style="text"):
-    """Send warnings and errors to the log, in one of LOG_FORMATS' styles."""
-    logger.addHandler(LogHandler(style))
+    """Send warnings and errors to the log, in one of LOG_FORMATS' styles; a later call changes it."""
+    logger.handlers[:] = [LogHandler(style)]
 
 
 # Metrics
@@ -6762,6 +6768,49 @@ def next_signal():
 # ---------------------------------------------------------------------------------------------------------
 
 
+def fitted(text, file):
+    """The text as this file can show it: harmless, and with escapes for what its encoding lacks."""
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    return harmless(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def tell(line: str) -> None:
+    """Print a line of a command's report. What strangers say may be in it: so all output goes
+    through here, complain or tell_progress."""
+    print(fitted(line, sys.stdout))
+
+
+def flush_output():
+    """Write what print() has kept back. What can't be written is dropped, or Python would try again
+    at its very end, and print an error of its own. Raises BrokenPipeError, CommandError."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise CommandError("can't write the output: %s" % error.strerror)
+
+
+def complain(line: str) -> None:
+    """Print a line on stderr, at once."""
+    print(fitted(line, sys.stderr), file=sys.stderr, flush=True)
+
+
+def tell_progress(line: str) -> None:
+    """Show a line on the terminal in place of the last one; "" clears it."""
+    columns = shutil.get_terminal_size().columns - 1
+    sys.stderr.write("\r%s\x1b[K" % fitted(line, sys.stderr)[:columns])
+    sys.stderr.flush()
+
+
+def tell_json(value) -> None:
+    """Print a report for programs. It is ASCII, so it stays valid JSON whatever strangers say."""
+    for line in json.dumps(value, indent=2).splitlines():
+        tell(line)
+
+
 def open_store(options, create=False, kind=Directory):
     """The Directory at --root, or one of a kind that is made like it. Raises CommandError."""
     try:
@@ -7001,7 +7050,9 @@ def serve(options):
         return 0
 
     supervisor = Supervisor([functools.partial(work, number) for number in range(options.workers)], listeners, hang_up)
-    print(banner(store, listeners, access, local, tls), flush=True)
+    for line in banner(store, listeners, access, local, tls).splitlines():
+        tell(line)
+    flush_output()
     tell_systemd("READY=1")
     return supervisor.run()
 
@@ -7026,8 +7077,10 @@ def find_image(store, text):
 
 def show(options, value, lines):
     """Print what a command reports: with --json the value, else the lines."""
-    for line in [json.dumps(value, indent=2)] if options.json else lines:
-        print(line)
+    if options.json:
+        return tell_json(value)
+    for line in lines:
+        tell(line)
 
 
 def tag_row(entry):
@@ -7058,7 +7111,8 @@ def list_store(options):
             report.append(dict(describe(store, name, store.resolve(name, tag)), tag=tag))
         except RegistryError as error:
             report.append({"tag": tag, "error": str(error)})
-    rows = [["TAG", "SIZE", "PLATFORMS", "DIGEST"]] + [tag_row(entry) for entry in report]
+    rows = [["TAG", "SIZE", "PLATFORMS", "DIGEST"]]
+    rows += [[harmless(cell) for cell in tag_row(entry)] for entry in report]
     widths = [max(map(len, column)) for column in zip(*rows)]
     show(options, report, ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows])
     return 0
@@ -7120,7 +7174,8 @@ def passwd(options):
             kept.append(prefix + hashed + b"\n")
         Files(os.path.dirname(path)).write(path, b"".join(kept), private=True)
     if not options.quiet:
-        print("%s %s in %s" % ("removed" if options.delete else "set the password of", options.user, options.users))
+        done = "removed" if options.delete else "set the password of"
+        tell("%s %s in %s" % (done, options.user, options.users))
     return 0
 
 
@@ -7154,13 +7209,16 @@ def clients(options):
     script = "".join(client_script(client, host, ca, options.mirror, known_origins(options.root))
                      for client in CLIENTS if options.client in (None, client))
     if not options.install:
-        print(script, end="")
+        for line in script.splitlines():
+            tell(line)
     elif not options.client:
         raise CommandError("say for which client: tinyreg.py clients CLIENT --install")
     elif subprocess.run(["sh", "-e", "-c", script]).returncode:
         raise CommandError("the files could not be written; that needs root's rights")
     elif not options.quiet:
-        print("\n".join(line[2:] for line in script.splitlines() if line.startswith("# ")))
+        for line in script.splitlines():
+            if line.startswith("# "):
+                tell(line[2:])
     return 0
 
 
@@ -7181,11 +7239,11 @@ class Progress:
         """A line that stays."""
         if not self.quiet:
             self.clear()
-            print(line, file=sys.stderr, flush=True)
+            complain(line)
 
     def clear(self):
         if self.moving:
-            sys.stderr.write("\r\x1b[K")
+            tell_progress("")
 
     def watch(self, report):
         """Show how far an image is; what Report calls, ten times a second at most."""
@@ -7197,8 +7255,7 @@ class Progress:
         share = done / report.total_bytes if report.total_bytes else 1.0
         line = "%s [%s] %d %%, in total %s of %s" % (report.image, ("#" * int(share * 20)).ljust(20, "-"), share * 100,
                                                      in_units(self.before + done), in_units(self.total))
-        sys.stderr.write("\r" + line[:shutil.get_terminal_size().columns - 1] + "\x1b[K")
-        sys.stderr.flush()
+        tell_progress(line)
 
 
 def summary(report, planned=False):
@@ -7232,7 +7289,7 @@ def run_copies(options, work, target, progress):
 
     def fail(image, error):
         progress.clear()
-        print("tinyreg: %s: %s" % (image, error), file=sys.stderr, flush=True)
+        complain("tinyreg: %s: %s" % (image, error))
         failures.append({"image": image, "error": str(error)})
 
     for image, make in work:
@@ -7255,7 +7312,8 @@ def run_copies(options, work, target, progress):
                 plan.run(options.jobs)
             progress.clear()
             if not options.quiet and not options.json:
-                print(summary(report, options.dry_run), flush=True)
+                tell(summary(report, options.dry_run))
+                flush_output()
             if report.missing:
                 fail(report.image, "%d blobs are missing in the source; no tag was set. Missing: %s"
                      % (len(report.missing), " ".join(report.missing)))
@@ -7263,13 +7321,13 @@ def run_copies(options, work, target, progress):
             fail(report.image, error)
         progress.before += report.total_bytes
     if options.json:
-        print(json.dumps({"images": [plan.report.as_json() for plan in plans], "failed": failures,
-                          "needed_bytes": needed}, indent=2))
+        tell_json({"images": [plan.report.as_json() for plan in plans], "failed": failures,
+                   "needed_bytes": needed})
     elif options.dry_run:
-        print("in total: %d blobs, %s to copy%s" % (len(lacking), in_units(needed),
-                                                    "" if free is None else "; %s free" % in_units(free)))
+        room = "" if free is None else "; %s free" % in_units(free)
+        tell("in total: %d blobs, %s to copy%s" % (len(lacking), in_units(needed), room))
     elif plans and isinstance(target, Directory) and not options.quiet:
-        print("the store is " + target.root)
+        tell("the store is " + target.root)
     return 1 if failures else 0
 
 
@@ -7295,7 +7353,6 @@ def open_remote(options, host, progress):
 
 def pull(options):
     """Copy images from their registries into the store."""
-    start_logging()
     store, progress = open_store(options, create=True), Progress(options.quiet or options.json)
     images = [parse_image(text) for text in wanted_images(options)]
     remotes = {host: open_remote(options, host, progress) for host in {image.host for image in images}}
@@ -7323,7 +7380,6 @@ def push_name(host, prefix, name):
 
 def push(options):
     """Copy images from the store to another registry."""
-    start_logging()
     store, progress = open_store(options), Progress(options.quiet or options.json)
     host, prefix = target_of(options.to)
     remote = open_remote(options, host, progress)
@@ -7382,28 +7438,29 @@ def collect(options):
     store = open_store(options)
     gone = []
 
-    def tell(kind, what, size):
+    def note(kind, what, size):
         if options.json:
             gone.append({"kind": kind[:-1], "name": what, "size": size})
         elif options.dry_run:
-            print("%s  %s%s" % (kind[:-1], what, "  %d bytes" % size if size else ""))
+            tell("%s  %s%s" % (kind[:-1], what, "  %d bytes" % size if size else ""))
 
     try:
-        done = collect_garbage(store, grace=options.grace, untagged=options.untagged, dry_run=options.dry_run,
-                               tell=tell, keep=options.keep, older_than=options.older_than, among=options.repositories)
+        done = collect_garbage(store, grace=options.grace, untagged=options.untagged,
+                               dry_run=options.dry_run, tell=note, keep=options.keep,
+                               older_than=options.older_than, among=options.repositories)
     except BlockingIOError:
         raise CommandError("another gc is at work in %s; it does the same" % store.root)
     if options.json:
-        print(json.dumps({"dryRun": options.dry_run, "size": done.counts["bytes"], "removed": gone,
-                          "unreadable": done.unread}, indent=2))
+        tell_json({"dryRun": options.dry_run, "size": done.counts["bytes"], "removed": gone,
+                   "unreadable": done.unread})
     elif not options.quiet:
-        print("%s %s; %s" % ("would remove" if options.dry_run else "removed", ", ".join(
+        tell("%s %s; %s" % ("would remove" if options.dry_run else "removed", ", ".join(
             "%d %s" % (done.counts[kind], kind) for kind in ("tags", "manifests", "links", "blobs", "uploads",
                                                              "repositories") if kind != "tags" or done.counts[kind]),
             in_units(done.counts["bytes"])))
     if done.unread:
-        print("tinyreg: kept all that may belong to what can't be read (see tinyreg.py verify): "
-              + ", ".join(done.unread[:10]) + (" …" if done.unread[10:] else ""), file=sys.stderr)
+        complain("tinyreg: kept all that may belong to what can't be read (see tinyreg.py verify): "
+                 + ", ".join(done.unread[:10]) + (" …" if done.unread[10:] else ""))
     return 0
 
 
@@ -7454,18 +7511,21 @@ def verify(options):
 
     def progress(blobs, size):
         if shown:
-            sys.stderr.write("\r%d blobs, %s read " % (blobs, in_units(size)))
+            tell_progress("%d blobs, %s read" % (blobs, in_units(size)))
 
     signal.signal(signal.SIGINT, leave_at_once)  # threads would go on reading
     check = ArchiveVerification(options.archives, progress=progress) if options.archives else Verification(
         open_store(options), options.rate, progress)
     check.run(options.repair)
     if shown:
-        sys.stderr.write("\n")
+        complain("")
     report = [{"what": what, "name": name, "path": path, "harms": sorted(images)}
               for (what, name, path), images in sorted(check.findings.items())]
-    lines = ["%(what)s: %(name)s (%(path)s)" % entry + "".join("\n    harms " + image for image in entry["harms"])
-             for entry in report] + ["put aside: " + path for path in check.moved]
+    lines = []
+    for entry in report:
+        lines.append("%(what)s: %(name)s (%(path)s)" % entry)
+        lines += ["    harms " + image for image in entry["harms"]]
+    lines += ["put aside: " + path for path in check.moved]
     if not options.quiet:
         lines.append("%d blobs, %s: %s" % (check.blobs, in_units(check.bytes), "all is well" if not report else
                                            "%d damaged or missing; push the images that it harms (or "
@@ -7516,12 +7576,13 @@ def save(options):
             raise CommandError("%s has room for %s, and %s are needed" % (folder, in_units(free), in_units(needed)))
         files = writer.save()
     if options.json:
-        print(json.dumps({"images": [report.as_json() for report in reports], "bytes": needed, "files": files},
-                         indent=2))
+        tell_json({"images": [report.as_json() for report in reports], "bytes": needed,
+                   "files": files})
     elif not options.quiet:
-        print("%s: %d images, %s in %d files" % (options.output, len(reports), in_units(needed), len(writer.files)))
+        tell("%s: %d images, %s in %d files"
+             % (options.output, len(reports), in_units(needed), len(writer.files)))
         for entry in files:
-            print("  %(file)s  %(size)d bytes  sha256:%(sha256)s" % entry)
+            tell("  %(file)s  %(size)d bytes  sha256:%(sha256)s" % entry)
     return 0
 
 
@@ -7545,7 +7606,6 @@ def keep_ranges(store, archive):
 
 def load(options):
     """Copy the images of archives into the store, or to another registry."""
-    start_logging()
     progress, reports = Progress(options.quiet or options.json), []
     host, prefix = target_of(options.to) if options.to else ("", "")
     if host:
@@ -7572,8 +7632,8 @@ def load(options):
         with open(options.want, "w") as file:
             file.write("".join(digest + "\n" for digest in missing))
     if missing and archive.other_parts:
-        print("tinyreg: what is missing may be in %s" % ", ".join(map(repr, sorted(archive.other_parts))),
-              file=sys.stderr)
+        complain("tinyreg: what is missing may be in "
+                 + ", ".join(map(repr, sorted(archive.other_parts))))
     if not host and not options.dry_run:
         keep_ranges(target, archive)
     return status
@@ -7611,7 +7671,8 @@ class Parser(argparse.ArgumentParser):
         option = re.match("argument (--[a-z-]+)", message)
         if option and os.environ.get(variable_of(option.group(1))):
             message += "; %s is set" % variable_of(option.group(1))
-        self.exit(2, "%s: %s (see %s --help)\n" % (self.prog, message, self.prog))
+        line = "%s: %s (see %s --help)" % (self.prog, message, self.prog)
+        self.exit(2, fitted(line, sys.stderr) + "\n")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -7843,19 +7904,6 @@ def build_parser():
     return parser
 
 
-def flush_output():
-    """Write what print() has kept back. What can't be written is dropped, or Python would try again at its very end,
-    and print an error of its own. Raises BrokenPipeError, CommandError."""
-    try:
-        if sys.stdout:
-            sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise CommandError("can't write the output: %s" % error.strerror)
-
-
 def main(argv=None):
     """Run one command; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -7871,6 +7919,7 @@ def main(argv=None):
     options = parser.parse_args(arguments)
     if options.command == "serve":
         options.listen = options.listen or [("127.0.0.1", 5000)]
+    start_logging()
     try:
         try:
             return options.function(options)
@@ -7884,7 +7933,7 @@ def main(argv=None):
         return 1
     except OSError as error:
         message = ": ".join(filter(None, [error.filename, error.strerror or str(error)]))
-    print("tinyreg: " + message, file=sys.stderr)
+    complain("tinyreg: " + message)
     return 1
 
 

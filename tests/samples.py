@@ -94,3 +94,13 @@ def read_blob(registry, name, digest):
     """All bytes of a blob."""
     with registry.open_blob(name, digest) as blob:
         return blob.read()
+
+
+# What a stranger may say: the title of the window, a screen that is cleared, a line of its own, a line
+# that turns, half a character, and one that ASCII has not got.
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b2J\r\nall is well\u2028\u202e\ud800\xfc"
+
+
+def is_harmless(output):
+    """Whether a command's output is lines of text and nothing else."""
+    return not [letter for letter in output if letter != "\n" and not letter.isprintable()]

@@ -19,9 +19,10 @@ import pytest
 
 import tinyreg
 from conftest import TINYREG, found_pythons, run_tinyreg
-from samples import (CONFIG, image, index, make_image, make_referrer, push_blob, read_blob,
-                     to_manifest)
-from tinyreg import Archive, Digest, Directory, RegistryError, iter_tar, tar_header
+from samples import (CONFIG, EVIL, image, index, is_harmless, make_image, make_referrer, push_blob,
+                     read_blob, to_manifest)
+from tinyreg import (OWN_NAME, PARTS, SUBJECT, Archive, Digest, Directory, RegistryError, iter_tar,
+                     tar_header)
 
 NAME = "docker.io/library/demo"
 RANDOM = random.Random(7)
@@ -525,6 +526,24 @@ def test_names_as_others_write_them(tmp_path, annotations, name, tag):
     manifest = to_manifest(image())
     archive = Archive([make_tar(tmp_path / "file.tar", layout(manifest, names=[annotations]))])
     assert [(found, list(archive.tags(found))) for found in archive.repositories()] == [(name, [tag])]
+
+
+@pytest.mark.parametrize("command", ["load", "verify"])
+def test_what_an_archive_says_neither_moves_the_cursor_nor_ends_it(tmp_path, store, command):
+    odd, plain = to_manifest(image(artifactType=EVIL)), to_manifest(image(layers=(b"another",)))
+    about = {"mediaType": odd.media_type, "digest": odd.digest, "size": len(odd.content)}
+    referrer = to_manifest(image(subject=about, artifactType=EVIL))
+    members = layout(odd, referrer, plain, blobs=(CONFIG, b"layer one", b"layer two", b"another"),
+                     names=[{OWN_NAME: "a:1"}, {OWN_NAME: EVIL, SUBJECT: odd.digest},
+                            {OWN_NAME: "b:1"}])
+    archive = make_tar(tmp_path / "file.tar", members)
+    done = run_tinyreg(command, "--root", store.root, archive)
+    assert (done.returncode, done.stderr) == (0, "") and is_harmless(done.stdout)
+    assert json.loads(run_tinyreg(command, "--root", store.root, archive, "--json").stdout)
+    parts = {"files": [EVIL], "joined": {EVIL: []}}
+    members.update({"index.json": b"{}", PARTS: json.dumps(parts).encode()})
+    done = run_tinyreg(command, "--root", store.root, make_tar(tmp_path / "odd.tar", members))
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and is_harmless(done.stderr)
 
 
 def docker_config(*layers):

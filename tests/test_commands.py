@@ -12,7 +12,8 @@ import pytest
 
 import tinyreg
 from conftest import TINYREG, found_pythons, run_tinyreg
-from samples import CONFIG, image, index, make_image, make_referrer, push_blob, to_manifest
+from samples import (CONFIG, EVIL, image, index, is_harmless, make_image, make_referrer, push_blob,
+                     to_manifest)
 from tinyreg import OCI_INDEX, OCI_MANIFEST, Digest, Directory, __version__
 
 PYTHONS = found_pythons()
@@ -161,6 +162,19 @@ def test_ls_of_a_damaged_tag(run, store, root):
     found = {entry["tag"]: entry for entry in json.loads(run("ls", "a", "--json").stdout)}
     assert found["good"]["digest"] == good.digest and "unknown" in found["bad"]["error"]
     assert "unknown" in run("ls", "a").stdout.splitlines()[1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_what_an_image_says_of_itself_neither_moves_the_cursor_nor_ends_ls(run, store, encoding):
+    config = json.dumps({"os": EVIL, "architecture": "amd64", "created": EVIL}).encode()
+    make_image(store, "a", "1", config=config)
+    make_image(store, "a", "2", (), b"{}", artifactType=EVIL)
+    make_image(store, "a", "3")
+    shown = run("ls", "a", env=dict(os.environ, PYTHONIOENCODING=encoding)).stdout
+    assert is_harmless(shown) and len(shown.splitlines()) == 4
+    assert "owned" in shown and "linux/amd64" in shown
+    entries = json.loads(run("ls", "a", "--json").stdout)
+    assert entries[0]["platforms"] == [EVIL + "/amd64"] and entries[1]["platforms"] == [EVIL]
 
 
 def test_ls_digests(run, store):

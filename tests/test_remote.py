@@ -24,7 +24,7 @@ import pytest
 
 import tinyreg
 from conftest import TINYREG, run_tinyreg, until
-from samples import index, make_image, make_referrer, read_blob, to_manifest
+from samples import (EVIL, index, is_harmless, make_image, make_referrer, read_blob, to_manifest)
 from test_copy import make_multi
 from tinyreg import Digest, Directory, RegistryError, Remote, copy, find_login, pour
 
@@ -774,6 +774,27 @@ def test_an_image_that_fails_does_not_stop_the_others(filled, server, tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["tinyreg: %s: %s has no gone:1; check its name and tag" % (gone, server.host)]
     assert there in done.stdout
+
+
+def test_what_a_registry_says_neither_moves_the_cursor_nor_ends_pull(server, start_proxy, tmp_path):
+    for name in ("one", "gone", "two"):
+        manifest = make_image(Directory(server.root), name)
+        make_referrer(Directory(server.root), name, manifest, artifactType=EVIL)
+
+    def spoil(handler):
+        if handler.command == "GET" and "/gone/" in handler.path:
+            error = {"code": "NAME_UNKNOWN", "message": EVIL + "!" * 100000}
+            return handler.answer(400, body=json.dumps({"errors": [error]}).encode())
+
+    host = start_proxy(server.host, spoil).host
+    images = [host + "/one", host + "/gone", host + "/two"]
+    done = run_tinyreg("pull", "--root", tmp_path / "back", *images)
+    assert done.returncode == 1 and is_harmless(done.stdout + done.stderr)
+    assert [line.partition(": ")[0] for line in done.stdout.splitlines()[:2]] == [
+        host + "/one:latest", host + "/two:latest"]
+    assert len(done.stderr.splitlines()) == 1 and len(done.stderr) < 2000 and "owned" in done.stderr
+    report = json.loads(run_tinyreg("pull", "--json", "--root", tmp_path / "back", *images).stdout)
+    assert [entry["referrers"][0]["type"] for entry in report["images"]] == [EVIL, EVIL]
 
 
 @pytest.mark.parametrize("arguments, wanted", [

@@ -149,3 +149,14 @@ def test_helpers_stand_before_their_callers():
             own |= {part.arg for part in ast.walk(node) if isinstance(part, ast.arg)}
             late = {part.id for part in names if places.get(part.id, 0) > node.lineno} - own
             assert not late & functions and (not late or isinstance(node, ast.ClassDef)), (node.name, late)
+
+
+def test_one_place_prints_what_strangers_say():
+    """Else an escape sequence in an image reaches the terminal; half a character ends the command."""
+    printers = {"tell", "complain", "tell_progress"}
+    for node in MODULE.body:
+        for part in ast.walk(node):
+            used = ast.unparse(part) if isinstance(part, (ast.Name, ast.Attribute)) else ""
+            prints = used in ("print", "sys.stdout.write", "sys.stderr.write")
+            assert not prints or getattr(node, "name", "") in printers, "line %d prints" % part.lineno
+    assert {node.name for node in MODULE.body if isinstance(node, ast.FunctionDef)} >= printers
