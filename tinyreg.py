@@ -96,7 +96,8 @@ import urllib.request
 import uuid
 import zlib
 from typing import (
-    Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple, Type, Union,
+    Any, BinaryIO, Callable, ContextManager, Dict, Iterable, Iterator, List, NamedTuple,
+    Optional, Set, Tuple, Type, Union,
 )
 
 __version__ = "0.1"
@@ -678,16 +679,17 @@ def parse_manifest(content, content_type="", digest=None):
     _check_shape(manifest)
     return manifest
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 4  Files
 #
-# The one durable write: bytes into a scratch file, fsync, rename, fsync of the folder and of every folder that
-# had to be made. After a crash a name is there with all its bytes, or not there. And the lock that lets
-# many pushes run at once and a deletion alone. Knows nothing of registries.
-# ---------------------------------------------------------------------------------------------------------
+# The one durable write: bytes into a scratch file, fsync, rename, fsync of the folder and of every
+# folder that had to be made. After a crash a name is there with all its bytes, or not at all. Also
+# here: locks between processes, and the mark that changes whenever the store does. This room knows
+# nothing of registries.
+# -------------------------------------------------------------------------------------------------
 
 
-def sync_directory(path):
+def sync_directory(path: str) -> None:
     """Make the names in a folder durable. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -696,12 +698,12 @@ def sync_directory(path):
         os.close(descriptor)
 
 
-def make_directories(path, attempts=10):
+def make_directories(path: str, attempts: int = 10) -> None:
     """Make a folder and its missing parents, each durable before the next is made. Raises OSError.
 
-    The parent of a folder that is there already is synced, too: the process that made it may not have come to that. A
-    parent may be deleted again before it is used, but /proc says "no such directory" for ever, hence the attempts.
-    """
+    If the folder exists, its parent is synced all the same: the process that made it may not have
+    come to that yet. A parent may be deleted again before it is used, hence the attempts; their
+    number is limited, because /proc answers "no such directory" for ever."""
     try:
         os.mkdir(path)
     except FileNotFoundError:
@@ -715,8 +717,8 @@ def make_directories(path, attempts=10):
     sync_directory(os.path.dirname(path))
 
 
-def read_file(path, limit=MAX_MANIFEST):
-    """The first `limit` bytes of a file, or None where there is no such file. Raises OSError."""
+def read_file(path: str, limit: int = MAX_MANIFEST) -> Optional[bytes]:
+    """The first `limit` bytes of a file (-1: all of it), or None without one. Raises OSError."""
     try:
         with open(path, "rb", buffering=0) as file:
             return file.read(limit)
@@ -724,83 +726,103 @@ def read_file(path, limit=MAX_MANIFEST):
         return None
 
 
-def is_at(file, path):
-    """Whether an open file is still the one of this name, also where NFS remembers another. Raises OSError."""
+def is_at(file: BinaryIO, path: str) -> bool:
+    """Whether this path still names the open file. Raises OSError.
+
+    The path is opened, not only looked up: NFS may remember an earlier file of that name."""
     try:
-        with open(path, "rb", buffering=0) as there:
-            return os.path.sameopenfile(there.fileno(), file.fileno())
+        with open(path, "rb", buffering=0) as present:
+            return os.path.sameopenfile(present.fileno(), file.fileno())
     except FileNotFoundError:
         return False
 
 
-def look_at(path, opened=False):
-    """(mtime, size, inode) of a file; zeros where there is none. Raises OSError.
+class FileState(NamedTuple):
+    """How a file looked: another state means that it was written to, touched or replaced."""
 
-    NFS may tell what it knew of a file a minute ago, but not of one that has just been `opened`."""
+    mtime: float
+    size: int
+    inode: int
+
+
+def look_at(path: str, opened: bool = False) -> FileState:
+    """The present state of a file; zeros if there is none. Raises OSError.
+
+    NFS may answer with what it knew of a file a minute ago, but not for one that was just opened:
+    `opened` asks for that."""
     try:
         if opened:
             with open(path, "rb", buffering=0) as file:
-                found = os.fstat(file.fileno())
+                status = os.fstat(file.fileno())
         else:
-            found = os.stat(path)
-        return found.st_mtime, found.st_size, found.st_ino
+            status = os.stat(path)
+        return FileState(status.st_mtime, status.st_size, status.st_ino)
     except (FileNotFoundError, NotADirectoryError):
-        return 0.0, 0, 0
+        return FileState(0.0, 0, 0)
 
 
-def list_directory(path):
-    """The names in a folder in ASCII order, or [] where there is no such folder. Raises OSError."""
+def list_directory(path: str) -> List[str]:
+    """The names in a folder in ASCII order; [] if there is no such folder. Raises OSError."""
     try:
         return sorted(os.listdir(path))
     except (FileNotFoundError, NotADirectoryError):
         return []
 
 
-def cores():
+def cores() -> int:
     """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Files:
-    """Durable writes and deletions by way of a scratch folder, which must lie on the same file system."""
+    """Durable writes and deletions, by way of a scratch folder on the same file system."""
 
-    def __init__(self, scratch):
+    def __init__(self, scratch: str) -> None:
         self.scratch = scratch
 
-    def scratch_path(self):
+    def scratch_path(self) -> str:
+        """A path in the scratch folder that nobody else uses."""
         return os.path.join(self.scratch, uuid.uuid4().hex)
 
-    def write(self, path, content, private=False):
-        """Put a small file in place, as fill() does. One that has this content already only becomes as young as a new
-        one. Raises OSError."""
+    def write(self, path: str, content: bytes, private: bool = False) -> None:
+        """Put a small file in place, as fill() does. Raises OSError.
+
+        If the file already has this content, only its mtime is renewed."""
         if not private and read_file(path, len(content) + 1) == content:
             os.utime(path)
             return sync_directory(os.path.dirname(path))
         self.fill(path, lambda write: write(content), private)
 
-    def fill(self, path, give, private=False):
-        """Put a file in place, whole and durable, with what `give(write)` writes. Raises OSError, and what that raises.
+    def fill(self, path: str, give: Callable[[Callable[[bytes], Any]], Any],
+             private: bool = False) -> None:
+        """Put a file in place, whole and durable, with the bytes that `give(write)` writes.
 
-        `private`: for its owner's eyes only, from its first byte on; a file that was there keeps owner and group."""
+        A private file can be read by its owner only, from its first byte on; if it replaces one, it
+        keeps that one's owner and group. Raises OSError, and what `give` raises."""
         temporary = self.scratch_path()
         try:
             opener = functools.partial(os.open, mode=0o600) if private else None
             with open(temporary, "xb", opener=opener) as file:
                 if private and os.path.exists(path):
-                    found = os.stat(path)
-                    os.fchown(file.fileno(), found.st_uid, found.st_gid)
-                    os.fchmod(file.fileno(), found.st_mode & 0o770)
+                    former = os.stat(path)
+                    os.fchown(file.fileno(), former.st_uid, former.st_gid)
+                    os.fchmod(file.fileno(), former.st_mode & 0o770)
                 give(file.write)
                 file.flush()
                 os.fsync(file.fileno())
             self.publish(temporary, path)
         except BaseException:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # it was never made, or the disk failed
                 os.unlink(temporary)
             raise
 
-    def publish(self, temporary, path):
-        """Give a file that is written and synced its name, durably; a file of that name is replaced. Raises OSError."""
+    def publish(self, temporary: str, path: str) -> None:
+        """Rename a file that is written and synced to its final path, durably. Raises OSError.
+
+        A file of that name is replaced. A deletion may take the folder away between the two system
+        calls; then it is made again."""
         directory = os.path.dirname(path)
         while True:
             make_directories(directory)
@@ -810,53 +832,56 @@ class Files:
             except FileNotFoundError:
                 if os.path.isdir(directory) and not os.path.exists(temporary):
                     raise
-                # A deletion took the folder away between the two calls: make it again.
         sync_directory(directory)
 
-    def probe(self):
+    def probe(self) -> None:
         """Raises OSError if nothing can be written."""
         path = self.scratch_path()
         self.write(path, b"")
         os.unlink(path)
 
-    def remove(self, path):
-        """Take away a file or a folder with all in it, at once and durably. Raises OSError, FileNotFoundError."""
-        grave = self.bury(path)
+    def remove(self, path: str) -> None:
+        """Delete a file, or a folder with its content, at once and durably. Raises OSError."""
+        trash = self.bury(path)
         sync_directory(os.path.dirname(path))
-        self.dispose(grave)
+        self.dispose(trash)
 
-    def bury(self, path):
-        """Take a file or folder away from under its name: some microseconds, however large it is, and no space on a
-        full disk. Returns where it is now; the caller syncs its parent, and disposes of it. Raises OSError."""
-        grave = self.scratch_path() + ".grave"
-        os.rename(path, grave)
-        return grave
+    def bury(self, path: str) -> str:
+        """Move a file or folder to the scratch folder; returns its path there. Raises OSError.
 
-    def dispose(self, grave):
-        """Delete something in scratch, which two may do at once."""
+        That takes microseconds, however large it is, and no space on a full disk. The caller syncs
+        the folder it came from, and then calls dispose()."""
+        trash = self.scratch_path() + ".grave"
+        os.rename(path, trash)
+        return trash
+
+    def dispose(self, trash: str) -> None:
+        """Delete what bury() moved; two processes may do so at once."""
         try:
-            os.unlink(grave)
+            os.unlink(trash)
         except FileNotFoundError:
-            pass
+            pass  # another process was faster
         except OSError:  # EISDIR, EPERM: a folder
-            shutil.rmtree(grave, ignore_errors=True)
+            shutil.rmtree(trash, ignore_errors=True)
 
 
 class Watch:
-    """Tells when files have changed; looks at them once a second at most. A path may be None."""
+    """Tells whether files have changed. Looks at them once a second at most; a path may be None."""
 
-    def __init__(self, *paths):
+    def __init__(self, *paths: Optional[str]) -> None:
         self.paths = [path for path in paths if path]
         self.next_look = 0.0
         self.seen = self._look()
 
-    def _look(self):
-        """What they look like, or None if one of them can't be looked at."""
-        with contextlib.suppress(OSError):
+    def _look(self) -> Optional[List[FileState]]:
+        """The state of all files, None if one of them can't be looked at."""
+        try:
             return [look_at(path) for path in self.paths]
+        except OSError:
+            return None
 
-    def changed(self):
-        """Whether they have since the last time, or since the beginning."""
+    def changed(self) -> bool:
+        """Whether a file has changed since the last call that returned True, or since the start."""
         if not self.paths or time.monotonic() < self.next_look:
             return False
         self.next_look = time.monotonic() + 1.0
@@ -865,69 +890,72 @@ class Watch:
 
 
 class ChangeMark:
-    """Eight bytes that all processes of a store share in memory: another value after each change.
+    """Eight bytes of memory that all processes of a store share: another value after each change.
 
-    Random, not counted: of two processes that count at once, one would take back the other's change. Who cached
-    something under a value that is still there knows that nothing has changed since.
-    """
+    A cached answer is valid while the mark has the value it was cached under. The value is random,
+    not counted: of two processes that count at once, one would undo the other's change."""
 
-    def __init__(self, path):
+    def __init__(self, path: str) -> None:
         self.path = path
-        self.shared = None
+        self.shared: Any = None  # the mapped file
 
-    def open(self):
+    def open(self) -> None:
         """Make the file and map it, unless that is done. Raises OSError."""
         if self.shared is None:
             with open(self.path, "a+b", buffering=0) as file:
                 if os.fstat(file.fileno()).st_size < 8:
-                    file.write(os.urandom(8))  # not truncated to 8: on a full disk nothing could fill such a hole
+                    # Written, not truncated to 8: on a full disk nothing could fill such a hole.
+                    file.write(os.urandom(8))
                 self.shared = mmap.mmap(file.fileno(), 8)
 
-    def value(self):
-        """The eight bytes, or None where the file can't be had: on a read-only disk."""
+    def value(self) -> Optional[bytes]:
+        """The eight bytes; None where the file can't be made, as on a read-only disk."""
         try:
             self.open()
         except OSError:
             return None
         return self.shared[:]
 
-    def change(self):
+    def change(self) -> None:
         self.shared[:] = os.urandom(8)
 
 
 @contextlib.contextmanager
-def alone(path):
-    """Among the processes that ask for it, have a lock file alone. It is made, and goes at the end. Raises OSError."""
-    held = False
-    while not held:
+def alone(path: str) -> Iterator[None]:
+    """Hold a lock file alone, among the processes that ask for it. Raises OSError.
+
+    The file is made if it is missing, and deleted at the end."""
+    is_locked = False
+    while not is_locked:
         with open(path, "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            held = is_at(lock, path)  # else the one before has taken it away
-            if held:
+            is_locked = is_at(lock, path)  # else the holder before us has deleted it
+            if is_locked:
                 try:
                     yield
                 finally:
-                    with contextlib.suppress(FileNotFoundError):
+                    with contextlib.suppress(FileNotFoundError):  # somebody tidied up
                         os.unlink(path)
 
 
 class SharedLock:
-    """A lock between processes: many may share it, or one has it alone. Giving it up changes the mark.
+    """A lock between processes: many may share it, or one holds it alone.
 
-    flock gives no turns: under a steady stream of sharers one who wants it alone would wait for ever. So everyone
-    passes a turnstile first, and who wants it alone stands in the turnstile until the sharers inside have left.
-    """
+    Giving it up changes the mark. flock is not fair: while new sharers keep coming, a process that
+    wants the lock alone would wait for ever. So every process first passes a turnstile, and the one
+    that wants the lock alone stays in it until the sharers inside have left."""
 
-    def __init__(self, path, marked=True):
+    def __init__(self, path: str, marked: bool = True) -> None:
         self.path = path
         self.mark = ChangeMark(path + ".changes") if marked else None
 
     @contextlib.contextmanager
-    def _held(self, how, changes=True):
+    def _lock(self, how: int, changes: bool = True) -> Iterator[None]:
         if self.mark:
-            self.mark.open()  # now, so that it can't fail when something has been changed
-        with open(self.path, "a+b") as lock:  # the end of the block gives the lock up, and so does a kill -9
-            with open(self.path + ".turnstile", "ab") as turnstile:  # NFS lets only who may read share a lock
+            self.mark.open()  # now, so that it can't fail once something has been changed
+        with open(self.path, "a+b") as lock:  # closing it gives the lock up, and so does a kill -9
+            # NFS grants a shared lock only on a file that is open for reading: "a+b".
+            with open(self.path + ".turnstile", "ab") as turnstile:
                 fcntl.flock(turnstile, fcntl.LOCK_EX)
                 fcntl.flock(lock, how)
             try:
@@ -936,12 +964,13 @@ class SharedLock:
                 if changes and self.mark:
                     self.mark.change()
 
-    def shared(self, changes=True):
-        """`changes`: whether what is done meanwhile is something that readers see."""
-        return self._held(fcntl.LOCK_SH, changes)
+    def shared(self, changes: bool = True) -> ContextManager[None]:
+        """Share the lock. `changes` says whether readers will see what is done under it."""
+        return self._lock(fcntl.LOCK_SH, changes)
 
-    def alone(self):
-        return self._held(fcntl.LOCK_EX)
+    def alone(self) -> ContextManager[None]:
+        """Hold the lock alone."""
+        return self._lock(fcntl.LOCK_EX)
 
 # ---------------------------------------------------------------------------------------------------------
 # 5  Registry
