@@ -1056,7 +1056,9 @@ class Registry:
                                             DIGEST_INVALID, and what `open_from` raises
         mount(name, digest, source=None)    give a repository a blob that `source` has (or any, if None). False where
                                             there is no such blob
-        put_manifest(name, manifest, tags=())   let the tags point to it, too. Raises MANIFEST_BLOB_UNKNOWN
+        put_manifest(name, manifest, tags=())   let the tags point to it, too; its own digest among
+                                            them pins it: it stays as if it had a tag. Raises
+                                            MANIFEST_BLOB_UNKNOWN
         delete_tag(name, tag)               Raises MANIFEST_UNKNOWN
         delete_manifest(name, digest)       and all tags that point to it. Raises MANIFEST_UNKNOWN
         delete_blob(name, digest)           Raises BLOB_UNKNOWN
@@ -1232,6 +1234,13 @@ class Directory(Registry):
         """Where the link lies that says what a tag means."""
         return os.path.join(self.tag_path(name, tag), "current")
 
+    def pins_path(self, name):
+        """Below it is an empty file for each manifest that was pulled or loaded by its digest."""
+        return os.path.join(self.own, "pinned", name, "_digests")
+
+    def pin_path(self, name, digest):
+        return os.path.join(self.pins_path(name), digest.algorithm, digest.encoded)
+
     # Links
 
     def _read_link(self, folder):
@@ -1366,6 +1375,10 @@ class Directory(Registry):
             for digest in sorted(set(layers).union(self._revisions(name))):
                 if os.path.isfile(self.blob_path(digest)):  # Distribution's garbage collection leaves links behind
                     yield digest
+
+    def pinned(self, name):
+        """Yield the digests that gc keeps as if they had a tag, in order."""
+        return (digest for digest, _ in digest_folders(self.pins_path(name)))
 
     def _linked(self, top):
         """Yield the digests whose folders below _layers or revisions have a link."""
@@ -1609,6 +1622,9 @@ class Directory(Registry):
             self.files.write(self.blob_path(manifest.digest), manifest.content)
             self._write_link(self.revision_path(name, manifest.digest), manifest.digest)
             for tag in tags:
+                if isinstance(tag, Digest):
+                    self.files.write(self.pin_path(name, tag), b"")
+                    continue
                 self._write_link(os.path.join(self.tag_path(name, tag), "index", manifest.digest.algorithm,
                                               manifest.digest.encoded), manifest.digest)
                 self._write_link(self.current_path(name, tag), manifest.digest)
@@ -1658,6 +1674,8 @@ class Directory(Registry):
                 self._check_movable(name, tag)
             for tag in pointing:
                 self.files.remove(self.tag_path(name, tag))
+            with contextlib.suppress(FileNotFoundError):
+                self.files.remove(self.pin_path(name, digest))
             self.files.remove(self.revision_path(name, digest))
 
     def delete_blob(self, name, digest):
@@ -1857,8 +1875,9 @@ class Collection:
     It finds out without a lock what is referred to. The rest goes in small batches, with the lock alone, after one
     more look: whoever links to a blob, or puts a manifest that needs one, makes the link young (a new link's blob
     too), and what is younger than the grace period, or than this run, stays. Links go before content, so a crash
-    leaves at worst content for the next run. All manifests of a repository stay, unless `untagged` drops those that
-    no tag leads to: over an index to its children, between a manifest and its subject in both directions.
+    leaves at worst content for the next run. All manifests of a repository stay, unless `untagged`
+    drops those that no tag or pin leads to: over an index to its children, between a manifest and
+    its subject in both directions.
 
     With `keep` or `older_than` tags expire: those in a repository that are none of the `keep` that were moved last, and
     were last moved more than `older_than` seconds ago; `among` is a pattern of the repositories that are meant. With
@@ -1936,9 +1955,10 @@ class Collection:
             reached, tags = self._reached(name, revisions, mentions, children, about, expired)
         sound = len(self.unread) == unread  # else nobody knows what is referred to, and everything stays
         if sound and tags:
-            self._take("tags", CURRENT, [("%s:%s" % (name, tag), self.store.tag_path(name, tag)) for tag in tags])
+            folders = [(tag, self.store.tag_path(name, tag)) for tag in tags]
+            self._take("tags", CURRENT, folders, name)
         self._take_manifests([entry for entry in revisions.items() if sound and key_of(entry[0]) not in reached],
-                             mentions)
+                             mentions, name)
         kept = set(mentions).union(*mentions.values())
 
         def idle_layers():
@@ -1948,7 +1968,7 @@ class Collection:
                 else:
                     self._want(digest, layer)
 
-        for digest, layer in self._take("links", "link", idle_layers()):
+        for digest, layer in self._take("links", "link", idle_layers(), name):
             self._want(digest, layer)
         self.wanted |= kept
 
@@ -1969,13 +1989,13 @@ class Collection:
             children = [key_of(child.digest) for child in manifest.manifests]
         return keys_mentioned(content), children, subject
 
-    def _take_manifests(self, idle, mentions):
+    def _take_manifests(self, idle, mentions, name):
         """Take away manifests, and what they mention, parents first: a push beside us touches what it needs, but not
         what that needs. So what stays of the parents after all keeps all that it leads to."""
         while idle:
             inner = set().union(*(mentions[key_of(digest)] for digest, _ in idle))
             level = [entry for entry in idle if key_of(entry[0]) not in inner] or idle
-            stay = self._take("manifests", "link", level)
+            stay = self._take("manifests", "link", level, name)
             for digest, _ in set(level).difference(stay):
                 del mentions[key_of(digest)]
             self._sync()
@@ -2002,11 +2022,13 @@ class Collection:
     def _reached(self, name, revisions, mentions, children, about, expired):
         """The keys of the manifests that stay, with what they mention, and the tags that go.
 
-        A manifest stays if it is young, or a tag that stays leads to it. Others go with `untagged`; without it only
-        those go that belonged to an expired tag: its manifest, that one's children, and what is about these. (What
-        else a manifest mentions, its base image for one, is kept by that, but does not go along.)"""
+        A manifest stays if it is young, or a pin leads to it, or a tag that stays. Others go with
+        `untagged`; without it only those go that belonged to an expired tag: its manifest, that
+        one's children, and what is about these. (What else a manifest mentions, its base image for
+        one, is kept by that, but does not go along.)"""
         todo = [key_of(digest) for digest, revision in revisions.items()
                 if look_at(os.path.join(revision, "link"))[0] >= self.young]
+        todo += map(key_of, self.store.pinned(name))
         notes = []
         for tag in list_directory(self.store.tag_path(name, "")):
             digest = self.store._read_link(self.store.current_path(name, tag))
@@ -2024,8 +2046,9 @@ class Collection:
             reached |= follow(list(set(mentions) - doomed), mentions, {key: about.get(key, ()) for key in doomed})
         return reached, list(expired) + [tag for tag in notes if key_of(tag) not in reached]
 
-    def _take(self, kind, file, entries):
-        """Take away the folders of the (digest, folder) entries whose file is not young. Returns the other entries."""
+    def _take(self, kind, file, entries, name=None):
+        """Take away the folders of the (digest or tag, folder) entries whose file is not young, in
+        a repository or among the blobs. Returns the other entries."""
         stay, entries = [], iter(entries)
         for batch in iter(lambda: list(itertools.islice(entries, COLLECTED_AT_ONCE)), []):
             looks = {entry: look_at(os.path.join(entry[1], file)) for entry in batch}
@@ -2033,7 +2056,8 @@ class Collection:
             if old and not self.dry_run:
                 old = self._bury(file, old)
             for entry in old:
-                self._count(kind, entry[0], looks[entry][1] if kind == "blobs" else 0)
+                self._count(kind, image_text(name, entry[0]) if name else entry[0],
+                            looks[entry][1] if kind == "blobs" else 0)
             stay += set(batch).difference(old)
         return stay
 
@@ -2081,6 +2105,8 @@ class Collection:
             return
         with self.store.lock.alone():
             graves = [self.store.files.bury(folder) for folder in find()]
+            if graves:
+                shutil.rmtree(self.store.pins_path(name), ignore_errors=True)
             with contextlib.suppress(OSError):
                 while graves and path != os.path.join(self.store.tree, "repositories"):
                     os.rmdir(path)  # not if another repository is below
@@ -3744,7 +3770,7 @@ class Copy:
         by_digest = isinstance(self.reference, Digest)
         root = self.reference if by_digest else self.source.resolve(self.name, self.reference)
         root = self._add(root)
-        self.tags.setdefault(root, []).extend([] if by_digest else [self.reference])
+        self.tags.setdefault(root, []).append(root if by_digest else self.reference)
         planned = set(self.manifests).union(self.blobs)
         self.report.absent = [child for child in collections.OrderedDict.fromkeys(self.children)
                               if child not in planned]

@@ -17,7 +17,7 @@ from conftest import TINYREG, run_tinyreg
 from samples import (CONFIG, descriptor, image, index, make_image, make_referrer, push_blob, read_blob,
                      to_manifest)
 from tinyreg import (DOCKER_SCHEMA1, OCI_MANIFEST, Collection, Digest, Directory, Manifest, RegistryError,
-                     collect_garbage)
+                     collect_garbage, copy)
 
 HOUR = 3600
 
@@ -62,7 +62,7 @@ def test_a_fresh_store_loses_nothing_but_what_nothing_refers_to(store):
     make_old(store)
     before = set(files_below(store.tree))
     gone = gc(store)
-    assert gone == {("links", stray), ("blobs", stray)}
+    assert gone == {("links", "a/b@" + stray), ("blobs", stray)}
     left = set(files_below(store.tree))
     assert {path for path in before - left} == {path for path in before if stray.encoded in path}
     assert store.manifest("a/b", kept.digest).content == kept.content
@@ -164,7 +164,8 @@ def test_untagged_drops_what_no_tag_index_or_subject_reaches(store):
     about_signature = make_referrer(store, "app", signature, artifactType="application/z")
     make_old(store)
     gone = gc(store, untagged=True)
-    assert {what for kind, what in gone if kind == "manifests"} == {old.digest, signed_old.digest}
+    assert {what for kind, what in gone if kind == "manifests"} == {
+        "app@" + old.digest, "app@" + signed_old.digest}
     assert not has_blob(store, "app", b"old")
     assert [manifest.digest for manifest in store.referrers("app", new.digest)] == [signature.digest]
     assert store.manifest("app", about_signature.digest)
@@ -177,6 +178,61 @@ def test_a_tagged_referrer_keeps_its_subject(store):
     make_old(store)
     gc(store, untagged=True)
     assert store.manifest("app", subject.digest) and has_blob(store, "app", b"subject")
+
+
+def test_what_was_pulled_by_its_digest_alone_stays_until_it_is_deleted_by_it(store, tmp_path):
+    source = Directory(str(tmp_path / "elsewhere"))
+    child = make_image(source, "app", None, layers=(b"child",))
+    multi = to_manifest(index(child))
+    source.put_manifest("app", multi)
+    make_image(source, "app", "1", layers=(b"tagged",))
+    copy(source, store, "app", multi.digest, "kept")
+    for reference in ("1", child.digest):
+        copy(source, store, "app", reference)
+    store.put_manifest("app", source.manifest("app", child.digest), ["moves-on"])
+    make_image(store, "app", "moves-on", layers=(b"next",))
+    make_old(store)
+    again = Directory(store.root)
+    assert gc(again, untagged=True) == set() and list(again.pinned("app")) == [child.digest]
+    assert has_blob(again, "kept", b"child") and again.manifest("kept", multi.digest)
+    store.delete_tag("app", "1")
+    make_old(store)
+    gc(again, untagged=True, older_than=HOUR)
+    assert has_blob(again, "app", b"child") and not has_blob(again, "app", b"tagged")
+    rm = run_tinyreg("rm", "--root", store.root, "app@" + child.digest, "kept@" + multi.digest)
+    assert rm.returncode == 0, rm.stderr
+    make_old(store)
+    gc(again, untagged=True)
+    assert not has_data(store, b"child") and list(store.repositories()) == []
+    assert files_below(os.path.join(store.own, "pinned")) == []
+    make_image(store, "app", None, layers=(b"child",))  # who pushes it again has not asked for it by its digest
+    make_old(store)
+    gc(again, untagged=True)
+    assert not has_data(store, b"child")
+
+
+def test_what_an_archive_names_by_digest_alone_stays_and_its_signature_does_not_hold_back_others(store, tmp_path):
+    source = Directory(str(tmp_path / "elsewhere"))
+    by_digest = make_image(source, "app", None, layers=(b"by digest",))
+    tagged = make_image(source, "app", "1", layers=(b"tagged",))
+    make_referrer(source, "app", tagged, artifactType="application/x")
+    archive = str(tmp_path / "images.tar")
+    for command in (["save", "--root", source.root, "app:1", "app@" + by_digest.digest, "-o", archive],
+                    ["load", "--root", store.root, archive], ["rm", "--root", store.root, "app:1"]):
+        done = run_tinyreg(*command)
+        assert done.returncode == 0, done.stderr
+    make_old(store)
+    gc(store, untagged=True)
+    assert list(store._revisions("app")) == [by_digest.digest] and has_blob(store, "app", b"by digest")
+
+
+def test_the_list_of_what_would_go_names_the_repositories(store):
+    gone = make_image(store, "team/app", None, layers=(b"layer",))
+    make_image(store, "other", layers=(b"layer",))
+    make_old(store)
+    shown = run_tinyreg("gc", "--root", store.root, "--untagged", "--dry-run").stdout.splitlines()
+    assert "manifest  team/app@" + gone.digest in shown
+    assert "link  team/app@" + Digest.of(b"layer") in shown
 
 
 # The grace period
@@ -201,7 +257,7 @@ def test_an_upload_that_took_long_is_young_when_it_is_done(store):
     make_old(store)
     session.commit(Digest.of(b"slow"))
     os.remove(os.path.join(store.layer_path("app", Digest.of(b"slow")), "link"))
-    assert gc(store, grace=HOUR) == {("links", Digest.of(b"slow"))} or has_data(store, b"slow")
+    assert gc(store, grace=HOUR) == {("links", "app@" + Digest.of(b"slow"))} or has_data(store, b"slow")
     assert has_data(store, b"slow")
 
 
@@ -219,7 +275,7 @@ def test_a_blob_that_a_client_was_told_about_stays(start_server, tmp_path):
         request = urllib.request.Request("%s/v2/app/%s" % (server.url, path), method="HEAD")
         assert urllib.request.urlopen(request).status == 200
     gone = gc(store, grace=HOUR, untagged=True)
-    assert gone == {("links", other), ("blobs", other)}
+    assert gone == {("links", "app@" + other), ("blobs", other)}
     assert has_blob(store, "app", b"child")
 
 
@@ -446,12 +502,12 @@ def test_a_tag_that_moves_meanwhile_stays(aged, monkeypatch):
     manifest, again = [Manifest(aged._manifest_content(digest), digest) for digest in (first, fourth)]
     take = Collection._take
 
-    def push_first(collection, kind, file, entries):
+    def push_first(collection, kind, file, entries, name=None):
         if kind == "tags" and not aged.lock.pushed:
             aged.lock.pushed = True
             aged.put_manifest("app", manifest, ["5"])
             aged.put_manifest("app", again, ["new"])
-        return take(collection, kind, file, entries)
+        return take(collection, kind, file, entries, name)
 
     aged.lock.pushed = False
     monkeypatch.setattr(Collection, "_take", push_first)
@@ -550,7 +606,7 @@ def test_a_push_after_the_marking(store, monkeypatch, when, how):
     make_old(store)
     take = Collection._take
 
-    def push_first(collection, kind, file, entries):
+    def push_first(collection, kind, file, entries, name=None):
         entries = list(entries)
         if kind == when and not store.has_pushed:
             store.has_pushed = True
@@ -563,7 +619,7 @@ def test_a_push_after_the_marking(store, monkeypatch, when, how):
                 make_image(store, "other", layers=(b"layer",))
             else:
                 store.put_manifest("app", manifest, ["latest"])
-        return take(collection, kind, file, entries)
+        return take(collection, kind, file, entries, name)
 
     store.has_pushed = False
     monkeypatch.setattr(Collection, "_take", push_first)
@@ -584,7 +640,7 @@ def test_a_push_between_an_index_and_its_children(store, monkeypatch, when, how)
     make_old(store)
     take, levels = Collection._take, []
 
-    def push_first(collection, kind, file, entries):
+    def push_first(collection, kind, file, entries, name=None):
         entries = list(entries)
         if kind == "manifests":
             levels.append({digest for digest, _ in entries})
@@ -593,7 +649,7 @@ def test_a_push_between_an_index_and_its_children(store, monkeypatch, when, how)
                     make_referrer(store, "app", inner)
                 else:
                     store.put_manifest("app", to_manifest(index(inner)) if how == "outer index" else inner, ["new"])
-        return take(collection, kind, file, entries)
+        return take(collection, kind, file, entries, name)
 
     monkeypatch.setattr(Collection, "_take", push_first)
     collect_garbage(store, untagged=True)
@@ -613,13 +669,13 @@ def test_gc_does_not_go_by_what_nfs_remembers_of_a_file(store, monkeypatch):
         found = real(path, **settings)
         return remembered.setdefault(path, found) if str(path).startswith(store.tree) else found
 
-    def push_first(collection, kind, file, entries):
+    def push_first(collection, kind, file, entries, name=None):
         entries = list(entries)
         if kind == "manifests":
             for _, folder in entries:
                 os.stat(os.path.join(folder, file))
             store.put_manifest("app", manifest, ["again"])
-        return take(collection, kind, file, entries)
+        return take(collection, kind, file, entries, name)
 
     monkeypatch.setattr(os, "stat", stat)
     monkeypatch.setattr(Collection, "_take", push_first)
