@@ -118,6 +118,8 @@ class Client:
             target = parts.path + (parts.query and "?" + parts.query)
         else:
             target = self.prefix + target
+        if self.connection.sock is None:
+            self.connection.connect()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             # A server that refuses the body before it has come ends that way; its answer says why.
             self.connection.request(method, target, body, headers)

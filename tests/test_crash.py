@@ -2,7 +2,6 @@
 
 import ast
 import hashlib
-import http.client
 import json
 import os
 import random
@@ -17,39 +16,14 @@ import time
 
 import pytest
 
-from conftest import TINYREG, run_tinyreg
+from conftest import TINYREG, Client, run_tinyreg, until
 from samples import CONFIG, image
-from tinyreg import Digest, Directory, RegistryError, digest_folders
-
-MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+from tinyreg import OCI_MANIFEST, Digest, Directory, RegistryError, digest_folders
 
 
-class Client:
-    """Speaks to a server over one connection. A request that gets no answer raises OSError."""
-
-    def __init__(self, port):
-        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-
-    def ask(self, method, path, body=None, **headers):
-        try:
-            self.connection.request(method, path, body, headers)
-            answer = self.connection.getresponse()
-            return answer.status, answer.headers, answer.read()
-        except http.client.HTTPException as error:
-            raise OSError(str(error))
-
-    def push_blob(self, name, content):
-        """The status of the last request."""
-        status, headers, _ = self.ask("POST", "/v2/%s/blobs/uploads/" % name)
-        if status == 202:
-            location = headers["Location"]
-            status, headers, _ = self.ask("PATCH", location, content)
-        if status == 202:
-            status, _, _ = self.ask("PUT", "%s?digest=%s" % (location, Digest.of(content)))
-        return status
-
-    def push_manifest(self, name, tag, content):
-        return self.ask("PUT", "/v2/%s/manifests/%s" % (name, tag), content, **{"Content-Type": MANIFEST_TYPE})[0]
+def put_manifest(client, name, tag, content):
+    """The status of the answer to it."""
+    return client.ask("PUT", "/v2/%s/manifests/%s" % (name, tag), content, content_type=OCI_MANIFEST).status
 
 
 def check_store(store):
@@ -87,11 +61,11 @@ def push_until_told(server, number, acknowledged, unsure, stop):
         content = json.dumps(image(layers, annotations=serial)).encode()
         unsure[name, tag] = unsure.get((name, tag), ()) + (Digest.of(content),)
         try:
-            client = Client(server.port)
-            if all(client.push_blob(name, part) == 201 for part in layers + [CONFIG]):
-                if client.push_manifest(name, tag, content) == 201:
+            client = Client(server)
+            if all(client.upload(name, part).status == 201 for part in layers + [CONFIG]):
+                if put_manifest(client, name, tag, content) == 201:
                     acknowledged[name, tag] = unsure[name, tag] = (Digest.of(content),)
-            client.connection.close()
+            client.close()
         except OSError:
             time.sleep(0.02)
 
@@ -110,6 +84,7 @@ def test_kill_at_any_moment(server):
             time.sleep(dice.uniform(0.1, 0.5))
             server.restart(signal.SIGKILL)
             assert len(acknowledged) >= had
+        until(lambda: len(acknowledged) > 5)
     finally:
         stop.set()
         for thread in threads:
@@ -126,11 +101,11 @@ def test_kill_at_any_moment(server):
 
 def test_an_upload_goes_on_after_kill(server):
     content = os.urandom(3 << 20)
-    client = Client(server.port)
+    client = Client(server)
     location = client.ask("POST", "/v2/app/blobs/uploads/")[1]["Location"]
     assert client.ask("PATCH", location, content[:2 << 20])[0] == 202
     server.restart(signal.SIGKILL)
-    client = Client(server.port)
+    client = Client(server)
     status, headers, _ = client.ask("GET", location)
     assert (status, headers["Range"]) == (204, "0-%d" % ((2 << 20) - 1))
     place = {"Content-Range": "%d-%d" % (2 << 20, (3 << 20) - 1)}
@@ -141,18 +116,29 @@ def test_an_upload_goes_on_after_kill(server):
 
 def test_kill_of_gc(server, tmp_path):
     """gc without grace is killed again and again while it deletes; no manifest ever lacks a blob."""
-    client = Client(server.port)
+    client = Client(server)
     store = Directory(server.root)
     layers = [b"layer %d" % number for number in range(150)]
     keep = json.dumps(image(layers[:40])).encode()
     for part in layers + [CONFIG]:
-        assert client.push_blob("app", part) == 201
-    assert client.push_manifest("app", "keep", keep) == 201
-    for pause in (0.12, 0.15, 0.18, 0.21, 0.25, 0.3):
+        assert client.upload("app", part).status == 201
+    assert put_manifest(client, "app", "keep", keep) == 201
+
+    def count_links():
+        return len(list(digest_folders(store.repository_path("app"), "_layers")))
+
+    def count_blobs():
+        return len(list(store.digests()))
+
+    def kill_when_fewer(count, left):
         process = subprocess.Popen([sys.executable, TINYREG, "gc", "--quiet", "--grace", "0", "--root", server.root])
-        time.sleep(pause)
+        until(lambda: count() < left, process=process)
         process.kill()
         process.wait()
+
+    for count, left in [(count_links, 149), (count_links, 100), (count_links, 45),
+                        (count_blobs, 149), (count_blobs, 100), (count_blobs, 45)]:
+        kill_when_fewer(count, left)
         assert check_store(store) == {("app", "keep"): Digest.of(keep)}
     assert run_tinyreg("gc", "--grace", "0", "--root", server.root).returncode == 0
     assert len(list(store.digests())) == 42
@@ -335,7 +321,7 @@ def record(root, trace):
             if "http://" in line:
                 port = int(re.search(r":(\d+)", line.split("//")[1]).group(1))
                 break
-        client = Client(port)
+        client = Client("http://127.0.0.1:%s" % port)
         promised = [{}]
 
         def did(status, *wanted, **change):
@@ -350,13 +336,13 @@ def record(root, trace):
                 did(client.ask("PATCH", headers["Location"], part)[0], 202)
                 did(client.ask("PUT", "%s?digest=%s" % (headers["Location"], Digest.of(part)))[0], 201,
                     **{"blob %s %s" % (name, Digest.of(part)): True})
-            did(client.push_manifest(name, tag, content), 201, **{"%s:%s" % (name, tag): Digest.of(content)})
+            did(put_manifest(client, name, tag, content), 201, **{"%s:%s" % (name, tag): Digest.of(content)})
             return Digest.of(content)
 
         push("app", "older", (b"layer zero",))
         for tag in OLDER[1:]:
             content = json.dumps(image((b"layer zero",), annotations={"of": tag})).encode()
-            did(client.push_manifest("app", tag, content), 201, **{"app:" + tag: Digest.of(content)})
+            did(put_manifest(client, "app", tag, content), 201, **{"app:" + tag: Digest.of(content)})
         first = push("app", "latest", (b"layer one", b"layer two"))
         push("app", "latest", (b"layer one", b"layer three"))
         did(client.ask("POST", "/v2/deep/er/blobs/uploads/?from=app&mount=" + Digest.of(b"layer one"))[0], 201,
@@ -365,7 +351,7 @@ def record(root, trace):
         push("app", "gone", (b"layer four",))
         did(client.ask("DELETE", "/v2/app/manifests/gone")[0], 202, **{"app:gone": None})
         did(client.ask("DELETE", "/v2/app/manifests/" + first)[0], 202)
-        client.connection.close()
+        client.close()
     finally:
         for child in open("/proc/%d/task/%d/children" % (server.pid, server.pid)).read().split():
             os.kill(int(child), signal.SIGKILL)
@@ -388,14 +374,13 @@ def memory_path(tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
-def test_a_power_cut_after_each_operation(memory_path, monkeypatch):
+def test_a_power_cut_after_each_operation(memory_path, no_fsync):
     """After each system call of pushes, deletions and gc: with everything written, with nothing but what was synced,
     and with random halves of the rest."""
     root = os.path.join(memory_path, "registry")
     os.mkdir(root)
     trace = os.path.join(memory_path, "trace")
     promised = record(root, trace)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     operations = read_trace(trace + ".1", root)
     assert operations.count(("answer",)) == len(promised) - 2
     operations += read_trace(trace + ".2", root) + read_trace(trace + ".3", root)

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import http.client
 import io
 import json
 import os
@@ -11,9 +10,9 @@ import subprocess
 
 import pytest
 
-from conftest import run_tinyreg, until
+from conftest import Client, run_tinyreg, until
 from samples import CONFIG, image, make_image, push_blob, read_blob, to_manifest
-from tinyreg import Digest, Directory, RegistryError, Request, dispatch, Access
+from tinyreg import OCI_MANIFEST, Access, Digest, Directory, RegistryError, Request, dispatch
 
 MEGABYTE = 1 << 20
 
@@ -30,34 +29,17 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(path)], check=True)
 
 
-def ask(server, method, path, body=None, headers=None):
-    """One request; (status, headers, body)."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    with contextlib.closing(connection):
-        try:
-            connection.request(method, path, body, headers or {})
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # refused in the middle of the body; the answer says why
-        answer = connection.getresponse()
-        return answer.status, answer.headers, answer.read()
-
-
 def push(server, name, content):
     """(status, body) of an upload, in one chunk and in its end."""
-    digest = Digest.of(content)
-    status, headers, body = ask(server, "POST", "/v2/%s/blobs/uploads/" % name)
-    if status == 202:
-        location = headers["Location"]
-        status, headers, body = ask(server, "PATCH", location, content)
-    if status == 202:
-        status, headers, body = ask(server, "PUT", "%s?digest=%s" % (location, digest))
-    return status, body
+    with Client(server) as client:
+        answer = client.upload(name, content)
+    return answer.status, answer.body
 
 
 def put_image(server, name, tag, layers):
     content = json.dumps(image(layers)).encode()
-    return ask(server, "PUT", "/v2/%s/manifests/%s" % (name, tag), content,
-               {"Content-Type": "application/vnd.oci.image.manifest.v1+json"})
+    return server.ask("PUT", "/v2/%s/manifests/%s" % (name, tag), content,
+                      content_type=OCI_MANIFEST)
 
 
 def free(path):
@@ -79,7 +61,7 @@ def test_a_full_disk(start_server, small_disk, tmp_path):
         error, = json.loads(body.decode())["errors"]
         assert error["code"] == "UNAVAILABLE" and "the store is full" in error["message"]
     assert free(small_disk) > before - 100000
-    assert ask(server, "GET", "/v2/app/blobs/" + Digest.of(layer))[2] == layer
+    assert server.ask("GET", "/v2/app/blobs/" + Digest.of(layer))[2] == layer
     small = os.urandom(MEGABYTE)
     assert push(server, "app", small)[0] == 201
 
@@ -91,9 +73,9 @@ def test_a_full_disk(start_server, small_disk, tmp_path):
     status, _, body = put_image(server, "app", "two", (layer, small))
     assert status == 507 and b"the store is full" in body
     assert push(server, "app", b"x" * 100)[0] == 507
-    assert ask(server, "GET", "/v2/app/manifests/one")[0] == 200
-    assert ask(server, "GET", "/v2/app/manifests/two")[0] == 404
-    assert ask(server, "DELETE", "/v2/app/manifests/" + Digest.of(json.dumps(image((layer,))).encode()))[0] == 202
+    assert server.ask("GET", "/v2/app/manifests/one")[0] == 200
+    assert server.ask("GET", "/v2/app/manifests/two")[0] == 404
+    assert server.ask("DELETE", "/v2/app/manifests/" + Digest.of(json.dumps(image((layer,))).encode()))[0] == 202
     shown = run_tinyreg("gc", "--grace", "0", "--root", server.root)
     assert shown.returncode == 0, shown.stderr
     assert free(small_disk) > 4 * MEGABYTE  # all images are gone
@@ -139,7 +121,7 @@ def test_min_free(start_server, small_disk):
     assert free(small_disk) > 6 * MEGABYTE
     with open(str(small_disk / "filler"), "wb") as filler:
         filler.write(bytes(4 * MEGABYTE))
-    assert ask(server, "POST", "/v2/app/blobs/uploads/")[0] == 507  # before it begins
+    assert server.ask("POST", "/v2/app/blobs/uploads/")[0] == 507  # before it begins
     assert put_image(server, "app", "latest", (layer,))[0] == 201   # what is there may become an image
     os.unlink(str(small_disk / "filler"))
     assert push(server, "app", os.urandom(MEGABYTE))[0] == 201
@@ -185,15 +167,13 @@ def test_a_limit_on_open_files(start_server):
     connections = []
     answers = set()
     for number in range(90):
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=2)
+        connection = Client(server, timeout=2)
         connections.append(connection)
         try:
             # Each in its own words, so that no answer can come from memory.
-            connection.request("GET", "/v2/app/blobs/" + Digest.of(CONFIG), headers={"X-Number": str(number)})
-            answer = connection.getresponse()
-            body = answer.read()
+            answer = connection.ask("GET", "/v2/app/blobs/" + Digest.of(CONFIG), x_number=str(number))
             answers.add(answer.status)
-            assert answer.status == 200 or b"too many files open" in body
+            assert answer.status == 200 or b"too many files open" in answer.body
         except OSError:  # not accepted any more; nor are the next
             break
     for connection in connections:
@@ -228,7 +208,7 @@ class FailingOs:
 
 
 def request(store, method, target, body=b""):
-    headers = {"content-length": str(len(body)), "content-type": "application/vnd.oci.image.manifest.v1+json"}
+    headers = {"content-length": str(len(body)), "content-type": OCI_MANIFEST}
     if method != "PUT":
         del headers["content-type"]
     return dispatch(store, Access("admin"), Request(method, target, headers, io.BytesIO(body)))
@@ -236,9 +216,8 @@ def request(store, method, target, body=b""):
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE],
                          ids=errno.errorcode.get)
-def test_each_step_of_a_push_fails_in_turn(tmp_path, monkeypatch, error):
+def test_each_step_of_a_push_fails_in_turn(tmp_path, no_fsync, error):
     """The client hears 507 or 503 and why; nothing is half there; and the same push then succeeds."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     layer = b"the layer"
     manifest = to_manifest(image((layer,)))
     steps = 0

@@ -1,17 +1,14 @@
 """What those who run a registry see of it: log lines, metrics and the narration."""
 
-import http.client
 import json
 import os
 import re
 import signal
 import socket
 import time
-import urllib.error
-import urllib.request
 
 import pytest
-from conftest import run_tinyreg, until
+from conftest import Client, run_tinyreg, until
 from samples import make_image, push_blob
 
 import tinyreg
@@ -25,21 +22,11 @@ def exchange(**fields):
     return Exchange(**dict(values, **fields))
 
 
-def fetch(url, **headers):
-    """(status, text) of a GET."""
-    request = urllib.request.Request(url, headers={key.replace("_", "-"): value for key, value in headers.items()})
-    try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
 def samples(server):
     """{(name, labels as a sorted tuple): value} of /metrics, as prometheus_client reads it."""
     parser = pytest.importorskip("prometheus_client.parser")
     found = {}
-    for family in parser.text_string_to_metric_families(fetch(server.url + "/metrics")[1]):
+    for family in parser.text_string_to_metric_families(server.ask("GET", "/metrics").text):
         assert family.documentation and family.type in ("counter", "gauge", "histogram"), family
         for sample in family.samples:
             found[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
@@ -51,7 +38,7 @@ def samples(server):
 def test_text_lines_have_bytes_time_and_digest(start_server, tmp_path):
     manifest = make_image(Directory(str(tmp_path / "registry")), "lab/app", "v1")
     server = start_server()
-    fetch(server.url + "/v2/lab/app/manifests/v1", User_Agent='an "agent"')
+    server.ask("GET", "/v2/lab/app/manifests/v1", User_Agent='an "agent"')
     line = until(server.log).splitlines()[0]
     assert re.fullmatch(r'\S+Z 127\.0\.0\.1 GET /v2/lab/app/manifests/v1 200 %d [0-9.]+ms digest=%s '
                         r'agent="an \'agent\'"' % (len(manifest.content), manifest.digest), line)
@@ -59,9 +46,8 @@ def test_text_lines_have_bytes_time_and_digest(start_server, tmp_path):
 
 def test_json_lines_are_json_and_have_everything(start_server):
     server = start_server(None, "--log", "json")
-    request = urllib.request.Request(server.url + "/v2/lab/app/blobs/uploads/", b"", method="POST")
-    urllib.request.urlopen(request).close()
-    fetch(server.url + "/v2/no/such/tags/list")
+    server.ask("POST", "/v2/lab/app/blobs/uploads/")
+    server.ask("GET", "/v2/no/such/tags/list")
     until(lambda: server.log().count("\n") == 2)
     first, second = sorted((json.loads(line) for line in server.log().splitlines()), key=lambda line: line["status"])
     assert (first["route"], first["status"], first["name"]) == ("start_upload", 202, "lab/app")
@@ -75,7 +61,7 @@ def test_what_goes_wrong_is_json_too(start_server, tmp_path):
     with open(store.tag_path("lab/app", "v1") + "/current/link", "w") as file:
         file.write("nonsense")
     server = start_server(None, "--log", "json")
-    fetch(server.url + "/v2/lab/app/manifests/v1")
+    server.ask("GET", "/v2/lab/app/manifests/v1")
     until(lambda: server.log().count("\n") == 2)
     lines = [json.loads(line) for line in server.log().splitlines()]
     assert lines[0]["level"] == "warning" and "damaged link" in lines[0]["message"]
@@ -84,8 +70,8 @@ def test_what_goes_wrong_is_json_too(start_server, tmp_path):
 @pytest.mark.parametrize("style", ["text", "json", "explain"])
 def test_secrets_stay_out_of_every_log(start_server, style):
     server = start_server(None, "--log", style)
-    fetch(server.url + "/v2/?access_token=SECRET1&n=5&SECRET2", Authorization="Basic U0VDUkVU")
-    fetch(server.url + "/nothing?x=SECRET3")
+    server.ask("GET", "/v2/?access_token=SECRET1&n=5&SECRET2", Authorization="Basic U0VDUkVU")
+    server.ask("GET", "/nothing?x=SECRET3")
     until(lambda: server.log().count("\n") == 2)
     assert "SECRET" not in server.log() and "U0VDUkVU" not in server.log()
 
@@ -118,14 +104,14 @@ def test_no_client_can_forge_a_line(start_server):
 def test_a_log_file_is_opened_anew_at_sighup(start_server, tmp_path):
     path = tmp_path / "requests.log"
     server = start_server(None, "--log-file", str(path), "--workers", "2")
-    fetch(server.url + "/v2/")
+    server.ask("GET", "/v2/")
     until(lambda: path.exists() and "/v2/" in path.read_text())
     path.rename(tmp_path / "requests.log.1")
     server.process.send_signal(signal.SIGHUP)
     until(path.exists)
 
     def both_have_it():
-        fetch(server.url + "/v2/after")
+        server.ask("GET", "/v2/after")
         return path.read_text().count("/v2/after") >= 10
     until(both_have_it)
     assert server.log() == ""
@@ -138,7 +124,7 @@ def test_a_log_file_that_can_not_be_opened_again_ends_nothing(start_server, tmp_
     folder.rename(tmp_path / "moved")
     server.process.send_signal(signal.SIGHUP)
     until(lambda: "the former log goes on" in (tmp_path / "moved" / "requests.log").read_text())
-    assert fetch(server.url + "/v2/")[0] == 200
+    assert server.ask("GET", "/v2/").status == 200
 
 
 def test_a_transfer_that_the_client_cuts_is_logged_with_what_went_out(start_server, tmp_path):
@@ -168,7 +154,7 @@ def test_a_log_file_that_can_not_be_opened_is_one_line(tmp_path):
 def test_off_and_quiet_say_nothing(start_server):
     for options in (["--log", "off"], ["--quiet"]):
         server = start_server(None, *options)
-        assert fetch(server.url + "/v2/")[0] == 200
+        assert server.ask("GET", "/v2/").status == 200
         server.stop()
         assert server.log() == ""
 
@@ -205,23 +191,23 @@ def test_a_push_reads_as_a_conversation():
 
 def test_live_shows_what_happens_in_all_workers(start_server):
     server = start_server(None, "--log", "explain", "--workers", "2")
-    with urllib.request.urlopen(server.url + "/live/events", timeout=20) as stream:
-        until(lambda: "tinyreg_watchers 1\n" in fetch(server.url + "/metrics")[1])
+    with server.open("GET", "/live/events") as stream:
+        until(lambda: "tinyreg_watchers 1\n" in server.ask("GET", "/metrics").text)
         for number in range(8):
-            fetch(server.url + "/v2/lab/n%d/tags/list" % number)
+            server.ask("GET", "/v2/lab/n%d/tags/list" % number)
         waiting = {"which tags has lab/n%d?" % number for number in range(8)}  # in any order: two workers write
         while waiting:
             line = stream.readline().decode()
             found = {words for words in waiting if words in line}
             assert not found or line.startswith("data: ")
             waiting -= found
-    fetch(server.url + "/v2/")
-    until(lambda: "tinyreg_watchers 0\n" in fetch(server.url + "/metrics")[1])
+    server.ask("GET", "/v2/")
+    until(lambda: "tinyreg_watchers 0\n" in server.ask("GET", "/metrics").text)
 
 
 def test_live_is_for_the_classroom_or_an_admin(start_server):
     server = start_server(None, "--anonymous", "pull")
-    assert [fetch(server.url + path)[0] for path in ("/live", "/live/events")] == [403] * 2
+    assert [server.ask("GET", path).status for path in ("/live", "/live/events")] == [403] * 2
 
 
 @pytest.mark.parametrize("rules, status", [("** * pull\nci/** alice admin\n", 403), ("** alice admin\n", 200)])
@@ -237,7 +223,7 @@ def test_who_has_a_password_is_no_admin_for_that(tmp_path, rules, status):
 
 def test_a_server_stops_while_somebody_looks(start_server):
     server = start_server(None, "--log", "explain")
-    with urllib.request.urlopen(server.url + "/live/events", timeout=20):
+    with server.open("GET", "/live/events"):
         began = time.monotonic()
         assert server.stop() == 0
         assert time.monotonic() - began < 10  # and not --drain
@@ -261,14 +247,11 @@ def test_the_file_behind_live_stays_small(tmp_path, monkeypatch):
 def test_prometheus_reads_the_metrics_and_they_are_true(start_server, tmp_path):
     make_image(Directory(str(tmp_path / "registry")), "lab/app", "v1", (b"x" * 1000,))
     server = start_server(None, "--workers", "2")
-    connection = http.client.HTTPConnection(server.host)
-    for _ in range(20):
-        connection.request("GET", "/v2/lab/app/tags/list")
-        connection.getresponse().read()
-    connection.close()
-    upload = "%s/v2/lab/app/blobs/uploads/?digest=%s" % (server.url, tinyreg.Digest.of(b"12345"))
-    urllib.request.urlopen(urllib.request.Request(upload, b"12345", method="POST")).close()
-    fetch(server.url + "/nowhere")
+    with Client(server) as client:
+        for _ in range(20):
+            client.tags("lab/app")
+        client.put_blob("lab/app", b"12345")
+    server.ask("GET", "/nowhere")
     labels = (("method", "GET"), ("route", "get_tags"))
     unknown = "tinyreg_requests_total", (("method", "other"), ("route", "none"), ("status", "404"))
     until(lambda: unknown in samples(server))
@@ -330,11 +313,11 @@ def test_buckets_grow_and_no_count_is_lost_among_threads():
 
 def test_health_and_readiness_need_no_rights(start_server):
     server = start_server(None, "--anonymous", "none")
-    assert fetch(server.url + "/healthz") == (200, "ok\n")
-    assert fetch(server.url + "/readyz") == (200, "ready\n")
+    assert server.ask("GET", "/healthz")[::2] == (200, b"ok\n")
+    assert server.ask("GET", "/readyz")[::2] == (200, b"ready\n")
 
 
 def test_a_store_that_can_not_be_written_is_not_ready(start_server, tmp_path):
     server = start_server()
     (tmp_path / "registry" / "tinyreg" / "scratch").rename(tmp_path / "away")
-    assert fetch(server.url + "/readyz")[0] >= 500 and fetch(server.url + "/healthz")[0] == 200
+    assert server.ask("GET", "/readyz").status >= 500 and server.ask("GET", "/healthz").status == 200

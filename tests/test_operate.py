@@ -9,37 +9,23 @@ import socket
 import subprocess
 import sys
 import threading
-import urllib.error
 import urllib.parse
-import urllib.request
 
 import pytest
-from conftest import TINYREG, run_tinyreg, until
+from conftest import TINYREG, ask, free_port, open_url, run_tinyreg, until
 from engines import NGINX_BEGIN
 from samples import image, make_image, to_manifest
 
 from tinyreg import Digest, Directory, RegistryError, parse_glob
 
 
-def call(server, method, path, body=None, **headers):
-    """(status, headers, text) of a request."""
-    url = path if path.startswith("http") else getattr(server, "url", server) + path
-    request = urllib.request.Request(url, body, method=method,
-                                     headers={key.replace("_", "-"): value for key, value in headers.items()})
-    try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            return answer.status, answer.headers, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.headers, error.read().decode()
-
-
 def test_read_only_refuses_what_writes_and_says_so(start_server, tmp_path):
     manifest = make_image(Directory(str(tmp_path / "registry")), "lab/app", "v1")
     server = start_server(None, "--read-only")
-    assert call(server, "GET", "/v2/lab/app/manifests/v1")[0] == 200
+    assert server.ask("GET", "/v2/lab/app/manifests/v1")[0] == 200
     for method, path in (("POST", "/v2/lab/app/blobs/uploads/"), ("PUT", "/v2/lab/app/manifests/v2"),
                          ("DELETE", "/v2/lab/app/manifests/v1"), ("DELETE", "/v2/lab/app/blobs/" + Digest.of(b"x"))):
-        status, _, text = call(server, method, path, manifest.content if method == "PUT" else None)
+        status, _, text = server.ask(method, path, manifest.content if method == "PUT" else None)
         error = json.loads(text)["errors"][0]
         assert status == 403 and error["code"] == "DENIED" and "read-only" in error["message"]  # docker stops at a 403
 
@@ -58,19 +44,19 @@ def test_immutable_tags_do_not_move(start_server, tmp_path):
     server = start_server(None, "--immutable-tags", "v*", "--immutable-tags", "prod/**:*")
 
     def put(name, tag, manifest):
-        return call(server, "PUT", "/v2/%s/manifests/%s" % (name, tag), manifest.content)
+        return server.ask("PUT", "/v2/%s/manifests/%s" % (name, tag), manifest.content)
 
     status, _, text = put("lab/app", "v1", other)
     assert status == 403 and "v1 can't be moved" in json.loads(text)["errors"][0]["message"]
     assert put("lab/app", "v1", first)[0] == 201  # the same again is no move
     assert put("lab/app", "v2", other)[0] == 201 and put("lab/app", "latest", other)[0] == 201
-    assert call(server, "DELETE", "/v2/lab/app/manifests/v1")[0] == 403
-    assert call(server, "DELETE", "/v2/lab/app/manifests/" + first.digest)[0] == 403
+    assert server.ask("DELETE", "/v2/lab/app/manifests/v1")[0] == 403
+    assert server.ask("DELETE", "/v2/lab/app/manifests/" + first.digest)[0] == 403
     assert store.resolve("lab/app", "v1") == first.digest and store.resolve("lab/app", "latest") == other.digest
-    assert call(server, "DELETE", "/v2/lab/app/manifests/latest")[0] == 202
+    assert server.ask("DELETE", "/v2/lab/app/manifests/latest")[0] == 202
     # By digest with several tags at once: all or none.
     several = "/v2/lab/app/manifests/%s?tag=new&tag=v1" % other.digest
-    assert call(server, "PUT", several, other.content)[0] == 403
+    assert server.ask("PUT", several, other.content)[0] == 403
     with pytest.raises(RegistryError):
         store.resolve("lab/app", "new")
     make_image(store, "prod/a/b", "any")
@@ -109,30 +95,30 @@ def workers(server):
 
 def test_a_worker_that_was_killed_has_no_watchers(start_server):
     server = start_server(None, "--workers", "1")
-    with urllib.request.urlopen(server.url + "/live/events", timeout=20):
-        until(lambda: "tinyreg_watchers 1\n" in call(server, "GET", "/metrics")[2])
+    with server.open("GET", "/live/events"):
+        until(lambda: "tinyreg_watchers 1\n" in server.ask("GET", "/metrics").text)
         worker, = workers(server)
         os.kill(worker, signal.SIGKILL)
         until(lambda: workers(server) - {worker})
-    assert "tinyreg_watchers 0\n" in call(server, "GET", "/metrics")[2]
+    assert "tinyreg_watchers 0\n" in server.ask("GET", "/metrics").text
 
 
 def test_counts_survive_the_death_of_a_worker(start_server):
     server = start_server(None, "--workers", "2")
 
     def count():
-        text = call(server, "GET", "/metrics")[2]
+        text = server.ask("GET", "/metrics").text
         return sum(int(number) for number in re.findall(r'requests_total\{.*route="get_base".*\} (\d+)', text))
 
     for _ in range(20):
-        call(server, "GET", "/v2/")
+        server.ask("GET", "/v2/")
     until(lambda: count() == 20)
     before = workers(server)
     for worker in before:
         os.kill(worker, signal.SIGKILL)
     until(lambda: len(workers(server) - before) == 2)
     for _ in range(20):
-        call(server, "GET", "/v2/")
+        server.ask("GET", "/v2/")
     until(lambda: count() == 40)
 
 
@@ -144,7 +130,7 @@ def test_systemd_hears_that_it_is_ready_lives_and_stops(start_server, tmp_path):
         manager.settimeout(20)
         server = start_server(None, "--workers", "2", environment={
             "NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "200000"})
-        assert call(server, "GET", "/v2/")[0] == 200
+        assert server.ask("GET", "/v2/")[0] == 200
         heard = [manager.recv(100) for _ in range(6)]
         assert heard.count(b"READY=1") == 1 and heard.count(b"WATCHDOG=1") == 5
         server.process.send_signal(signal.SIGTERM)
@@ -170,7 +156,7 @@ def test_it_serves_on_sockets_that_systemd_opened(tmp_path, family, host):
              str(tmp_path / "registry")], stdout=subprocess.PIPE, pass_fds=[listener.fileno()], universal_newlines=True)
     try:
         url = "http://%s:%d" % ("[::1]" if family == socket.AF_INET6 else host, port)
-        assert call(url, "GET", "/v2/")[0] == 200  # waits in the socket's queue until it serves
+        assert ask(url, "GET", "/v2/")[0] == 200  # waits in the socket's queue until it serves
         process.terminate()
         assert url in process.stdout.read()  # the banner
         assert process.wait(timeout=30) == 0
@@ -227,9 +213,7 @@ def proxied(start_server, tmp_path):
         pytest.skip("nginx is not installed")
     make_image(Directory(str(tmp_path / "registry")), "lab/app", "v1", (b"x" * 3000000,))
     server = start_server(None, "--log", "explain")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     (tmp_path / "nginx.conf").write_text(NGINX_CONF.format(folder=tmp_path, port=port, upstream=server.host))
     nginx = subprocess.Popen([NGINX, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")],
                              stderr=subprocess.DEVNULL)
@@ -249,16 +233,17 @@ def proxied(start_server, tmp_path):
 def test_the_page_works_below_a_path_and_names_the_outer_host(proxied):
     _, url = proxied
     where = url + "/registry/?repository=lab/app&reference=v1"
-    status, _, text = call(url, "GET", where)
-    assert status == 200 and "docker pull %s/lab/app:v1" % url[7:] in text
+    answer = ask(url, "GET", where)
+    text = answer.text
+    assert answer.status == 200 and "docker pull %s/lab/app:v1" % url[7:] in text
     links = re.findall(r'href="([^"]+)"', text)
     assert len(links) > 6
     for link in links:
         target = urllib.parse.urljoin(where, link.replace("&amp;", "&"))
-        assert target.startswith("data:") or call(url, "GET", target)[0] == 200, target
-    with urllib.request.urlopen(url + "/registry/live/events", timeout=20) as stream:
-        until(lambda: "watchers 1" in call(url, "GET", "/registry/metrics")[2])
-        call(url, "GET", "/v2/lab/app/tags/list")
+        assert target.startswith("data:") or ask(url, "GET", target)[0] == 200, target
+    with open_url(url + "/registry/live/events") as stream:
+        until(lambda: "watchers 1" in ask(url, "GET", "/registry/metrics").text)
+        ask(url, "GET", "/v2/lab/app/tags/list")
         while b"which tags has lab/app?" not in stream.readline():
             pass
 
@@ -272,4 +257,4 @@ def test_skopeo_copies_through_nginx(proxied, prefix):
                            where + "lab/app:v1", where + "lab/copy:v2"],
                           stderr=subprocess.PIPE, universal_newlines=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(call(server, "GET", "/v2/lab/copy/tags/list")[2])["tags"] == ["v2"]
+    assert server.ask("GET", "/v2/lab/copy/tags/list").json["tags"] == ["v2"]

@@ -1,6 +1,5 @@
 """Several processes, one store: an answer is never older than the last acknowledged change, whoever made it."""
 
-import http.client
 import json
 import os
 import random
@@ -10,27 +9,10 @@ import threading
 import pytest
 
 import samples
-from conftest import run_tinyreg, until
+from conftest import PATIENCE, Client, run_tinyreg, until
 from tinyreg import OCI_MANIFEST, Digest, Directory
 
 SEED = 20240602
-PATIENCE = 30
-
-
-class Client:
-    """A kept connection; the kernel chose the worker that serves it."""
-
-    def __init__(self, server):
-        self.connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
-
-    def ask(self, method, path, body=None, headers=None):
-        self.connection.request(method, path, body, headers or {})
-        response = self.connection.getresponse()
-        content = response.read()
-        return response.status, dict(response.getheaders()), content
-
-    def close(self):
-        self.connection.close()
 
 
 def workers_of(server):
@@ -69,7 +51,7 @@ class Model:
         if what == "push":
             self._blob(client, name, samples.CONFIG)
             assert client.ask("PUT", "/v2/%s/manifests/%s" % (name, tag), manifest.content,
-                              {"Content-Type": OCI_MANIFEST})[0] == 201
+                              content_type=OCI_MANIFEST)[0] == 201
             self.manifests[name].add(manifest.digest)
             self.tags[name][tag] = manifest.digest
             self.ever.add(name)
@@ -106,17 +88,17 @@ class Model:
             status = client.ask(method, "/v2/%s/manifests/%s" % (name, manifest.digest))[0]
             assert status == (200 if manifest.digest in self.manifests[name] else 404)
         elif what == "tags" and name in self.ever:
-            found = json.loads(client.ask("GET", "/v2/%s/tags/list" % name)[2].decode())
+            found = client.ask("GET", "/v2/%s/tags/list" % name).json
             assert found["tags"] == sorted(self.tags[name])
         elif what == "catalog":
-            found = json.loads(client.ask("GET", "/v2/_catalog")[2].decode())
+            found = client.ask("GET", "/v2/_catalog").json
             assert found["repositories"] == sorted(self.ever)
         elif what == "blob":
             digest = Digest.of(b"layer of " + tag.encode())
             status = client.ask(method, "/v2/%s/blobs/%s" % (name, digest))[0]
             assert status == (200 if digest in self.layers[name] else 404)
         elif what == "referrers":
-            found = json.loads(client.ask("GET", "/v2/%s/referrers/%s" % (name, manifest.digest))[2].decode())
+            found = client.ask("GET", "/v2/%s/referrers/%s" % (name, manifest.digest)).json
             wanted = [known.digest for known in self.known
                       if known.subject == manifest.digest and known.digest in self.manifests[name]]
             assert [entry["digest"] for entry in found["manifests"]] == sorted(wanted)
@@ -160,7 +142,7 @@ def test_readers_never_see_a_tag_go_back(start_server, tmp_path):
         reader.start()
     writer = Client(server)
     for n, manifest in enumerate(versions):
-        assert writer.ask("PUT", "/v2/a/manifests/x", manifest.content, {"Content-Type": OCI_MANIFEST})[0] == 201
+        assert writer.ask("PUT", "/v2/a/manifests/x", manifest.content, content_type=OCI_MANIFEST)[0] == 201
         acknowledged[0] = n
     done.set()
     for reader in readers:
@@ -185,56 +167,56 @@ def test_an_upload_goes_from_worker_to_worker(start_server):
     server = start_server(None, "--workers", "4")
     for number in range(20):
         content = os.urandom(300000)
-        location = Client(server).ask("POST", "/v2/a/blobs/uploads/")[1]["Location"]
+        location = server.ask("POST", "/v2/a/blobs/uploads/")[1]["Location"]
         for part in (content[:100000], content[100000:]):
-            status, headers, _ = Client(server).ask("PATCH", location, part)
+            status, headers, _ = server.ask("PATCH", location, part)
             assert status == 202
             location = headers["Location"]
         mark = "&" if "?" in location else "?"
         digest = Digest.of(content, "sha512" if number % 4 == 3 else "sha256")
-        assert Client(server).ask("PUT", location + mark + "digest=" + digest)[0] == 201
-        assert Client(server).ask("GET", "/v2/a/blobs/" + digest)[2] == content
+        assert server.ask("PUT", location + mark + "digest=" + digest)[0] == 201
+        assert server.ask("GET", "/v2/a/blobs/" + digest)[2] == content
 
 
 @pytest.mark.parametrize("state", ["", "5:sha256:" + "0" * 64 + ":" + "0" * 64, "x", "::::", "%ff", "a" * 4000])
 def test_a_state_that_the_server_did_not_give_is_ignored(server, state):
     """A client can't vouch for bytes: they are read again, and hashed."""
-    location = Client(server).ask("POST", "/v2/a/blobs/uploads/")[1]["Location"].partition("?")[0]
-    assert Client(server).ask("PATCH", location, b"hello")[0] == 202
+    location = server.ask("POST", "/v2/a/blobs/uploads/")[1]["Location"].partition("?")[0]
+    assert server.ask("PATCH", location, b"hello")[0] == 202
     wrong = "sha256:" + "0" * 64
-    status, _, body = Client(server).ask("PUT", "%s?state=%s&digest=%s" % (location, state, wrong))
+    status, _, body = server.ask("PUT", "%s?state=%s&digest=%s" % (location, state, wrong))
     assert (status, json.loads(body.decode())["errors"][0]["code"]) == (400, "DIGEST_INVALID")
-    location = Client(server).ask("POST", "/v2/a/blobs/uploads/")[1]["Location"].partition("?")[0]
-    assert Client(server).ask("PATCH", location, b"hello")[0] == 202
-    assert Client(server).ask("PUT", "%s?state=%s&digest=%s" % (location, state, Digest.of(b"hello")))[0] == 201
+    location = server.ask("POST", "/v2/a/blobs/uploads/")[1]["Location"].partition("?")[0]
+    assert server.ask("PATCH", location, b"hello")[0] == 202
+    assert server.ask("PUT", "%s?state=%s&digest=%s" % (location, state, Digest.of(b"hello")))[0] == 201
 
 
 def test_the_state_of_another_session_is_ignored(server):
     """The sum of these bytes, signed, but for another upload."""
     locations = []
     for content in (b"hello", b"other"):
-        location = Client(server).ask("POST", "/v2/a/blobs/uploads/")[1]["Location"]
-        locations.append(Client(server).ask("PATCH", location, content)[1]["Location"].partition("?"))
+        location = server.ask("POST", "/v2/a/blobs/uploads/")[1]["Location"]
+        locations.append(server.ask("PATCH", location, content)[1]["Location"].partition("?"))
     stolen = "%s?%s&digest=%s" % (locations[1][0], locations[0][2], Digest.of(b"hello"))
-    assert Client(server).ask("PUT", stolen)[0] == 400
+    assert server.ask("PUT", stolen)[0] == 400
 
 
 # The supervisor
 
 def test_a_worker_that_dies_is_replaced(start_server):
     server = start_server(None, "--workers", "2")
-    until(lambda: len(workers_of(server)) == 2, PATIENCE)
+    until(lambda: len(workers_of(server)) == 2)
     before = workers_of(server)
     os.kill(before[0], signal.SIGKILL)
-    until(lambda: len(workers_of(server)) == 2 and before[0] not in workers_of(server), PATIENCE)
+    until(lambda: len(workers_of(server)) == 2 and before[0] not in workers_of(server))
     for _ in range(20):
-        assert Client(server).ask("GET", "/v2/")[0] == 200
+        assert server.ask("GET", "/v2/")[0] == 200
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_all_processes(start_server, how):
     server = start_server(None, "--workers", "3")
-    until(lambda: len(workers_of(server)) == 3, PATIENCE)
+    until(lambda: len(workers_of(server)) == 3)
     workers = workers_of(server)
     assert server.stop(how) == 0
     assert not any(os.path.exists("/proc/%d" % pid) for pid in workers)
@@ -242,7 +224,7 @@ def test_a_signal_ends_all_processes(start_server, how):
 
 def test_workers_end_when_their_supervisor_is_killed(start_server):
     server = start_server(None, "--workers", "3")
-    until(lambda: len(workers_of(server)) == 3, PATIENCE)
+    until(lambda: len(workers_of(server)) == 3)
     workers = workers_of(server)
     server.stop(signal.SIGKILL)
-    until(lambda: not any(os.path.exists("/proc/%d" % pid) for pid in workers), PATIENCE)
+    until(lambda: not any(os.path.exists("/proc/%d" % pid) for pid in workers))
