@@ -1357,6 +1357,16 @@ class Directory(Registry):
         content = read_file(self.blob_path(digest), MAX_MANIFEST + 1)
         return content if content is not None and Digest.of(content, digest.algorithm) == digest else None
 
+    def needs(self, digest):
+        """The digests of a manifest's blobs, and of its children, which an index may lack; none of
+        what is no manifest."""
+        try:
+            manifest = Manifest(self._manifest_content(digest) or b"", digest)
+            return ([blob.digest for blob in manifest.blobs if not blob.foreign],
+                    [child.digest for child in manifest.manifests])
+        except RegistryError:
+            return [], []
+
     def open_blob(self, name, digest):
         layer = self.layer_path(name, digest)
         target = self._read_link(layer)
@@ -1597,11 +1607,32 @@ class Directory(Registry):
             self._write_link(self.layer_path(name, digest), target)
         return True
 
+    def _is_immutable(self, name, tag):
+        image = "%s:%s" % (name, tag)
+        return any(glob.fullmatch(tag) or glob.fullmatch(image) for glob in self.immutable)
+
     def _check_movable(self, name, tag, digest=None):
         """Raises DENIED if an immutable tag points to something else."""
-        if any(glob.fullmatch(tag) or glob.fullmatch("%s:%s" % (name, tag)) for glob in self.immutable):
+        if self._is_immutable(name, tag):
             if self._read_link(self.current_path(name, tag)) not in (None, digest):
                 raise RegistryError("DENIED", message="the tag %s can't be moved or deleted (--immutable-tags)" % tag)
+
+    def _check_deletable(self, name, digest):
+        """Raises DENIED if an immutable tag leads to this manifest or blob."""
+        seen = set()
+        for tag in list_directory(self.tag_path(name, "")) if self.immutable else ():
+            target = self._is_immutable(name, tag) and self._read_link(self.current_path(name, tag))
+            todo = [target] if target else []
+            while todo:
+                target = todo.pop()
+                if target not in seen:
+                    seen.add(target)
+                    blobs, children = self.needs(target)
+                    seen.update(blobs)
+                    todo += children
+            if digest in seen:
+                raise RegistryError("DENIED", message="the tag %s needs it, and is not to change "
+                                    "(--immutable-tags)" % tag)
 
     def put_manifest(self, name, manifest, tags=()):
         tags = list(tags)
@@ -1669,9 +1700,8 @@ class Directory(Registry):
         with self.lock.alone():
             if self._read_link(self.revision_path(name, digest)) is None:
                 raise self._unknown(name, "MANIFEST_UNKNOWN", digest)
+            self._check_deletable(name, digest)
             pointing = [tag for tag in self.tags(name) if self._read_link(self.current_path(name, tag)) == digest]
-            for tag in pointing:
-                self._check_movable(name, tag)
             for tag in pointing:
                 self.files.remove(self.tag_path(name, tag))
             with contextlib.suppress(FileNotFoundError):
@@ -1682,6 +1712,7 @@ class Directory(Registry):
         with self.lock.alone():
             if self._read_link(self.layer_path(name, digest)) is None:
                 raise self._unknown(name, "BLOB_UNKNOWN", digest)
+            self._check_deletable(name, digest)
             self.files.remove(self.layer_path(name, digest))
 
 
@@ -2213,7 +2244,7 @@ class Verification:
         needs = dict(itertools.chain(layers.items(), revisions.items()))  # {digest or tag: what it can't do without}
         held = set(needs)
         for digest in revisions:
-            blobs, children = self._needs(digest)
+            blobs, children = self.store.needs(digest)
             needs[digest] = needs[digest] + blobs + children
             found += [("missing blob", blob, self.store.layer_path(name, blob)) for blob in blobs if blob not in held]
         tags = [(tag, self.store.current_path(name, tag)) for tag in list_directory(self.store.tag_path(name, ""))]
@@ -2252,15 +2283,6 @@ class Verification:
         if target is None and os.path.exists(path):
             found.append(("damaged link", name, path))
         return [target] if target else []
-
-    def _needs(self, digest):
-        """The digests of a manifest's blobs, and of its children, which an index may lack."""
-        try:
-            manifest = Manifest(self.store._manifest_content(digest) or b"", digest)
-            return ([blob.digest for blob in manifest.blobs if not blob.foreign],
-                    [child.digest for child in manifest.manifests])
-        except RegistryError:
-            return [], []
 
 # ---------------------------------------------------------------------------------------------------------
 # 7  Archive

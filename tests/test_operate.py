@@ -14,7 +14,7 @@ import urllib.parse
 import pytest
 from conftest import TINYREG, ask, free_port, open_url, run_tinyreg, until
 from engines import NGINX_BEGIN
-from samples import image, make_image, to_manifest
+from samples import CONFIG, image, index, make_image, read_blob, to_manifest
 
 from tinyreg import Digest, Directory, RegistryError, parse_glob
 
@@ -62,6 +62,23 @@ def test_immutable_tags_do_not_move(start_server, tmp_path):
     make_image(store, "prod/a/b", "any")
     assert put("prod/a/b", "any", other)[0] == 403 and put("prod/a/b", "new", other)[0] == 201
     assert run_tinyreg("rm", "--root", server.root, "lab/app:v1").returncode == 0  # its owner may
+
+
+def test_what_an_immutable_tag_needs_can_not_be_deleted_from_under_it(start_server, tmp_path):
+    store = Directory(str(tmp_path / "registry"))
+    child, loose = [make_image(store, "app", None, layers=(layer,)) for layer in (b"child", b"loose")]
+    inner = to_manifest(index(child))
+    store.put_manifest("app", inner)
+    store.put_manifest("app", to_manifest(index(inner)), ["v1"])
+    store.put_manifest("app", to_manifest(index(loose)), ["latest"])
+    server = start_server(None, "--immutable-tags", "v*")
+    for path in ["manifests/" + inner.digest, "manifests/" + child.digest,
+                 "blobs/" + Digest.of(b"child"), "blobs/" + Digest.of(CONFIG)]:
+        status, _, text = call(server, "DELETE", "/v2/app/" + path)
+        assert status == 403 and "the tag v1 needs it" in json.loads(text)["errors"][0]["message"]
+    for path in ["blobs/" + Digest.of(b"loose"), "manifests/" + loose.digest]:
+        assert call(server, "DELETE", "/v2/app/" + path)[0] == 202
+    assert store.manifest("app", child.digest) and read_blob(store, "app", Digest.of(b"child"))
 
 
 def test_of_two_first_pushes_at_once_one_wins(tmp_path):
