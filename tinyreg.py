@@ -2166,10 +2166,13 @@ def collect_garbage(store, **how):
 
 
 class Verification:
-    """One reading of everything in the store, beside pushes; afterwards `findings` is {(what, name, path): images that
-    it harms}. `rate` limits the reading to so many bytes a second; `progress(blobs, bytes)` is called now and then."""
+    """One reading of everything in the store, beside pushes; afterwards `findings` is {(what, name,
+    path): images that it harms}, and `leftovers` the paths of links that lead nowhere and that no
+    image needs, as Distribution's garbage collection leaves them. `rate` limits the reading to so
+    many bytes a second; `progress(blobs, bytes)` is called now and then."""
 
     MOVABLE = ("damaged link", "link to a missing blob", "tag without manifest")
+    LEFTOVER = "link that no image needs"
 
     def __init__(self, store, rate=0, progress=None):
         self.store = store
@@ -2179,12 +2182,14 @@ class Verification:
         self.bytes = 0
         self.damaged = {}   # {digest: (path, its size and inode, in which what a push puts there differs)}
         self.findings = {}
+        self.leftovers = []
         self.moved = []
         self.mutex = threading.Lock()
         self.began = self.told = time.monotonic()
 
     def run(self, repair=False):
-        """Read it all; with `repair`, put aside what is damaged or leads nowhere. Raises OSError."""
+        """Read it all; with `repair`, put aside what is damaged or leads nowhere, and remove
+        leftovers. Raises OSError."""
         self._read_blobs()
         self.findings = {("damaged blob", digest, path): set() for digest, (path, _) in self.damaged.items()}
         for name in repository_folders(self.store):
@@ -2192,8 +2197,13 @@ class Verification:
             if found:  # a second look, because a deletion may have been under way
                 with self.store.lock.alone() if repair else contextlib.ExitStack():
                     found = {key: images for key, images in self._check(name).items() if key in found}
+                    leftovers = [path for what, _, path in found if what == self.LEFTOVER]
+                    self.leftovers += leftovers
                     self.moved += [self.store.put_aside(path) for what, _, path in found
                                    if repair and what in self.MOVABLE]
+                    for path in leftovers if repair else ():
+                        self.store.files.remove(os.path.dirname(path))
+            found = {key: images for key, images in found.items() if key[0] != self.LEFTOVER}
             for key, images in found.items():
                 self.findings.setdefault(key, set()).update(images)
         for path, seen in self.damaged.values() if repair else ():
@@ -2240,6 +2250,7 @@ class Verification:
         """The findings in one repository, as {(what, name, path): set of images that it harms}."""
         folder, found = os.path.join(self.store.repository_path(name), "_manifests"), []
         layers = self._check_links(found, digest_folders(os.path.dirname(folder), "_layers"))
+        dangling = {path for what, _, path in found if what == "link to a missing blob"}
         revisions = self._check_links(found, digest_folders(folder, "revisions"))
         needs = dict(itertools.chain(layers.items(), revisions.items()))  # {digest or tag: what it can't do without}
         held = set(needs)
@@ -2261,7 +2272,9 @@ class Verification:
                 for what in reached.intersection(images):
                     images[what].add(image_text(name, image))
                 tagged |= reached if image not in revisions else set()
-        return {key: images[key[1]] for key in found}
+        idle = {path for _, what, path in found if path in dangling and not images[what]}
+        return {(self.LEFTOVER if path in idle else what, digest, path): images[digest]
+                for what, digest, path in found}
 
     def _check_links(self, found, entries):
         """{digest: [what its link names]} of the (digest, folder) entries that lead to a blob; notes what doesn't."""
@@ -7603,11 +7616,16 @@ def verify(options):
         lines.append("%(what)s: %(name)s (%(path)s)" % entry)
         lines += ["    harms " + image for image in entry["harms"]]
     lines += ["put aside: " + path for path in check.moved]
+    if check.leftovers and not options.quiet:
+        lines.append("%d links to blobs that are gone and that no image needs %s" % (
+            len(check.leftovers),
+            "were removed" if options.repair else "do no harm; --repair removes them"))
     if not options.quiet:
         lines.append("%d blobs, %s: %s" % (check.blobs, in_units(check.bytes), "all is well" if not report else
                                            "%d damaged or missing; push the images that it harms (or "
                                            "copy the archive) again" % len(report)))
-    show(options, {"blobs": check.blobs, "size": check.bytes, "damage": report, "moved": check.moved}, lines)
+    show(options, {"blobs": check.blobs, "size": check.bytes, "damage": report, "moved": check.moved,
+                   "leftovers": len(check.leftovers)}, lines)
     return 1 if report else 0
 
 

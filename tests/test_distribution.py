@@ -3,6 +3,7 @@
 Images here are a few bytes each, made by `samples`; what real clients make of both is test_clients.py's.
 """
 
+import json
 import os
 import re
 
@@ -189,6 +190,24 @@ def test_garbage_collection_by_docker_registry(distribution, serve, store):
         assert ours.manifest_bytes(name, "1") == kept.content
         for blob in kept.blobs:
             assert Digest.of(ours.blob(name, blob.digest)) == blob.digest
+
+
+def test_what_its_garbage_collection_leaves_behind_is_no_damage(distribution, serve, store):
+    """2.8 takes blobs away, and leaves the links to them."""
+    kept = make_image(store, "app", "1", layers=(b"kept",))
+    dropped = make_image(store, "app", None, layers=(b"dropped", b"dropped, too"), config=b"{}")
+    with distribution as theirs:
+        assert theirs.ask("DELETE", "/v2/app/manifests/" + dropped.digest)[0] == 202
+    distribution.collect()
+    shown = run_tinyreg("verify", "--root", store.root)
+    assert shown.returncode == 0, shown.stdout
+    leftovers, verdict = shown.stdout.splitlines()
+    assert leftovers == "3 links to blobs that are gone and that no image needs do no harm; --repair removes them"
+    assert verdict.endswith(": all is well")
+    report = json.loads(run_tinyreg("verify", "--root", store.root, "--json", "--repair").stdout)
+    assert (report["damage"], report["moved"], report["leftovers"]) == ([], [], 3)
+    assert run_tinyreg("verify", "--root", store.root).stdout.count("links") == 0
+    assert everything(store) == {"app": (["1"], sorted([kept.digest, *(blob.digest for blob in kept.blobs)]))}
 
 
 def test_an_index_under_garbage_collection_by_docker_registry(distribution, serve, store):

@@ -74,10 +74,10 @@ def test_what_an_immutable_tag_needs_can_not_be_deleted_from_under_it(start_serv
     server = start_server(None, "--immutable-tags", "v*")
     for path in ["manifests/" + inner.digest, "manifests/" + child.digest,
                  "blobs/" + Digest.of(b"child"), "blobs/" + Digest.of(CONFIG)]:
-        status, _, text = call(server, "DELETE", "/v2/app/" + path)
+        status, _, text = server.ask("DELETE", "/v2/app/" + path)
         assert status == 403 and "the tag v1 needs it" in json.loads(text)["errors"][0]["message"]
     for path in ["blobs/" + Digest.of(b"loose"), "manifests/" + loose.digest]:
-        assert call(server, "DELETE", "/v2/app/" + path)[0] == 202
+        assert server.ask("DELETE", "/v2/app/" + path)[0] == 202
     assert store.manifest("app", child.digest) and read_blob(store, "app", Digest.of(b"child"))
 
 

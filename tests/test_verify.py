@@ -127,6 +127,23 @@ def test_damage_is_named_put_aside_and_mended(store, damage):
     assert list(store.referrers("app", manifest.digest)) == []
 
 
+def test_a_link_that_leads_nowhere_is_damage_where_an_image_needs_it(store):
+    make_image(store, "app", layers=(b"layer one",))
+    make_image(store, "app", None, layers=(b"untagged",))
+    for content in (b"untagged", b"stray"):
+        os.unlink(store.blob_path(push_blob(store, "app", content)))
+    untagged, = set(store._revisions("app")) - {store.resolve("app", "latest")}
+    check = Verification(store)
+    check.run()
+    assert {(what, name) for what, name, _ in check.findings} == {
+        (what, Digest.of(b"untagged")) for what in ("missing blob", "link to a missing blob")}
+    assert set.union(*check.findings.values()) == {"app@" + untagged}
+    assert check.leftovers == [link_of(store.layer_path("app", Digest.of(b"stray")))]
+    os.unlink(store.blob_path(untagged))
+    assert verify(store, repair=True) == {("link to a missing blob", untagged): set()}
+    assert not os.path.exists(store.layer_path("app", Digest.of(b"stray")))
+
+
 def test_a_push_mends_without_repair_too(store):
     manifest = make_image(store, "app", layers=LAYERS)
     flip(store, manifest)
