@@ -144,6 +144,7 @@ MAX_EVENTS = 10000           # notifications that are kept for an endpoint that 
 MIN_ROOM = 64 << 20          # bytes that must be free for a server to call itself ready
 ROWS = 100                   # entries in one table of the page
 MAX_DESCRIBED = 1000         # manifests that are read to say how large an index is
+MAX_TYPES = 10000            # media types of manifests that one process remembers
 COLLECTED_AT_ONCE = 64       # folders that gc takes away while it holds the lock alone: some milliseconds
 PAGE_SIZE = 1000             # entries in one page of the catalog or of referrers, and the most that n may ask for
 
@@ -568,79 +569,144 @@ def platform_name(platform):
     return "/".join(str(platform[key]) for key in ("os", "architecture", "variant") if platform.get(key))
 
 
-class Manifest:
-    """The bytes of a manifest, and what they say. Made by parse_manifest, or unchecked by a store that holds it."""
+def _media_type(document):
+    """What a manifest declares itself, else what its shape shows; "" where it is no manifest."""
+    declared = document.get("mediaType")
+    if isinstance(declared, str) and declared:
+        return sys.intern(declared)
+    if "fsLayers" in document or document.get("schemaVersion") == 1:
+        return DOCKER_SCHEMA1
+    if "manifests" in document:
+        return OCI_INDEX
+    return OCI_MANIFEST if "config" in document or "layers" in document else ""
 
-    def __init__(self, content, digest):
+
+def _descriptors(document, field):
+    values = document.get(field)
+    if values is None:
+        return []
+    if not isinstance(values, list):
+        raise RegistryError("MANIFEST_INVALID", message="%s must be a list" % field)
+    return [parse_descriptor(value) for value in values]
+
+
+def _blobs(document):
+    config = document.get("config")
+    blobs = [] if config is None else [parse_descriptor(config)]
+    return blobs + _descriptors(document, "layers") + _descriptors(document, "blobs")
+
+
+def _subject(document):
+    subject = document.get("subject")
+    return None if subject is None else parse_descriptor(subject).digest
+
+
+def _artifact_type(document):
+    kind, config = document.get("artifactType"), document.get("config")
+    if not kind and isinstance(config, dict):
+        kind = config.get("mediaType")
+    return kind if isinstance(kind, str) and kind else None
+
+
+# {what is asked of a manifest more than once: how it is read from the document}
+FACTS = {"media_type": _media_type, "blobs": _blobs, "subject": _subject,
+         "artifact_type": _artifact_type,
+         "manifests": functools.partial(_descriptors, field="manifests"),
+         }  # type: Dict[str, Callable[..., Any]]
+
+
+class Manifest:
+    """The bytes of a manifest, and what they say, which is read when it is first asked for. The
+    parsed document is not kept: it may take thirty times the bytes. Made by parse_manifest, or
+    unchecked by a store that holds it: then what is malformed raises MANIFEST_INVALID or
+    DIGEST_INVALID when it is asked for.
+    """
+
+    types = {}  # {digest: media type}, so that a HEAD need not parse; of one digest it never changes
+
+    def __init__(self, content: bytes, digest: Digest):
         self.content = content
         self.digest = digest
+        # {key of FACTS: the value, or the RegistryError that it is}
+        self._facts = None  # type: Dict[str, Any]
+
+    def _parse(self):
         try:
-            self.document = load_json(content)
+            document = load_json(self.content)
         except ValueError as error:
-            raise RegistryError("MANIFEST_INVALID", digest, message="not a manifest: %s" % error)
+            raise RegistryError("MANIFEST_INVALID", self.digest,
+                                message="not a manifest: %s" % error)
+        if self._facts is None:
+            facts = {}
+            for key, read in FACTS.items():
+                try:
+                    facts[key] = read(document)
+                except RegistryError as error:
+                    facts[key] = error
+            self._facts = facts
+        return document
 
     @property
-    def media_type(self):
-        """What the content declares itself, else what its shape shows; "" where it is no manifest. The layout on disk
-        has no place for a Content-Type."""
-        declared = self.document.get("mediaType")
-        if isinstance(declared, str) and declared:
-            return declared
-        if "fsLayers" in self.document or self.document.get("schemaVersion") == 1:
-            return DOCKER_SCHEMA1
-        if "manifests" in self.document:
-            return OCI_INDEX
-        return OCI_MANIFEST if "config" in self.document or "layers" in self.document else ""
+    def document(self) -> Dict[str, Any]:
+        """The content as JSON, parsed anew each time."""
+        return self._parse()
 
-    def _descriptors(self, field):
-        values = self.document.get(field)
-        if values is None:
-            return []
-        if not isinstance(values, list):
-            raise RegistryError("MANIFEST_INVALID", message="%s must be a list" % field)
-        return [parse_descriptor(value) for value in values]
+    def _fact(self, key):
+        if self._facts is None:
+            self._parse()
+        value = self._facts[key]
+        if isinstance(value, RegistryError):
+            raise value
+        return value
 
     @property
-    def blobs(self):
-        """Descriptors of the config, the layers, and an artifact manifest's blobs, in the manifest's order."""
-        config = self.document.get("config")
-        found = [parse_descriptor(config)] if config is not None else []
-        return found + self._descriptors("layers") + self._descriptors("blobs")
+    def media_type(self) -> str:
+        """What the content declares itself, else what its shape shows; "" where it is no manifest.
+        The layout on disk has no place for a Content-Type."""
+        media_type = self.types.get(self.digest)
+        if media_type is None:
+            media_type = self._fact("media_type")
+            if len(self.types) >= MAX_TYPES:
+                self.types.clear()
+            if len(media_type) <= MAX_NAME:
+                self.types[self.digest] = media_type
+        return media_type
 
     @property
-    def manifests(self):
-        """Descriptors of an index's children: manifests, but layers in an index that BuildKit exported as cache."""
-        return self._descriptors("manifests")
+    def blobs(self) -> List[Descriptor]:
+        """The config, the layers, and an artifact manifest's blobs, in the manifest's order."""
+        return self._fact("blobs")
 
     @property
-    def subject(self):
-        """Digest of the manifest that this one is about, or None."""
-        subject = self.document.get("subject")
-        return parse_descriptor(subject).digest if subject is not None else None
+    def manifests(self) -> List[Descriptor]:
+        """An index's children: manifests, but layers in an index that BuildKit exported as cache."""
+        return self._fact("manifests")
 
     @property
-    def artifact_type(self):
-        """As referrers lists want it: an image's falls back to its config's type. None where there is none."""
-        declared = self.document.get("artifactType")
-        config = self.document.get("config")
-        if declared or not isinstance(config, dict):
-            return declared or None
-        return config.get("mediaType")
+    def subject(self) -> Optional[Digest]:
+        """The manifest that this one is about, or None."""
+        return self._fact("subject")
 
-    def referrer(self):
-        """The descriptor of this manifest in a list of referrers (distribution-spec, "Listing Referrers")."""
+    @property
+    def artifact_type(self) -> Optional[str]:
+        """As referrers lists want it: an image's falls back to its config's type."""
+        return self._fact("artifact_type")
+
+    def referrer(self) -> dict:
+        """The descriptor of this manifest in a list of referrers (distribution-spec, "Listing
+        Referrers")."""
+        annotations = self.document.get("annotations")
         entry = {"mediaType": self.media_type, "digest": self.digest, "size": len(self.content)}
         if self.artifact_type:
             entry["artifactType"] = self.artifact_type
-        if self.document.get("annotations"):
-            entry["annotations"] = self.document["annotations"]
+        if annotations:
+            entry["annotations"] = annotations
         return entry
 
 
-def _check_shape(manifest):
+def _check_shape(manifest, document):
     """What else a manifest must be. A document that is an index and an image at once is refused: clients would not
     agree on what it says (CVE-2021-41190)."""
-    document = manifest.document
     is_index = manifest.media_type in INDEX_TYPES
     if "manifests" in document and not is_index or is_index and ("config" in document or "layers" in document):
         raise RegistryError("MANIFEST_INVALID", message="a manifest can't be an index and an image at once")
@@ -664,6 +730,7 @@ def parse_manifest(content, content_type="", digest=None):
     manifest = Manifest(content, Digest.of(content, digest.algorithm if digest else "sha256"))
     if digest and manifest.digest != digest:
         raise RegistryError("DIGEST_INVALID", {"wanted": digest, "got": manifest.digest})
+    document = manifest.document
     media_type = manifest.media_type
     if media_type.startswith("application/vnd.docker.distribution.manifest.v1+"):
         raise RegistryError("MANIFEST_INVALID", message="Docker image manifest schema 1 is not accepted (Docker gave "
@@ -676,7 +743,7 @@ def parse_manifest(content, content_type="", digest=None):
     if announced not in VAGUE_TYPES and announced != media_type:
         raise RegistryError("MANIFEST_INVALID", {"Content-Type": announced, "mediaType": media_type},
                             message="the Content-Type announces another type than the manifest has")
-    _check_shape(manifest)
+    _check_shape(manifest, document)
     return manifest
 
 # -------------------------------------------------------------------------------------------------
@@ -1123,24 +1190,29 @@ def describe(registry, name, digest):
     """What people want to know of a manifest: its digest and mediaType, platforms, when it was built, how many blobs
     and manifests it consists of and their size in bytes, and how many children are missing (of an index that was
     copied for some platforms only). What occurs twice counts once. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
-    manifest = registry.manifest(name, digest)
-    found = {"digest": digest, "mediaType": manifest.media_type, "platforms": [], "created": None, "missing": 0}
-    sizes, waiting = {digest: len(manifest.content)}, [manifest]
-    for manifest in waiting:
+    found = {"digest": digest, "mediaType": "", "platforms": [], "created": None, "missing": 0}
+    sizes, seen, queue = {}, {digest}, [digest]  # of manifests only digests: all of them may be large
+    for current in queue:
+        try:
+            manifest = registry.manifest(name, current)
+            blobs, children = manifest.blobs, manifest.manifests
+        except RegistryError:
+            if current == digest:
+                raise
+            found["missing"] += 1
+            continue
+        found["mediaType"] = found["mediaType"] or manifest.media_type
+        sizes[current] = len(manifest.content)
+        sizes.update((blob.digest, blob.size) for blob in blobs)
         if manifest.media_type in IMAGE_TYPES:
             config = read_config(registry, name, manifest)
             platform = platform_name(config) or manifest.artifact_type or "-"
             found["created"] = found["created"] or config.get("created")
             if platform not in found["platforms"] + ["unknown/unknown"]:  # that is BuildKit's, for attestations
                 found["platforms"].append(platform)
-        for child in manifest.manifests:
-            if child.digest not in sizes and len(waiting) < MAX_DESCRIBED:
-                try:
-                    waiting.append(registry.manifest(name, child.digest))
-                    sizes[child.digest] = child.size
-                except RegistryError:
-                    found["missing"] += 1
-        sizes.update((blob.digest, blob.size) for blob in manifest.blobs)
+        fresh = collections.OrderedDict.fromkeys(child.digest for child in children)
+        queue += [child for child in fresh if child not in seen][:MAX_DESCRIBED - len(queue)]
+        seen.update(queue)
     return dict(found, size=sum(sizes.values()), count=len(sizes))
 
 # ---------------------------------------------------------------------------------------------------------
@@ -3735,6 +3807,8 @@ class ArrivingBlob(Blob):
 # blobs go, several at once, then the manifests, children first, and a tag comes last. Bytes are never changed.
 # ---------------------------------------------------------------------------------------------------------
 
+MAX_MANIFESTS = 8 * MAX_MANIFEST  # bytes of all manifests of one image, with its referrers; they are in memory …
+MANIFEST_COST = 1 << 10           # … and what each of them takes beside its bytes
 MAX_NESTING = 100  # indexes in indexes, and referrers of referrers; two or three are seen
 NO_PLATFORM = "unknown/unknown"  # what BuildKit says that its attestations are for
 SAY_NOTHING_OF_CONTENT = ("UNAUTHORIZED", "DENIED", "UNAVAILABLE", "UNKNOWN", "TOOMANYREQUESTS")
@@ -3795,6 +3869,7 @@ class Copy:
         self.blobs = collections.OrderedDict()
         self.tags = {}
         self.seen = set()          # digests of manifests that are planned, or begun
+        self.room = MAX_MANIFESTS  # bytes that the manifests may still take
         self.children = []         # digests of all that indexes name
         self.attestations = set()  # digests of manifests that nothing else is about
 
@@ -3838,6 +3913,11 @@ class Copy:
         if depth > MAX_NESTING:
             raise RegistryError("MANIFEST_INVALID", digest, message="indexes in indexes without end")
         manifest = self._manifest(digest)
+        self.room -= len(manifest.content) + MANIFEST_COST
+        if self.room < 0:
+            raise RegistryError("MANIFEST_INVALID", digest, message="the manifests of this image and of "
+                                "what is about it take more than %d MiB; copy one child by its digest, "
+                                "or leave the referrers behind" % (MAX_MANIFESTS >> 20))
         wanted = self._wanted_children(manifest)
         self.seen.add(digest)
         going = {}  # {digest of a child: the digest under which it goes}
@@ -3882,8 +3962,9 @@ class Copy:
     def _wanted_children(self, manifest):
         """Descriptors of an index's children, without those for other platforms. BuildKit's attestations are for none,
         are small, and go along. Raises MANIFEST_UNKNOWN where no child is for a wanted platform."""
+        entries = manifest.document["manifests"] if manifest.manifests else ()
         children = [(child, platform_name(entry.get("platform")))
-                    for child, entry in zip(manifest.manifests, manifest.document.get("manifests") or ())]
+                    for child, entry in zip(manifest.manifests, entries)]
         self.attestations.update(child.digest for child, platform in children if platform == NO_PLATFORM)
         wanted = [child for child, platform in children if is_wanted(platform, self.platforms)]
         if len(wanted) < len(children) and self.attestations.issuperset(child.digest for child in wanted):

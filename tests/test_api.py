@@ -244,6 +244,20 @@ def manifest_headers(digest, media_type):
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_manifest_that_is_asked_for_is_not_parsed_again(store, call, monkeypatch, method):
+    """One of 4 MB could take a hundred in memory, and a tenth of a second, each time."""
+    manifest = make_image(store, "a", "latest", junk=[{}] * 1000000)
+
+    def parse(content):
+        raise AssertionError("parsed")
+
+    monkeypatch.setattr(tinyreg, "load_json", parse)
+    answer = call(method, "/v2/a/manifests/latest")
+    assert (answer.status, answer.header("Content-Type")) == (200, OCI_MANIFEST)
+    assert answer.header("Docker-Content-Digest") == manifest.digest
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_get_manifest(call, store, method, algorithm):
     """Trap 10: the digest in the algorithm that the client used, the ETag, the length; of HEAD too."""

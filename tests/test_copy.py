@@ -9,13 +9,15 @@ import subprocess
 import sys
 import tarfile
 import threading
+import tracemalloc
 import uuid
 
 import pytest
 
+import tinyreg
 from conftest import TINYREG, run_tinyreg, until
 from samples import CONFIG, image, index, make_image, make_referrer, push_blob, read_blob, to_manifest
-from tinyreg import Blob, Copy, Digest, Directory, RegistryError, Report, copy
+from tinyreg import ArchiveWriter, Blob, Copy, Digest, Directory, RegistryError, Report, copy
 
 NAME = "docker.io/library/demo"
 
@@ -128,6 +130,38 @@ def test_a_sparse_index_stays_sparse(source, target):
     third = Directory(target.root + "3")
     report = copy(target, third, NAME, "latest")
     assert holdings(third) == holdings(target) and len(report.absent) == 1
+
+
+def make_junk(store, children=3, size=1 << 20):
+    """An index whose children are mostly `{}`: parsed, a manifest of them takes thirty times its bytes."""
+    junk = [[{}] * (size // 4)]
+    images = [make_image(store, NAME, None, junk=junk, number=number) for number in range(children)]
+    top = to_manifest(index(*images))
+    store.put_manifest(NAME, top, ["latest"])
+    return sum(len(manifest.content) for manifest in [top] + images)
+
+
+@pytest.mark.parametrize("make", [lambda store: Directory(store.root + "-back"), lambda store: ArchiveWriter()])
+def test_a_copy_holds_the_bytes_of_its_manifests_and_not_what_they_take_when_parsed(source, make):
+    size, target = make_junk(source), make(source)
+    work = Copy(source, target, NAME, "latest")
+    tracemalloc.start()
+    try:
+        work.plan()
+        work.run()
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size < held < 2 * size
+
+
+def test_an_image_with_more_manifests_than_memory_should_hold_is_refused(source, target, monkeypatch):
+    monkeypatch.setattr(tinyreg, "MAX_MANIFESTS", make_junk(source, 3, 4000) + 4 * tinyreg.MANIFEST_COST - 1)
+    with pytest.raises(RegistryError, match="the manifests of this image and of what is about it take more than"):
+        copy(source, target, NAME, "latest")
+    assert not list(target.digests())
+    make_junk(source, 2, 4000)
+    copy(source, target, NAME, "latest")
 
 
 def test_strip_takes_other_platforms_out_of_the_index_and_its_images_stay_as_they_were(source, target):
