@@ -319,6 +319,7 @@ class Digest(str):
     """A checked digest. The string is what the wire, the manifests and the link files carry: `sha256:abcd…`."""
 
     __slots__ = ()
+    tag = None  # type: Optional[str]
 
     @property
     def algorithm(self):
@@ -332,6 +333,15 @@ class Digest(str):
     def of(cls, content, algorithm="sha256"):
         """The digest of these bytes."""
         return cls("%s:%s" % (algorithm, hashlib.new(algorithm, content).hexdigest()))
+
+
+class TaggedDigest(Digest):
+    """The digest of NAME:TAG@DIGEST: it says what is meant, `tag` under which tag to keep it."""
+
+    def __new__(cls, digest: Digest, tag: str) -> "TaggedDigest":
+        value = super().__new__(cls, digest)
+        value.tag = tag
+        return value
 
 
 # Control characters, half surrogates, and what is invisible or turns the direction of a line.
@@ -384,9 +394,11 @@ def parse_reference(text):
     return parse_digest(text) if ":" in text else parse_tag(text)
 
 
-def image_text(name, reference):
-    """NAME:TAG or NAME@DIGEST: what split_image takes apart."""
-    return "%s%s%s" % (name, "@" if isinstance(reference, Digest) else ":", reference)
+def image_text(name: str, reference: Union[str, Digest]) -> str:
+    """NAME:TAG, NAME@DIGEST or NAME:TAG@DIGEST: what split_image takes apart."""
+    if not isinstance(reference, Digest):
+        return "%s:%s" % (name, reference)
+    return "%s%s@%s" % (name, ":" + reference.tag if reference.tag else "", reference)
 
 
 TAG_ABOUT = re.compile(r"(sha256|sha512)-([0-9a-f]{64})(?:\..*)?")  # such a tag, or cosign's: that and .sig, .att …
@@ -428,14 +440,23 @@ def parse_count(text):
     return int(text)
 
 
-def split_image(text):
-    """NAME[:TAG|@DIGEST] as (name, reference); the reference is None where there is none. Raises NAME_INVALID,
-    MANIFEST_INVALID, DIGEST_INVALID."""
-    name, at, digest = text.partition("@")
-    if at:
-        return parse_name(name), parse_digest(digest)
-    name, colon, tag = text.partition(":")
-    return parse_name(name), parse_tag(tag) if colon else None
+def split_reference(text: str) -> Tuple[str, Union[None, str, Digest]]:
+    """[:TAG][@DIGEST] behind a name, as (unchecked name, reference); the reference is None where
+    there is none. Raises MANIFEST_INVALID, DIGEST_INVALID."""
+    rest, at, digest = text.partition("@")
+    name, colon, tag = rest.partition(":")
+    if colon:
+        parse_tag(tag)
+    if not at:
+        return name, tag if colon else None
+    return name, TaggedDigest(parse_digest(digest), tag) if colon else parse_digest(digest)
+
+
+def split_image(text: str) -> Tuple[str, Union[None, str, Digest]]:
+    """NAME[:TAG][@DIGEST] as (name, reference). Raises NAME_INVALID, MANIFEST_INVALID,
+    DIGEST_INVALID."""
+    name, reference = split_reference(text)
+    return parse_name(name), reference
 
 
 # An image where it comes from: the host of its registry, the repository there, and a tag or Digest; and the repository
@@ -460,22 +481,20 @@ def usual_host(host):
 
 
 def parse_image(text):
-    """The Image that docker means by this text: `alpine` is library/alpine on docker.io, tag latest. A digest wins
-    over a tag beside it. Raises NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID."""
-    rest, at, digest = text.partition("@")
-    first, slash, path = rest.partition("/")
+    """The Image that docker means by this text: `alpine` is library/alpine:latest on docker.io.
+    Raises NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID."""
+    first, slash, path = text.partition("/")
     if not slash or not (first == "localhost" or re.search("[.:A-Z]", first)):
-        first, path = "docker.io", rest
+        first, path = "docker.io", text
     elif not HOST.fullmatch(first):
         raise RegistryError("NAME_INVALID", text[:MAX_NAME], message="invalid host; write HOST[:PORT]/NAME[:TAG]")
     host = usual_host(first)
-    path, colon, tag = path.partition(":")
+    path, reference = split_reference(path)
     if host == "docker.io" and "/" not in path:
         if re.fullmatch("[0-9a-f]{64}", path):
             raise RegistryError("NAME_INVALID", path, message="64 hexadecimal digits are a digest, not a name")
         path = "library/" + path
-    tag = parse_tag(tag) if colon else "latest"
-    return Image(host, path, parse_digest(digest) if at else tag, origin_name(host, parse_name(path)))
+    return Image(host, path, reference or "latest", origin_name(host, parse_name(path)))
 
 
 def names_to_try(name, origin=None):
@@ -2770,7 +2789,9 @@ class Archive(Registry):
 
     def _root(self, name, reference, digest):
         """Give a manifest a name. What comes later wins, as it does in a registry."""
-        self.roots.setdefault(name, {})[digest if isinstance(reference, Digest) else reference] = digest
+        if isinstance(reference, Digest):
+            reference = reference.tag or digest
+        self.roots.setdefault(name, {})[reference] = digest
 
     # Reading
 
@@ -3830,6 +3851,7 @@ class Report:
         self.absent = []     # digests of children that the index names and the source has not got, or was not asked for
         self.stripped = {}   # {digest: the digest that took its place} of the indexes that lost such children
         self.missing = []    # digests of blobs that the source should have, and has not
+        self.moved = {}      # {tag: digest that it has in the source}, if not that of TAG@DIGEST
 
     def add(self, **counts):
         with self.mutex:
@@ -3877,10 +3899,14 @@ class Copy:
 
     def plan(self):
         """Returns the Report. Raises NAME_UNKNOWN, and MANIFEST_UNKNOWN also where it is for no wanted platform."""
-        by_digest = isinstance(self.reference, Digest)
-        root = self.reference if by_digest else self.source.resolve(self.name, self.reference)
+        if isinstance(self.reference, Digest):
+            root, tag = Digest(self.reference), self.reference.tag
+            if tag:
+                self._compare_tag(tag)
+        else:
+            root, tag = self.source.resolve(self.name, self.reference), self.reference
         root = self._add(root)
-        self.tags.setdefault(root, []).append(root if by_digest else self.reference)
+        self.tags.setdefault(root, []).append(tag or root)
         planned = set(self.manifests).union(self.blobs)
         self.report.absent = [child for child in collections.OrderedDict.fromkeys(self.children)
                               if child not in planned]
@@ -3888,6 +3914,13 @@ class Copy:
         self.report.total_blobs = len(self.blobs)
         self.report.total_bytes = sum(blob.size for blob in self.blobs.values())
         return self.report
+
+    def _compare_tag(self, tag):
+        """Note if the source has moved the tag beside a digest to another manifest."""
+        with if_there():
+            digest = self.source.resolve(self.name, tag)
+            if digest != self.reference:
+                self.report.moved[tag] = digest
 
     def measure(self, jobs=4):
         """Count what the target lacks of the plan: {digest: bytes}."""
@@ -7299,8 +7332,15 @@ def remove(options):
                                    % (image, image, image))
             try:
                 name, reference = find_image(store, image)
-                delete = store.delete_manifest if isinstance(reference, Digest) else store.delete_tag
-                delete(name, reference)
+                if not isinstance(reference, Digest):
+                    store.delete_tag(name, reference)
+                elif not reference.tag:
+                    store.delete_manifest(name, reference)
+                elif store.resolve(name, reference.tag) == reference:
+                    store.delete_tag(name, reference.tag)
+                else:
+                    raise CommandError("%s: the tag points to %s; nothing was deleted"
+                                       % (image, store.resolve(name, reference.tag)))
             except RegistryError as error:
                 raise CommandError("%s: %s" % (image, error.message))
             deleted.append(image)
@@ -7443,6 +7483,13 @@ def summary(report, planned=False):
     return line + "; referrers: " + (", ".join("%d %s" % (kinds[kind], kind) for kind in sorted(kinds)) or "none found")
 
 
+def tell_moved(report: Report) -> None:
+    """Say that a tag means something else at its source than the digest beside it."""
+    for tag, digest in report.moved.items():
+        complain("tinyreg: %s: the tag %s has moved to %s; the digest was taken, and gets the tag "
+                 "here" % (report.image, tag, digest))
+
+
 def leave_at_once(number, frame):
     """End on Ctrl-C as kill -9 would; what was copied stays."""
     os.write(2, b"\ntinyreg: interrupted; run it again, and it goes on from here\n")
@@ -7467,6 +7514,8 @@ def run_copies(options, work, target, progress):
         try:
             plan = make(Report(image, progress.watch))
             plan.plan()
+            progress.clear()
+            tell_moved(plan.report)
             lacking.update(plan.measure(options.jobs))
             plans.append(plan)
         except RegistryError as error:
@@ -7737,6 +7786,7 @@ def save(options):
                           strip=options.strip)
         except RegistryError as error:
             raise CommandError("%s: %s" % (text, error))
+        tell_moved(report)
         if report.missing:
             raise CommandError("%s: the store lacks %s; pull or push it again" % (text, ", ".join(report.missing)))
         reports.append(report)

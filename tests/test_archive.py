@@ -519,6 +519,7 @@ def test_an_oci_layout_as_a_directory_a_tar_and_a_tar_of_the_directory(tmp_path,
     ({"org.opencontainers.image.ref.name": "1", "io.containerd.image.name": "lab.example:5000/x:1"},
      "lab.example_5000/x", "1"),
     ({"tinyreg.name": "a/b"}, "a/b", "latest"),
+    ({"io.containerd.image.name": "quay.io/a/b:1@sha256:" + "1" * 64}, "quay.io/a/b", "1"),
     ({"org.opencontainers.image.ref.name": "Not A Name"}, "file", "latest"),
     (None, "file", "latest"),
 ])

@@ -17,7 +17,8 @@ import pytest
 import tinyreg
 from conftest import TINYREG, run_tinyreg, until
 from samples import CONFIG, image, index, make_image, make_referrer, push_blob, read_blob, to_manifest
-from tinyreg import ArchiveWriter, Blob, Copy, Digest, Directory, RegistryError, Report, copy
+from tinyreg import (ArchiveWriter, Blob, Copy, Digest, Directory, RegistryError, Report,
+                     TaggedDigest, copy)
 
 NAME = "docker.io/library/demo"
 
@@ -80,6 +81,18 @@ def test_by_digest_and_under_another_name_there_is_no_tag(source, target):
     copy(source, target, NAME, manifest.digest, "mine/demo")
     assert holdings(target, "mine/demo")[1] == {}
     assert target.manifest("mine/demo", manifest.digest).content == manifest.content
+
+
+def test_a_tag_beside_a_digest_is_set_and_the_digest_wins(source, target):
+    old = make_image(source, NAME, "1")
+    reference = TaggedDigest(old.digest, "1")
+    assert copy(source, target, NAME, reference).moved == {}
+    new = make_image(source, NAME, "1", layers=(b"new",))
+    report = copy(source, target, NAME, reference)
+    assert target.resolve(NAME, "1") == report.digest == old.digest
+    assert report.moved == {"1": new.digest} and list(target.pinned(NAME)) == []
+    source.delete_tag(NAME, "1")
+    assert copy(source, target, NAME, reference).moved == {}
 
 
 def test_a_second_copy_moves_no_bytes(source, target):

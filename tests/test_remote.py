@@ -776,6 +776,42 @@ def test_an_image_that_fails_does_not_stop_the_others(filled, server, tmp_path):
     assert there in done.stdout
 
 
+def test_an_image_pinned_by_tag_and_digest_keeps_its_tag_wherever_it_goes(server, tmp_path):
+    """As Helm charts pin their images: gc --untagged deleted what had been pulled so."""
+    there = Directory(server.root)
+    old = make_image(there, "a/b", "1.0")
+    new = make_image(there, "a/b", "1.0", layers=(b"new",))
+    root, image = tmp_path / "back", "%s/a/b:1.0@%s" % (server.host, old.digest)
+    done = run_tinyreg("pull", "--root", root, image)
+    line = "tinyreg: %s: the tag 1.0 has moved to %s; the digest was taken, and gets the tag here"
+    assert (done.returncode, done.stderr) == (0, line % (image, new.digest) + "\n")
+    back, name = Directory(str(root)), server.host.replace(":", "_") + "/a/b"
+    assert back.resolve(name, "1.0") == old.digest
+    assert run_tinyreg("gc", "--untagged", "--grace", "0", "--root", root).returncode == 0
+    archive, pushed = tmp_path / "images.tar", "%s:1.0@%s" % (name, old.digest)
+    done = run_tinyreg("save", "--root", root, image, "-o", archive)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert run_tinyreg("load", "--root", tmp_path / "far", archive).returncode == 0
+    assert Directory(str(tmp_path / "far")).resolve(name, "1.0") == old.digest
+    assert run_tinyreg("push", "--root", root, pushed, "--to", server.host + "/x").returncode == 0
+    assert there.resolve("x/" + name, "1.0") == old.digest
+    report = json.loads(run_tinyreg("pull", "--json", "--root", root, image).stdout)
+    assert report["images"][0]["moved"] == {"1.0": new.digest}
+    done = run_tinyreg("rm", "--root", root, "%s:1.0@%s" % (name, Digest.of(b"another")))
+    assert done.returncode == 1 and back.resolve(name, "1.0") == old.digest
+    assert run_tinyreg("rm", "--root", root, pushed).returncode == 0
+    assert list(back.tags(name)) == [] and back.manifest(name, old.digest)
+
+
+def test_rm_deletes_no_tag_that_points_elsewhere(tmp_path):
+    store = Directory(str(tmp_path / "back"))
+    old = make_image(store, "a", "1")
+    new = make_image(store, "a", "1", layers=(b"new",))
+    done = run_tinyreg("rm", "--root", store.root, "a:1@" + old.digest)
+    assert done.returncode == 1 and "points to " + new.digest in done.stderr
+    assert store.resolve("a", "1") == new.digest
+
+
 def test_what_a_registry_says_neither_moves_the_cursor_nor_ends_pull(server, start_proxy, tmp_path):
     for name in ("one", "gone", "two"):
         manifest = make_image(Directory(server.root), name)

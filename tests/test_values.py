@@ -7,8 +7,10 @@ import pytest
 import tinyreg
 from samples import CONFIG, CONFIG_TYPE, descriptor, image, index, to_manifest
 from tinyreg import (DOCKER_LIST, DOCKER_MANIFEST, OCI_ARTIFACT, OCI_INDEX, OCI_MANIFEST, Digest, Manifest,
-                     RegistryError, load_json, parse_content_range, parse_count, parse_descriptor, parse_digest,
-                     parse_manifest, parse_name, parse_range, parse_reference, parse_session_id, parse_tag, split_image)
+                     RegistryError, image_text, load_json, parse_content_range, parse_count,
+                     parse_descriptor, parse_digest,
+                     parse_manifest, parse_name, parse_range, parse_reference, parse_session_id, parse_tag,
+                     split_image)
 
 SHA256 = "sha256:" + "ab" * 32
 SHA512 = "sha512:" + "cd" * 64
@@ -116,15 +118,27 @@ def test_session_id(text, good):
     ("docker.io/library/alpine:3.19", ("docker.io/library/alpine", "3.19")),
     ("a/b@" + SHA256, ("a/b", SHA256)),
     ("a@" + SHA512, ("a", SHA512)),
+    ("a/b:1@" + SHA256, ("a/b", SHA256)),
 ])
 def test_split_image(text, wanted):
     assert split_image(text) == wanted
 
 
+@pytest.mark.parametrize("text", ["a/b:1", "a/b@" + SHA256, "a/b:1@" + SHA256])
+def test_an_image_s_name_is_what_it_was_split_from(text):
+    assert image_text(*split_image(text)) == text
+
+
+@pytest.mark.parametrize("text, tag", [("a@" + SHA256, None), ("a:1@" + SHA256, "1")])
+def test_a_digest_keeps_the_tag_beside_it(text, tag):
+    for reference in split_image(text)[1], tinyreg.parse_image(text).reference:
+        assert (reference, reference.tag) == (SHA256, tag)
+
+
 @pytest.mark.parametrize("text, code", [
     ("", "NAME_INVALID"), ("Alpine:1", "NAME_INVALID"), ("a:", "MANIFEST_INVALID"), ("a:b:c", "MANIFEST_INVALID"),
     ("localhost:5000/a:1", "MANIFEST_INVALID"), ("a@", "DIGEST_INVALID"), ("a@b", "DIGEST_INVALID"),
-    ("a:1@" + SHA256, "NAME_INVALID"),
+    ("A:1@" + SHA256, "NAME_INVALID"), ("a:@" + SHA256, "MANIFEST_INVALID"),
 ])
 def test_split_malformed_image(text, code):
     assert refusal(split_image, text).code == code
