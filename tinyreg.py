@@ -6129,7 +6129,9 @@ class RequestBody:
 # TLS, with certificates that the user brings, or with our own: a CA that clients are told to trust, and a certificate
 # of the server that is made anew in time, and when the host gets another name or address.
 
-CA_DAYS, SERVER_DAYS, RENEW_DAYS = 7300, 397, 60  # Apple's clients trust no certificate for longer than 398 days
+SERVER_DAYS, RENEW_DAYS = 397, 60  # Apple's clients trust no certificate for longer than 398 days
+EARLY_DAYS = 7                     # of them lie in the past, for clients whose clocks are behind
+NO_END = 253402300799              # the end of 9999, which RFC 5280 (4.1.2.5) has for "no end"
 CERTIFICATES = """\
 [req]
 distinguished_name = subject
@@ -6148,6 +6150,14 @@ extendedKeyUsage = serverAuth
 subjectKeyIdentifier = hash
 authorityKeyIdentifier = keyid
 subjectAltName = %s
+[authority]
+database = index
+serial = serial
+new_certs_dir = .
+default_md = sha256
+policy = policy
+[policy]
+commonName = supplied
 """
 
 
@@ -6175,54 +6185,88 @@ def alternative_names(names):
 
 
 def openssl(*arguments, folder=None, check=True):
-    """Whether the openssl command succeeds. Raises CommandError where it is missing or (`check`) fails."""
+    """What the openssl command prints. Raises CommandError where it is missing, or fails; without
+    `check` it may fail, and None is returned."""
     try:
         done = subprocess.run(("openssl",) + arguments, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT)
     except OSError as error:
         raise CommandError("--tls needs the openssl command, to make certificates (%s); install it, or bring your own "
                          "certificate with --tls-cert and --tls-key" % error.strerror)
+    shown = done.stdout.decode("utf-8", "replace").strip()
     if check and done.returncode:
-        raise CommandError("openssl %s failed: %s" % (arguments[0], done.stdout.decode("utf-8", "replace").strip()))
-    return done.returncode == 0
+        raise CommandError("openssl %s failed: %s" % (arguments[0], shown))
+    return None if done.returncode else shown
+
+
+def is_valid(path, days):
+    """Whether a certificate is valid by this machine's clock, and for so many days to come."""
+    shown = openssl("x509", "-noout", "-dates", "-in", path, check=False) or ""
+    dates = [ssl.cert_time_to_seconds(date) for date in re.findall("=(.*GMT)", shown)]
+    return len(dates) == 2 and dates[0] <= time.time() <= dates[1] - days * 86400
+
+
+def certificate_date(moment: float) -> str:
+    """A Unix time as `openssl ca` takes it in all its versions; 0 where it is before that."""
+    date = time.strftime("%Y%m%d%H%M%SZ", time.gmtime(max(moment, 0)))
+    return date[2:] if date < "2050" else date
+
+
+def sign(folder, extensions, first, last, *signer):
+    """Sign the `request` in a folder; returns the certificate. Raises CommandError, OSError."""
+    openssl("ca", "-batch", "-notext", "-config", "config", "-name", "authority",
+            "-extensions", extensions, "-startdate", certificate_date(first),
+            "-enddate", certificate_date(last), "-in", "request", "-out", "crt", *signer,
+            folder=folder)
+    return read_file(os.path.join(folder, "crt"))
+
+
+def make_ca(files, folder, work, new_key):
+    """Put a CA into `folder` that is valid at any time: no wrong clock takes from clients what they
+    trust. One that has dates keeps its key and its name. Raises CommandError, OSError."""
+    key, certificate = os.path.join(folder, "ca.key"), os.path.join(folder, "ca.crt")
+    request = ("x509", "-x509toreq", "-in", certificate, "-signkey", key, "-out", "request")
+    if openssl(*request, folder=work, check=False) is None:
+        for path in (certificate, os.path.join(folder, "server.pem")):  # another key's
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        name = "/CN=tinyreg CA %s" % os.urandom(4).hex()
+        openssl("req", "-new", "-subj", name, "-keyout", "ca.key", "-out", "request", *new_key,
+                folder=work)
+        # A crash before the certificate is there: both are made anew.
+        files.write(key, read_file(os.path.join(work, "ca.key")), private=True)
+    files.write(certificate, sign(work, "ca", 0, NO_END, "-selfsign", "-keyfile", key))
 
 
 def make_certificates(files, folder, names):
     """See to it that there are, in `folder`, a CA (ca.key, ca.crt) and a certificate that it has made for these names
     (server.pem, with its key), both for some time to come. Raises CommandError, OSError."""
-
-    def lasts(name, days):
-        return openssl("x509", "-noout", "-checkend", str(days * 86400), "-in", os.path.join(folder, name), check=False)
-
+    folder = os.path.abspath(folder)
     make_directories(folder)
-    wanted = (CERTIFICATES % ("tinyreg", alternative_names(names))).encode()
+    key, ca, server = [os.path.join(folder, name) for name in ("ca.key", "ca.crt", "server.pem")]
+    config = (CERTIFICATES % ("tinyreg", alternative_names(names))).encode()
     with alone(os.path.join(folder, "lock")):
-        has_ca = lasts("ca.crt", SERVER_DAYS)
-        found = read_file(os.path.join(folder, "server.pem")) or b""
-        if has_ca and found.startswith(wanted) and lasts("server.pem", RENEW_DAYS):
+        has_ca = is_valid(ca, SERVER_DAYS)
+        same_names = (read_file(server) or b"").startswith(config)
+        if has_ca and same_names and is_valid(server, RENEW_DAYS):
             return
         work = files.scratch_path()
         os.mkdir(work, 0o700)
         try:
-            with open(os.path.join(work, "config"), "wb") as file:
-                file.write(wanted)
+            serial = os.urandom(15).hex().encode()
+            for name, content in (("config", config), ("index", b""), ("serial", serial)):
+                with open(os.path.join(work, name), "wb") as file:
+                    file.write(content)
             new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-sha256",
                        "-config", "config")
             if not has_ca:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(folder, "server.pem"))  # another CA's
-                openssl("req", "-x509", "-days", str(CA_DAYS), "-extensions", "ca", "-subj",
-                        "/CN=tinyreg CA %s" % os.urandom(4).hex(), "-keyout", "ca.key", "-out", "ca.crt", *new_key,
-                        folder=work)
-                for name, private in (("ca.key", True), ("ca.crt", False)):  # a crash between them: both are made anew
-                    files.write(os.path.join(folder, name), read_file(os.path.join(work, name)), private)
+                make_ca(files, folder, work, new_key)
             openssl("req", "-new", "-keyout", "server.key", "-out", "request", *new_key, folder=work)
-            openssl("x509", "-req", "-in", "request", "-CA", os.path.join(folder, "ca.crt"),
-                    "-CAkey", os.path.join(folder, "ca.key"), "-set_serial", "0x" + os.urandom(15).hex(),
-                    "-days", str(SERVER_DAYS), "-sha256", "-extfile", "config", "-extensions", "server",
-                    "-out", "server.crt", folder=work)
-            parts = [read_file(os.path.join(work, name)) for name in ("server.key", "server.crt")]
-            files.write(os.path.join(folder, "server.pem"), wanted + b"".join(parts), private=True)
+            begin = time.time() - EARLY_DAYS * 86400
+            certificate = sign(work, "server", begin, begin + SERVER_DAYS * 86400,
+                               "-cert", ca, "-keyfile", key)
+            content = config + read_file(os.path.join(work, "server.key")) + certificate
+            files.write(server, content, private=True)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 

@@ -1,6 +1,7 @@
 """Room 14, TLS: the certificates that serve makes, raw bytes and wrong protocols on its port, client certificates."""
 
 import base64
+import calendar
 import hashlib
 import http.client
 import os
@@ -129,6 +130,37 @@ def test_certificates_are_made_anew_when_they_must_be_and_the_ca_stays(tmp_path,
     fourth = contents({"a", "b"})
     assert fourth[0] != ca
     assert openssl("verify", "-CAfile", folder / "ca.crt", folder / "server.pem").strip().endswith("OK")
+
+
+def test_one_start_with_a_wrong_clock_takes_nothing_from_clients(tmp_path, monkeypatch):
+    """In 2050, in 1970, and then right: the CA stays what clients trust, and is valid at any time."""
+    folder, ca = tmp_path / "tls", None
+    for year in (2026, 2050, 1970, 2026):
+        now = calendar.timegm((year, 1, 2, 0, 0, 0))
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        make_certificates(files_of(tmp_path), str(folder), {"a"})
+        ca = ca or (folder / "ca.crt").read_bytes()
+        assert (folder / "ca.crt").read_bytes() == ca
+        for moment in (now, now + 86400 * 300):
+            assert openssl("verify", "-attime", moment, "-CAfile", folder / "ca.crt",
+                           folder / "server.pem").strip().endswith("OK")
+
+
+@pytest.mark.parametrize("days", [(-9, -2), (1, 7000)], ids=["expired", "not yet valid"])
+def test_a_ca_that_is_not_valid_now_gets_other_dates_and_keeps_its_key(tmp_path, monkeypatch, days):
+    """As a tinyreg before this one left them, with the clock wrong then or now."""
+    folder = tmp_path / "tls"
+    monkeypatch.setattr(tinyreg, "NO_END", time.time() + days[1] * 86400)
+    monkeypatch.setattr(tinyreg, "certificate_date", lambda moment, real=tinyreg.certificate_date: real(
+        moment or time.time() + days[0] * 86400))
+    make_certificates(files_of(tmp_path), str(folder), {"a"})
+    old = tmp_path / "old.crt"
+    old.write_bytes((folder / "ca.crt").read_bytes())
+    monkeypatch.undo()
+    make_certificates(files_of(tmp_path), str(folder), {"a"})
+    for trusted in (folder / "ca.crt", old):
+        attime = ["-attime", int(time.time()) + 86400 * (3 if days[0] > 0 else -3)] if trusted == old else []
+        assert openssl("verify", *attime, "-CAfile", trusted, folder / "server.pem").strip().endswith("OK")
 
 
 def test_the_names_of_this_host():
