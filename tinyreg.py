@@ -2918,8 +2918,9 @@ class ArchiveWriter(Registry):
         self.names.update((name, tag, manifest.digest) for tag in tags or [manifest.digest])
 
     def _index(self):
-        """index.json: an entry for each name, and for what is about another. containerd and docker make no image of
-        an entry with SUBJECT; cosign's signatures are known by their tags."""
+        """index.json: an entry for each name, and for what is about another. containerd and docker
+        make no image of an entry with SUBJECT; but older ones try to unpack it if it has a name of
+        theirs, and fail. Our own name tells the tag by which cosign's signatures are known."""
         children = {child.digest for manifest in self.manifests.values() for child in manifest.manifests}
         entries = []
         for name, reference, digest in sorted(self.names):
@@ -2932,6 +2933,7 @@ class ArchiveWriter(Registry):
                 annotations[SUBJECT] = subject
             if not (manifest.subject and isinstance(reference, Digest)):
                 annotations[OWN_NAME] = image_text(name, reference)
+            if not subject:
                 annotations[IMAGE_NAME] = annotations[REF_NAME] = image_text(full_name(name), reference)
             entries.append({"mediaType": manifest.media_type, "digest": digest, "size": len(manifest.content),
                             "annotations": annotations})

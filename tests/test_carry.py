@@ -9,7 +9,7 @@ import pytest
 
 from conftest import TINYREG, run_tinyreg
 from engines import run
-from samples import make_referrer, push_blob, read_blob, to_manifest
+from samples import CONFIG_TYPE, descriptor, make_referrer, push_blob, read_blob, to_manifest
 from tinyreg import OCI_MANIFEST, Archive, Digest, Directory
 
 NAME = "docker.io/library/carried"
@@ -47,6 +47,22 @@ def archive(store, runnable, tmp_path):
     done = run_tinyreg("save", "--root", store.root, "-o", path, "carried:1")
     assert done.returncode == 0, done.stderr
     return str(path)
+
+
+def sign(store, manifest):
+    """Push a signature of an image in NAME as cosign does, whose layer is no tar; returns its Manifest."""
+    payload = b'{"critical":{"type":"cosign container image signature"}}'
+    config = json.dumps({"architecture": "", "os": "", "config": {}, "created": "0001-01-01T00:00:00Z",
+                         "history": [{"created": "0001-01-01T00:00:00Z"}],
+                         "rootfs": {"type": "layers", "diff_ids": [Digest.of(payload)]}}).encode()
+    for content in payload, config:
+        push_blob(store, NAME, content)
+    kind = "application/vnd.dev.cosign.simplesigning.v1+json"
+    signature = to_manifest({
+        "schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": descriptor(config, CONFIG_TYPE),
+        "layers": [descriptor(payload, kind, annotations={"dev.cosignproject.cosign/signature": "MEUC"})]})
+    store.put_manifest(NAME, signature, ["sha256-%s.sig" % manifest.digest.encoded])
+    return signature
 
 
 def loaded(tmp_path, *paths):
@@ -106,9 +122,7 @@ def test_several_images_with_a_signature_load_by_name(store, runnable, docker, c
         assert store.mount("quay.io/team/other", blob.digest)
     store.put_manifest("quay.io/team/other", runnable, ["2"])
     make_referrer(store, NAME, runnable)
-    signature = dict(runnable.document, layers=[dict(
-        runnable.document["config"], mediaType="application/vnd.dev.cosign.simplesigning.v1+json")])
-    store.put_manifest(NAME, to_manifest(signature), ["sha256-%s.sig" % runnable.digest.encoded])
+    signature = sign(store, runnable)
     path = str(tmp_path / "two.tar")
     assert run_tinyreg("save", "--root", store.root, "-o", path, "carried:1", "quay.io/team/other:2").returncode == 0
     names = {NAME + ":1", "quay.io/team/other:2"}
@@ -118,11 +132,14 @@ def test_several_images_with_a_signature_load_by_name(store, runnable, docker, c
     try:
         assert "carried:1" in docker("images", "--format", "{{.Repository}}:{{.Tag}}").splitlines()
         assert names <= set(podman("images", "--format", "{{.Repository}}:{{.Tag}}").splitlines())
-        assert names <= set(ctr("images", "ls", "-q").splitlines())
+        assert names == set(ctr("images", "ls", "-q").splitlines())
+        assert not [line for line in docker("images").splitlines() if "sha256-" in line]
     finally:
         docker("image", "rm", "carried:1", "quay.io/team/other:2")
         podman("image", "rm", *names)
         ctr("images", "rm", *ctr("images", "ls", "-q").splitlines())
+    tag = "sha256-%s.sig" % runnable.digest.encoded
+    assert loaded(tmp_path, path).resolve(NAME, tag) == signature.digest
 
 
 def test_docker_loads_from_a_pipe(store, runnable, docker):
