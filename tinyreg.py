@@ -74,6 +74,7 @@ import http
 import http.client
 import http.server
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -81,6 +82,7 @@ import mmap
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -97,7 +99,7 @@ import uuid
 import zlib
 from typing import (
     Any, BinaryIO, Callable, ContextManager, Dict, Iterable, Iterator, List, NamedTuple,
-    Optional, Set, Tuple, Type, Union,
+    Optional, Sequence, Set, Tuple, Type, Union,
 )
 
 __version__ = "0.1"
@@ -152,6 +154,7 @@ TICK = 5.0                   # seconds; how often a waiting connection looks at 
 CACHED_FOR = 1.0             # seconds that an answer may be repeated; so a token's end or a new rule counts by then
 MAX_CONNECTIONS = 256        # of one client, in one worker: so that one laptop can't starve a room …
 MAX_UPLOADS = 1000           # … and upload sessions. What comes from this machine, so from a proxy, is not limited
+MOST_CONNECTIONS = 4096      # of one worker: each has a thread; fewer where the host allows few open files
 SPARE_THREADS = 16           # threads that wait for a connection, per listening socket; more end with theirs
 CLIENT_LEFT = 499            # what logs have as the status, as nginx's do, where the client did not wait for one
 IDLE_LIMIT = 60.0            # seconds that a kept connection may wait for its next request
@@ -410,20 +413,62 @@ def fallback_tag(subject):
     return subject.replace(":", "-")[:71]
 
 
-def is_loopback(address):
-    """Whether an IP address is this machine's own."""
-    return address.startswith("127.") or address == "::1"
+def without_port(text: str) -> str:
+    return re.sub(r":[0-9]+\Z", "", text)
 
 
-def whole_client(address):
-    """What limits count as one client: an IPv4 address, or the IPv6 network of 64 bits, which a host may have whole."""
-    if ":" not in address:
-        return address
-    head, compressed, tail = address.partition("::")
-    groups = head.split(":")
-    if compressed:
-        groups += ["0"] * (8 - len(groups) - len(tail.split(":"))) + tail.split(":")
-    return ":".join(groups[:4])
+def find_address(text: str) -> Union[ipaddress.IPv4Address, ipaddress.IPv6Address, None]:
+    """The IP address that ADDRESS or ADDRESS:PORT names; None for what is none, as a host name.
+    IPv4 inside IPv6 is IPv4."""
+    for host in (text, without_port(text)):
+        host = host.strip("[]").partition("%")[0] if ":" in host else host
+        with contextlib.suppress(ValueError):
+            address = ipaddress.ip_address(host)
+            return getattr(address, "ipv4_mapped", None) or address
+    return None
+
+
+def is_this_machine(text: str) -> bool:
+    """Whether a HOST, with or without :PORT, is this machine: localhost, or a loopback address."""
+    address = find_address(text)
+    return address.is_loopback if address else without_port(text).lower() == "localhost"
+
+
+def whole_client(text: str) -> str:
+    """What limits count as one client: an IPv4 address, or the IPv6 network of 64 bits, which a
+    host may have whole."""
+    address = find_address(text)
+    if isinstance(address, ipaddress.IPv6Address):
+        return ":".join(address.exploded.split(":")[:4])
+    return text
+
+
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+def parse_network(text: str) -> Network:
+    """An address or a network. Raises CommandError."""
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise CommandError("%r is no network: write, for example, 10.0.0.7 or 10.0.0.0/24" % text)
+
+
+def is_proxy(peer: str, networks: Sequence[Network]) -> bool:
+    """Whether we believe an address that it speaks for others: this machine, or in the networks."""
+    address = find_address(peer)
+    return is_this_machine(peer) or any(address in network for network in networks)
+
+
+def client_behind(peer: str, forwarded: str, networks: Sequence[Network]) -> str:
+    """The address for which `peer` speaks. Each proxy adds to X-Forwarded-For whom it serves, so
+    that counts from its end, up to the first address that is no proxy's itself."""
+    for entry in reversed(forwarded.split(",")):
+        address = find_address(entry.strip())
+        if not address or not is_proxy(peer, networks):
+            break
+        peer = str(address)
+    return peer
 
 
 def parse_session_id(text):
@@ -3163,11 +3208,6 @@ def find_login(host, path=""):
     return None
 
 
-def is_local(netloc):
-    """Whether this is this machine, where docker does without TLS."""
-    return re.fullmatch(r"(localhost|127(\.[0-9]+){3})(:[0-9]+)?", netloc) is not None
-
-
 def basic(user, secret):
     return "Basic " + base64.b64encode(("%s:%s" % (user, secret)).encode()).decode()
 
@@ -3199,7 +3239,7 @@ class Wire:
         kind, proxy = http.client.HTTPConnection, urllib.request.getproxies().get(scheme)
         if scheme == "https":
             kind = functools.partial(http.client.HTTPSConnection, context=self.context)
-        if not proxy or urllib.request.proxy_bypass(netloc) or is_local(netloc):
+        if not proxy or urllib.request.proxy_bypass(netloc) or is_this_machine(netloc):
             connection = kind(netloc, timeout=CONNECT_TIMEOUT)
         else:
             via = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
@@ -3256,7 +3296,7 @@ class Remote(Registry):
                  patience=LONGEST_WAIT):
         self.host = host
         self.address = "registry-1.docker.io" if host == "docker.io" else host
-        self.lenient, self.plain_http = insecure or is_local(host), plain_http
+        self.lenient, self.plain_http = insecure or is_this_machine(host), plain_http  # as docker does
         self.retries, self.say, self.patience = retries, say, patience
         self.wire = Wire(ca, self.lenient and not ca)
         self.base = None        # the URL up to its path, once we know whether it is https
@@ -4113,7 +4153,7 @@ TOKEN_LIFE = 300             # seconds; docker asks for a new one when it needs 
 MAX_FAILURES = 10            # wrong passwords that a client may send in …
 FAILURE_WINDOW = 60.0        # … so many seconds
 REMEMBERED = 10000           # verified passwords, and clients that sent wrong ones, kept in memory
-LOCAL_HOST = re.compile(r"(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::[0-9]{1,5})?")
+PROXY_HEADER = re.compile(r"forwarded|via|x-forwarded.*|x-real-ip")  # what proxies add to a request
 
 
 @functools.lru_cache(maxsize=None)
@@ -4200,7 +4240,7 @@ class Access:
 
     Where no rule matches, a user may do everything if there is no rules file, else nothing; and clients that are no
     user what --anonymous says. A user may always do what those may: logging out must not help. Where nobody has said
-    it, and it is so because only this machine can connect (`only_local`), what writes must be meant for this machine.
+    it, and it is so because only this machine can connect (`only_local`), a request must be meant for this machine.
     Raises OSError, CommandError if the users or rules file can't be read."""
 
     def __init__(self, anonymous="none", users=None, rules=None, key=None, only_local=False):
@@ -4271,7 +4311,7 @@ class Access:
     def _verify(self, request, user, password, stored):
         """Raises UNAUTHORIZED unless a password is right; TOOMANYREQUESTS if its client has sent many wrong ones (for
         this user, if it is this machine: behind a proxy here nobody is to lock out all others)."""
-        client, now = (whole_client(request.client), is_loopback(request.client) and user[:128]), time.monotonic()
+        client, now = (whole_client(request.client), is_this_machine(request.client) and user[:128]), time.monotonic()
         count, since = self.failures.get(client, (0, now))
         if now - since > FAILURE_WINDOW:
             count, since = 0, now
@@ -4367,8 +4407,8 @@ class Access:
         """What each route is asked before its handler. Raises UNAUTHORIZED if a password could help, else DENIED with
         what would: docker prints the message and stops. Raises TOOMANYREQUESTS."""
         who, needed = self.identify(request), NEEDED[action]
-        if self.only_local and needed > NEEDED["pull"]:
-            self._check_local(request)
+        if self.only_local and needed:
+            self._check_local(request, needed > NEEDED["pull"])
         asked_in = action != "login" or not self.users_file or who != (None, None)
         if asked_in and self.allows(request, action, name):
             return
@@ -4387,23 +4427,33 @@ class Access:
         raise RegistryError("DENIED", message="%s may %s%s; whoever runs this registry can allow more %s" % (
             who.user or "clients", IN_WORDS[level], " in " + name if name else "", help_with))
 
-    def _check_local(self, request):
-        """A proxy on this machine lets others connect, and so does a browser here, in which a web page calls us by a
-        name of its own (DNS rebinding) or sends a form. Raises DENIED if a request came by one of these."""
+    def _check_local(self, request: Any, writes: bool) -> None:
+        """Refuse what does not come from this machine. A browser here lets web pages call us, by
+        names of their own (DNS rebinding) and with forms; a proxy here lets others connect.
+
+        nginx that is told nothing speaks HTTP/1.0, with a Host that is ours; a proxy that hides
+        better can't be told from a client. Browsers send a Host, so who has none may read.
+        Raises DENIED."""
         host = request.header("host")
-        names = [host, request.header("x-forwarded-host", host)]
-        own = request.header("origin", "http://" + host).partition("://")[2] == host
-        if not own or not all(LOCAL_HOST.fullmatch(name) for name in names):
-            raise RegistryError("DENIED", message="only this machine may push and delete, as localhost; whoever runs "
-                                "this registry can allow others with: tinyreg.py serve --anonymous push (or admin), "
-                                "or with --users")
+        local = is_this_machine(host) or not host and not writes
+        if writes:
+            own = request.header("origin", "http://" + host).partition("://")[2] == host
+            forwarded = any(PROXY_HEADER.fullmatch(name) for name in request.headers)
+            local = local and own and not forwarded and request.version != "1.0"
+        if not local:
+            raise RegistryError("DENIED", message="this registry takes %s; whoever runs it can let "
+                                "others in with: tinyreg.py serve --anonymous push (or pull, or admin), "
+                                "or with --users" % (
+                                    "pushes and deletions only from its own machine, as localhost and "
+                                    "through no proxy" if writes else
+                                    "requests only from its own machine, as localhost"))
 
     # How much
 
     def count_upload(self, registry, request, session):
         """Count an upload session that a client has begun in this process. Raises TOOMANYREQUESTS, and ends it, if the
         client has too many open; but never for what comes from this machine, and so from a proxy."""
-        if is_loopback(request.client):
+        if is_this_machine(request.client):
             return
         begun = self.uploads.setdefault(whole_client(request.client), [])
         if len(begun) >= MAX_UPLOADS or len(begun) % 100 == 99:
@@ -4854,10 +4904,12 @@ class Request:
     """One request: the method, the decoded path, the query, the headers (names in lower case, values of repeated
     ones joined by commas: docker sends its Accept in six lines) and the body, a file to read from once.
 
-    `client` is the address it came from, `certificate` the user whom the client's TLS certificate names, if it has one;
-    `ca` the certificate of the CA that made the server's. `who` is filled in by Access."""
+    `client` is the address it came from, through proxies that we believe; `certificate` the user whom the client's
+    TLS certificate names, if it has one; `ca` the certificate of the CA that made the server's. `who` is filled in by
+    Access."""
 
-    def __init__(self, method, target, headers=None, body=None, client="", scheme="http", certificate=None, ca=None):
+    def __init__(self, method, target, headers=None, body=None, client="", scheme="http", certificate=None, ca=None,
+                 version="1.1"):
         path, _, query = re.sub(r"^https?://[^/]*", "", target).partition("?")
         self.method = method
         self.path = urllib.parse.unquote(path)
@@ -4866,6 +4918,7 @@ class Request:
         self.body = body or io.BytesIO()
         self.client = client
         self.scheme = scheme
+        self.version = version   # of HTTP
         self.certificate = certificate
         self.ca = ca
         self.who = None
@@ -6378,7 +6431,7 @@ class ResponseCache:
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
-        self.responses: Dict[Tuple[Optional[str], bytes], CachedResponse] = {}
+        self.responses: Dict[Tuple[Any, bytes], CachedResponse] = {}
         self.size = 0
 
     def mark(self) -> Any:
@@ -6387,18 +6440,22 @@ class ResponseCache:
         version = self.registry.version()
         return (version, int(time.time() / CACHED_FOR)) if version is not None else None
 
-    def find(self, certificate: Optional[str], head: bytes) -> Optional[CachedResponse]:
-        """The response to this request head, from the user whom this client certificate names."""
-        response = self.responses.get((certificate, head))
+    def find(self, asker: Any, head: bytes) -> Optional[CachedResponse]:
+        """The response to this head of a request, if the same asker has sent it before."""
+        response = self.responses.get((asker, head))
         return response if response and response.mark == self.mark() else None
 
-    def put(self, certificate: Optional[str], head: bytes, response: CachedResponse) -> None:
+    def put(self, asker: Any, head: bytes, response: CachedResponse) -> None:
         if response.mark is None or len(response.content) > SMALL_BLOB * 2:
             return
         if self.size > MAX_CACHED:
             self.responses, self.size = {}, 0
         self.size += len(head) + len(response.content)
-        self.responses[certificate, head] = response
+        self.responses[asker, head] = response
+
+
+def too_many_connections(client: str) -> RegistryError:
+    return RegistryError.too_many(5, "too many connections from %s" % client)
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
@@ -6418,9 +6475,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Prepare the socket. Their buffered files would copy every byte once more, and know no
         time limits."""
         self.worker = self.server.worker
-        address = self.client_address[0]
-        self.client = address[7:] if address.startswith("::ffff:") else address
-        self.is_idle = True
+        self.client = str(find_address(self.client_address[0]))
+        self.is_proxy = is_proxy(self.client, self.worker.proxies)
+        self.idle_since: Optional[float] = time.monotonic()  # None while it serves a request
+        self.counts_for = ""  # the client whose connection it is, for the limits
         self.speaks_plain = False  # whether the client speaks HTTP to a server of HTTPS
         self.certificate: Optional[str] = None  # the user named by its TLS certificate
         self.sent = 0  # bytes of the present response's body
@@ -6433,7 +6491,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.rfile = RequestReader(self.connection)
         # gathers the head of a response, which leaves in one write with a small body
         self.wfile = io.BytesIO()
-        self.worker.add(self)
 
     def finish(self) -> None:
         self.worker.remove(self)
@@ -6441,9 +6498,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         """Serve the client until it leaves, as theirs does, behind TLS if the server speaks it."""
-        crowd = self.worker.crowd_of(self)
-        if crowd > MAX_CONNECTIONS:
-            if not self.worker.tls and crowd <= 2 * MAX_CONNECTIONS:  # each refusal takes a thread
+        excess = self.worker.count(self, self.client)
+        if excess > 0:
+            if not self.worker.tls and excess <= self.worker.room // 16:  # each takes a thread
                 self._refuse_crowd()
             return
         if self.worker.tls:
@@ -6457,8 +6514,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         # a client that is no better than its neighbours
         with contextlib.suppress(ClientLeft, RegistryError):
             if self.rfile.read_head():
-                message = "too many connections from %s" % self.client
-                self.send_refusal(RegistryError.too_many(5, message))
+                self.send_refusal(too_many_connections(self.client))
 
     def _start_tls(self, context: ssl.SSLContext) -> None:
         """Shake hands, unless the client speaks plain HTTP. Raises OSError, ClientLeft."""
@@ -6490,25 +6546,30 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return self.send_refusal(error)
         if head is None:
             return
-        self.started, self.is_idle = time.monotonic(), False
+        self.started, self.idle_since = time.monotonic(), None
         self.raw_requestline = head
         if not self._send_cached() and self.parse_request():
             self._respond()
-        self.is_idle = True
+        self.idle_since = time.monotonic()
 
     def _send_cached(self) -> bool:
         """Send the response to the same request again, if it is still valid."""
         if self.speaks_plain or self.worker.stopping:
             return False
-        cached = self.worker.cache.find(self.certificate, self.raw_requestline)
+        cached = self.worker.cache.find(self._asker(), self.raw_requestline)
         if cached is None:
             return False
         self.close_connection = False  # only responses that leave the connection open are kept
         self._send_all(cached.content)
+        client = cached.exchange.client if self.is_proxy else self.client
         seconds = time.monotonic() - self.started
         self.worker.observation.record(
-            cached.exchange._replace(client=self.client, seconds=seconds), cached=True)
+            cached.exchange._replace(client=client, seconds=seconds), cached=True)
         return True
+
+    def _asker(self) -> Any:
+        """Who sends the head of a request, as far as that changes what it means."""
+        return self.certificate, self.client if self.is_proxy else None
 
     def parse_request(self) -> bool:
         """Parse the head, strictly; on an error the client has been told."""
@@ -6541,7 +6602,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.worker.observation.record(exchange)
         may_repeat = response.kept and response.status == 200 and body.is_empty
         if content and may_repeat and not self.close_connection:
-            self.worker.cache.put(self.certificate, self.raw_requestline,
+            self.worker.cache.put(self._asker(), self.raw_requestline,
                                   CachedResponse(mark, content, exchange))
         if self.close_connection and not body.finished:
             self._linger()
@@ -6551,9 +6612,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
         body = RequestBody(self.rfile, int(self.headers.get("content-length", 0)),
                            "transfer-encoding" in self.headers,
                            self.handle_expect_100 if waits else None)
-        tls = self.worker.tls
-        request = Request(self.command, self.path, self.headers, body, self.client,
-                          "https" if tls else "http", self.certificate, tls.ca if tls else None)
+        tls, client = self.worker.tls, self.client
+        if "x-forwarded-for" in self.headers:
+            client = client_behind(client, self.headers["x-forwarded-for"], self.worker.proxies)
+        request = Request(self.command, self.path, self.headers, body, client,
+                          "https" if tls else "http", self.certificate, tls.ca if tls else None,
+                          self.request_version[-3:])
         request.observation = self.worker.observation
         return body, request
 
@@ -6562,6 +6626,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         head."""
         if self.speaks_plain:
             return handle_plain_http(request)
+        if request.client != self.counts_for and self.worker.count(self, request.client) > 0:
+            return Response.of_error(too_many_connections(request.client))
         response = dispatch(self.worker.registry, self.worker.access, request)
         blob = response.body
         if isinstance(blob, Blob) and blob.file and blob.length <= SMALL_BLOB:
@@ -6583,7 +6649,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """What the log, the metrics and /live are told."""
         user = request.who.user if request.who else None
         return Exchange(
-            client=self.client, user=user or "", method=self.command,
+            client=request.client, user=user or "", method=self.command,
             target=without_secrets(self.path), route=request.route,
             name=request.found.get("name", ""),
             reference=request.found.get("reference") or request.found.get("digest", ""),
@@ -6722,7 +6788,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def close_if_idle(self) -> None:
         """Wake a connection that waits for its next request, so that it ends."""
-        if self.is_idle:
+        if self.idle_since:
+            self.idle_since = None
             with contextlib.suppress(OSError):  # it has just ended
                 self.connection.shutdown(socket.SHUT_RD)
 
@@ -6774,6 +6841,17 @@ def open_listeners(host, port):
     if failure and (failure.errno != errno.EADDRNOTAVAIL or not listeners):
         raise failure  # but localhost may be ::1 as well, where there is no IPv6
     return listeners
+
+
+def raise_file_limit() -> int:
+    """Have as many files open as the host allows; returns how many that is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (hard, 10240):  # macOS says "no limit", and takes no more than that
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            break
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 class Server(http.server.HTTPServer):
@@ -6851,12 +6929,15 @@ class Worker:
 
     def __init__(self, listeners: List[socket.socket], registry: Registry, access: Access,
                  observation: Observation, drain: float = 30.0,
-                 tls: Optional[Certificates] = None) -> None:
+                 tls: Optional[Certificates] = None, proxies: Sequence[Network] = ()) -> None:
         self.registry = registry
         self.access = access
         self.observation = observation
         self.drain = drain  # seconds that running transfers get when the server stops
         self.tls = tls  # for a server that speaks HTTPS
+        self.proxies = proxies  # networks whose X-Forwarded-For is believed
+        # A connection may open two files beside itself.
+        self.room = min(MOST_CONNECTIONS, raise_file_limit() // 3)
         self.stopping = False
         self.cache = ResponseCache(registry)
         self.connections: Set[Connection] = set()
@@ -6885,24 +6966,40 @@ class Worker:
                 self.changed.wait(0.1)
             return len(self.connections)
 
-    def add(self, connection: Connection) -> None:
-        with self.changed:
-            self.connections.add(connection)
-            self.crowds[whole_client(connection.client)] += 1
+    def count(self, connection: Connection, client: str) -> int:
+        """Count a connection as this client's; returns by how many the client now has too many.
 
-    def remove(self, connection: Connection) -> None:
-        client = whole_client(connection.client)
+        It may have MAX_CONNECTIONS, but no more than are left for all others. This machine may have
+        what is left, because it may be a proxy. When little is left, the connection that has waited
+        longest for a request is closed."""
         with self.changed:
+            self._uncount(connection)
+            connection.counts_for = client
+            self.connections.add(connection)
+            self.crowds[whole_client(client)] += 1
+            left = self.room - len(self.connections)
+            if left < self.room // 4:
+                idle = [other for other in self.connections - {connection} if other.idle_since]
+                if idle:
+                    oldest = min(idle, key=lambda other: other.idle_since or 0)
+                    oldest.close_if_idle()
+                    self._uncount(oldest)
+            if is_this_machine(client):
+                return -left
+            return self.crowds[whole_client(client)] - min(MAX_CONNECTIONS, left)
+
+    def _uncount(self, connection: Connection) -> None:
+        if connection in self.connections:
+            client = whole_client(connection.counts_for)
             self.connections.discard(connection)
             self.crowds[client] -= 1
             if not self.crowds[client]:
                 del self.crowds[client]
-            self.changed.notify_all()
 
-    def crowd_of(self, connection: Connection) -> int:
-        """How many connections its client has; 0 for this machine, from which a proxy may come."""
-        client = connection.client
-        return 0 if is_loopback(client) else self.crowds[whole_client(client)]
+    def remove(self, connection: Connection) -> None:
+        with self.changed:
+            self._uncount(connection)
+            self.changed.notify_all()
 
     def current_date(self) -> str:
         """Now, as the Date header has it."""
@@ -7264,7 +7361,7 @@ def serve(options):
     start_logging(style)
     store = open_registry(options)
     listeners = inherited_listeners() or listen_everywhere(options.listen)
-    local = all(is_loopback(listener.getsockname()[0]) for listener in listeners)
+    local = all(is_this_machine(listener.getsockname()[0]) for listener in listeners)
     # Our keys are in the store, also where archives are served in place of it.
     home = Directory(options.root) if options.archives and (options.users or options.tls) else store
     access = open_access(options, home, local)
@@ -7284,7 +7381,8 @@ def serve(options):
 
     def work(number):
         hang_up()  # the log may have been moved since the server started
-        server = Worker(listeners, store, access, observation, drain=options.drain, tls=tls)
+        server = Worker(listeners, store, access, observation, drain=options.drain, tls=tls,
+                        proxies=options.trusted_proxy)
         observation.start(number)
         server.start()
         if number == 0:
@@ -7911,7 +8009,8 @@ def load(options):
     return status
 
 
-REPEATED = ("--listen", "--tls-name", "--immutable-tags", "--notify", "--upstream")  # options that take several values
+# options that take several values
+REPEATED = ("--listen", "--tls-name", "--trusted-proxy", "--immutable-tags", "--notify", "--upstream")
 
 
 def variable_of(option):
@@ -8031,6 +8130,9 @@ def add_serve_command(commands):
     command.add_argument("--tls-key", metavar="FILE", help="its key, unless that is in the same file")
     command.add_argument("--tls-client-ca", metavar="FILE", help="take only clients with a certificate from this CA; "
                          "its subject's CN is the user")
+    command.add_argument("--trusted-proxy", metavar="NET", type=parse_network, action="append", default=[],
+                         help="address or network of a proxy or load balancer whose X-Forwarded-For tells who the "
+                         "client is; may be repeated (default: this machine's alone)")
     command.add_argument("--sparse", action="store_true", help="take image manifests whose blobs are missing (pulls of "
                          "such an image fail)")
     command.add_argument("--read-only", action="store_true", help="refuse pushes and deletions")

@@ -329,6 +329,15 @@ def server(start_server):
     return start_server()
 
 
+def python_that_opens(files, folder):
+    """An interpreter that may have no more than so many files open, and can't allow itself more."""
+    path = os.path.join(str(folder), "python-%d" % files)
+    with open(path, "w") as script:
+        script.write('#!/bin/sh\nulimit -n %d\nexec "%s" "$@"\n' % (files, sys.executable))
+    os.chmod(path, 0o755)
+    return path
+
+
 def run_tinyreg(*arguments, **settings):
     """Run one tinyreg command to its end; returns the CompletedProcess with text output."""
     return subprocess.run([settings.pop("python", sys.executable), TINYREG] + [str(word) for word in arguments],

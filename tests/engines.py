@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 
@@ -112,6 +113,16 @@ class Program:
 
     def run(self, *arguments, **settings):
         return run(*self.command + arguments, environment=self.environment, **settings)
+
+
+def own_address():
+    """An address of this machine that is not its loopback; skips where there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            unavailable("this machine has no address but its loopback")
+        return probe.getsockname()[0]
 
 
 @contextlib.contextmanager

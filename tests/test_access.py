@@ -171,28 +171,52 @@ def test_without_users_nobody_is_asked_for_a_password(world, anonymous, expected
             assert error_of(answer)["code"] == "DENIED" and "--anonymous" in error_of(answer)["message"]
 
 
-@pytest.mark.parametrize("headers, allowed", [
-    ({"host": "localhost:5000"}, True), ({"host": "127.0.0.1"}, True), ({"host": "[::1]:5000"}, True),
-    ({"host": "localhost", "origin": "http://localhost"}, True),
-    ({"host": "localhost", "origin": "http://localhost:8080"}, False), ({"host": "localhost", "origin": "null"}, False),
-    ({"host": "hub.lab"}, False), ({"host": "127.0.0.1.evil.example"}, False), ({"host": ""}, False),
-    ({"host": "localhost", "x_forwarded_host": "hub.lab"}, False),
-    ({"host": "localhost", "x_forwarded_host": "localhost, hub.lab"}, False)])
-def test_where_only_this_machine_connects_proxies_and_web_pages_do_not_write_for_others(world, headers, allowed):
+def by_only_this_machine(world, only_local=True, version="1.1", **headers):
+    """What a request to read, one to push and one to delete are told, by a server that only this machine can reach,
+    and to which nobody has said who may do what."""
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    access = Access("admin", only_local=only_local)
+    return [dispatch(world.store, access, Request(method, target, headers, client="127.0.0.1", version=version))
+            for method, target in (("GET", "/v2/zoo/tags/list"), ("POST", "/v2/zoo/blobs/uploads/"),
+                                   ("DELETE", "/v2/zoo/manifests/nope"))]
+
+
+HERE = {"host": "localhost:5000"}
+ALL, READ, NOTHING = [200, 202, 404], [200, 403, 403], [403, 403, 403]
+
+
+@pytest.mark.parametrize("headers, statuses", [
+    (HERE, ALL), ({"host": "127.0.0.1"}, ALL), ({"host": "[::1]:5000"}, ALL), ({"host": "LOCALHOST"}, ALL),
+    ({"host": "127.1.2.3:80"}, ALL), (dict(HERE, origin="http://localhost:5000"), ALL),
+    # a web page in a browser on this machine
+    ({"host": "hub.lab"}, NOTHING), ({"host": "127.0.0.1.evil.example"}, NOTHING),
+    ({"host": "localhost.evil"}, NOTHING),
+    ({"host": "127.0.0.1:80:80"}, NOTHING), ({"host": "127.0.0.1%evil"}, NOTHING), ({"host": "0.0.0.0"}, NOTHING),
+    ({"host": "10.0.0.1"}, NOTHING), ({"host": "::1.evil"}, NOTHING),
+    (dict(HERE, origin="http://localhost:8080"), READ), (dict(HERE, origin="null"), READ),
+    # a proxy on this machine: nginx says where we are as Host, unless it is told better
+    (dict(HERE, x_forwarded_host="hub.lab"), READ), (dict(HERE, x_forwarded_for="10.0.0.1"), READ),
+    (dict(HERE, x_forwarded_proto="https"), READ), (dict(HERE, x_real_ip="10.0.0.1"), READ),
+    (dict(HERE, via="1.1 proxy"), READ), (dict(HERE, forwarded="for=10.0.0.1"), READ),
+    (dict(HERE, version="1.0"), READ), ({"version": "1.0"}, READ)])
+def test_where_only_this_machine_connects_proxies_and_web_pages_are_refused(world, headers, statuses):
     """Unless that was said: with --anonymous, or with users."""
-    for access, may in ((Access("admin", only_local=True), allowed), (Access("admin"), True)):
-        answers = [world.ask(access, "POST", "/v2/zoo/blobs/uploads/", **headers),
-                   world.ask(access, "DELETE", "/v2/zoo/manifests/nope", **headers)]
-        assert [answer.status for answer in answers] == ([202, 404] if may else [403, 403])
-        assert may or "--anonymous push" in error_of(answers[0])["message"]
-        assert world.status(access, "GET", "/v2/zoo/tags/list", **headers) == 200
+    answers = by_only_this_machine(world, **headers)
+    assert [answer.status for answer in answers] == statuses
+    for answer in answers:
+        if answer.status == 403:
+            assert "--anonymous push" in error_of(answer)["message"] and "as localhost" in error_of(answer)["message"]
+    assert [answer.status for answer in by_only_this_machine(world, only_local=False, **headers)] == ALL
 
 
-@pytest.mark.parametrize("options, status", [([], 403), (["--anonymous", "push"], 202)])
-def test_the_default_is_for_this_machine_only(start_server, options, status):
+@pytest.mark.parametrize("options, statuses", [([], (403, 403)), (["--anonymous", "push"], (200, 202))])
+def test_the_default_is_for_this_machine_only(start_server, options, statuses):
     connection = http.client.HTTPConnection(start_server(None, *options).host)
-    connection.request("POST", "/v2/a/blobs/uploads/", headers={"Host": "hub.lab"})
-    assert connection.getresponse().status == status
+    for (method, path), status in zip((("GET", "/v2/_catalog"), ("POST", "/v2/a/blobs/uploads/")), statuses):
+        connection.request(method, path, headers={"Host": "hub.lab"})
+        answer = connection.getresponse()
+        answer.read()
+        assert answer.status == status
     connection.close()
 
 
@@ -473,11 +497,23 @@ def test_uploads_that_have_ended_are_forgotten(world):
     assert len(access.uploads["10.0.0.1"]) < 100
 
 
-@pytest.mark.parametrize("address, whole", [
-    ("10.0.0.1", "10.0.0.1"), ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2"), ("2001:db8::1", "2001:db8:0:0"),
-    ("2001:db8:1:2::", "2001:db8:1:2"), ("2001::1:2:3:4:5", "2001:0:0:1"), ("fe80::1%eth0", "fe80:0:0:0")])
-def test_an_ipv6_network_of_64_bits_is_one_client(address, whole):
-    assert tinyreg.whole_client(address) == whole
+@pytest.mark.parametrize("one, other, same", [
+    ("10.0.0.1", "10.0.0.1", True), ("10.0.0.1", "10.0.0.2", False), ("2001:db8::1", "2001:db8:0:0:ffff::", True),
+    ("2001:db8:1:2::", "2001:db8:1:3::", False), ("fe80::1%eth0", "fe80::2", True), ("::ffff:10.0.0.1", "::1", False)])
+def test_an_ipv6_network_of_64_bits_is_one_client(one, other, same):
+    assert (tinyreg.whole_client(one) == tinyreg.whole_client(other)) == same
+
+
+@pytest.mark.parametrize("peer, forwarded, client", [
+    ("127.0.0.1", "10.0.0.9", "10.0.0.9"), ("::1", "2001:db8::9", "2001:db8::9"),
+    ("127.0.0.1", "6.6.6.6, 10.0.0.9", "10.0.0.9"),              # what the client itself has said does not count
+    ("127.0.0.1", "10.0.0.9, 192.168.1.7", "10.0.0.9"),          # two proxies, one behind the other
+    ("192.168.1.7", "10.0.0.9", "10.0.0.9"), ("192.168.1.8", "10.0.0.9", "192.168.1.8"),
+    ("127.0.0.1", "10.0.0.9:4711", "10.0.0.9"), ("127.0.0.1", "[2001:db8::9]:4711", "2001:db8::9"),
+    ("127.0.0.1", "::ffff:10.0.0.9", "10.0.0.9"),
+    ("127.0.0.1", "10.0.0.9, unknown", "127.0.0.1"), ("127.0.0.1", "", "127.0.0.1"), ("127.0.0.1", ",,", "127.0.0.1")])
+def test_proxies_that_are_believed_say_who_the_client_is(peer, forwarded, client):
+    assert tinyreg.client_behind(peer, forwarded, [tinyreg.parse_network("192.168.1.7")]) == client
 
 
 def test_addresses_that_guess_are_forgotten_before_they_fill_the_memory(world, monkeypatch):

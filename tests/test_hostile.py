@@ -1,5 +1,6 @@
 """Hostile input: whatever comes in, the answer is below 500, nothing is written outside the store, nobody waits."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 
 import samples
 import tinyreg
+from conftest import python_that_opens
+from engines import own_address
 from tinyreg import Digest, Directory, RequestReader, RegistryError, Request, Response, dispatch, load_json, parse_head
 
 SEED = 20240601
@@ -93,7 +96,7 @@ def test_what_a_path_trick_asks_for_is_not_sent(filled):
 # HTTP itself: a table of what two parsers could read differently. Each is refused, and its connection closed, so that
 # the "smuggled" request behind it is not answered.
 
-SMUGGLED = b"GET /v2/_catalog HTTP/1.1\r\nHost: x\r\n\r\n"
+SMUGGLED = b"GET /v2/_catalog HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.mark.parametrize("head, status", [
@@ -325,6 +328,33 @@ def test_many_idle_connections_keep_nobody_waiting(server):
             sock.close()
 
 
+def test_silent_connections_of_four_addresses_don_t_keep_out_a_fifth(start_server, tmp_path):
+    server = start_server(None, "--workers", "1", python=python_that_opens(256, tmp_path))
+    with contextlib.ExitStack() as stack:
+        for number in range(400):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE))
+        assert statuses(exchange(server, GOOD[4])) == [404]
+    assert "can't accept" not in server.log()
+
+
+def test_one_client_s_transfers_leave_room_for_others(start_server, tmp_path):
+    """Where few files may be open, and no connection is idle."""
+    blob = samples.push_blob(Directory(str(tmp_path / "registry")), "lib/a", b"x" * (16 << 20))
+    server = start_server(None, "--workers", "1", listen=":0", python=python_that_opens(128, tmp_path))
+    asked = (HEAD % ("GET", "/v2/lib/a/blobs/" + blob, "")).encode()
+    begun = []
+    with contextlib.ExitStack() as stack:
+        for _ in range(60):
+            sock = stack.enter_context(socket.create_connection((own_address(), server.port), timeout=PATIENCE))
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(asked)
+                begun += statuses(sock.recv(1000))
+        assert 10 < begun.count(200) < 30 and set(begun) <= {200, 429}
+        other = (HEAD % ("GET", "/v2/lib/a/tags/list", "")).encode()
+        assert statuses(exchange(server, other)) == [404]  # from 127.0.0.1
+    assert "Traceback" not in server.log() and "too many" not in server.log()
+
+
 def test_a_refused_request_with_a_large_body_gets_its_answer(server):
     """The client is still sending when it is refused; a reset would lose it the reason."""
     head = HEAD % ("PUT", "/v2/a/manifests/x", "Content-Length: %d\r\n" % (16 << 20))
@@ -349,16 +379,6 @@ def test_json_that_is_deep_or_huge_is_refused_quickly(server):
         head = HEAD % ("PUT", "/v2/a/manifests/x", "Content-Length: %d\r\n" % len(content))
         assert statuses(exchange(server, head.encode() + content)) == [400]
     assert "Traceback" not in server.log()
-
-
-def own_address():
-    """An address of this machine that is not its loopback; skips where there is none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing
-        except OSError:
-            pytest.skip("this machine has no address but its loopback")
-        return probe.getsockname()[0]
 
 
 def test_one_client_can_t_have_all_connections(start_server):

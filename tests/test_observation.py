@@ -131,7 +131,7 @@ def test_a_transfer_that_the_client_cuts_is_logged_with_what_went_out(start_serv
     digest = push_blob(Directory(str(tmp_path / "registry")), "lab/app", b"x" * (64 << 20))
     server = start_server()
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
-        sock.sendall(b"GET /v2/lab/app/blobs/%s HTTP/1.1\r\nHost: x\r\n\r\n" % digest.encode())
+        sock.sendall(b"GET /v2/lab/app/blobs/%s HTTP/1.1\r\nHost: localhost\r\n\r\n" % digest.encode())
         assert sock.recv(1000).startswith(b"HTTP/1.1 200")
     sent = int(re.search(r" 200 ([0-9]+) ", until(server.log)).group(1))
     assert 0 < sent < 64 << 20

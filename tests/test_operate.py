@@ -1,5 +1,6 @@
 """A server that runs for years: refused writes, fixed tags, systemd, nginx in front of it."""
 
+import contextlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import urllib.parse
 
 import pytest
 from conftest import TINYREG, ask, free_port, open_url, run_tinyreg, until
-from engines import NGINX_BEGIN
+from engines import NGINX_BEGIN, own_address
 from samples import CONFIG, image, index, make_image, read_blob, to_manifest
 
 from tinyreg import Digest, Directory, RegistryError, parse_glob
@@ -204,47 +205,99 @@ def test_make_install(tmp_path):
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 
+BARE = "location / {{ proxy_pass http://{upstream}; }}"
+
 # As the README has it, with two ways to share a host: the page below /registry/, and all names below team/.
-NGINX_CONF = NGINX_BEGIN + """
-    server {{
-        listen 127.0.0.1:{port};
-        client_max_body_size 0;
+AS_IN_THE_README = """
         proxy_http_version 1.1;
         proxy_request_buffering off;
         proxy_buffering off;
         proxy_set_header Host $http_host;
         proxy_set_header X-Forwarded-Host $http_host;
         proxy_set_header X-Forwarded-Proto $scheme;
+        proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
         location /v2/ {{ proxy_pass http://{upstream}; }}
         location /registry/ {{ proxy_pass http://{upstream}/; }}
         location /v2/team/ {{ proxy_pass http://{upstream}/v2/; proxy_redirect /v2/ /v2/team/; }}
-    }}
-}}
 """
 
 
 @pytest.fixture
-def proxied(start_server, tmp_path):
-    """(a tinyreg, the URL of an nginx in front of it)"""
+def start_nginx(tmp_path):
+    """A function that puts an nginx in front of a server, with these locations; returns its URL."""
     if not NGINX:
         pytest.skip("nginx is not installed")
+    with contextlib.ExitStack() as stack:
+        def start(server, locations, address="127.0.0.1"):
+            port = free_port()
+            block = NGINX_BEGIN + "server {{ listen {address}:{port}; client_max_body_size 0; %s }} }}" % locations
+            (tmp_path / "nginx.conf").write_text(block.format(folder=tmp_path, address=address, port=port,
+                                                              upstream=server.host))
+            nginx = subprocess.Popen([NGINX, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")],
+                                     stderr=subprocess.DEVNULL)
+            stack.callback(nginx.wait)
+            stack.callback(nginx.terminate)
+
+            def answers():
+                with socket.socket() as probe:
+                    return probe.connect_ex((address, port)) == 0
+
+            until(answers)
+            return "http://%s:%d" % (address, port)
+
+        yield start
+
+
+@pytest.fixture
+def proxied(start_server, start_nginx, tmp_path):
+    """(a tinyreg, the URL of an nginx in front of it)"""
     make_image(Directory(str(tmp_path / "registry")), "lab/app", "v1", (b"x" * 3000000,))
-    server = start_server(None, "--log", "explain")
-    port = free_port()
-    (tmp_path / "nginx.conf").write_text(NGINX_CONF.format(folder=tmp_path, port=port, upstream=server.host))
-    nginx = subprocess.Popen([NGINX, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")],
-                             stderr=subprocess.DEVNULL)
+    server = start_server(None, "--log", "explain", "--anonymous", "push")
+    return server, start_nginx(server, AS_IN_THE_README)
 
-    def answers():
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    try:
-        until(answers)
-        yield server, "http://127.0.0.1:%d" % port
-    finally:
-        nginx.terminate()
-        nginx.wait()
+def test_behind_an_nginx_that_was_told_nothing_nobody_pushes_or_deletes(start_server, start_nginx, tmp_path):
+    manifest = make_image(Directory(str(tmp_path / "registry")), "lab/app", "v1")
+    server = start_server()
+    url = start_nginx(server, BARE)
+    assert ask(url, "GET", "/v2/lab/app/manifests/v1").status == 200
+    for method, path in (("POST", "/v2/lab/app/blobs/uploads/"), ("PUT", "/v2/lab/app/manifests/v1"),
+                         ("DELETE", "/v2/lab/app/manifests/v1")):
+        answer = ask(url, method, path, manifest.content if method == "PUT" else None)
+        assert answer.status == 403 and "through no proxy" in answer.error["message"]
+    assert ask(server, "PUT", "/v2/lab/app/manifests/v2", manifest.content).status == 201
+
+
+def test_behind_nginx_the_log_has_the_client_and_limits_are_the_client_s(start_server, start_nginx, tmp_path):
+    """Asked twice, so that the second answer comes from memory, with another client in between."""
+    address = own_address()
+    make_image(Directory(str(tmp_path / "registry")), "lab/app", "v1")
+    server = start_server(None, "--anonymous", "push", "--workers", "1", MAX_UPLOADS=2)
+    url = start_nginx(server, AS_IN_THE_README, address)
+    for where in (url, server, url, server):
+        assert ask(where, "GET", "/v2/lab/app/manifests/v1", x_forwarded_for="6.6.6.6").status == 200
+    until(lambda: server.log().count("manifests/v1") == 4)
+    clients = sorted(line.split()[1] for line in server.log().splitlines() if "manifests/v1" in line)
+    assert clients == sorted([address, "6.6.6.6"] * 2)
+    pushes = [ask(url, "POST", "/v2/lab/app/blobs/uploads/").status for _ in range(3)]
+    assert pushes == [202, 202, 429]
+    assert ask(server, "POST", "/v2/lab/app/blobs/uploads/").status == 202
+
+
+def test_another_machine_s_proxy_is_believed_where_it_is_named(start_server, tmp_path):
+    address = own_address()
+    trusting = ["--trusted-proxy", "203.0.113.0/24", "--trusted-proxy", address]
+    for options, client in (([], address), (trusting, "10.0.0.9")):
+        server = start_server(tmp_path / client, "--anonymous", "push", *options, listen=":0")
+        url = "http://%s:%d" % (address, server.port)
+        assert ask(url, "GET", "/v2/", x_forwarded_for="6.6.6.6, 10.0.0.9").status == 200
+        server.stop()
+        assert server.log().split()[1] == client
+
+
+def test_what_is_no_network_is_named():
+    done = run_tinyreg("serve", "--trusted-proxy", "10.0.0.0/33")
+    assert done.returncode == 2 and "10.0.0.0/24" in done.stderr
 
 
 def test_the_page_works_below_a_path_and_names_the_outer_host(proxied):
