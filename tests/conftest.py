@@ -212,11 +212,14 @@ def ask(where, method, target, body=None, context=None, **headers):
         return client.ask(method, target, body, **headers)
 
 
+def get(url, **headers):
+    """The Answer to a GET of a URL."""
+    return ask(url, "GET", url, **headers)
+
+
 def open_url(url, **headers):
-    """The response to a GET, for who reads its body bit by bit and closes it."""
-    parts = urllib.parse.urlsplit(url)
-    client = Client("%s://%s" % parts[:2], keep=False)
-    return client.open("GET", urllib.parse.urlunsplit(("", "") + parts[2:]), **headers)
+    """The response to a GET of a URL, for who reads its body bit by bit and closes it."""
+    return Client(url, keep=False).open("GET", url, **headers)
 
 
 def free_port():

@@ -1,7 +1,6 @@
 """Room 10: who asks, what they may do, and what they are told; all by tables, through dispatch and without sockets."""
 
 import base64
-import http.client
 import json
 import os
 import subprocess
@@ -9,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import run_tinyreg
+from conftest import Client, run_tinyreg
 from samples import make_image, make_referrer, push_blob
 
 import tinyreg
@@ -211,13 +210,9 @@ def test_where_only_this_machine_connects_proxies_and_web_pages_are_refused(worl
 
 @pytest.mark.parametrize("options, statuses", [([], (403, 403)), (["--anonymous", "push"], (200, 202))])
 def test_the_default_is_for_this_machine_only(start_server, options, statuses):
-    connection = http.client.HTTPConnection(start_server(None, *options).host)
-    for (method, path), status in zip((("GET", "/v2/_catalog"), ("POST", "/v2/a/blobs/uploads/")), statuses):
-        connection.request(method, path, headers={"Host": "hub.lab"})
-        answer = connection.getresponse()
-        answer.read()
-        assert answer.status == status
-    connection.close()
+    with Client(start_server(None, *options)) as client:
+        for (method, path), status in zip((("GET", "/v2/_catalog"), ("POST", "/v2/a/blobs/uploads/")), statuses):
+            assert client.ask(method, path, host="hub.lab").status == status
 
 
 def test_a_denial_says_which_rule_would_help(world):

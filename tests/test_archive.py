@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tarfile
 import time
-import urllib.request
 
 import pytest
 
@@ -67,8 +66,9 @@ def members_of(path):
 
 
 @pytest.fixture
-def store(tmp_path):
-    return Directory(str(tmp_path / "store"))
+def root(tmp_path):
+    """Not where servers have theirs."""
+    return tmp_path / "near"
 
 
 @pytest.fixture
@@ -447,32 +447,24 @@ def test_a_damaged_archive_gives_its_other_images(store, far, save, load):
 
 # Serving
 
-def get(server, path, **headers):
-    request = urllib.request.Request(server.url + path, headers=headers)
-    with urllib.request.urlopen(request) as response:
-        return response.status, response.read()
-
-
 def test_archives_are_served_with_ranges_and_refuse_writes(store, save, start_server, tmp_path):
     make_image(store, NAME, "1", layers=(LARGE,))
     make_image(store, "quay.io/other", "1")
     server = start_server(None, save("demo:1"), save("quay.io/other:1", name="second.tar"))
-    assert json.loads(get(server, "/v2/_catalog")[1].decode()) == {"repositories": [NAME, "quay.io/other"]}
+    assert server.ask("GET", "/v2/_catalog").json == {"repositories": [NAME, "quay.io/other"]}
     blob = "/v2/%s/blobs/%s" % (NAME, Digest.of(LARGE))
-    assert get(server, blob) == (200, LARGE)
-    assert get(server, blob, Range="bytes=5-1000004") == (206, LARGE[5:1000005])
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(server.url + "/v2/%s/blobs/uploads/" % NAME, data=b"")
-    with refused.value:
-        assert refused.value.code == 403 and b"read-only" in refused.value.read()
+    assert server.ask("GET", blob)[::2] == (200, LARGE)
+    assert server.ask("GET", blob, Range="bytes=5-1000004")[::2] == (206, LARGE[5:1000005])
+    refused = server.ask("POST", "/v2/%s/blobs/uploads/" % NAME)
+    assert refused.status == 403 and b"read-only" in refused.body
     assert not os.path.exists(server.root)
 
 
 def test_a_blob_in_parts_is_served(parts, start_server):
     server = start_server(None, *parts)
     blob = "/v2/%s/blobs/%s" % (NAME, Digest.of(LARGE))
-    assert get(server, blob) == (200, LARGE)
-    assert get(server, blob, Range="bytes=900000-1200000") == (206, LARGE[900000:1200001])
+    assert server.ask("GET", blob)[::2] == (200, LARGE)
+    assert server.ask("GET", blob, Range="bytes=900000-1200000")[::2] == (206, LARGE[900000:1200001])
 
 
 def test_ten_thousand_blobs_are_ready_without_reading_a_layer(tmp_path, monkeypatch):

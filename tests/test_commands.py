@@ -1,6 +1,5 @@
 """Commands: help, exit statuses, what is printed where; and the whole program under every Python found."""
 
-import http.client
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import tinyreg
 from conftest import TINYREG, found_pythons, run_tinyreg
 from samples import (CONFIG, EVIL, image, index, is_harmless, make_image, make_referrer, push_blob,
                      to_manifest)
-from tinyreg import OCI_INDEX, OCI_MANIFEST, Digest, Directory, __version__
+from tinyreg import OCI_INDEX, OCI_MANIFEST, Digest, __version__
 
 PYTHONS = found_pythons()
 
@@ -23,16 +22,6 @@ def commands():
     """The commands that --help lists."""
     listed = run_tinyreg("--help").stdout.split("COMMAND")[2]
     return re.findall(r"^    ([a-z]+) ", listed, re.MULTILINE)
-
-
-@pytest.fixture
-def root(tmp_path):
-    return tmp_path / "registry"
-
-
-@pytest.fixture
-def store(root):
-    return Directory(str(root))
 
 
 @pytest.fixture
@@ -311,19 +300,8 @@ def test_banner_of_a_read_only_server(start_server, store, root):
 def test_who_may_do_what(start_server, listen, options, words):
     server = start_server(None, *options, listen=listen)
     assert words in server.banner + server.process.stdout.readline() + server.process.stdout.readline()
-    status = fetch(server, "POST", "/v2/a/blobs/uploads/")[0]
+    status = server.ask("POST", "/v2/a/blobs/uploads/")[0]
     assert status == (202 if "push" in words else 403)
-
-
-def fetch(server, method, target, body=None):
-    """(status, body) of one request, with a client that knows HTTP."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    try:
-        connection.request(method, target, body)
-        response = connection.getresponse()
-        return response.status, response.read()
-    finally:
-        connection.close()
 
 
 @pytest.mark.parametrize("arguments", [[], ["serve"], ["--workers", "1"]])
@@ -344,10 +322,10 @@ def test_serve_is_what_it_does_without_a_command(tmp_path, arguments):
 def test_environment(start_server, tmp_path):
     content = json.dumps(image((b"never pushed",), b"never pushed either"))
     server = start_server(tmp_path / "one", environment={"TINYREG_SPARSE": "1", "TINYREG_ANONYMOUS": "push"})
-    assert fetch(server, "PUT", "/v2/a/manifests/latest", content)[0] == 201
-    assert fetch(server, "DELETE", "/v2/a/manifests/latest")[0] == 403
+    assert server.ask("PUT", "/v2/a/manifests/latest", content)[0] == 201
+    assert server.ask("DELETE", "/v2/a/manifests/latest")[0] == 403
     server = start_server(tmp_path / "two", environment={"TINYREG_SPARSE": "0"})
-    assert fetch(server, "PUT", "/v2/a/manifests/latest", content)[0] == 400
+    assert server.ask("PUT", "/v2/a/manifests/latest", content)[0] == 400
     environment = dict(os.environ, TINYREG_ROOT=str(tmp_path / "one"))
     assert run_tinyreg("ls", env=environment).stdout == "a\n"
 
@@ -356,7 +334,7 @@ def test_the_command_line_counts_more_than_the_environment(start_server, tmp_pat
     server = start_server(None, "--anonymous", "none", environment={
         "TINYREG_ANONYMOUS": "admin", "TINYREG_ROOT": str(tmp_path / "elsewhere"),
         "TINYREG_LISTEN": "192.0.2.1:1 192.0.2.2:2"})  # no addresses of this machine
-    assert fetch(server, "GET", "/v2/")[0] == 403
+    assert server.ask("GET", "/v2/")[0] == 403
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -365,7 +343,7 @@ def test_several_addresses(start_server):
     ports = re.findall(r"127\.0\.0\.1:(\d+)", server.banner.split("listens on")[1].splitlines()[0])
     assert len(set(ports)) == 2
     for server.port in map(int, ports):
-        assert fetch(server, "GET", "/v2/")[0] == 200
+        assert server.ask("GET", "/v2/")[0] == 200
 
 
 def test_port_in_use(server, run):
@@ -414,8 +392,8 @@ def test_a_root_that_may_not_be_written():
 @pytest.mark.parametrize("options, lines", [([], 2), (["--quiet"], 0)])
 def test_a_line_for_each_request(start_server, options, lines):
     server = start_server(None, *options)
-    fetch(server, "GET", "/v2/nowhere/tags/list")
-    fetch(server, "GET", "/v2/?x=1")
+    server.ask("GET", "/v2/nowhere/tags/list")
+    server.ask("GET", "/v2/?x=1")
     server.stop()
     found = server.log().splitlines()
     assert len(found) == lines
@@ -434,18 +412,18 @@ def test_each_python(start_server, run, python):
     digests = []
     for content in (CONFIG, b"layer one", b"layer two" * 100000):
         digests.append(Digest.of(content))
-        assert fetch(server, "POST", "/v2/a/b/blobs/uploads/?digest=" + digests[-1], content)[0] == 201
+        assert server.ask("POST", "/v2/a/b/blobs/uploads/?digest=" + digests[-1], content)[0] == 201
     manifest = to_manifest(image((b"layer one", b"layer two" * 100000)))
-    assert fetch(server, "PUT", "/v2/a/b/manifests/latest", manifest.content)[0] == 201
-    assert fetch(server, "GET", "/v2/a/b/manifests/latest") == (200, manifest.content)
-    assert fetch(server, "GET", "/v2/a/b/blobs/" + digests[2]) == (200, b"layer two" * 100000)
-    assert fetch(server, "GET", "/v2/a/b/referrers/" + manifest.digest)[0] == 200
-    assert fetch(server, "GET", "/v2/a/b/blobs/sha256:short")[0] == 400
+    assert server.ask("PUT", "/v2/a/b/manifests/latest", manifest.content)[0] == 201
+    assert server.ask("GET", "/v2/a/b/manifests/latest")[::2] == (200, manifest.content)
+    assert server.ask("GET", "/v2/a/b/blobs/" + digests[2])[::2] == (200, b"layer two" * 100000)
+    assert server.ask("GET", "/v2/a/b/referrers/" + manifest.digest)[0] == 200
+    assert server.ask("GET", "/v2/a/b/blobs/sha256:short")[0] == 400
     settings = {"python": interpreter, "env": dict(os.environ, PYTHONWARNINGS="error")}
     found = json.loads(run("ls", "a/b", "--json", **settings).stdout)
     assert [(entry["tag"], entry["digest"]) for entry in found] == [("latest", manifest.digest)]
     run("rm", "a/b:latest", **settings)
-    assert fetch(server, "GET", "/v2/a/b/manifests/latest")[0] == 404
+    assert server.ask("GET", "/v2/a/b/manifests/latest")[0] == 404
     run("ls", "nowhere", status=1, **settings)
     assert server.stop() == 0
     assert "Traceback" not in server.log() and "Warning" not in server.log()

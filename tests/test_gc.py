@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.request
 
 import pytest
 
@@ -272,8 +271,7 @@ def test_a_blob_that_a_client_was_told_about_stays(start_server, tmp_path):
     child = make_image(store, "app", None, layers=(b"child",))
     make_old(store)
     for path in ("blobs/" + asked, "manifests/" + child.digest):
-        request = urllib.request.Request("%s/v2/app/%s" % (server.url, path), method="HEAD")
-        assert urllib.request.urlopen(request).status == 200
+        assert server.ask("HEAD", "/v2/app/" + path).status == 200
     gone = gc(store, grace=HOUR, untagged=True)
     assert gone == {("links", "app@" + other), ("blobs", other)}
     assert has_blob(store, "app", b"child")

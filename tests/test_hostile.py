@@ -1,7 +1,6 @@
 """Hostile input: whatever comes in, the answer is below 500, nothing is written outside the store, nobody waits."""
 
 import contextlib
-import http.client
 import json
 import os
 import random
@@ -15,12 +14,11 @@ from hypothesis import strategies as st
 
 import samples
 import tinyreg
-from conftest import python_that_opens
+from conftest import PATIENCE, ask, python_that_opens, until
 from engines import own_address
 from tinyreg import Digest, Directory, RequestReader, RegistryError, Request, Response, dispatch, load_json, parse_head
 
 SEED = 20240601
-PATIENCE = 20
 DIGEST = Digest.of(b"layer one")
 HEAD = "%s %s HTTP/1.1\r\nHost: localhost\r\n%s\r\n"
 
@@ -397,13 +395,12 @@ def test_one_client_can_t_have_all_connections(start_server):
     assert statuses(exchange(server, asked)) == [404]  # from 127.0.0.1
     for sock in held:
         sock.close()
-    deadline = time.monotonic() + PATIENCE
-    while True:
+
+    def is_served():
         with socket.create_connection((address, server.port), timeout=PATIENCE) as sock:
             sock.sendall(asked)
-            if statuses(sock.recv(1 << 16)) == [404]:
-                break
-        assert time.monotonic() < deadline
+            return statuses(sock.recv(1 << 16)) == [404]
+    until(is_served)
 
 
 def test_one_client_can_t_have_all_upload_sessions(start_server):
@@ -411,16 +408,12 @@ def test_one_client_can_t_have_all_upload_sessions(start_server):
     address = own_address()
     server = start_server(None, "--workers", "1", "--anonymous", "push", listen=":0", MAX_UPLOADS=3)
 
-    def ask(method, path):
-        connection = http.client.HTTPConnection(address, server.port, timeout=PATIENCE)
-        connection.request(method, path)
-        answer = connection.getresponse()
-        answer.read()
-        connection.close()
-        return answer.status, answer.getheader("Location")
+    def send(method, path):
+        answer = ask("http://%s:%d" % (address, server.port), method, path)
+        return answer.status, answer.headers["Location"]
 
-    locations = [ask("POST", "/v2/a/blobs/uploads/")[1] for _ in range(3)]
-    assert ask("POST", "/v2/a/blobs/uploads/")[0] == 429
-    assert ask("DELETE", locations[0])[0] == 204
-    assert ask("POST", "/v2/a/blobs/uploads/")[0] == 202
-    assert ask("POST", "/v2/a/blobs/uploads/")[0] == 429
+    locations = [send("POST", "/v2/a/blobs/uploads/")[1] for _ in range(3)]
+    assert send("POST", "/v2/a/blobs/uploads/")[0] == 429
+    assert send("DELETE", locations[0])[0] == 204
+    assert send("POST", "/v2/a/blobs/uploads/")[0] == 202
+    assert send("POST", "/v2/a/blobs/uploads/")[0] == 429

@@ -7,12 +7,10 @@ import re
 import shutil
 import subprocess
 import tarfile
-import urllib.error
 import urllib.parse
-import urllib.request
 
 import pytest
-from conftest import TINYREG, run_tinyreg
+from conftest import TINYREG, get, open_url, run_tinyreg
 from samples import make_docker_image, make_image, make_referrer, index, to_manifest
 
 import tinyreg
@@ -37,16 +35,6 @@ def fill(root):
     make_image(store, "lab/other", "latest", (BASE,))
     make_referrer(store, "lab/app", image, artifactType="application/vnd.example.signature")
     return image
-
-
-def fetch(url, **headers):
-    """(status, headers, text) of a GET."""
-    request = urllib.request.Request(url, headers={key.replace("_", "-"): value for key, value in headers.items()})
-    try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            return answer.status, answer.headers, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.headers, error.read().decode()
 
 
 class Document(html.parser.HTMLParser):
@@ -85,10 +73,11 @@ def registry(start_server, tmp_path):
 
 def test_pages_are_sound_accessible_and_self_contained(registry):
     for path in PAGES:
-        check_page(*fetch(registry.url + "/" + path))
+        check_page(get(registry.url + "/" + path))
 
 
-def check_page(status, headers, text):
+def check_page(answer):
+    status, headers, text = answer.status, answer.headers, answer.text
     assert status == 200
     document = Document(text)
     assert document.open == []
@@ -117,48 +106,49 @@ def check_page(status, headers, text):
 def test_every_link_of_every_page_leads_somewhere(registry):
     for path in PAGES:
         where = registry.url + "/" + path
-        links = {urllib.parse.urljoin(where, link["href"]) for link in Document(fetch(where)[2]).all("a")}
+        links = {urllib.parse.urljoin(where, link["href"]) for link in Document(get(where).text).all("a")}
         assert len(links) > 4
         for target in sorted(links):
-            assert "/live/" in target or fetch(target)[0] == 200, target
+            assert "/live/" in target or get(target)[0] == 200, target
 
 
 def test_nothing_that_an_image_says_becomes_markup(registry):
     for path in ("?repository=lab/app&reference=1.0", "?repository=lab/app&reference=multi", "?repository=lab/app",
                  "?q=" + urllib.parse.quote(ATTACK)):
-        status, _, text = fetch(registry.url + "/" + path)
+        answer = get(registry.url + "/" + path)
+        status, text = answer.status, answer.text
         document = Document(text)
         assert status == 200
         assert len(document.all("script")) == 1 and not document.all("img")
         assert "\u202e" not in text
-    assert "<script>document.title" in Document(fetch(registry.url + "/" + PAGES[4])[2]).text
+    assert "<script>document.title" in Document(get(registry.url + "/" + PAGES[4]).text).text
 
 
 def test_an_image_page_tells_layers_commands_labels_sharing_and_referrers(registry):
-    document = Document(fetch(registry.url + "/?repository=lab/app&reference=1.0")[2])
+    document = Document(get(registry.url + "/?repository=lab/app&reference=1.0").text)
     text = document.text
     for words in ("linux/amd64", "ADD base.tar /", "RUN make", "ENV A=B", "PATH=/bin", "maker", "27.3 KiB",
                   "application/vnd.example.signature", "years ago", "note"):
         assert words in text, words
     assert "./?repository=lab%2Fother" in [link["href"] for link in document.all("a")]  # which has the base as well
-    text = Document(fetch(registry.url + "/?repository=lab/app&reference=multi")[2]).text
+    text = Document(get(registry.url + "/?repository=lab/app&reference=multi").text).text
     assert "linux/amd64, linux/arm64" in text
 
 
 def test_pull_commands_name_the_host_that_the_client_sees(registry):
     path = registry.url + "/?repository=lab/app&reference=1.0"
-    text = Document(fetch(path)[2]).text
+    text = Document(get(path).text).text
     assert "docker pull %s/lab/app:1.0" % registry.host in text
     assert "podman pull --tls-verify=false %s/lab/app:1.0" % registry.host in text
     assert "ctr images pull --plain-http %s/lab/app:1.0" % registry.host in text
-    text = Document(fetch(path, X_Forwarded_Host="registry.example, proxy", X_Forwarded_Proto="https")[2]).text
+    text = Document(get(path, X_Forwarded_Host="registry.example, proxy", X_Forwarded_Proto="https").text).text
     assert "docker pull registry.example/lab/app:1.0" in text and "plain-http" not in text
-    document = Document(fetch(path, X_Forwarded_Host="x;rm -rf ~ <b>")[2])
+    document = Document(get(path, X_Forwarded_Host="x;rm -rf ~ <b>").text)
     assert "rm -rf" not in document.text and not document.all("b")
 
 
 def test_what_is_to_be_copied_has_its_lines(registry):
-    text = Document(fetch(registry.url + "/use")[2]).text
+    text = Document(get(registry.url + "/use").text).text
     assert "docker tag alpine {0}/me/alpine\ndocker push {0}/me/alpine".format(registry.host) in text
     assert '[[registry]]\nlocation = "%s"\ninsecure = true' % registry.host in text
     assert "\\n" not in text
@@ -174,9 +164,10 @@ def test_configs_that_are_not_what_they_should_be_are_no_error(registry, tmp_pat
             b'{"author":DEEP,"config":{"Env":DEEP,"Labels":{"a":DEEP}},"history":[{"created_by":DEEP}],"created":DEEP}'
             .replace(b"DEEP", b"[" * 400 + b"]" * 400))):
         make_image(store, "odd", "t%d" % number, config=config)
-        status, _, text = fetch("%s/?repository=odd&reference=t%d" % (registry.url, number))
+        answer = get("%s/?repository=odd&reference=t%d" % (registry.url, number))
+        status, text = answer.status, answer.text
         assert status == 200 and "Layers" in text, config
-    assert fetch(registry.url + "/?repository=odd")[0] == 200
+    assert get(registry.url + "/?repository=odd")[0] == 200
 
 
 def test_an_index_of_indexes_that_unfolds_for_ever_is_read_once(registry, tmp_path):
@@ -185,7 +176,7 @@ def test_an_index_of_indexes_that_unfolds_for_ever_is_read_once(registry, tmp_pa
     for _ in range(40):
         manifest = to_manifest(index(manifest, manifest))
         store.put_manifest("deep", manifest, ["top"])
-    assert fetch(registry.url + "/?repository=deep&reference=top")[0] == 200
+    assert get(registry.url + "/?repository=deep&reference=top")[0] == 200
 
 
 def test_repositories_are_searched_and_paged(tmp_path, monkeypatch):
@@ -225,14 +216,14 @@ def test_only_what_one_may_pull_is_shown(tmp_path):
 
 
 def test_what_is_not_there_is_an_error_and_no_page(registry):
-    assert fetch(registry.url + "/?repository=no/such")[0] == 404
-    assert fetch(registry.url + "/?repository=lab/app&reference=no")[0] == 404
-    assert fetch(registry.url + "/?repository=BAD")[0] == 400
-    assert fetch(registry.url + "/?repository=lab/app&reference=sha256:1")[0] == 400
+    assert get(registry.url + "/?repository=no/such")[0] == 404
+    assert get(registry.url + "/?repository=lab/app&reference=no")[0] == 404
+    assert get(registry.url + "/?repository=BAD")[0] == 400
+    assert get(registry.url + "/?repository=lab/app&reference=sha256:1")[0] == 400
 
 
 def test_the_registry_hands_itself_out(registry):
-    with urllib.request.urlopen(registry.url + "/tinyreg.py") as answer, open(TINYREG, "rb") as file:
+    with open_url(registry.url + "/tinyreg.py") as answer, open(TINYREG, "rb") as file:
         assert answer.headers["Content-Disposition"] == "attachment; filename=tinyreg.py"
         assert hashlib.sha256(answer.read()).digest() == hashlib.sha256(file.read()).digest()
 
@@ -243,10 +234,10 @@ def test_a_registry_whose_file_was_taken_away_says_so(monkeypatch, tmp_path):
 
 
 def test_an_image_is_downloaded_as_an_archive(registry, tmp_path):
-    document = Document(fetch(registry.url + "/?repository=lab/app&reference=1.0")[2])
+    document = Document(get(registry.url + "/?repository=lab/app&reference=1.0").text)
     link, = [link["href"] for link in document.all("a") if link["href"].startswith("archive/")]
     path = tmp_path / "image.tar"
-    with urllib.request.urlopen("%s/%s" % (registry.url, link)) as answer, open(str(path), "wb") as file:
+    with open_url("%s/%s" % (registry.url, link)) as answer, open(str(path), "wb") as file:
         shutil.copyfileobj(answer, file)
         assert int(answer.headers["Content-Length"]) == path.stat().st_size
         assert answer.headers["Content-Disposition"] == "attachment; filename=lab_app_1.0.tar"
@@ -257,8 +248,8 @@ def test_an_image_is_downloaded_as_an_archive(registry, tmp_path):
     assert there[0] == there[1]
     signature, = list(Directory(str(tmp_path / "other")).referrers("lab/app", there[0]))
     assert signature.artifact_type == "application/vnd.example.signature"
-    assert fetch("%s/archive/lab/app@%s.tar" % (registry.url, signature.digest), Range="x")[0] == 200
-    assert [fetch(registry.url + "/archive/" + name)[0] for name in ("lab/app:no.tar", "no:x.tar", "X:x.tar")] == [
+    assert get("%s/archive/lab/app@%s.tar" % (registry.url, signature.digest), Range="x")[0] == 200
+    assert [get(registry.url + "/archive/" + name)[0] for name in ("lab/app:no.tar", "no:x.tar", "X:x.tar")] == [
         404, 404, 400]
 
 

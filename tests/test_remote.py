@@ -16,14 +16,12 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 
 import pytest
 
 import tinyreg
-from conftest import TINYREG, run_tinyreg, until
+from conftest import TINYREG, Client, ask, free_port, get, open_url, run_tinyreg, until
 from samples import (EVIL, index, is_harmless, make_image, make_referrer, read_blob, to_manifest)
 from test_copy import make_multi
 from tinyreg import Digest, Directory, RegistryError, Remote, copy, find_login, pour
@@ -59,10 +57,14 @@ def save_login(home, host, **login):
     (home / ".docker" / "config.json").write_text(json.dumps({"auths": {host: login_entry(**login)}}))
 
 
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+def came_up(process, port):
+    """Wait until a process listens on a port, or has ended; whether it lives."""
+    def is_listening():
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    until(lambda: process.poll() is not None or is_listening())
+    return process.poll() is None
 
 
 @pytest.fixture
@@ -78,11 +80,8 @@ def start_distribution(tmp_path):
             process = subprocess.Popen([DISTRIBUTION, "serve", str(path)], stdout=subprocess.DEVNULL,
                                        stderr=subprocess.DEVNULL)
             started.append(process)
-            while process.poll() is None:
-                with contextlib.suppress(OSError):
-                    socket.create_connection(("127.0.0.1", port), 1).close()
-                    return "127.0.0.1:%d" % port
-                time.sleep(0.02)
+            if came_up(process, port):
+                return "127.0.0.1:%d" % port
         raise RuntimeError("docker-registry did not start")
 
     yield start
@@ -97,8 +96,9 @@ def distribution(start_distribution):
 
 
 @pytest.fixture
-def store(tmp_path):
-    return Directory(str(tmp_path / "store"))
+def root(tmp_path):
+    """Not where servers have theirs."""
+    return tmp_path / "near"
 
 
 class Proxy(http.server.ThreadingHTTPServer):
@@ -151,22 +151,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if limit is True or not server.upstream:
             return None
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        connection = http.client.HTTPConnection(server.upstream, timeout=20)
         headers = {key: value for key, value in self.headers.items() if key.lower() != "connection"}
-        connection.request(self.command, self.path, body, headers)
-        response = connection.getresponse()
-        content = response.read()
-        self.send_response(response.status)
-        for name, value in response.getheaders():
+        answer = ask("http://" + server.upstream, self.command, self.path, body, **headers)
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
             if name.lower() not in ("connection", "transfer-encoding", "server", "date"):
                 self.send_header(name, value)
         self.end_headers()
-        content = b"" if self.command == "HEAD" else content
-        part = content if limit is None else content[:limit]
+        part = answer.body if limit is None else answer.body[:limit]
         self.wfile.write(part)
         self.wfile.flush()
         server.sent += len(part)
-        connection.close()
         if limit is not None:
             self.cut()
 
@@ -326,9 +321,7 @@ def test_the_last_answer_may_be_lost(store, server, start_proxy, quick, forgets)
 
     def spoil(handler):
         if handler.command == "PUT" and "digest=" in handler.path:
-            url = "http://%s%s" % (server.host, handler.path)
-            with contextlib.suppress(urllib.error.HTTPError):
-                urllib.request.urlopen(urllib.request.Request(url, b"", method="PUT")).close()
+            server.ask("PUT", handler.path)
             return None if forgets else handler.cut()  # it comes a second time, or no answer comes
 
     proxy = start_proxy(server.host, spoil)
@@ -666,9 +659,7 @@ def test_an_upstream_that_always_cuts_its_manifests_is_told_of_in_one_line(fille
     done = run_tinyreg("pull", proxy.host + "/demo", "--retries", "1", "--root", tmp_path / "root")
     assert done.returncode == 1 and "can't reach" in done.stderr and "Traceback" not in done.stderr
     cache = start_server(tmp_path / "cache", "--upstream", "up=http://" + proxy.host)
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(cache.url + "/v2/up/demo/manifests/latest")
-    assert refused.value.code in (404, 503)
+    assert cache.ask("GET", "/v2/up/demo/manifests/latest").status in (404, 503)
     assert "Traceback" not in cache.log()
 
 
@@ -873,7 +864,7 @@ def test_pull_that_is_killed_goes_on_inside_the_blob(store, server, start_proxy,
     def spoil(handler):
         if handler.command == "GET" and "/blobs/" in handler.path and not held.is_set() and handler.path not in stalled:
             stalled.append(handler.path)
-            body = urllib.request.urlopen("http://%s%s" % (server.host, handler.path)).read()
+            body = server.ask("GET", handler.path).body
             handler.send_response(200)
             handler.send_header("Content-Length", str(len(body)))
             handler.end_headers()
@@ -997,16 +988,6 @@ def start_tls(tmp_path):
 
 # Names on reads
 
-def get(url):
-    """(status, headers) of a GET."""
-    try:
-        with urllib.request.urlopen(url) as answer:
-            return answer.status, answer.headers
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.headers
-
-
 def test_a_mirror_answers_for_every_origin(server):
     store = Directory(server.root)
     hub = make_image(store, "docker.io/library/alpine", "3.19", layers=(b"hub",))
@@ -1018,16 +999,15 @@ def test_a_mirror_answers_for_every_origin(server):
              ("library/alpine/manifests/3.19", hub, None), ("alpine/manifests/3.19", hub, None),
              ("quay.io/library/alpine/manifests/3.19", quay, None), ("app/manifests/1?ns=docker.io", own, None)]
     for path, manifest, origin in asked:
-        status, headers = get(server.url + "/v2/" + path)
+        status, headers, _ = server.ask("GET", "/v2/" + path)
         assert (status, headers["Docker-Content-Digest"]) == (200, manifest.digest), path
         assert headers["OCI-Namespace"] == origin, path
-    assert get(server.url + "/v2/library/alpine/manifests/3.19?ns=ghcr.io")[0] == 404  # not docker.io's of that path
+    assert server.ask("GET", "/v2/library/alpine/manifests/3.19?ns=ghcr.io").status == 404  # not docker.io's
     blob = hub.blobs[1].digest
-    assert get("%s/v2/library/alpine/blobs/%s?ns=docker.io" % (server.url, blob))[0] == 200
-    assert get(server.url + "/v2/alpine/tags/list")[0] == 200
-    with urllib.request.urlopen("%s/v2/alpine/referrers/%s" % (server.url, hub.digest)) as answer:
-        assert len(json.loads(answer.read().decode())["manifests"]) == 1
-    assert get(server.url + "/v2/app/manifests/2")[0] == 404
+    assert server.ask("GET", "/v2/library/alpine/blobs/%s?ns=docker.io" % blob).status == 200
+    assert server.ask("GET", "/v2/alpine/tags/list").status == 200
+    assert len(server.ask("GET", "/v2/alpine/referrers/" + hub.digest).json["manifests"]) == 1
+    assert server.ask("GET", "/v2/app/manifests/2").status == 404
 
 
 def test_pushes_take_the_name_as_it_is(store, server):
@@ -1035,7 +1015,7 @@ def test_pushes_take_the_name_as_it_is(store, server):
     make_image(store, "alpine", "mine", layers=(b"mine",))
     copy(store, Remote(server.host), "alpine", "mine")
     assert sorted(Directory(server.root).repositories()) == ["alpine", "docker.io/library/alpine"]
-    assert get(server.url + "/v2/alpine/manifests/3.19")[0] == 200
+    assert server.ask("GET", "/v2/alpine/manifests/3.19").status == 200
 
 
 def test_ls_and_rm_take_short_names(store):
@@ -1059,10 +1039,10 @@ def mirror(filled, server, start_proxy, start_server, tmp_path):
 def test_pull_through_fetches_once_and_serves_when_the_upstream_is_away(mirror, filled, server):
     front, proxy = mirror
     page = front.url + "/?repository=docker.io/library/demo&reference=latest"
-    assert (get(page)[0], proxy.seen) == (404, [])  # to look is not to fetch
-    assert get(front.url + "/v2/docker.io/library/demo/manifests/latest")[0] == 200
+    assert (get(page).status, proxy.seen) == (404, [])  # to look is not to fetch
+    assert front.ask("GET", "/v2/docker.io/library/demo/manifests/latest").status == 200
     proxy.seen.clear()
-    assert (get(page)[0], proxy.seen) == (200, [])  # before its blobs came
+    assert (get(page).status, proxy.seen) == (200, [])  # before its blobs came
     assert holdings(Remote(front.host), "docker.io/library/demo") == holdings(filled, "demo")
     proxy.seen.clear()
     assert holdings(Remote(front.host), "library/demo") == holdings(filled, "demo")
@@ -1072,14 +1052,14 @@ def test_pull_through_fetches_once_and_serves_when_the_upstream_is_away(mirror, 
     server.stop()
     proxy.server_close()
     assert Remote(front.host).resolve("docker.io/library/demo", "latest") == changed.digest
-    assert get(front.url + "/v2/docker.io/library/demo/manifests/other")[0] == 404
+    assert front.ask("GET", "/v2/docker.io/library/demo/manifests/other").status == 404
 
 
 def test_pull_through_answers_clients_that_say_ns_and_refuses_pushes(mirror, filled):
     front, proxy = mirror
-    status, headers = get(front.url + "/v2/library/demo/manifests/latest?ns=docker.io")
+    status, headers, _ = front.ask("GET", "/v2/library/demo/manifests/latest?ns=docker.io")
     assert (status, headers["OCI-Namespace"]) == (200, "docker.io")
-    assert get(front.url + "/v2/library/demo/manifests/latest?ns=quay.io")[0] == 404
+    assert front.ask("GET", "/v2/library/demo/manifests/latest?ns=quay.io").status == 404
     assert not proxy.asked("GET", "ns=")
     with pytest.raises(RegistryError) as caught:
         copy(filled, Remote(front.host), "demo", "latest", "docker.io/library/mine")
@@ -1095,7 +1075,7 @@ def test_parallel_clients_share_one_download_that_streams(mirror, filled, server
 
     def spoil(handler):
         if handler.command == "GET" and "/blobs/" in handler.path:
-            body = urllib.request.urlopen("http://%s%s" % (server.host, handler.path)).read()
+            body = server.ask("GET", handler.path).body
             handler.send_response(200)
             handler.send_header("Content-Length", str(len(body)))
             handler.end_headers()
@@ -1107,7 +1087,7 @@ def test_parallel_clients_share_one_download_that_streams(mirror, filled, server
 
     proxy.spoil = spoil
     url = "%s/v2/docker.io/library/demo/blobs/%s" % (front.url, digest)
-    clients = [urllib.request.urlopen(url) for _ in range(3)]
+    clients = [open_url(url) for _ in range(3)]
     try:
         starts = [client.read(1 << 20) for client in clients]  # before the upstream has sent all
         go_on.set()
@@ -1118,9 +1098,8 @@ def test_parallel_clients_share_one_download_that_streams(mirror, filled, server
         for client in clients:
             client.close()
     assert len(proxy.asked("GET", "/blobs/")) == 1
-    request = urllib.request.Request(url, headers={"Range": "bytes=100-199"})
-    with urllib.request.urlopen(request) as answer:
-        assert answer.status == 206 and len(answer.read()) == 100
+    answer = get(url, range="bytes=100-199")
+    assert answer.status == 206 and len(answer.body) == 100
 
 
 @pytest.mark.parametrize("limit, status", [("--min-free=8000T", 507), ("--max-blob=1M", 413)])
@@ -1128,10 +1107,8 @@ def test_the_limits_of_the_store_are_those_of_what_is_fetched(mirror, filled, st
     _, proxy = mirror
     limited = start_server(tmp_path / "limited", "--upstream", "docker.io=http://" + proxy.host, limit)
     digest = filled.manifest("demo", filled.resolve("demo", "latest")).blobs[1].digest
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen("%s/v2/docker.io/library/demo/blobs/%s" % (limited.url, digest))
-    with caught.value as answer:
-        assert answer.code == status and limit.split("=")[0] in answer.read().decode()
+    answer = limited.ask("GET", "/v2/docker.io/library/demo/blobs/" + digest)
+    assert answer.status == status and limit.split("=")[0] in answer.text
     assert digest not in set(Directory(limited.root).digests())
 
 
@@ -1141,7 +1118,7 @@ def test_wrong_bytes_from_upstream_never_arrive_whole(mirror, filled):
     size = filled.manifest("demo", filled.resolve("demo", "latest")).blobs[1].size
     proxy.spoil = lambda handler: (handler.command == "GET" and "/blobs/" in handler.path
                                    and handler.answer(200, {}, b"x" * size) or None)
-    with urllib.request.urlopen("%s/v2/docker.io/library/demo/blobs/%s" % (front.url, digest)) as answer:
+    with front.open("GET", "/v2/docker.io/library/demo/blobs/" + digest) as answer:
         with pytest.raises(http.client.IncompleteRead):
             answer.read()
     assert digest not in set(Directory(front.root).digests())
@@ -1174,7 +1151,7 @@ def test_an_endless_blob_does_not_fill_the_disk_of_a_cache(mirror, filled):
             return handler.cut()
 
     proxy.spoil = spoil
-    with urllib.request.urlopen("%s/v2/docker.io/library/demo/blobs/%s" % (front.url, blob.digest)) as answer:
+    with front.open("GET", "/v2/docker.io/library/demo/blobs/" + blob.digest) as answer:
         with pytest.raises(http.client.IncompleteRead):
             answer.read()
     assert 2 < len(written) < 32
@@ -1183,19 +1160,17 @@ def test_an_endless_blob_does_not_fill_the_disk_of_a_cache(mirror, filled):
 def test_an_upstream_that_fails_at_one_image_is_asked_for_others(mirror, filled):
     front, proxy = mirror
     proxy.spoil = lambda handler: "/manifests/bad" in handler.path and handler.answer(500) or None
-    connection = http.client.HTTPConnection(front.host)  # of one worker
-    for tag, status in (("bad", 404), ("latest", 200)):
-        connection.request("GET", "/v2/docker.io/library/demo/manifests/" + tag)
-        answer = connection.getresponse()
-        assert (answer.status, bool(answer.read())) == (status, True)
-    connection.close()
+    with Client(front) as client:  # of one worker
+        for tag, status in (("bad", 404), ("latest", 200)):
+            answer = client.ask("GET", "/v2/docker.io/library/demo/manifests/" + tag)
+            assert (answer.status, bool(answer.body)) == (status, True)
 
 
 def test_pull_through_logs_in_and_gives_no_login_away(filled, server, start_proxy, start_server, tmp_path, home):
     copy(filled, Remote(server.host), "demo", "latest", "library/demo")
     proxy = start_proxy(server.host, TokenServer(users=[base64.b64encode(b"me:secret").decode()]))
     front = start_server(tmp_path / "mirror", "--upstream", "docker.io=http://" + proxy.host)
-    status, headers = get(front.url + "/v2/docker.io/library/demo/manifests/latest")
+    status, headers, _ = front.ask("GET", "/v2/docker.io/library/demo/manifests/latest")
     assert status == 404 and "WWW-Authenticate" not in headers
     save_login(home, proxy.host)
     second = start_server(tmp_path / "mirror2", "--upstream", "docker.io=http://" + proxy.host)
@@ -1203,7 +1178,7 @@ def test_pull_through_logs_in_and_gives_no_login_away(filled, server, start_prox
     assert "secret" not in second.log() and "me" not in front.log().split()
     proxy.seen.clear()
     second.restart()
-    assert get(second.url + "/v2/docker.io/library/demo/manifests/latest")[0] == 200
+    assert second.ask("GET", "/v2/docker.io/library/demo/manifests/latest").status == 200
     assert not proxy.seen  # within --upstream-ttl
 
 
@@ -1264,4 +1239,4 @@ def test_no_other_image_stands_in_for_one_that_may_not_be_pulled(start_server, t
     for path, status in [("docker.io/library/alpine/manifests/1", 200), ("alpine/manifests/1", 403),
                          ("team/app/manifests/1", 200), ("team/app/manifests/1?ns=quay.io", 403),
                          ("secret/manifests/1", 404), ("docker.io/library/secret/manifests/1", 403)]:
-        assert get(server.url + "/v2/" + path)[0] == status, path
+        assert server.ask("GET", "/v2/" + path).status == status, path

@@ -3,7 +3,6 @@
 import base64
 import calendar
 import hashlib
-import http.client
 import os
 import re
 import shutil
@@ -515,12 +514,9 @@ def test_archives_are_served_with_users_and_tls_and_the_keys_lie_in_the_store(st
     context = ssl.create_default_context(cafile=str(tmp_path / "far" / "tinyreg" / "tls" / "ca.crt"))
 
     def ask(method, path, login):
-        connection = http.client.HTTPSConnection("127.0.0.1", server.port, timeout=30, context=context)
-        connection.request(method, path, headers={"Authorization": "Basic " + base64.b64encode(login).decode()})
-        answer = connection.getresponse()
-        body = answer.read()
-        connection.close()
-        return answer.status, body
+        password = "Basic " + base64.b64encode(login).decode()
+        answer = server.ask(method, path, context=context, authorization=password)
+        return answer.status, answer.body
 
     assert ask("GET", "/v2/demo/tags/list", b"alice:secret") == (200, b'{"name":"demo","tags":["1"]}\n')
     assert ask("GET", "/v2/demo/tags/list", b"alice:wrong")[0] == 401
