@@ -542,17 +542,28 @@ def parse_image(text):
     return Image(host, path, reference or "latest", origin_name(host, parse_name(path)))
 
 
-def names_to_try(name, origin=None):
-    """The repositories in which a read of `name` looks for its answer, in turn. `origin` is the host that a mirror's
-    client thinks of (`ns`). Old Docker's mirror requests come without one, and people write short names: those mean
-    docker.io. Another origin's image is never answered with docker.io's of the same path."""
-    names = [name]
-    if origin and HOST.fullmatch(origin):
-        with contextlib.suppress(RegistryError):
-            names.insert(0, origin_name(origin, name))
-    if origin in (None, "", "docker.io"):
-        names.append("docker.io/" + name if "/" in name else "docker.io/library/" + name)
-    return [found for index, found in enumerate(names) if len(found) <= MAX_NAME and found not in names[:index]]
+def has_origin(name: str) -> bool:
+    """Whether the name of a repository here begins with the host that it comes from."""
+    host, slash, _ = name.partition("/")
+    return bool(slash) and (host == "localhost" or "." in host or "_" in host)
+
+
+def names_to_try(name: str, origin: Optional[str] = None) -> List[str]:
+    """The repositories that a read of `name` may mean: it means the first one that exists.
+
+    `origin` is the host that a mirror's client thinks of (`ns`). It means HOST/NAME and nothing
+    else: who may push NAME here must not answer for another registry. Old Docker's mirror requests
+    come without one, and people write short names; these mean docker.io. Raises NAME_INVALID.
+    """
+    short = name if "/" in name else "library/" + name
+    if origin:
+        if not HOST.fullmatch(origin):
+            raise RegistryError("NAME_INVALID", origin[:MAX_NAME],
+                                message="ns must be the host of a registry: HOST[:PORT]")
+        host = usual_host(origin.lower())
+        return [origin_name(host, short if host == "docker.io" else name)]
+    at_docker = "docker.io/" + short
+    return [name] if has_origin(name) or len(at_docker) > MAX_NAME else [name, at_docker]
 
 
 def parse_range(header, size):
@@ -1221,6 +1232,13 @@ class Registry:
         """A list of their digests only, where reading each of them has a price."""
         return [manifest.digest for manifest in self.referrers(name, subject)]
 
+    def repositories(self, last: str = "") -> Iterator[str]:
+        raise NotImplementedError
+
+    def has_repository(self, name: str) -> bool:
+        """Whether anything has been stored under this name."""
+        return name in self.repositories()
+
     def usage(self):
         """What takes the space, as Directory.measure has it, not quite of this moment; None if nobody knows."""
         return None
@@ -1434,9 +1452,13 @@ class Directory(Registry):
     def version(self):
         return self.lock.mark and self.lock.mark.value()
 
+    def has_repository(self, name):
+        folder = self.repository_path(name)
+        return any(os.path.isdir(os.path.join(folder, kind)) for kind in ("_manifests", "_layers"))
+
     def _unknown(self, name, code, detail):
         """The error for something that is not there: NAME_UNKNOWN where the whole repository isn't."""
-        if os.path.isdir(self.repository_path(name)):
+        if self.has_repository(name):
             return RegistryError(code, detail)
         return RegistryError("NAME_UNKNOWN", name)
 
@@ -2684,7 +2706,7 @@ def entry_name(annotations, default):
 def full_name(name):
     """What other tools call a repository of the store: by its origin, which is docker.io where it has none."""
     host, slash, path = name.partition("/")
-    if slash and (host == "localhost" or "." in host or "_" in host):
+    if has_origin(name):
         return re.sub(r"_([0-9]+)$", r":\1", host) + "/" + path
     return "docker.io/" + ("" if slash else "library/") + name
 
@@ -3741,6 +3763,9 @@ class PullThrough(Directory):
                 return remote, prefix + name[len(space) + 1:]
         return None, None
 
+    def has_repository(self, name):
+        return super().has_repository(name) or self._upstream(name)[0] is not None
+
     def _ask(self, name, method, *arguments):
         """What a method of the upstream returns, or None where it can't say. Why, and with which login, is for our log
         and not for clients."""
@@ -3826,11 +3851,23 @@ class PullThrough(Directory):
                 del self.downloads[name, digest]
             ended.set()
 
-    def put_manifest(self, name, manifest, tags=()):
+    def _check_ours(self, name):
+        """Raises DENIED below the name of an upstream."""
         if self._upstream(name)[0]:
             raise RegistryError("DENIED", name, message="what is below this name is another registry's, and kept here "
                                 "as it is there; push under another name")
-        super().put_manifest(name, manifest, tags)
+
+    def start_upload(self, name, *arguments):
+        self._check_ours(name)
+        return super().start_upload(name, *arguments)
+
+    def mount(self, name, *arguments):
+        self._check_ours(name)
+        return super().mount(name, *arguments)
+
+    def put_manifest(self, name, *arguments):
+        self._check_ours(name)
+        super().put_manifest(name, *arguments)
 
 
 class ArrivingBlob(Blob):
@@ -5336,30 +5373,24 @@ def notify(registry, request, response):
 
 
 def answer_read(registry, access, request, handler, name, **found):
-    """The answer from the first of the repositories that a read of this name may mean (names_to_try) in which it is.
+    """The answer from the repository that a read of this name means (names_to_try). Only one that
+    does not exist at all is looked for under another name: a tag that it lacks is no reason to
+    answer with docker.io's.
 
-    `ns` is what a mirror's client calls the registry: a key to look up, never an address to dial. Pushes ignore it."""
-    failures, origin = [], request.get("ns")
+    `ns` is what a mirror's client calls the registry: a key to look up, never an address to dial.
+    Pushes ignore it.
+    """
+    origin = request.get("ns")
     names = names_to_try(name, origin)
-    access.check(request, "pull", names[0])  # another image in place of one that the client may not pull would deceive
-    for candidate in names:
-        if not access.allows(request, "pull", candidate):
-            continue
-        try:
-            response = handler(registry, access, request, name=candidate, **found)
-            if handler is get_referrers and candidate != names[-1] and response.body.endswith(b'"manifests":[]}\n'):
-                registry.manifest(candidate, found["digest"])  # no referrers is no error, so look for their subject
-        except RegistryError as error:
-            if error.code not in UNKNOWN_CODES:
-                raise
-            failures.append(error)
-            continue
-        request.found["name"] = candidate
-        if origin and candidate != name:
-            response.headers.append(("OCI-Namespace", origin))
-        return response
-    # Rather that a repository lacks it than that there is no such repository.
-    raise min(failures, key=lambda failure: failure.code == "NAME_UNKNOWN")
+    # Another image in place of one that the client may not pull would deceive.
+    access.check(request, "pull", names[0])
+    names = [other for other in names if access.allows(request, "pull", other)]
+    chosen = next(filter(registry.has_repository, names), names[0])
+    request.found["name"] = chosen
+    response = handler(registry, access, request, name=chosen, **found)
+    if origin and chosen != name:
+        response.headers.append(("OCI-Namespace", origin))
+    return response
 
 
 def answer(registry, access, request):
@@ -7407,7 +7438,7 @@ def serve(options):
 
 def find_image(store, text):
     """(name, reference) of an image in the store, by its name here or by the one at its origin: alpine is
-    docker.io/library/alpine where only that has the tag. Raises NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID,
+    docker.io/library/alpine where there is no alpine. Raises NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID,
     MANIFEST_UNKNOWN."""
     try:
         name, reference = split_image(text)
@@ -7416,11 +7447,11 @@ def find_image(store, text):
         image = parse_image(text)
         names, reference = [image.stored_name], image.reference
     path = store.revision_path if isinstance(reference, Digest) else store.tag_path
-    for name in names:
-        if os.path.isdir(path(name, reference)):
-            return name, reference
+    name = next(filter(store.has_repository, names), names[0])
+    if os.path.isdir(path(name, reference)):
+        return name, reference
     raise RegistryError("MANIFEST_UNKNOWN", message="not in the store as %s; `tinyreg.py ls` shows what is, and "
-                        "`tinyreg.py pull` fetches more" % image_text(names[0], reference))
+                        "`tinyreg.py pull` fetches more" % image_text(name, reference))
 
 
 def show(options, value, lines):
@@ -7445,7 +7476,7 @@ def list_store(options):
     name = None
     if options.repository:
         names = names_to_try(parse_name(options.repository))
-        name = next((found for found in names if os.path.isdir(store.repository_path(found))), None)
+        name = next(filter(store.has_repository, names), None)
         if name is None:
             raise CommandError("there is no repository %s; tinyreg.py ls lists those that there are"
                                % options.repository)

@@ -215,6 +215,9 @@ class Broken(Registry):
     def __init__(self, error):
         self.error = error
 
+    def repositories(self, last=""):
+        return iter(["a"])
+
     def open_blob(self, name, digest):
         raise self.error
 

@@ -997,7 +997,7 @@ def test_a_mirror_answers_for_every_origin(server):
     asked = [("library/alpine/manifests/3.19?ns=docker.io", hub, "docker.io"),
              ("library/alpine/manifests/3.19?ns=quay.io", quay, "quay.io"),
              ("library/alpine/manifests/3.19", hub, None), ("alpine/manifests/3.19", hub, None),
-             ("quay.io/library/alpine/manifests/3.19", quay, None), ("app/manifests/1?ns=docker.io", own, None)]
+             ("quay.io/library/alpine/manifests/3.19", quay, None), ("app/manifests/1", own, None)]
     for path, manifest, origin in asked:
         status, headers, _ = server.ask("GET", "/v2/" + path)
         assert (status, headers["Docker-Content-Digest"]) == (200, manifest.digest), path
@@ -1010,12 +1010,46 @@ def test_a_mirror_answers_for_every_origin(server):
     assert server.ask("GET", "/v2/app/manifests/2").status == 404
 
 
+def test_who_may_push_a_name_answers_for_no_other_registry_with_it(server):
+    """Neither for docker.io, of which nothing is here."""
+    make_image(Directory(server.root), "team/app", "1")
+    for origin in ("docker.io", "registry-1.docker.io", "quay.io", "ghcr.io", "lab.example:5000"):
+        for path in ("manifests/1", "tags/list"):
+            assert server.ask("GET", "/v2/team/app/%s?ns=%s" % (path, origin)).status == 404, (path, origin)
+    assert server.ask("GET", "/v2/team/app/manifests/1").status == 200
+
+
+def test_a_tag_that_our_own_repository_lacks_is_not_answered_with_docker_io_s(server):
+    """Whoever registers team/app there would choose what our hosts run."""
+    store = Directory(server.root)
+    own = make_image(store, "team/app", "1.0", layers=(b"own",))
+    theirs = make_image(store, "docker.io/team/app", "2.0", layers=(b"theirs",))
+    blob = theirs.blobs[1].digest
+    for path in ("manifests/2.0", "manifests/" + theirs.digest, "blobs/" + blob):
+        assert server.ask("GET", "/v2/team/app/" + path).status == 404, path
+    assert server.ask("GET", "/v2/team/app/manifests/1.0").headers["Docker-Content-Digest"] == own.digest
+    store.delete_tag("team/app", "1.0")
+    assert server.ask("GET", "/v2/team/app/manifests/2.0").status == 404
+    for command in (["rm"], ["save", "-o", server.root + ".tar"]):
+        done = run_tinyreg(*command, "team/app:2.0", "--root", server.root)
+        assert done.returncode == 1 and "not in the store as team/app:2.0" in done.stderr
+    assert store.resolve("docker.io/team/app", "2.0") == theirs.digest
+
+
+def test_a_repository_below_a_name_does_not_hide_docker_io_s_of_that_name(server):
+    store = Directory(server.root)
+    make_image(store, "alpine/git", "1")
+    hub = make_image(store, "docker.io/library/alpine", "3.19")
+    assert server.ask("GET", "/v2/alpine/manifests/3.19").headers["Docker-Content-Digest"] == hub.digest
+
+
 def test_pushes_take_the_name_as_it_is(store, server):
     make_image(Directory(server.root), "docker.io/library/alpine", "3.19")
     make_image(store, "alpine", "mine", layers=(b"mine",))
     copy(store, Remote(server.host), "alpine", "mine")
     assert sorted(Directory(server.root).repositories()) == ["alpine", "docker.io/library/alpine"]
-    assert server.ask("GET", "/v2/alpine/manifests/3.19").status == 200
+    assert server.ask("GET", "/v2/alpine/manifests/3.19").status == 404
+    assert server.ask("GET", "/v2/library/alpine/manifests/3.19").status == 200
 
 
 def test_ls_and_rm_take_short_names(store):
@@ -1055,6 +1089,15 @@ def test_pull_through_fetches_once_and_serves_when_the_upstream_is_away(mirror, 
     assert front.ask("GET", "/v2/docker.io/library/demo/manifests/other").status == 404
 
 
+def test_an_upstream_is_not_asked_for_a_tag_that_our_own_repository_lacks(mirror, filled):
+    front, proxy = mirror
+    make_image(Directory(front.root), "library/demo", "1.0", layers=(b"own",))
+    proxy.seen.clear()
+    assert front.ask("GET", "/v2/library/demo/manifests/latest").status == 404
+    assert proxy.seen == []
+    assert front.ask("GET", "/v2/library/demo/manifests/latest?ns=docker.io").status == 200
+
+
 def test_pull_through_answers_clients_that_say_ns_and_refuses_pushes(mirror, filled):
     front, proxy = mirror
     status, headers, _ = front.ask("GET", "/v2/library/demo/manifests/latest?ns=docker.io")
@@ -1064,6 +1107,11 @@ def test_pull_through_answers_clients_that_say_ns_and_refuses_pushes(mirror, fil
     with pytest.raises(RegistryError) as caught:
         copy(filled, Remote(front.host), "demo", "latest", "docker.io/library/mine")
     assert caught.value.code == "DENIED"
+    proxy.seen.clear()
+    refused = front.ask("POST", "/v2/docker.io/library/mine/blobs/uploads/")
+    assert refused.status == 403 and b"push under another name" in refused.body  # before it takes the first byte
+    mount = "?mount=%s&from=library/demo" % filled.manifest("demo", filled.resolve("demo", "latest")).blobs[0].digest
+    assert front.ask("POST", "/v2/docker.io/library/mine/blobs/uploads/" + mount).status == 403
     copy(filled, Remote(front.host), "demo", "latest", "mine")
     assert Remote(front.host).resolve("mine", "latest") == filled.resolve("demo", "latest")
 

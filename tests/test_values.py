@@ -501,11 +501,20 @@ def test_images_that_are_none_are_refused(text, code):
 @pytest.mark.parametrize("name, origin, names", [
     ("alpine", None, ["alpine", "docker.io/library/alpine"]),
     ("library/alpine", None, ["library/alpine", "docker.io/library/alpine"]),
-    ("library/alpine", "docker.io", ["docker.io/library/alpine", "library/alpine"]),
-    ("a/b", "quay.io", ["quay.io/a/b", "a/b"]),
-    ("a/b", "lab.example:5000", ["lab.example_5000/a/b", "a/b"]),
-    ("a/b", "no host at all", ["a/b"]), ("a/b", "doc\u212aer.io", ["a/b"]),  # KELVIN SIGN, a k in lower case
-    ("a/b", "", ["a/b", "docker.io/a/b"]),
+    ("library/alpine", "docker.io", ["docker.io/library/alpine"]),
+    ("alpine", "docker.io", ["docker.io/library/alpine"]),
+    ("a/b", "registry-1.docker.io", ["docker.io/a/b"]), ("a/b", "Docker.IO", ["docker.io/a/b"]),
+    ("a/b", "quay.io", ["quay.io/a/b"]), ("alpine", "quay.io", ["quay.io/alpine"]),
+    ("a/b", "lab.example:5000", ["lab.example_5000/a/b"]),
+    ("a/b", "", ["a/b", "docker.io/a/b"]), ("a/" + "b" * 244, None, ["a/" + "b" * 244]),
+    ("quay.io/a/b", None, ["quay.io/a/b"]), ("lab_5000/a", None, ["lab_5000/a"]),
 ])
-def test_a_read_looks_under_the_origin_then_the_name_then_docker_io(name, origin, names):
+def test_a_read_means_the_origin_that_it_names_else_the_name_else_docker_io(name, origin, names):
     assert tinyreg.names_to_try(name, origin) == names
+
+
+@pytest.mark.parametrize("origin", ["no host at all", "../etc", "quay.io/a",
+                                    "doc\u212aer.io"])  # KELVIN SIGN, a k in lower case
+def test_an_origin_that_is_no_host_means_no_repository(origin):
+    with pytest.raises(tinyreg.RegistryError, match="ns must be the host of a registry"):
+        tinyreg.names_to_try("a/b", origin)
