@@ -4272,6 +4272,35 @@ def parse_rules(content):
 Who = collections.namedtuple("Who", "user grants")
 
 
+class WrongPasswords:
+    """Counts the wrong passwords of each client, for all processes of a server together.
+
+    Made before the fork, in shared memory. Each process writes a row of its own and reads all, so
+    that none waits for another. A client has the place in a row that its hash says; another one
+    that has the same place takes it over, which forgets a count but locks out nobody else."""
+
+    def __init__(self, processes: int = 1) -> None:
+        self.key = os.urandom(16)
+        self.places = REMEMBERED
+        # of each place: whose it is, since when, how many
+        self.cells = memoryview(mmap.mmap(-1, 24 * self.places * processes)).cast("d")
+        self.process = 0
+
+    def add(self, client: str, amount: int) -> Tuple[int, int]:
+        """Add to a client's count; returns what it is now, and in how many seconds it ends."""
+        key = hashlib.blake2b(client.encode(), key=self.key, digest_size=6).digest()
+        whose, now = int.from_bytes(key, "big") + 1, time.monotonic()
+        places = range(whose % self.places * 3, len(self.cells), self.places * 3)
+        rows = [self.cells[place:place + 3] for place in places]
+        own = rows[self.process]
+        if own[0] != whose or now - own[1] > FAILURE_WINDOW:
+            own[2], own[1], own[0] = 0, now, whose
+        own[2] += amount
+        valid = [row for row in rows if row[0] == whose and now - row[1] <= FAILURE_WINDOW]
+        wait = max(row[1] for row in valid) + FAILURE_WINDOW - now
+        return int(sum(row[2] for row in valid)), int(wait) + 1
+
+
 class Access:
     """Who may do what in one registry. `key` signs tokens: servers and workers that share one take each other's.
 
@@ -4280,7 +4309,7 @@ class Access:
     it, and it is so because only this machine can connect (`only_local`), a request must be meant for this machine.
     Raises OSError, CommandError if the users or rules file can't be read."""
 
-    def __init__(self, anonymous="none", users=None, rules=None, key=None, only_local=False):
+    def __init__(self, anonymous="none", users=None, rules=None, key=None, only_local=False, processes=1):
         self.anonymous = LEVELS.index(anonymous)
         self.only_local = only_local
         self.users_file, self.rules_file = users, rules
@@ -4289,7 +4318,7 @@ class Access:
         self.key = key or os.urandom(32)
         self.secret = os.urandom(32)  # of the cache of verified passwords
         self.verified = set()
-        self.failures = {}            # (client, user): (how many wrong passwords, since when)
+        self.failures = WrongPasswords(processes)
         self.uploads = {}             # client: [(name, id)] of upload sessions
         self.slow = threading.Lock()  # held while a password is hashed: one core is enough for guessers
         self.watch = Watch(users, rules)
@@ -4333,7 +4362,9 @@ class Access:
         try:
             user, _, password = base64.b64decode(credentials, validate=True).decode("utf-8").partition(":")
         except ValueError:
-            user = password = ""
+            raise self._unauthorized(request, "the credentials are not USER:PASSWORD in base64")
+        if not user and not password:  # podman and skopeo send that where they are not logged in
+            raise self._unauthorized(request)
         if "\0" in user + password or len(password) > 1024:
             password = ""  # crypt(3) would read to the NUL only
         stored = self.users.get(user, "")
@@ -4348,32 +4379,35 @@ class Access:
     def _verify(self, request, user, password, stored):
         """Raises UNAUTHORIZED unless a password is right; TOOMANYREQUESTS if its client has sent many wrong ones (for
         this user, if it is this machine: behind a proxy here nobody is to lock out all others)."""
-        client, now = (whole_client(request.client), is_this_machine(request.client) and user[:128]), time.monotonic()
-        count, since = self.failures.get(client, (0, now))
-        if now - since > FAILURE_WINDOW:
-            count, since = 0, now
-        if count >= MAX_FAILURES:
-            wait = int(since + FAILURE_WINDOW - now) + 1
+        client = whole_client(request.client)
+        if is_this_machine(request.client):
+            client += " " + user
+        count, wait = self.failures.add(client, 1)  # first: others of this client are under way
+        if count > MAX_FAILURES:
+            self.failures.add(client, -1)
             raise RegistryError.too_many(wait, "too many wrong passwords from %s; try again in %d seconds"
                                          % (request.client, wait))
         found = hash_password(password, stored or next(iter(self.users.values()), ""))  # who is not there takes as long
-        for memory in (self.verified, self.failures):
-            if len(memory) >= REMEMBERED:
-                memory.clear()
         if not stored or not password or not hmac.compare_digest(found.encode(), stored.encode()):
-            self.failures[client] = count + 1, since
             raise self._unauthorized(request, "wrong user name or password")
+        self.failures.add(client, -1)
+        if len(self.verified) >= REMEMBERED:
+            self.verified.clear()
 
     def _unauthorized(self, request, message=None, **problem):
         """The 401 that makes clients send what they have.
 
-        Where some may come without a password, docker needs Bearer, and alone: logged out, it gives up on Basic
-        instead of trying without. Everywhere else Basic, which needs no URL that a proxy could spoil."""
+        Where some may come without a password, docker needs Bearer, and alone, to read: logged out, it gives up on
+        Basic instead of trying without. To write Basic is better, unless a client has brought a token: BuildKit has
+        tokens fetched by a process that knows no CA but the system's. (oras-py finds its way to the token by the
+        parameters, whatever the scheme.) Everywhere else Basic, which needs no URL that a proxy could spoil."""
         host = request.forwarded("host", request.header("host"))
         challenge = 'Basic realm="tinyreg"'
         if self._most() and request.path.startswith("/v2") and host:
             problem = dict(realm="%s://%s/token" % (request.outer_scheme(), host), service="tinyreg", **problem)
-            challenge = "Bearer " + ",".join('%s="%s"' % item for item in problem.items())
+            has_token = request.header("authorization")[:7].lower() == "bearer "
+            scheme = "Bearer" if has_token or request.method in ("GET", "HEAD") else "Basic"
+            challenge = scheme + " " + ",".join('%s="%s"' % item for item in problem.items())
         return RegistryError("UNAUTHORIZED", message=message, headers=[("WWW-Authenticate", challenge)])
 
     # Tokens: payload.signature, both base64url. The user's hash is signed along: a new password ends the tokens.
@@ -4609,6 +4643,15 @@ def explain(exchange):
     who += " (%s)" % exchange.user if exchange.user else ""
     return "%s %s at %s: %s -> %d: %s" % (time.strftime("%H:%M:%S"), who, exchange.client, question.format(**values),
                                           exchange.status, answer.format(**values))
+
+
+def without_names(exchange: Exchange) -> Exchange:
+    """The exchange without a target that may name other repositories than `name`: its query, and
+    the path of a request that was refused before its name was looked at."""
+    path = exchange.target.partition("?")[0]
+    if not exchange.name:
+        path = "/%s" % path.split("/")[1] if exchange.route and path.startswith("/") else "…"
+    return exchange._replace(target=path)
 
 
 LOG_FORMATS = {"text": as_text, "json": as_json, "explain": explain}
@@ -5011,8 +5054,7 @@ class Response:
 
     @classmethod
     def of_text(cls, text, status=200):
-        return cls(status, [("Content-Type", "text/plain; charset=utf-8"), ("X-Content-Type-Options", "nosniff")],
-                   text.encode("utf-8", "replace"))
+        return cls(status, [("Content-Type", "text/plain; charset=utf-8")], text.encode("utf-8", "replace"))
 
     @classmethod
     def of_error(cls, error):
@@ -5492,7 +5534,7 @@ PAGE_HEADERS = [
     ("Content-Security-Policy", "default-src 'none'; style-src %s; script-src %s; connect-src 'self'; img-src data:; "
      "form-action 'self'; base-uri 'none'; frame-ancestors 'none'" % (source_hash(PAGE_STYLE),
                                                                       source_hash(PAGE_SCRIPT))),
-    ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-cache"),
+    ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-cache"),
 ]
 
 
@@ -5830,7 +5872,7 @@ def get_archive(registry, access, request, name, reference):
     writer.plan()
     (_, blobs), = writer.files
     file = re.sub("[^A-Za-z0-9._-]+", "_", "%s_%s" % (name, reference)) + ".tar"
-    return Response(200, [("Content-Type", "application/x-tar"), ("X-Content-Type-Options", "nosniff"),
+    return Response(200, [("Content-Type", "application/x-tar"),
                           ("Content-Disposition", "attachment; filename=" + file)],
                     Stream(functools.partial(writer.write, blobs), writer.size(blobs)))
 
@@ -5840,7 +5882,7 @@ def get_own_source(registry, access, request):
     source = read_file(__file__, -1)
     if source is None:
         return Response.of_text("404: tinyreg.py is not where it was started from\n", 404)
-    return Response(200, [("Content-Type", "text/x-python; charset=utf-8"), ("X-Content-Type-Options", "nosniff"),
+    return Response(200, [("Content-Type", "text/x-python; charset=utf-8"),
                           ("Content-Disposition", "attachment; filename=tinyreg.py")], source)
 
 
@@ -5872,12 +5914,15 @@ def live_events(registry, access, request):
             if exchange is None:
                 # By an empty block the server notices that it stops; by a line every few seconds, that they have left.
                 send(b"\n" if quiet % 50 == 49 else b"")
-            elif exchange.route != "live_events" and (
-                    not exchange.name or access.allows(request, "pull", exchange.name)):
+                continue
+            if not access.pulls_everything(request):
+                exchange = without_names(exchange)
+            allowed = not exchange.name or access.allows(request, "pull", exchange.name)
+            if allowed and exchange.route != "live_events":
                 send(("data: %s\n\n" % harmless(explain(exchange))).encode("utf-8", "replace"))
 
     return Response(200, [("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"),
-                          ("X-Accel-Buffering", "no"), ("X-Content-Type-Options", "nosniff")], Stream(write_to))
+                          ("X-Accel-Buffering", "no")], Stream(write_to))
 
 
 # Handlers for machines
@@ -6697,6 +6742,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.protocol_version = self.request_version
         self.send_response_only(code, message)
         self.send_header("Docker-Distribution-Api-Version", "registry/2.0")
+        # no browser shall take a blob for a page, or for a script of our page
+        self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Date", self.date_time_string())
 
     def date_time_string(self, timestamp: Optional[float] = None) -> str:
@@ -7256,7 +7303,7 @@ def open_access(options, store, local):
     default = "none" if options.users or options.tls_client_ca else "admin" if local else "pull"
     return Access(options.anonymous or default, options.users, options.rules,
                   token_key(store) if options.users else None,
-                  only_local=not options.anonymous and default == "admin")
+                  only_local=not options.anonymous and default == "admin", processes=options.workers)
 
 
 def tls_folder(root):
@@ -7415,6 +7462,7 @@ def serve(options):
         server = Worker(listeners, store, access, observation, drain=options.drain, tls=tls,
                         proxies=options.trusted_proxy)
         observation.start(number)
+        access.failures.process = number
         server.start()
         if number == 0:
             threading.Thread(target=feed_watchdog, daemon=True).start()

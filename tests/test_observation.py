@@ -12,7 +12,7 @@ from conftest import Client, run_tinyreg, until
 from samples import make_image, push_blob
 
 import tinyreg
-from tinyreg import Directory, Exchange, Metrics, Observation, explain, harmless, without_secrets
+from tinyreg import Digest, Directory, Exchange, Metrics, Observation, explain, harmless, without_secrets
 
 
 def exchange(**fields):
@@ -208,6 +208,28 @@ def test_live_shows_what_happens_in_all_workers(start_server):
 def test_live_is_for_the_classroom_or_an_admin(start_server):
     server = start_server(None, "--anonymous", "pull")
     assert [server.ask("GET", path).status for path in ("/live", "/live/events")] == [403] * 2
+
+
+def test_live_names_no_repository_that_its_watcher_may_not_see(start_server, tmp_path):
+    """Neither by a token's scope, nor by a query, nor where a request was refused before its name was looked at."""
+    (tmp_path / "users").write_text("".join("%s:%s\n" % (user, tinyreg.new_hash("pw")) for user in ("alice", "bob")))
+    (tmp_path / "rules").write_text("** * pull\nhidden/** * none\nhidden/** bob push\n")
+    server = start_server(None, "--log", "explain", "--users", tmp_path / "users", "--rules", tmp_path / "rules")
+    alice, bob = (tinyreg.basic(user, "pw") for user in ("alice", "bob"))
+    asked = [("GET", "/token?scope=repository:hidden/a:pull"), ("GET", "/?repository=hidden/a&reference=1"),
+             ("GET", "/v2/_catalog?last=hidden/a"), ("GET", "/v2/hidden/a/tags/list"), ("GET", "/hidden/a"),
+             ("PUT", "/v2/hidden/a/tags/list"), ("GET", "/v2/hidden/A/tags/list"), ("GET", "/archive/hidden/A:1.tar"),
+             ("POST", "/v2/open/blobs/uploads/?from=hidden/a&mount=" + Digest.of(b"")), ("GET", "/v2/open/tags/list")]
+    with server.open("GET", "/live/events", authorization=alice) as stream:
+        until(lambda: "tinyreg_watchers 1\n" in server.ask("GET", "/metrics", authorization=bob).text)
+        for method, target in asked:
+            server.ask(method, target)
+            server.ask(method, target, authorization=bob)
+        lines = [b""]
+        while b"bob" not in lines[-1] or b"which tags has open?" not in lines[-1]:
+            lines.append(stream.readline())
+    shown = b"".join(lines).decode()
+    assert "hidden" not in shown and "GET /token ->" in shown and "GET …" in shown
 
 
 @pytest.mark.parametrize("rules, status", [("** * pull\nci/** alice admin\n", 403), ("** alice admin\n", 200)])

@@ -137,11 +137,15 @@ def await_true(condition):
 # Requests and answers
 
 def test_what_every_answer_has(server, wire):
-    """Trap 10, the last part: clients find out by a header that this is a registry, from refusals too."""
-    for target, status in (("/v2/", 200), ("/v2/a/tags/list", 404), ("/v2/A/tags/list", 400), ("/", 200), ("/no", 404)):
+    """Clients find out by a header that this is a registry, from refusals too; and by another no browser takes a blob
+    or a manifest for a page or a script."""
+    manifest, blob = make_image(store_of(server), "b", "1"), push_blob(store_of(server), "b", b"<html>")
+    for target, status in (("/v2/", 200), ("/v2/a/tags/list", 404), ("/v2/A/tags/list", 400), ("/", 200), ("/no", 404),
+                           ("/v2/b/manifests/" + manifest.digest, 200), ("/v2/b/blobs/" + blob, 200)):
         reply = wire.ask("GET " + target)
         assert (reply.version, reply.status) == ("HTTP/1.1", status)
         assert reply.headers["docker-distribution-api-version"] == "registry/2.0"
+        assert reply.headers["x-content-type-options"] == "nosniff"
         assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", reply.headers["date"])
         assert "transfer-encoding" not in reply.headers and "content-encoding" not in reply.headers
         assert int(reply.headers["content-length"]) == len(reply.body) > 0
