@@ -1186,6 +1186,8 @@ class Registry:
         open_blob(name, digest)             an open Blob. Raises BLOB_UNKNOWN
         referrers(name, subject, last="")   iterates over the Manifests whose subject is this digest, in the order of
                                             their digests; none is no error
+        manifests(name)                     iterates over the Manifests that can be read, in no
+                                            order; not of another registry
         digests(name=None)                  iterates over all that is held, of one repository or altogether; not of
                                             another registry
 
@@ -1297,6 +1299,21 @@ def describe(registry, name, digest):
         seen.update(queue)
     return dict(found, size=sum(sizes.values()), count=len(sizes))
 
+
+def untagged(registry, name: str, limit: Optional[int] = None) -> List[Digest]:
+    """The digests of the manifests that no tag points to, and that are neither a part of another
+    manifest here nor about one. Looks at `limit` manifests at most. Raises NAME_UNKNOWN."""
+    tagged, here, children, subjects = set(), set(), set(), {}
+    for tag in registry.tags(name):
+        with contextlib.suppress(Unknown):  # deleted since
+            tagged.add(registry.resolve(name, tag))
+    for manifest in itertools.islice(registry.manifests(name), limit):
+        here.add(manifest.digest)
+        with contextlib.suppress(Invalid):  # stored by another program
+            children.update(child.digest for child in manifest.manifests)
+            subjects[manifest.digest] = manifest.subject
+    return sorted(digest for digest in here - tagged - children if subjects.get(digest) not in here)
+
 # ---------------------------------------------------------------------------------------------------------
 # 6  Directory
 #
@@ -1342,10 +1359,14 @@ class Directory(Registry):
     between hosts, a rename at once, and that who opens a file has what was written before another host closed it.
     Nothing is taken for unchanged then. An upload may go on at another host, which reads it again at its end, since
     that host's `key` is another.
+
+    Without `renew`, nothing that is read counts as told to a client: gc's grace period goes on.
     """
 
-    def __init__(self, root, sparse=False, create=True, min_free=0, max_blob=0, shared=False):
+    def __init__(self, root, sparse=False, create=True, min_free=0, max_blob=0, shared=False,
+                 renew=True):
         self.root = os.path.abspath(root)
+        self.renew = renew
         self.sparse = sparse
         self.min_free = min_free
         self.max_blob = max_blob
@@ -1417,7 +1438,7 @@ class Directory(Registry):
         leaves it, and the blob behind it, for as long as its grace period."""
         link = os.path.join(folder, "link")
         try:
-            if time.time() - os.stat(link).st_mtime > TOLD_AGAIN:
+            if time.time() - os.stat(link).st_mtime > TOLD_AGAIN and self.renew:
                 os.utime(link)
         except FileNotFoundError:
             return False
@@ -1543,6 +1564,21 @@ class Directory(Registry):
             for digest in sorted(set(layers).union(self._revisions(name))):
                 if os.path.isfile(self.blob_path(digest)):  # Distribution's garbage collection leaves links behind
                     yield digest
+
+    def manifests(self, name):
+        for digest in self._revisions(name):
+            try:
+                manifest = Manifest(self._manifest_content(digest) or b"", digest)
+            except RegistryError:
+                continue
+            yield manifest
+
+    def pushed(self, name: str, reference: Union[str, Digest]) -> float:
+        """Unix time when a tag was last pushed, pulled or loaded, or a manifest by its digest
+        alone; 0.0 where nobody knows."""
+        if isinstance(reference, Digest):
+            return look_at(self.pin_path(name, reference)).mtime
+        return look_at(os.path.join(self.current_path(name, reference), "link")).mtime
 
     def pinned(self, name):
         """Yield the digests that gc keeps as if they had a tag, in order."""
@@ -2919,6 +2955,14 @@ class Archive(Registry):
             for digest in sorted(self._contents(name)[3].get(subject, ())):
                 if digest > last:
                     yield self._read_manifest(digest)
+
+    def manifests(self, name):
+        for digest in self._contents(name)[1]:
+            try:
+                manifest = self._read_manifest(digest)
+            except RegistryError:
+                continue
+            yield manifest
 
     def digests(self, name=None):
         held = set(self.blobs).union(self.made).difference(*self.joined.values())
@@ -4567,9 +4611,9 @@ def without_secrets(target):
     return SECRET_PARAMETER.sub(r"\1***", re.sub(r"^https?://[^/]*", "", target))
 
 
-def timestamp():
-    """Now, in UTC, as logs have it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+def timestamp(moment: Optional[float] = None) -> str:
+    """A Unix time, or now, in UTC, as logs have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
 
 def as_text(exchange):
@@ -4621,6 +4665,13 @@ def in_units(size):
         return "%d B" % size
     power = min((int(size).bit_length() - 1) // 10, 4)
     return "%.1f %siB" % (size / 1024.0 ** power, " KMGT"[power])
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: 1 blob, 2 blobs, 3 repositories."""
+    if number == 1:
+        return "1 " + noun
+    return "%d %s" % (number, re.sub("y$", "ie", noun) + "s")
 
 
 def shorten(digest):
@@ -7484,22 +7535,46 @@ def serve(options):
     return supervisor.run()
 
 
-def find_image(store, text):
-    """(name, reference) of an image in the store, by its name here or by the one at its origin: alpine is
-    docker.io/library/alpine where there is no alpine. Raises NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID,
-    MANIFEST_UNKNOWN."""
+def names_whole(text: str) -> bool:
+    """Whether an image's name has neither a tag nor a digest."""
+    return not re.search("[:@]", text.rpartition("/")[2])
+
+
+def parse_local(text: str) -> Tuple[List[str], Union[None, str, Digest]]:
+    """The repositories here that an image's name may mean, in turn, and the reference: None where
+    there is none. Raises NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID."""
     try:
         name, reference = split_image(text)
-        names, reference = names_to_try(name), reference or "latest"
-    except RegistryError:  # lab.example:5000/x:1
+        return names_to_try(name), reference
+    except Invalid:  # lab.example:5000/x:1
         image = parse_image(text)
-        names, reference = [image.stored_name], image.reference
+        return [image.stored_name], None if names_whole(text) else image.reference
+
+
+def find_repository(store: Directory, text: str) -> Optional[str]:
+    """The name of the repository that is called so here or at its origin, or None."""
+    with contextlib.suppress(Invalid):
+        return next(filter(store.has_repository, parse_local(text)[0]), None)
+    return None
+
+
+def find_image(store: Directory, text: str) -> Tuple[str, Union[str, Digest]]:
+    """(name, reference) of an image in the store, by its name here or by the one at its origin:
+    alpine is docker.io/library/alpine where there is no alpine. Raises NAME_INVALID,
+    MANIFEST_INVALID, DIGEST_INVALID, MANIFEST_UNKNOWN."""
+    names, given = parse_local(text)
+    reference = given or "latest"
     path = store.revision_path if isinstance(reference, Digest) else store.tag_path
     name = next(filter(store.has_repository, names), names[0])
     if os.path.isdir(path(name, reference)):
         return name, reference
-    raise RegistryError("MANIFEST_UNKNOWN", message="not in the store as %s; `tinyreg.py ls` shows what is, and "
-                        "`tinyreg.py pull` fetches more" % image_text(name, reference))
+    advice = "`tinyreg.py ls` shows what is, and `tinyreg.py pull` fetches more"
+    with contextlib.suppress(Unknown):
+        tags, more = take_page(store.tags(name), 5)
+        if tags:
+            advice = "it has there: %s%s" % (", ".join(tags), " and more" if more else "")
+    raise RegistryError("MANIFEST_UNKNOWN", message="not in the store as %s; %s"
+                        % (image_text(name, reference), advice))
 
 
 def show(options, value, lines):
@@ -7510,38 +7585,109 @@ def show(options, value, lines):
         tell(line)
 
 
-def tag_row(entry):
-    """One line of `ls REPOSITORY`."""
+def list_image(registry, name: str, reference: Union[str, Digest], pushed: float = 0.0) -> dict:
+    """What ls says of one image: as describe has it, with its name, and when it was pushed."""
+    tag = reference.tag if isinstance(reference, Digest) else reference
+    entry = {"repository": name, "tag": tag, "pushed": timestamp(pushed) if pushed else None}
+    digest = reference if isinstance(reference, Digest) else None
+    try:
+        return dict(describe(registry, name, digest or registry.resolve(name, tag)), **entry)
+    except RegistryError as error:
+        return dict(entry, digest=digest, error=str(error))
+
+
+def list_repository(store: Directory, name: str) -> List[dict]:
+    """What ls says of a repository: its tags, then the manifests without one."""
+    references = list(store.tags(name)) + untagged(store, name)  # type: List[Union[str, Digest]]
+    return [list_image(store, name, reference, store.pushed(name, reference))
+            for reference in references]
+
+
+def list_archives(archive: Archive) -> List[dict]:
+    """What ls says of the images in archives; `lacking` is how many of their blobs are absent."""
+    entries, held = [], set(archive.digests())
+    for name, reference, digest in archive.images():
+        entry = list_image(archive, name, reference)
+        plan = Copy(archive, None, name, reference)
+        try:
+            plan.plan()
+            entry["lacking"] = len(set(plan.blobs) - held)
+        except RegistryError as error:
+            entry["error"] = str(error)
+        entries.append(dict(entry, digest=digest))
+    return entries
+
+
+def list_cells(entry: dict, alone: bool) -> List[str]:
+    """The cells of an image's row in ls; `alone` where all rows are of one repository."""
+    if alone:
+        name = entry["tag"] or "-"
+    elif entry["tag"]:
+        name = image_text(entry["repository"], entry["tag"])
+    else:
+        name = "%s@%s" % (entry["repository"], shorten(entry["digest"]))
     if "error" in entry:
-        return [entry["tag"], "-", "-", entry["error"]]
-    missing = " (%d not here)" % entry["missing"] if entry["missing"] else ""
-    return [entry["tag"], in_units(entry["size"]), ",".join(entry["platforms"]) + missing, entry["digest"]]
+        return [name, "-", "-", entry["digest"] or "-", entry["error"]]
+    platforms = ",".join(entry["platforms"])
+    if entry["missing"]:
+        platforms += " (%d not here)" % entry["missing"]
+    state = "" if "lacking" not in entry else "complete"
+    if entry.get("lacking"):
+        state = "lacks " + counted(entry["lacking"], "blob")
+    return [name, in_units(entry["size"]), platforms, entry["digest"], state]
+
+
+def list_rows(entries: List[dict], alone: bool) -> List[str]:
+    """The lines of a table of images."""
+    rows = [["TAG" if alone else "IMAGE", "SIZE", "PLATFORMS", "DIGEST", ""]]
+    rows += [[harmless(cell) for cell in list_cells(entry, alone)] for entry in entries]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def list_all(options, store: Optional[Directory]) -> int:
+    """The repositories of the store; with --digests, every blob."""
+    names = list(store.digests() if options.digests else store.repositories())
+    show(options, names, names)
+    return 0
 
 
 def list_store(options):
-    """The repositories; the tags of one; or, with --digests, every blob."""
-    store = open_store(options)
-    name = None
-    if options.repository:
-        names = names_to_try(parse_name(options.repository))
-        name = next(filter(store.has_repository, names), None)
-        if name is None:
-            raise CommandError("there is no repository %s; tinyreg.py ls lists those that there are"
-                               % options.repository)
-    if options.digests or name is None:
-        found = list(store.digests(name) if options.digests else store.repositories())
-        show(options, found, found)
-        return 0
-    report = []
-    for tag in store.tags(name):
-        try:
-            report.append(dict(describe(store, name, store.resolve(name, tag)), tag=tag))
-        except RegistryError as error:
-            report.append({"tag": tag, "error": str(error)})
-    rows = [["TAG", "SIZE", "PLATFORMS", "DIGEST"]]
-    rows += [[harmless(cell) for cell in tag_row(entry)] for entry in report]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    show(options, report, ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows])
+    """The repositories; or images, of the store or of archives; or, with --digests, every blob.
+    A name that the store has is not taken for a file."""
+    try:
+        store = open_store(options, kind=functools.partial(Directory, renew=False))
+    except CommandError:
+        store = None
+        if not options.images or not all(map(os.path.exists, options.images)):
+            raise
+    if not options.images:
+        return list_all(options, store)
+    entries, paths, digests = [], [], []
+    for text in options.images:
+        name = find_repository(store, text) if store else None
+        if name and names_whole(text):
+            entries += [] if options.digests else list_repository(store, name)
+            digests += store.digests(name) if options.digests else []
+        elif not name and os.path.exists(text):
+            paths.append(text)
+        elif names_whole(text):
+            raise CommandError("there is no repository %s, and no such file; tinyreg.py ls lists "
+                               "the repositories" % text)
+        elif options.digests:
+            raise CommandError("%s: --digests lists all blobs of a repository or archive" % text)
+        else:
+            name, reference = find_image(store, text)
+            entries.append(list_image(store, name, reference, store.pushed(name, reference)))
+    if paths:
+        archive = Archive(paths, tempfile.gettempdir())
+        entries += [] if options.digests else list_archives(archive)
+        digests += archive.digests() if options.digests else []
+    if options.digests:
+        show(options, digests, digests)
+    else:
+        alone = not paths and len(options.images) == 1 and names_whole(options.images[0])
+        show(options, entries, list_rows(entries, alone))
     return 0
 
 
@@ -7550,7 +7696,7 @@ def remove(options):
     store, deleted = open_store(options), []
     try:
         for image in options.images:
-            if not re.search("[:@]", image.rpartition("/")[2]):
+            if names_whole(image):
                 raise CommandError("%s: say which tag (%s:TAG) or manifest (%s@DIGEST) to delete"
                                    % (image, image, image))
             try:
@@ -8283,10 +8429,12 @@ def add_transfer_commands(commands):
 
 
 def add_store_commands(commands):
-    command = add_command(commands, list_store, "ls", "List repositories, or the tags of one.",
-                          "  tinyreg.py ls\n  tinyreg.py ls docker.io/library/alpine\n"
-                          "  tinyreg.py ls --digests > have.txt\n")
-    command.add_argument("repository", metavar="REPOSITORY", nargs="?", help="list its tags, sizes and platforms")
+    command = add_command(commands, list_store, "ls",
+                          "List repositories, images, or what archives hold.",
+                          "  tinyreg.py ls\n  tinyreg.py ls alpine quay.io/a/b:1.0\n"
+                          "  tinyreg.py ls images.tar\n  tinyreg.py ls --digests > have.txt\n")
+    command.add_argument("images", metavar="IMAGE", nargs="*", help="list the tags of NAME, or "
+                         "NAME:TAG, or what is in an archive, with sizes and platforms")
     command.add_argument("--digests", action="store_true", help="list every blob held instead")
     command = add_command(commands, remove, "rm", "Delete tags and manifests.",
                           "  tinyreg.py rm alpine:3.19\n  tinyreg.py rm alpine@sha256:0123...\n")

@@ -521,7 +521,7 @@ def test_names_as_others_write_them(tmp_path, annotations, name, tag):
     assert [(found, list(archive.tags(found))) for found in archive.repositories()] == [(name, [tag])]
 
 
-@pytest.mark.parametrize("command", ["load", "verify"])
+@pytest.mark.parametrize("command", ["load", "verify", "ls"])
 def test_what_an_archive_says_neither_moves_the_cursor_nor_ends_it(tmp_path, store, command):
     odd, plain = to_manifest(image(artifactType=EVIL)), to_manifest(image(layers=(b"another",)))
     about = {"mediaType": odd.media_type, "digest": odd.digest, "size": len(odd.content)}

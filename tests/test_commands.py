@@ -1,11 +1,13 @@
 """Commands: help, exit statuses, what is printed where; and the whole program under every Python found."""
 
+import calendar
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -81,7 +83,7 @@ def test_version():
 
 
 @pytest.mark.parametrize("arguments", [
-    ["no-such-command"], ["serve", "--no-such-option"], ["--no-such-option"], ["ls", "stray", "stray"],
+    ["no-such-command"], ["serve", "--no-such-option"], ["--no-such-option"], ["gc", "stray"],
     ["serve", "--listen", "5000"], ["--listen", "x:99999"], ["serve", "--listen", ":-1"], ["serve", "--listen"],
     ["--listen", "a..b:5000"], ["serve", "--anonymous", "everyone"], ["serve", "--drain", "soon"],
     ["serve", "--drain", "-1"],
@@ -128,9 +130,13 @@ def test_ls_repository(run, store):
     make_image(store, "lab/tools", "helm", (), b"{}", artifactType="application/vnd.cncf.helm")
     make_referrer(store, "lab/tools", one)
     size = len(one.content) + len(CONFIG) + 18
+    before = time.time()
     found = {entry["tag"]: entry for entry in json.loads(run("ls", "lab/tools", "--json").stdout)}
     assert list(found) == ["1.0", "helm", "multi"]
-    assert found["1.0"] == {"tag": "1.0", "digest": one.digest, "mediaType": OCI_MANIFEST, "missing": 0, "size": size,
+    pushed = calendar.timegm(time.strptime(found["1.0"].pop("pushed"), "%Y-%m-%dT%H:%M:%SZ"))
+    assert before - 600 < pushed <= before
+    assert found["1.0"] == {"repository": "lab/tools", "tag": "1.0", "digest": one.digest,
+                            "mediaType": OCI_MANIFEST, "missing": 0, "size": size,
                             "count": 4, "platforms": ["linux/amd64"], "created": None}
     assert found["multi"]["mediaType"] == OCI_INDEX and found["multi"]["missing"] == 1
     assert found["multi"]["platforms"] == ["linux/amd64", "linux/arm64/v8"]
@@ -151,6 +157,82 @@ def test_ls_of_a_damaged_tag(run, store, root):
     found = {entry["tag"]: entry for entry in json.loads(run("ls", "a", "--json").stdout)}
     assert found["good"]["digest"] == good.digest and "unknown" in found["bad"]["error"]
     assert "unknown" in run("ls", "a").stdout.splitlines()[1]
+
+
+def test_ls_shows_what_has_no_tag_and_is_no_part_of_anything(run, store):
+    """An image that was pulled by its digest left its repository looking empty."""
+    child = make_image(store, "a", None)
+    both = to_manifest(index(child))
+    store.put_manifest("a", both)
+    make_referrer(store, "a", both)
+    assert [line.split()[0] for line in run("ls", "a").stdout.splitlines()] == ["TAG", "-"]
+    entries = json.loads(run("ls", "a", "--json").stdout)
+    assert [entry["digest"] for entry in entries] == [both.digest]
+    store.put_manifest("a", both, ["1"])
+    orphan = make_referrer(store, "a", to_manifest(image(layers=(b"never here",))))
+    entries = json.loads(run("ls", "a", "--json").stdout)
+    assert [(entry["tag"], entry["digest"]) for entry in entries] == [
+        ("1", both.digest), (None, orphan.digest)]
+
+
+def test_ls_of_images_by_tag_and_digest(run, store):
+    one, two = make_image(store, "docker.io/library/a", "1"), make_image(store, "b", "2", ())
+    images = ["a:1", "b@" + two.digest, "b:2@" + two.digest, "b"]
+    entries = json.loads(run("ls", "--json", *images).stdout)
+    assert [(entry["repository"], entry["tag"], entry["digest"]) for entry in entries] == [
+        ("docker.io/library/a", "1", one.digest), ("b", None, two.digest), ("b", "2", two.digest),
+        ("b", "2", two.digest)]
+    lines = run("ls", *images).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "IMAGE", "docker.io/library/a:1", "b@" + two.digest[:19] + "…", "b:2", "b:2"]
+
+
+def test_ls_does_not_put_off_gc(run, store):
+    manifest = make_image(store, "a", None)
+    for folder, _, files in os.walk(store.root):
+        for file in files:
+            os.utime(os.path.join(folder, file), (1e9, 1e9))
+    assert manifest.digest in run("ls", "a").stdout
+    assert manifest.digest in run("gc", "--untagged", "--dry-run").stdout
+
+
+def test_ls_of_archives_says_what_is_complete(run, store, tmp_path):
+    one = make_image(store, "docker.io/library/a", "1")
+    make_image(store, "b", "2", (b"layer one", b"another"))
+    whole, rest = tmp_path / "whole.tar", tmp_path / "rest.tar"
+    run("save", "a:1", "-o", whole)
+    run("save", "b:2", "-o", rest, "--have", whole)
+    lines = [re.split("  +", line) for line in run("ls", rest).stdout.splitlines()]
+    assert lines[0][0] == "IMAGE" and lines[1][0] == "b:2" and lines[1][-1] == "lacks 2 blobs"
+    entries = json.loads(run("ls", "--json", whole, rest).stdout)
+    assert [(entry["repository"], entry["lacking"]) for entry in entries] == [
+        ("b", 0), ("docker.io/library/a", 0)]
+    digests = run("ls", "--digests", whole).stdout.splitlines()
+    assert digests == sorted([one.digest] + [blob.digest for blob in one.blobs])
+    done = run_tinyreg("ls", "rest.tar", cwd=str(tmp_path))  # where no store is
+    assert (done.returncode, done.stderr) == (0, "") and "b:2" in done.stdout
+
+
+def test_ls_takes_a_name_that_the_store_has_for_no_file(run, store, tmp_path):
+    make_image(store, "a", "1")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a.tar").write_bytes(b"no tar")
+    assert "linux/amd64" in run("ls", "a", cwd=str(tmp_path)).stdout
+    assert "a.tar" in run("ls", "a.tar", cwd=str(tmp_path), status=1).stderr
+    make_image(store, "a.tar", "1")
+    assert "linux/amd64" in run("ls", "a.tar", cwd=str(tmp_path)).stdout
+
+
+def test_an_image_that_is_not_there_is_told_with_the_tags_that_are(run, store, tmp_path):
+    for tag in ("3.18", "3.19"):
+        make_image(store, "docker.io/library/alpine", tag)
+    for command in (["save", "alpine", "-o", tmp_path / "x.tar"], ["push", "alpine", "--to", "lab"],
+                    ["rm", "alpine:latest"], ["ls", "alpine:latest"]):
+        assert "docker.io/library/alpine:latest; it has there: 3.18, 3.19\n" in run(
+            *command, status=1).stderr
+    for tag in "abcdef":
+        make_image(store, "docker.io/library/alpine", tag)
+    assert "3.18, 3.19, a, b, c and more" in run("ls", "alpine:latest", status=1).stderr
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
