@@ -1294,7 +1294,11 @@ def describe(registry, name, digest):
             found["created"] = found["created"] or config.get("created")
             if platform not in found["platforms"] + ["unknown/unknown"]:  # that is BuildKit's, for attestations
                 found["platforms"].append(platform)
-        fresh = collections.OrderedDict.fromkeys(child.digest for child in children)
+        # BuildKit's cache is an index of layers.
+        layers = [child for child in children if child.media_type not in MANIFEST_TYPES]
+        sizes.update((layer.digest, layer.size) for layer in layers)
+        fresh = collections.OrderedDict.fromkeys(
+            child.digest for child in children if child.digest not in sizes)
         queue += [child for child in fresh if child not in seen][:MAX_DESCRIBED - len(queue)]
         seen.update(queue)
     return dict(found, size=sum(sizes.values()), count=len(sizes))
@@ -7628,7 +7632,7 @@ def list_cells(entry: dict, alone: bool) -> List[str]:
         name = "%s@%s" % (entry["repository"], shorten(entry["digest"]))
     if "error" in entry:
         return [name, "-", "-", entry["digest"] or "-", entry["error"]]
-    platforms = ",".join(entry["platforms"])
+    platforms = ",".join(entry["platforms"]) or "-"
     if entry["missing"]:
         platforms += " (%d not here)" % entry["missing"]
     state = "" if "lacking" not in entry else "complete"

@@ -104,3 +104,12 @@ EVIL = "\x1b]0;owned\x07\x1b[2J\x9b2J\r\nall is well\u2028\u202e\ud800\xfc"
 def is_harmless(output):
     """Whether a command's output is lines of text and nothing else."""
     return not [letter for letter in output if letter != "\n" and not letter.isprintable()]
+
+
+def buildkit_cache(registry, name, tag):
+    """Push a cache as BuildKit exports it with image-manifest=false: an index of layers."""
+    for content in b"cached layer", CONFIG:
+        push_blob(registry, name, content)
+    registry.put_manifest(name, to_manifest({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [
+        descriptor(b"cached layer"),
+        descriptor(CONFIG, "application/vnd.buildkit.cacheconfig.v0")]}), [tag])

@@ -13,8 +13,8 @@ import pytest
 
 import tinyreg
 from conftest import TINYREG, found_pythons, run_tinyreg
-from samples import (CONFIG, EVIL, image, index, is_harmless, make_image, make_referrer, push_blob,
-                     to_manifest)
+from samples import (CONFIG, EVIL, buildkit_cache, image, index, is_harmless, make_image,
+                     make_referrer, push_blob, to_manifest)
 from tinyreg import OCI_INDEX, OCI_MANIFEST, Digest, __version__
 
 PYTHONS = found_pythons()
@@ -146,6 +146,14 @@ def test_ls_repository(run, store):
     assert lines[0] == ["TAG", "SIZE", "PLATFORMS", "DIGEST"]
     assert lines[1] == ["1.0", "%d B" % size, "linux/amd64", one.digest]
     assert lines[3][2] == "linux/amd64,linux/arm64/v8 (1 not here)"
+
+
+def test_ls_of_a_buildkit_cache_calls_it_complete(run, store):
+    buildkit_cache(store, "app", "cache")
+    lines = run("ls", "app").stdout
+    assert "not here" not in lines and lines.splitlines()[1].split()[3] == "-"
+    entry, = json.loads(run("ls", "app", "--json").stdout)
+    assert entry["size"] > len(CONFIG) + len(b"cached layer") and entry["missing"] == 0
 
 
 def test_ls_of_a_damaged_tag(run, store, root):

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from conftest import TINYREG, run_tinyreg
-from samples import (CONFIG, descriptor, image, index, make_image, make_referrer, push_blob, read_blob,
+from samples import (buildkit_cache, CONFIG, descriptor, image, index, make_image, make_referrer, push_blob, read_blob,
                      to_manifest)
 from tinyreg import (DOCKER_SCHEMA1, OCI_MANIFEST, Collection, Digest, Directory, Manifest, RegistryError,
                      collect_garbage, copy)
@@ -96,14 +96,6 @@ def test_a_layer_that_another_repository_needs_goes_from_the_one_that_does_not(s
     assert not has_blob(store, "one", b"shared")
     assert has_blob(store, "two", b"shared")
     assert list(store.repositories()) == ["two"]  # nothing was left in one
-
-
-def buildkit_cache(store, name, tag):
-    push_blob(store, name, b"cached layer")
-    push_blob(store, name, CONFIG)
-    cache = to_manifest({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [
-        descriptor(b"cached layer"), descriptor(CONFIG, "application/vnd.buildkit.cacheconfig.v0")]})
-    store.put_manifest(name, cache, [tag])
 
 
 def test_an_index_keeps_children_and_a_buildkit_index_its_layers(store):
