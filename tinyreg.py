@@ -223,7 +223,9 @@ class RegistryError(Exception):
         self.message = message or ERRORS[code].message
         self.status = status or ERRORS[code].status
         self.headers = list(headers)
-        super().__init__(": ".join([self.message] + [str(detail) for detail in details]))
+        texts = [", ".join("%s %s" % entry for entry in detail.items())
+                 if isinstance(detail, dict) else str(detail) for detail in details]
+        super().__init__(": ".join([self.message] + texts))
 
     @classmethod
     def too_many(cls, wait: int, message: str) -> "RegistryError":
@@ -1259,6 +1261,11 @@ class Registry:
     def free_space(self):
         """Bytes that can be stored, or None where that can't be known."""
         return None
+
+    def find_damage(self, digest):
+        """Whether a blob that was copied from here, and was not what its digest says, is so here:
+        False where that can't be told."""
+        return False
 
 
 def read_config(registry, name, manifest):
@@ -2369,6 +2376,7 @@ class Verification:
     image needs, as Distribution's garbage collection leaves them. `rate` limits the reading to so
     many bytes a second; `progress(blobs, bytes)` is called now and then."""
 
+    left_out = set()  # type: Set[Digest]  # by whoever made an archive
     MOVABLE = ("damaged link", "link to a missing blob", "tag without manifest")
     LEFTOVER = "link that no image needs"
 
@@ -2519,7 +2527,9 @@ REF_NAME = "org.opencontainers.image.ref.name"
 IMAGE_NAME = "io.containerd.image.name"
 SUBJECT = "io.containerd.manifest.subject"  # "this is about that manifest, and no image": containerd, Docker 29
 OWN_NAME = "tinyreg.name"                   # the repository, where the names above say it with another origin
-PARTS = "tinyreg-parts.json"                # of a split archive: the names of all parts, and which blobs were cut
+# Of a split archive: the names of all parts, what each holds, and how blobs were cut. Of one that
+# was made with --have: which blobs were left out, since the far side has them.
+PARTS = "tinyreg-parts.json"
 
 IMAGE_CONFIGS = ("application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json")
 LAYER_TYPES = re.compile(r"application/vnd\.(?:oci\.image\.layer|docker\.image\.rootfs)\.")
@@ -2656,9 +2666,10 @@ def inner_path(name):
     return os.path.normpath(os.fsdecode(name))
 
 
-def read_tar(file):
-    """{name: Member} of a tar, links followed. Raises ValueError."""
-    members, links = {}, {}
+def read_tar(file, members):
+    """Fill `members` with what a tar has, as {name: Member}, links followed. Raises ValueError;
+    then they are the ones before the damage."""
+    links = {}
     for name, kind, target, offset, length in iter_tar(file):
         path, member = inner_path(name), Member(file, offset, length)
         if kind in TAR_LINKS:
@@ -2674,7 +2685,6 @@ def read_tar(file):
             target = links.get(target, target)
         if target in members:
             members.setdefault(path, members[target])
-    return members
 
 
 def read_folder(top):
@@ -2767,24 +2777,34 @@ def expect(kind, value):
 
 
 class Archive(Registry):
-    """Files and directories with images, as one read-only registry. With `scratch`, a folder, files may be gzipped, and
-    `-` is stdin; `ranges` is a folder with ranges of blobs that came in earlier files. Raises UNSUPPORTED, OSError."""
+    """Files and directories with images, as one read-only registry. With `scratch`, a folder, files
+    may be gzipped, and `-` is stdin; `ranges` is a folder with ranges of blobs that came in earlier
+    files. With `partly`, what can be read counts, as long as there is anything; `unreadable` says
+    what can't. Raises UNSUPPORTED, OSError."""
 
-    def __init__(self, paths, scratch=None, ranges=None):
+    def __init__(self, paths, scratch=None, ranges=None, partly=False):
         self.root = ", ".join(paths)
         self.blobs = {}     # {digest: Member}
         self.joined = {}    # {digest: the digests of its ranges} of the blobs that a split archive has cut
         self.made = {}      # {digest: content} of the manifests that docker save left out
         self.roots = {}     # {repository: {tag or digest: digest}}
         self.loose = {}     # {subject: {digest}} of manifests that are about others, and have no name
-        self.other_parts = set()  # the names of the files that belong to a split archive and are not here
+        self.left_out = set()  # digests of blobs that the far side has, as whoever made it knew
+        self.parts = {}     # {key of a split archive: [(name, digests that it holds) of each part]}
+        self.given = set()  # {(key, number from 1)} of the parts that are here
+        self.opened = {}    # {open tar: its path}
+        self.damaged = {}   # {digest of a blob or a range: the file in which it is damaged}
+        self.unreadable = {}  # {path: what is wrong}
         self._contents = functools.lru_cache(maxsize=None)(self._reach)
         for path in paths:
             try:
-                self._add(path, scratch)
+                members = self._read(path, scratch, partly)
+                if members:
+                    self._add(path, members)
             except (ValueError, RegistryError) as error:
                 raise RegistryError("UNSUPPORTED", message="%s: %s" % (path, error))
-        self.other_parts.difference_update(map(os.path.basename, paths))
+        if self.unreadable and not self.blobs:
+            raise RegistryError("UNSUPPORTED", message="%s: %s" % min(self.unreadable.items()))
         if ranges:
             self._add_blobs(read_folder(ranges))
         whole = {digest: tuple(self.blobs[part] for part in parts) for digest, parts in self.joined.items()
@@ -2794,9 +2814,25 @@ class Archive(Registry):
 
     # Opening
 
-    def _add(self, path, scratch):
-        """Take in one file or directory. Raises ValueError, RegistryError, OSError."""
-        members = read_folder(path) if os.path.isdir(path) else read_tar(open_tar(path, scratch))
+    def _read(self, path, scratch, partly):
+        """{name: Member} of a file or directory. Raises ValueError, OSError."""
+        if os.path.isdir(path):
+            return read_folder(path)
+        members = {}
+        try:
+            file = open_tar(path, scratch)
+            self.opened[file] = path
+            read_tar(file, members)
+        except ValueError as error:
+            if not partly:
+                raise
+            self.unreadable[path] = str(error)
+            # The table of the parts comes after all manifests, so these are complete.
+            return members if PARTS in members else {}
+        return members
+
+    def _add(self, path, members):
+        """Take in what a file or directory has. Raises ValueError, RegistryError, OSError."""
         top = min((match.group(1) for match in map(ARCHIVE_ROOT.fullmatch, members) if match), key=len, default=None)
         if top is None:
             raise ValueError("no images in it: no index.json, no manifest.json, no docker/registry/v2" + (
@@ -2819,10 +2855,7 @@ class Archive(Registry):
     def _add_layout(self, members, default):
         """An OCI image layout, whole, with blobs left out, or as a part."""
         if PARTS in members:
-            document = load_json(members[PARTS].read(MAX_INDEX))
-            self.other_parts.update(expect(str, file) for file in expect(list, document.get("files")))
-            for digest, parts in expect(dict, document.get("joined")).items():
-                self.joined[parse_digest(digest)] = [parse_digest(expect(str, part)) for part in expect(list, parts)]
+            self._add_parts(members)
         entries = expect(list, load_json(members["index.json"].read(MAX_INDEX)).get("manifests"))
         for entry in entries:
             media_type, digest = parse_descriptor(entry)[:2]
@@ -2836,6 +2869,22 @@ class Archive(Registry):
                 self.loose.setdefault(expect(str, annotations[SUBJECT]), set()).add(digest)
             else:
                 self._root(default, "latest" if len(entries) == 1 else digest, digest)
+
+    def _add_parts(self, members):
+        """What PARTS says of this file and those that belong to it."""
+        def digests(values):
+            return [parse_digest(expect(str, value)) for value in expect(list, values)]
+
+        document = load_json(members[PARTS].read(MAX_INDEX))
+        for digest, ranges in expect(dict, document.get("joined")).items():
+            self.joined[parse_digest(digest)] = digests(ranges)
+        self.left_out.update(digests(document.get("left_out") or []))
+        names = [expect(str, name) for name in expect(list, document.get("files"))]
+        holds = [set(digests(part)) for part in expect(list, document.get("holds") or [])]
+        if holds:
+            key, here = members[PARTS].digest(), set(map(digest_named, members))
+            self.parts[key] = list(zip(names, holds))
+            self.given.update((key, number) for number, part in enumerate(holds, 1) if part <= here)
 
     def _add_docker(self, members, default):
         """What docker save and others like it write, and skopeo's `dir:`, whose manifest.json is the manifest."""
@@ -2968,6 +3017,25 @@ class Archive(Registry):
                 continue
             yield manifest
 
+    def find_damage(self, digest):
+        """Whether a blob, or a range of it, is damaged; `damaged` then says in which file."""
+        joined = digest in self.blobs and isinstance(self.blobs[digest].source, tuple)
+        pieces = self.joined[digest] if joined else [digest]
+        for piece in pieces:
+            member = self.blobs.get(piece)
+            if member and member.digest(piece.algorithm) != piece:
+                self.damaged[piece] = self.opened.get(member.source, member.source)
+        return any(piece in self.damaged for piece in pieces)
+
+    def needed_parts(self, digest, kept=True):
+        """{(key, number)} of the parts that have what is lacking of a blob. `kept` is whether the
+        ranges of a blob that is not whole are kept; else all of them are lacking."""
+        ranges = self.joined.get(digest)
+        lacking = {piece for piece in ranges or [digest]
+                   if ranges and not kept or piece not in self.blobs or piece in self.damaged}
+        return {(key, number) for key, parts in self.parts.items()
+                for number, (_, holds) in enumerate(parts, 1) if holds & lacking}
+
     def digests(self, name=None):
         held = set(self.blobs).union(self.made).difference(*self.joined.values())
         return iter(sorted(held if name is None else held & self._contents(name)[0]))
@@ -3015,13 +3083,17 @@ class ArchiveWriter(Registry):
 
     def __init__(self, have=()):
         self.have = set(have)
+        self.left_out = set()  # those of them that images here need
         self.blobs = {}      # {digest: (length, function that opens it from an offset on)}
         self.manifests = {}
         self.names = set()   # {(repository, tag or digest, digest)}
-        self.common = []     # [(name, content)] with which each file begins
+        self.head = []       # [(name, content)] with which each file begins; its manifest.json
+        self.common = []     # comes next, and then this
         self.files = []      # [(path, [digest of a blob, …])]
 
     def mount(self, name, digest, source=None):
+        if digest in self.have and digest not in self.blobs:
+            self.left_out.add(digest)
         return digest in self.have or digest in self.blobs
 
     def put_blob(self, name, digest, open_from):
@@ -3054,12 +3126,15 @@ class ArchiveWriter(Registry):
                             "annotations": annotations})
         return to_json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries})
 
-    def _docker_images(self):
-        """What manifest.json lists: the images, each with one platform, that docker load can take from here."""
-        images = {}
+    def _docker_images(self, digests):
+        """What manifest.json lists: the images, each with one platform, that docker load can take
+        from a file with these blobs."""
+        images, here = {}, set(digests) | set(self.manifests)
         for name, reference, digest in sorted(self.names):
             image = self._first_image(self.manifests[digest])
-            if isinstance(reference, Digest) or not image or any(blob.digest not in self.blobs for blob in image.blobs):
+            if isinstance(reference, Digest) or not image:
+                continue
+            if any(blob.digest not in here for blob in image.blobs):
                 continue
             paths = [blob_name(blob.digest) for blob in image.blobs]
             entry = images.setdefault(digest, {"Config": paths[0], "RepoTags": [], "Layers": paths[1:]})
@@ -3076,24 +3151,30 @@ class ArchiveWriter(Registry):
         return next(filter(None, map(self._first_image, here)), None)
 
     def plan(self, path="", program=None, limit=None):
-        """Decide what goes into which of the files at and beside `path`, none larger than `limit` bytes. All begin with
-        all manifests, so that each can be loaded alone; a blob that is larger is cut into ranges, which are blobs of
-        their own. Raises SIZE_INVALID if the limit is too small, DIGEST_INVALID, OSError."""
-        images = self._docker_images()
-        self.common = [("tinyreg.py", program)] if program else []
-        self.common += [("oci-layout", b'{"imageLayoutVersion":"1.0.0"}'), ("index.json", self._index())]
-        self.common += [("manifest.json", to_json(images))] if images else []
-        self.common += [(blob_name(digest), self.manifests[digest].content) for digest in sorted(self.manifests)]
+        """Decide what goes into which of the files at and beside `path`, none larger than `limit`
+        bytes. All begin with all manifests, so that each can be loaded alone; a blob that is larger
+        is cut into ranges, which are blobs of their own. Raises SIZE_INVALID if the limit is too
+        small, DIGEST_INVALID, OSError."""
+        self.head = [("tinyreg.py", program)] if program else []
+        self.head += [("oci-layout", b'{"imageLayoutVersion":"1.0.0"}'),
+                      ("index.json", self._index())]
+        self.common = [(blob_name(digest), manifest.content)
+                       for digest, manifest in sorted(self.manifests.items())]
         blobs = sorted(set(self.blobs) - set(self.manifests))
         self.files = [(path, blobs)]
+        if self.left_out:
+            self.common.append((PARTS, self._table([], {}, [])))
         if not limit or self.size(blobs) <= limit:
             return
-        room = limit - self.size([])
-        table = 2000 * (2 + self.size(blobs) // max(room, 1))  # bytes for PARTS, however long the files' names are
+        least = self.size(blobs) - sum(map(self._cost, blobs))
+        room = limit - least
+        # Bytes for PARTS, however long the files' names are.
+        table = 2000 * (2 + self.size(blobs) // max(room, 1))
+        table += sum(len(digest) + 3 for digest in blobs)
         room -= table
         if room < table:
-            raise RegistryError("SIZE_INVALID", message="a part has to be larger: what all parts have, the manifests "
-                                "above all, takes %d bytes" % self.size([]))
+            raise RegistryError("SIZE_INVALID", message="a part has to be larger: what all parts "
+                                "have, the manifests above all, takes %d bytes" % least)
         joined = {digest: self._cut(digest, room - 2 * BLOCK) for digest in blobs if self._cost(digest) > room}
         pieces = itertools.chain.from_iterable(joined.get(digest, [digest]) for digest in blobs)
         parts, left = [], 0
@@ -3107,7 +3188,13 @@ class ArchiveWriter(Registry):
         self.files = [("%s-%dof%d%s" % (stem, number, len(parts), extension), part)
                       for number, part in enumerate(parts, 1)]
         names = [os.path.basename(name) for name, _ in self.files]
-        self.common.append((PARTS, to_json({"files": names, "joined": joined})))
+        self.common = [entry for entry in self.common if entry[0] != PARTS]
+        self.common.append((PARTS, self._table(names, joined, parts)))
+
+    def _table(self, names, joined, holds):
+        """The content of PARTS."""
+        return to_json({"files": names, "joined": joined, "holds": holds,
+                        "left_out": sorted(self.left_out)})
 
     def _cut(self, digest, step):
         """Make blobs of the ranges of one; returns their digests. Raises DIGEST_INVALID, OSError."""
@@ -3127,9 +3214,16 @@ class ArchiveWriter(Registry):
         length = self.blobs[digest][0]
         return len(tar_header(blob_name(digest), length)) + padded(length)
 
+    def _small_files(self, digests):
+        """[(name, content)] of what a tar with these blobs begins with."""
+        images = self._docker_images(digests)
+        listed = [("manifest.json", to_json(images))] if images else []
+        return self.head + listed + self.common
+
     def size(self, digests):
         """The bytes of a tar with these blobs."""
-        common = sum(len(tar_header(name, len(content))) + padded(len(content)) for name, content in self.common)
+        common = sum(len(tar_header(name, len(content))) + padded(len(content))
+                     for name, content in self._small_files(digests))
         return common + sum(map(self._cost, digests)) + len(TAR_END)
 
     def write(self, digests, *takers):
@@ -3139,7 +3233,7 @@ class ArchiveWriter(Registry):
             for take in takers:
                 take(content)
 
-        for name, content in self.common:
+        for name, content in self._small_files(digests):
             give(tar_header(name, len(content)) + content.ljust(padded(len(content)), b"\0"))
         for digest in digests:
             length, open_from = self.blobs[digest]
@@ -3959,7 +4053,6 @@ MAX_MANIFESTS = 8 * MAX_MANIFEST  # bytes of all manifests of one image, with it
 MANIFEST_COST = 1 << 10           # … and what each of them takes beside its bytes
 MAX_NESTING = 100  # indexes in indexes, and referrers of referrers; two or three are seen
 NO_PLATFORM = "unknown/unknown"  # what BuildKit says that its attestations are for
-SAY_NOTHING_OF_CONTENT = ("UNAUTHORIZED", "DENIED", "UNAVAILABLE", "UNKNOWN", "TOOMANYREQUESTS")
 COSIGN_SUFFIXES = (".sig", ".att", ".sbom")  # cosign's tags about a manifest: sha256-HEX and one of these
 
 
@@ -3979,6 +4072,8 @@ class Report:
         self.stripped = {}   # {digest: the digest that took its place} of the indexes that lost such children
         self.missing = []    # digests of blobs that the source should have, and has not
         self.moved = {}      # {tag: digest that it has in the source}, if not that of TAG@DIGEST
+        self.damaged = []    # digests of blobs that are damaged there
+        self.complete = False  # whether all of it has arrived
 
     def add(self, **counts):
         with self.mutex:
@@ -4153,11 +4248,12 @@ class Copy:
     # The copying
 
     def run(self, jobs=4):
-        """Returns the Report. Where a blob is missing in the source, the manifests that need it are left out, and so
-        is the tag. Raises RegistryError, OSError."""
+        """Returns the Report. Where a blob is missing in the source, or damaged, the manifests that
+        need it are left out, and so is the tag. Raises RegistryError, OSError."""
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             list(pool.map(self._put_blob, self.blobs.values()))
-        lost = set(self.report.missing)
+        lost = set(self.report.missing + self.report.damaged)
+        self.report.complete = not lost
         for manifest in self.manifests.values():
             if lost.intersection(entry.digest for entry in manifest.blobs + manifest.manifests):
                 lost.add(manifest.digest)
@@ -4166,7 +4262,8 @@ class Copy:
         return self.report
 
     def _put_blob(self, blob):
-        """Let the target have a blob; one that the source has not got is noted as missing."""
+        """Let the target have a blob; one that the source has not got is noted as missing, and one
+        that is damaged there likewise."""
         attempts = []
 
         def open_from(offset):
@@ -4185,9 +4282,12 @@ class Copy:
         try:
             self.source.retry(self.target.put_blob, self.target_name, blob.digest, open_from)
             self.report.add(copied_blobs=1)
-        except RegistryError:
-            if blob.digest not in self.report.missing:
+        except RegistryError as error:
+            if blob.digest in self.report.missing:
+                return
+            if not isinstance(error, Invalid) or not self.source.find_damage(blob.digest):
                 raise
+            self.report.damaged.append(blob.digest)
 
     def _put_manifest(self, manifest):
         """Put it under its tags, if it has any. A blob that the target thought it had, and finds damaged, is sent."""
@@ -4196,7 +4296,7 @@ class Copy:
             self.target.put_manifest(self.target_name, manifest, tags)
         except RegistryError as error:
             lacks = set(self.report.absent).intersection(child.digest for child in manifest.manifests)
-            if lacks and not error.details and error.code not in SAY_NOTHING_OF_CONTENT:
+            if lacks and not error.details and not isinstance(error, (Refused, Unavailable)):
                 raise RegistryError(error.code, message="%s; it seems to take an index with all its "
                                     "children only, and %d of them are not here: copy them as well; or "
                                     "add --strip, which takes them out of the index and so changes its "
@@ -7869,8 +7969,16 @@ def leave_at_once(number, frame):
     os._exit(130)
 
 
-def run_copies(options, work, target, progress):
+def lacks(report):
+    """What an image needs and the source has not got as it should; "" where it lacks nothing."""
+    kinds = ("missing", report.missing), ("damaged", report.damaged)
+    texts = ["%s in the source: %s" % (how, " ".join(digests)) for how, digests in kinds if digests]
+    return "; ".join(["no tag was set"] + texts) if texts else ""
+
+
+def run_copies(options, work, target, progress, tells=lambda report: False):
     """Plan, measure and run copies; `work` yields pairs of an image's text and a function from a Report to a Copy.
+    Where `tells(report)`, whoever calls this says what the image lacks.
 
     An image that fails does not stop the others. Returns the exit status. Raises CommandError if they have no room.
     Ctrl-C ends it at once, as kill -9 might: threads that wait for a network would take a minute to end."""
@@ -7878,9 +7986,10 @@ def run_copies(options, work, target, progress):
         signal.signal(signal.SIGINT, leave_at_once)
     plans, failures, lacking = [], [], {}
 
-    def fail(image, error):
+    def fail(image, error, quietly=False):
         progress.clear()
-        complain("tinyreg: %s: %s" % (image, error))
+        if not quietly:
+            complain("tinyreg: %s: %s" % (image, error))
         failures.append({"image": image, "error": str(error)})
 
     for image, make in work:
@@ -7904,12 +8013,11 @@ def run_copies(options, work, target, progress):
             if not options.dry_run:
                 plan.run(options.jobs)
             progress.clear()
-            if not options.quiet and not options.json:
+            if lacks(report):
+                fail(report.image, lacks(report), tells(report))
+            elif not options.quiet and not options.json:
                 tell(summary(report, options.dry_run))
                 flush_output()
-            if report.missing:
-                fail(report.image, "%d blobs are missing in the source; no tag was set. Missing: %s"
-                     % (len(report.missing), " ".join(report.missing)))
         except RegistryError as error:
             fail(report.image, error)
         progress.before += report.total_bytes
@@ -8058,13 +8166,21 @@ def collect(options):
 
 
 class ArchiveVerification(Verification):
-    """The same of archives, given by their paths: every blob is read again, and all that images need is looked for."""
+    """The same of archives, given by their paths: every blob is read again, and all that images
+    need is looked for. What was left out on purpose (save --have) is no damage."""
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.left_out = set()
 
     def run(self, repair=False):
-        """Raises UNSUPPORTED where one is no archive, OSError."""
+        """Raises UNSUPPORTED where none is an archive, OSError."""
+        archive = Archive(self.store, partly=True)
+        for path, problem in archive.unreadable.items():
+            self.findings["unreadable archive", problem, path] = set()
         for path in self.store:
-            self._read_archive(path, Archive([path]).blobs)
-        archive = Archive(self.store)
+            with contextlib.suppress(Unsupported):  # it is among the unreadable ones
+                self._read_archive(path, Archive([path], partly=True).blobs)
         # Whether parts that are whole are those of the blob shows only where all are at hand.
         self._read_archive(archive.root, {
             digest: member for digest, member in archive.blobs.items()
@@ -8075,12 +8191,26 @@ class ArchiveVerification(Verification):
                 plan.plan()
             except RegistryError as error:
                 self.findings.setdefault(("unreadable image", str(error), archive.root), set()).add(image)
-            for digest in itertools.chain.from_iterable(
-                    [digest] if digest in self.damaged else archive.joined.get(digest, [digest])
-                    for digest in plan.blobs):
-                if digest in self.damaged or digest not in archive.blobs:
-                    finding = self.damaged.get(digest, ("missing blob", digest, archive.root))
+            for digest in plan.blobs:
+                if digest in archive.left_out and digest not in archive.blobs:
+                    self.left_out.add(digest)
+                    continue
+                for finding in self._lacks(archive, digest):
                     self.findings.setdefault(finding, set()).add(image)
+
+    def _lacks(self, archive, digest):
+        """Yield what is wrong with a blob that an image needs: the keys of findings."""
+        for piece in [digest] if digest in self.damaged else archive.joined.get(digest, [digest]):
+            if piece in self.damaged:
+                yield self.damaged[piece]
+            elif piece not in archive.blobs:
+                parts = archive.needed_parts(piece) - archive.given
+                for key, number in parts:
+                    names = [name for name, _ in archive.parts[key]]
+                    yield ("part %d of %d was not given" % (number, len(names)),
+                           names[number - 1], archive.root)
+                if not parts:
+                    yield "missing blob", piece, archive.root
 
     def _read_archive(self, path, blobs):
         for digest, member in blobs.items():
@@ -8123,11 +8253,18 @@ def verify(options):
         lines.append("%d links to blobs that are gone and that no image needs %s" % (
             len(check.leftovers),
             "were removed" if options.repair else "do no harm; --repair removes them"))
+    verdict = "all is well"
+    if report:
+        verdict = ("%d damaged or missing; push the images that it harms (or copy the archive) "
+                   "again" % len(report))
+    if report and all(entry["what"].startswith("part ") for entry in report):
+        verdict = "what was given is well; give all parts to know about the rest"
+    if check.left_out:
+        verdict += "; %d blobs were left out, since the far side has them" % len(check.left_out)
     if not options.quiet:
-        lines.append("%d blobs, %s: %s" % (check.blobs, in_units(check.bytes), "all is well" if not report else
-                                           "%d damaged or missing; push the images that it harms (or "
-                                           "copy the archive) again" % len(report)))
-    show(options, {"blobs": check.blobs, "size": check.bytes, "damage": report, "moved": check.moved,
+        lines.append("%d blobs, %s: %s" % (check.blobs, in_units(check.bytes), verdict))
+    show(options, {"blobs": check.blobs, "size": check.bytes, "damage": report,
+                   "left_out": len(check.left_out), "moved": check.moved,
                    "leftovers": len(check.leftovers)}, lines)
     return 1 if report else 0
 
@@ -8186,21 +8323,35 @@ def save(options):
 
 
 def keep_ranges(store, archive):
-    """Keep the ranges of blobs that are not whole yet, until their other parts come; forget the others. Raises
-    DIGEST_INVALID, OSError."""
+    """Keep the ranges of blobs that are not whole yet, until their other parts come; forget the
+    others, and those that are damaged. Raises OSError."""
     lacking = [parts for whole, parts in archive.joined.items() if not os.path.exists(store.blob_path(whole))]
     wanted = set().union(*lacking)
     for digest in wanted.union(*archive.joined.values()):
         path = os.path.join(store.own, "ranges", digest.encoded)
-        if digest not in wanted:
+        if digest not in wanted or archive.damaged.get(digest) == path:
             with contextlib.suppress(FileNotFoundError):
                 store.files.remove(path)
-        elif digest in archive.blobs and not os.path.exists(path):
+        elif (digest in archive.blobs and not os.path.exists(path)
+              and not archive.find_damage(digest)):
             member = archive.blobs[digest]
-            if member.digest(digest.algorithm) != digest:
-                raise RegistryError("DIGEST_INVALID", digest, message="a part is damaged; verify says which")
             with member.open() as blob:
                 store.files.fill(path, functools.partial(pour, blob, member.length))
+
+
+def tell_of_parts(archive, reports, kept):
+    """Yield a line for each split archive of which more parts are needed."""
+    lacking = {digest for report in reports for digest in report.missing + report.damaged}
+    needed = set().union(*[archive.needed_parts(digest, kept) for digest in lacking])
+    complete = sum(report.complete for report in reports)
+    for key, parts in archive.parts.items():
+        numbers = [str(number) for split, number in sorted(needed) if split == key]
+        taken = [str(number) for split, number in sorted(archive.given - needed) if split == key]
+        which = ("parts " if len(taken) > 1 else "part ") + ", ".join(taken) if taken else "no part"
+        advice = "" if kept else " (load all at once: another registry keeps no pieces of a blob)"
+        if numbers:
+            yield "%s of %d taken; %d of %d images complete; still needed: %s%s" % (
+                which, len(parts), complete, len(reports), ", ".join(numbers), advice)
 
 
 def load(options):
@@ -8209,10 +8360,11 @@ def load(options):
     host, prefix = target_of(options.to) if options.to else ("", "")
     if host:
         target = open_remote(options, host, progress)
-        archive = Archive(options.archives, tempfile.gettempdir())
+        archive = Archive(options.archives, tempfile.gettempdir(), partly=True)
     else:
         target = open_store(options, create=True)
-        archive = Archive(options.archives, target.files.scratch, os.path.join(target.own, "ranges"))
+        ranges = os.path.join(target.own, "ranges")
+        archive = Archive(options.archives, target.files.scratch, ranges, partly=True)
     held = set(archive.digests())
 
     def planned(name, reference, digest, report):
@@ -8221,21 +8373,28 @@ def load(options):
         return Copy(archive, target, name, reference, push_name(host, prefix, name), options.platform,
                     not options.no_referrers, report, options.strip)
 
+    def is_in_parts(report):
+        return all(archive.needed_parts(digest) for digest in report.missing + report.damaged)
+
     work = [(image_text(name, reference), functools.partial(planned, name, reference, digest))
             for name, reference, digest in archive.images()]
     if not work:
         raise CommandError("no images in " + archive.root)
-    status = run_copies(options, work, target, progress)
-    missing = sorted({digest for report in reports for digest in report.missing})
+    status = run_copies(options, work, target, progress, is_in_parts)
     if options.want:
+        lacking = {digest for report in reports for digest in report.missing + report.damaged}
         with open(options.want, "w") as file:
-            file.write("".join(digest + "\n" for digest in missing))
-    if missing and archive.other_parts:
-        complain("tinyreg: what is missing may be in "
-                 + ", ".join(map(repr, sorted(archive.other_parts))))
+            file.write("".join(digest + "\n" for digest in sorted(lacking)))
     if not host and not options.dry_run:
         keep_ranges(target, archive)
-    return status
+    problems = ["%s: %s" % entry for entry in sorted(archive.unreadable.items())]
+    problems += ["%s is damaged: copy it again; what is intact in it was taken" % path
+                 for path in sorted(set(archive.damaged.values()))]
+    if not options.dry_run:
+        problems += tell_of_parts(archive, reports, kept=not host)
+    for line in problems:
+        complain("tinyreg: " + line)
+    return 1 if problems else status
 
 
 # options that take several values

@@ -262,9 +262,13 @@ def test_only_what_the_far_side_lacks_travels(store, far, save, load, tmp_path):
     have = tmp_path / "have.txt"
     have.write_text(run_tinyreg("ls", "--root", far.root, "--digests").stdout)
     difference = save("demo:2", "--have", have, name="difference.tar")
-    assert set(members_of(difference)) == {
-        "tinyreg.py", "oci-layout", "index.json", "blobs/sha256/" + Digest.of(b"two").encoded,
+    members = members_of(difference)
+    assert set(members) == {
+        "tinyreg.py", "oci-layout", "index.json", "tinyreg-parts.json",
+        "blobs/sha256/" + Digest.of(b"two").encoded,
         "blobs/sha256/" + store.resolve(NAME, "2").encoded}
+    left_out = json.loads(members["tinyreg-parts.json"].decode())["left_out"]
+    assert left_out == sorted([Digest.of(LARGE), Digest.of(CONFIG)])
     assert load(difference).returncode == 0 and same(store, far, tag="2")
     assert open(save("demo:2", "--have", tmp_path / "images.tar"), "rb").read() == open(difference, "rb").read()
 
@@ -307,8 +311,55 @@ def test_parts_load_one_by_one_in_any_order(store, far, load, parts, seed):
 
 def test_all_parts_at_once_and_which_are_missing(store, far, load, parts):
     done = load(*parts[:-1])
-    assert done.returncode == 1 and os.path.basename(parts[-1]) in done.stderr
+    assert done.returncode == 1 and done.stderr.endswith("; still needed: %d\n" % len(parts))
     assert load(*parts).returncode == 0 and same(store, far)
+
+
+def test_a_part_says_once_what_is_taken_and_what_is_still_needed(store, far, load, parts, tmp_path):
+    """By what is in the files, whatever they are called."""
+    renamed = [str(tmp_path / ("stick%d" % number)) for number in range(len(parts))]
+    for path, name in zip(parts, renamed):
+        shutil.copy(path, name)
+    total = len(parts)
+    done = load(renamed[0])
+    assert done.returncode == 1 and NAME not in done.stdout
+    assert done.stderr == "tinyreg: part 1 of %d taken; 0 of 2 images complete; still needed: %s\n" % (
+        total, ", ".join(str(number) for number in range(2, total + 1)))
+    done = load(renamed[2], renamed[1])
+    assert done.stderr == "tinyreg: parts 2, 3 of %d taken; 0 of 2 images complete; still needed: %s\n" % (
+        total, ", ".join(str(number) for number in range(4, total + 1)))
+    done = load(*renamed[3:])
+    assert (done.returncode, done.stderr) == (0, "") and same(store, far)
+
+
+def test_verify_names_the_part_that_was_not_given_and_no_blobs(parts):
+    done = run_tinyreg("verify", *parts[:1] + parts[2:])
+    assert done.returncode == 1 and "missing blob" not in done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("part 2 of %d was not given: %s" % (len(parts), os.path.basename(parts[1])))
+    assert [line for line in lines[1:-1] if not line.startswith("    harms ")] == []
+    assert "what was given is well" in lines[-1]
+
+
+def test_parts_cannot_come_one_by_one_into_another_registry_and_load_says_so(parts, start_server, tmp_path):
+    server = start_server()
+    there = ["--to", server.host, "--plain-http"]
+    done = run_tinyreg("load", parts[0], *there)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "load all at once" in done.stderr
+    done = run_tinyreg("load", *parts + there)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_part_lists_for_docker_only_images_that_are_whole_in_it(store, parts, save, tmp_path):
+    make_image(store, NAME, "2", layers=(CONFIG,))  # one blob, so it is whole in one part
+    save("demo:1", "demo:2", "--split", "1M", name="mixed.tar")
+    listed = []
+    for path in sorted(tmp_path.glob("mixed-*.tar")):
+        members = members_of(path)
+        for record in json.loads(members.get("manifest.json", b"[]").decode()):
+            assert {record["Config"], *record["Layers"]} <= set(members)
+            listed += record["RepoTags"]
+    assert listed == [NAME + ":2"]
 
 
 def test_each_part_is_a_layout_of_its_own_and_names_all_parts_and_what_is_joined(parts):
@@ -335,13 +386,44 @@ def test_a_damaged_part_is_named_and_replaced_by_itself(store, far, load, parts)
     done = run_tinyreg("verify", *parts)
     assert done.returncode == 1
     assert "(%s)\n    harms " % parts[2] in done.stdout and parts[1] not in done.stdout
-    assert load(parts[2]).returncode == 1
+    done = load(*parts)
+    assert done.returncode == 1 and parts[2] + " is damaged" in done.stderr and "{" not in done.stderr
+    assert [part for part in parts if part in done.stderr] == [parts[2]]
+    assert "; 1 of 2 images complete; still needed: 3\n" in done.stderr
+    assert same(store, far, "quay.io/other") and NAME not in done.stdout
+    shutil.rmtree(far.root)
+    assert parts[2] + " is damaged" in load(parts[2]).stderr
     for path in parts[:2] + parts[3:]:
-        load(path)
+        done = load(path)
+    assert done.stderr.endswith("still needed: 3\n")
     with open(parts[2], "wb") as file:
         file.write(content)
     assert run_tinyreg("verify", "--quiet", *parts).stdout == ""
     assert load(parts[2]).returncode == 0 and same(store, far)
+
+
+def test_what_is_intact_in_a_part_that_was_cut_off_is_taken(store, far, load, parts):
+    with open(parts[2], "r+b") as file:
+        content = file.read()
+        file.truncate(len(content) // 2 // 512 * 512)
+    done = run_tinyreg("verify", *parts)
+    assert done.returncode == 1 and "unreadable archive: " in done.stdout
+    assert "part 3 of %d was not given" % len(parts) in done.stdout
+    done = load(*parts)
+    assert done.returncode == 1 and [part for part in parts if part in done.stderr] == [parts[2]]
+    assert "copy it again" in done.stderr and "still needed: 3\n" in done.stderr
+    assert same(store, far, "quay.io/other")
+    with open(parts[2], "wb") as file:
+        file.write(content)
+    assert load(parts[2]).returncode == 0 and same(store, far)
+
+
+def test_an_archive_that_is_no_archive_does_not_stop_the_others(store, far, save, load, tmp_path):
+    make_image(store, NAME, "1")
+    (tmp_path / "noise.tar").write_bytes(LARGE[:5000])
+    done = load(tmp_path / "noise.tar", save("demo:1"))
+    assert done.returncode == 1 and same(store, far)
+    assert done.stderr == "tinyreg: %s: not a tar file\n" % (tmp_path / "noise.tar")
 
 
 def test_parts_that_are_whole_and_not_the_blob_s_are_damage(parts, tmp_path):
@@ -420,10 +502,18 @@ def test_verify_names_damage_the_images_it_harms_and_what_is_missing(store, save
     assert done.returncode == 1
     assert json.loads(done.stdout)["damage"] == [
         {"what": "damaged blob", "name": Digest.of(b"layer one"), "path": path, "harms": [NAME + ":1"]}]
+
+
+def test_what_was_left_out_on_purpose_is_no_damage(store, save):
+    make_image(store, NAME, "2", layers=(b"unharmed",))
+    path = save("demo:2")
     difference = save("demo:2", "--have", path, name="difference.tar")
-    assert run_tinyreg("verify", difference).returncode == 1
-    done = run_tinyreg("verify", save("demo:2"), difference)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = run_tinyreg("verify", difference)
+    assert done.returncode == 0 and "all is well" in done.stdout
+    assert "2 blobs were left out, since the far side has them" in done.stdout
+    assert json.loads(run_tinyreg("verify", "--json", difference).stdout)["left_out"] == 2
+    done = run_tinyreg("verify", path, difference)
+    assert (done.returncode, done.stderr) == (0, "") and "left out" not in done.stdout
 
 
 def test_save_prints_the_sha256_of_what_it_wrote(store, tmp_path):
@@ -441,7 +531,8 @@ def test_a_damaged_archive_gives_its_other_images(store, far, save, load):
     with open(path, "wb") as file:
         file.write(content.replace(b"layer one", b"layer 0ne"))
     done = load(path)
-    assert done.returncode == 1 and NAME + ":1" in done.stderr
+    assert done.returncode == 1 and NAME + ":1" in done.stderr and NAME + ":1" not in done.stdout
+    assert path + " is damaged: copy it again" in done.stderr and "{" not in done.stderr
     assert list(far.tags(NAME)) == ["2"] and same(store, far, tag="2")
 
 
