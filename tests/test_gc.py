@@ -13,7 +13,7 @@ import time
 import pytest
 
 from conftest import TINYREG, run_tinyreg
-from samples import (buildkit_cache, CONFIG, descriptor, image, index, make_image, make_referrer, push_blob, read_blob,
+from samples import (CONFIG, buildkit_cache, image, index, make_image, make_referrer, push_blob, read_blob,
                      to_manifest)
 from tinyreg import (DOCKER_SCHEMA1, OCI_MANIFEST, Collection, Digest, Directory, Manifest, RegistryError,
                      collect_garbage, copy)
