@@ -248,7 +248,7 @@ def test_where_some_need_no_password_docker_is_asked_for_a_token(world):
 
 
 def test_where_some_need_no_password_who_writes_without_is_asked_for_one(world):
-    """BuildKit has a token fetched by docker's command line, which does not trust our CA; a password it sends itself."""
+    """BuildKit has docker's command line fetch a token, which does not trust our CA; a password it sends itself."""
     access = world.access(anonymous="pull")
     for method, target in [("POST", "/v2/zoo/blobs/uploads/"), ("PUT", "/v2/zoo/manifests/latest"),
                            ("DELETE", "/v2/zoo/manifests/latest")]:

@@ -83,11 +83,21 @@ def registry(tmp_path_factory):
     (folder / "rules").write_text(RULES)
     server = Server(root, "--tls", "--users", folder / "users", "--rules", folder / "rules",
                     listen=outside_address() + ":0")
-    server.rules = folder / "rules"
+    server.users, server.rules = folder / "users", folder / "rules"
     server.address = "%s:%d" % (outside_address(), server.port)
     yield server
     server.stop()
     assert "Traceback" not in server.log()
+
+
+@pytest.fixture(scope="module")
+def open_to_pull(registry):
+    """A server of the same store, from which everybody may pull, and to which users may push."""
+    server = Server(registry.root, "--tls", "--users", registry.users, "--anonymous", "pull",
+                    listen=outside_address() + ":0")
+    server.address = "%s:%d" % (outside_address(), server.port)
+    yield server
+    server.stop()
 
 
 @pytest.fixture(params=["some need no password", "all need one"])
@@ -163,6 +173,21 @@ def test_docker(registry, trusted_by_docker, challenge):
     docker("logout", host)
     refused(docker, "pull", host + "/team/app:1")
     docker("image", "rm", "--force", host + "/team/app:1", host + "/other/app:1", target)
+
+
+def test_docker_pulls_logged_out_and_pushes_logged_in(open_to_pull, machine, docker):
+    clients(open_to_pull, machine, "docker")
+    image, target = open_to_pull.address + "/team/app:1", open_to_pull.address + "/new/app:docker"
+    docker("pull", image)
+    docker("tag", image, target)
+    assert "denied" in refused(docker, "push", target)
+    docker("login", "-u", "alice", "--password-stdin", open_to_pull.address, input="pw-alice")
+    docker("push", target)
+    docker("logout", open_to_pull.address)
+    assert "denied" in refused(docker, "push", target)
+    docker("image", "rm", target, image)
+    docker("pull", target)
+    docker("image", "rm", target)
 
 
 @pytest.mark.parametrize("challenge", ["some need no password"], indirect=True)
@@ -255,6 +280,18 @@ def test_ctr(registry, machine, ctr, challenge):
     refused(ctr, "push", *hosts, "--user", "bob:pw-bob", target, host + "/team/app:1")
     ctr("push", *hosts, "--user", "alice:pw-alice", target, host + "/team/app:1")
     refused(ctr, "pull", *hosts, "--user", "bob:pw-bob", host + "/secret/app:1")
+
+
+def test_ctr_pushes_without_a_token_where_everybody_may_pull(open_to_pull, machine, ctr):
+    """As docker build --push must, whose command line would fetch it, and trusts no CA but the system's."""
+    clients(open_to_pull, machine, "containerd")
+    image, hosts = open_to_pull.address + "/team/app:1", ("--hosts-dir", "/etc/containerd/certs.d")
+    target = open_to_pull.address + "/new/app:ctr"
+    ctr("pull", *hosts, image)
+    refused(ctr, "push", *hosts, target, image)
+    before = len(open_to_pull.log())
+    ctr("push", *hosts, "--user", "alice:pw-alice", target, image)
+    assert "/token" not in open_to_pull.log()[before:] and "user=alice" in open_to_pull.log()[before:]
 
 
 @pytest.mark.parametrize("challenge", ["some need no password"], indirect=True)
