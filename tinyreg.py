@@ -4733,8 +4733,10 @@ def as_json(exchange):
     return to_json(dict(exchange._asdict(), time=timestamp(), seconds=round(exchange.seconds, 6))).decode().rstrip()
 
 
-# The protocol in words: what a client asks of a handler (by HEAD, if that is another question), and what it means to
-# the client if it succeeds, and if there is no such thing.
+MOUNT = re.compile("[?&]mount=")  # in the target of start_upload
+
+# The protocol in words: what a client asks of a handler (by HEAD, if that is another question), and
+# what it means to the client if it succeeds. ANSWERS and MEANINGS are for other statuses.
 EXPLANATIONS = {
     "get_base": ("are you a registry?", "yes, and you may go on"),
     "get_catalog": ("which repositories are there?", "here are their names"),
@@ -4745,7 +4747,7 @@ EXPLANATIONS = {
                      "here it is ({sent}); next come the blobs on it that the client lacks"),
     "put_manifest": ("here is the manifest of {image}; from now on let it be pulled", ""),
     "delete_manifest": ("delete {image}", "done; the blobs stay until garbage is collected"),
-    "HEAD get_blob": ("has {name} the blob {reference}?", "yes, so it need not be sent", "no, so the client sends it"),
+    "HEAD get_blob": ("has {name} the blob {reference}?", "yes, so it need not be sent"),
     "get_blob": ("the blob {reference} of {name}, please", "here it is ({sent})"),
     "delete_blob": ("take the blob {reference} from {name}", "done"),
     "start_upload": ("a blob for {name} is coming", "send its bytes to the address in Location"),
@@ -4753,8 +4755,14 @@ EXPLANATIONS = {
     "append_to_upload": ("here are bytes of a blob for {name} ({received})", "taken; more, or is that all?"),
     "finish_upload": ("that was all of the blob for {name}", ""),
     "cancel_upload": ("forget my upload to {name}", "forgotten"),
-    "- ": ("something that is no HTTP request; perhaps HTTPS, which is not spoken here", ""),
+    "mount": ("may {name} have a blob that another repository has?",
+              "it is not to be had so; send its bytes to the address in Location"),
+    "- ": ("something that is no HTTP request", ""),
+    "HTTPS ": ("do you speak HTTPS? (the client tries HTTPS first; that is normal)", ""),
 }
+ANSWERS = {("HEAD get_blob", 404): "no, so the client sends it",
+           ("mount", 201): "yes; {digest} is in both now, and no byte of it was sent",
+           ("HTTPS ", 400): "no, only HTTP; the client goes on with that, if it may"}
 MEANINGS = {201: "right: it is here now as {digest}", 206: "here is the part you asked for ({sent})",
             304: "you have it already", 400: "that is refused, for something is wrong with it",
             401: "who are you? Come back with a user and a password", 403: "you may not do that",
@@ -4785,11 +4793,12 @@ def shorten(digest):
 
 def explain(exchange):
     """The exchange in words: who asks what, and what the answer tells them."""
-    question, success, *missing = (EXPLANATIONS.get("%s %s" % (exchange.method, exchange.route))
-                                   or EXPLANATIONS.get(exchange.route) or ("{method} {target}", "here it is"))
-    answer = MEANINGS.get(exchange.status) or (success if exchange.status < 400 else "that went wrong")
-    if missing and exchange.status == 404:
-        answer, = missing
+    mounts = exchange.route == "start_upload" and MOUNT.search(exchange.target)
+    key = "mount" if mounts else "%s %s" % (exchange.method, exchange.route)
+    question, success = (EXPLANATIONS.get(key) or EXPLANATIONS.get(exchange.route)
+                         or ("{method} {target}", "here it is"))
+    answer = ANSWERS.get((key, exchange.status)) or MEANINGS.get(exchange.status)
+    answer = answer or (success if exchange.status < 400 else "that went wrong")
     reference = shorten(exchange.reference)
     values = dict(exchange._asdict(), sent=in_units(exchange.sent), received=in_units(exchange.received),
                   reference=reference, digest=shorten(exchange.digest),
@@ -4806,7 +4815,7 @@ def without_names(exchange: Exchange) -> Exchange:
     path = exchange.target.partition("?")[0]
     if not exchange.name:
         path = "/%s" % path.split("/")[1] if exchange.route and path.startswith("/") else "…"
-    return exchange._replace(target=path)
+    return exchange._replace(target=path + ("?mount=" if MOUNT.search(exchange.target) else ""))
 
 
 LOG_FORMATS = {"text": as_text, "json": as_json, "explain": explain}
@@ -6915,8 +6924,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.request_version = "HTTP/1.0" if error.status == 400 else "HTTP/1.1"
         self.command = "GET"
         self.send(Response.of_error(error))
+        method = "HTTPS" if self.rfile.buffer.startswith(TLS_HANDSHAKE) else "-"
         self.worker.observation.record(Exchange(
-            client=self.client, user="", method="-", target="-", route="", name="", reference="",
+            client=self.client, user="", method=method, target="-", route="", name="", reference="",
             status=error.status, received=0, sent=self.sent, seconds=0.0, digest="", agent=""))
         self._linger()
 

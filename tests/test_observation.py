@@ -12,7 +12,8 @@ from conftest import Client, run_tinyreg, until
 from samples import make_image, push_blob
 
 import tinyreg
-from tinyreg import Digest, Directory, Exchange, Metrics, Observation, explain, harmless, without_secrets
+from tinyreg import (Digest, Directory, Exchange, Metrics, Observation, explain, harmless,
+                     without_names, without_secrets)
 
 
 def exchange(**fields):
@@ -172,6 +173,27 @@ def test_every_handler_of_the_protocol_is_explained():
             if pattern.pattern.startswith("/v2/"):
                 words = explain(exchange(method=method, route=handler.__name__, name="lab/app", reference="v1"))
                 assert "GET /v2/" not in words and "{" not in words, words
+
+
+def test_a_client_that_tries_https_first_is_no_alarm(start_server):
+    """docker does so with each registry that it was told is insecure."""
+    server = start_server(None, "--log", "explain")
+    with socket.create_connection(("127.0.0.1", server.port)) as sock:
+        sock.sendall(b"\x16\x03\x01\x00\x02\x01\x00")
+        assert sock.makefile("rb").readline().startswith(b"HTTP/1.0 400")
+    until(server.log)
+    assert "the client tries HTTPS first; that is normal) -> 400: no, only HTTP" in server.log()
+
+
+@pytest.mark.parametrize("status, words", [(201, "yes; sha256:abab"), (202, "send its bytes")])
+def test_a_mount_is_told_as_a_mount(status, words):
+    asked = exchange(method="POST", route="start_upload", name="lab/app", status=status,
+                     digest="sha256:" + "ab" * 32 if status == 201 else "",
+                     target="/v2/lab/app/blobs/uploads/?from=lab/other&mount=sha256:abab")
+    for seen in asked, without_names(asked):
+        line = explain(seen)
+        assert "may lab/app have a blob that another repository has? -> %d: " % status in line
+        assert words in line and "it is here now" not in line
 
 
 def test_a_push_reads_as_a_conversation():
