@@ -46,7 +46,7 @@ MIB, GIB = 1 << 20, 1 << 30
 ZEROS = "sha256:49bc20df15e412a64472421e13fe86ff1c5165e18b2afccf160d4dc19fe68a14"  # of 1 GiB of them
 FORK = multiprocessing.get_context("fork")
 
-# What issue 6 wants reached: benchmark, figure, compared with (server, or server and benchmark, or nothing), limit.
+# What is to be reached: benchmark, figure, compared with (server, or server and benchmark, or nothing), limit.
 TARGETS = [
     ("push", "GiB/s", PEER, ">=", 2.0),
     ("push", "s/GiB", FLOOR, "<=", 1.15),
@@ -677,7 +677,7 @@ def report(run):
     if run.options.json:
         with open(run.options.json, "w") as file:
             json.dump({"figures": run.figures, "left out": run.failed, "targets": run.judge()}, file, indent=1)
-    print("\nreach (issue 6)")
+    print("\nreach")
     for what, wanted, values, met in run.judge():
         verdict = ("met" if met else "NOT MET") if values else "not measured"
         print("  %-64s %-8s %-26s %s" % (what, wanted, spread(values), verdict))

@@ -199,7 +199,7 @@ WHO_MAY = [
 
 @pytest.mark.parametrize("method, path, least", WHO_MAY)
 def test_who_may_do_what(store, method, path, least):
-    """Trap 11, the last part: 403 DENIED with a message ends docker's retries, a 405 or 5xx would not."""
+    """403 DENIED with a message ends docker's retries, a 405 or 5xx would not."""
     make_image(store, "here")
     levels = ["none", "pull", "push", "admin"]
     for level in levels:
@@ -263,7 +263,7 @@ def test_a_manifest_that_is_asked_for_is_not_parsed_again(store, call, monkeypat
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_get_manifest(call, store, method, algorithm):
-    """Trap 10: the digest in the algorithm that the client used, the ETag, the length; of HEAD too."""
+    """The digest in the algorithm that the client used, the ETag, the length; HEAD answers the same."""
     manifest = make_image(store, "a/b", "latest", algorithm=algorithm)
     for reference in ("latest", manifest.digest):
         answer = call(method, "/v2/a/b/manifests/" + reference)
@@ -274,7 +274,7 @@ def test_get_manifest(call, store, method, algorithm):
 @pytest.mark.parametrize("accept", ["", "*/*", "text/html", DOCKER_MANIFEST, DOCKER_SCHEMA1 + ", " + DOCKER_LIST,
                                     "application/json;q=0.1"])
 def test_accept_is_no_reason_to_refuse(call, store, accept):
-    """Trap 9: what is stored is served, whatever Accept says."""
+    """What is stored is served, whatever Accept says."""
     manifest = make_image(store, "a")
     answer = call("GET", "/v2/a/manifests/latest", accept=accept)
     assert (answer.status, answer.body, answer.header("Content-Type")) == (200, manifest.content, OCI_MANIFEST)
@@ -304,7 +304,7 @@ TYPES = [
 @pytest.mark.parametrize("sent", ["{}", "{}; charset=utf-8", "", "application/json", "application/octet-stream",
                                   "application/x-www-form-urlencoded"])
 def test_put_manifest(call, store, document, media_type, sent):
-    """Trap 8: a Content-Type that means nothing is as good as none, and parameters count for nothing."""
+    """A Content-Type that means nothing is as good as none, and parameters count for nothing."""
     push_blob(store, "a/b", CONFIG)
     content = to_bytes(document)
     digest = Digest.of(content)
@@ -415,7 +415,7 @@ def test_the_largest_manifest(call, store, size, status):
 
 
 def test_buildkit_cache(call, store):
-    """Trap 13: an index whose children are layer blobs and a config, none of them a manifest."""
+    """An index whose children are layer blobs and a config, none of them a manifest."""
     layer, config = push_blob(store, "a", b"cached layer"), push_blob(store, "a", b'{"layers":[]}')
     content = to_bytes({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [
         descriptor(b"cached layer", annotations={"containerd.io/uncompressed": layer}),
@@ -427,7 +427,7 @@ def test_buildkit_cache(call, store):
 
 
 def test_foreign_layers(call, store):
-    """Trap 13: what may not be handed on need not be here."""
+    """What may not be handed on need not be here."""
     push_blob(store, "a", CONFIG)
     foreign = descriptor(b"windows", "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
                          urls=["https://mcr.example/blob"])
@@ -437,7 +437,7 @@ def test_foreign_layers(call, store):
 
 
 def test_delete_tag(call, store):
-    """Trap 17: the manifest and its other tags stay."""
+    """The manifest and its other tags stay."""
     manifest = make_image(store, "a", "one")
     store.put_manifest("a", manifest, ["two"])
     assert call("DELETE", "/v2/a/manifests/one").status == 202
@@ -465,7 +465,7 @@ DIGEST = Digest.of(CONTENT)
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_get_blob(call, store, method, algorithm):
-    """Trap 10, and 15: the bytes as they are, whatever encodings the client would take."""
+    """The bytes as they are, whatever encodings the client would take."""
     digest = push_blob(store, "a/b", CONTENT, algorithm)
     answer = call(method, "/v2/a/b/blobs/" + digest, accept_encoding="zstd;q=1.0, gzip;q=0.8, deflate;q=0.5")
     assert (answer.status, answer.body, answer.length) == (200, CONTENT, 10)
@@ -554,7 +554,7 @@ def begin(call, query="", **headers):
 
 
 def check_upload(answer, wanted):
-    """Traps 5 and 6: a relative Location, a Range that docker can read, the session id."""
+    """A relative Location, a Range that docker can read, the session id."""
     location = answer.header("Location")
     found = re.fullmatch(r"/v2/a/b/blobs/uploads/(%s)(?:\?[!-~]+)?" % UUID, location)
     assert answer.headers == [("Location", location), ("Range", wanted), ("Docker-Upload-UUID", found.group(1))]
@@ -605,7 +605,7 @@ FORMS = [{}, {"content_type": OCTET_STREAM}, {"content_range": "{}-{}"}, {"conte
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("with_length", [False, True])
 def test_chunks(call, form, with_length):
-    """Trap 7: Content-Range in either form or not at all, Content-Length or not, Content-Type or not."""
+    """Content-Range in either form or not at all, Content-Length or not, Content-Type or not."""
     location, sent = begin(call, content_type="application/json", content_length="0"), 0
     for chunk in (CONTENT[:1], CONTENT[1:4], CONTENT[4:]):
         headers = {name: value.format(sent, sent + len(chunk) - 1) for name, value in form.items()}
@@ -722,7 +722,7 @@ DOCKER_EMPTY_LAYER = bytes.fromhex("1f8b080000096e8800ff621805a360148c5800080000
 
 @pytest.mark.parametrize("content", [b"", b"{}", DOCKER_EMPTY_LAYER])
 def test_small_blobs(call, content):
-    """Trap 14: nothing, the empty config, docker's empty layer."""
+    """Nothing, the empty config, docker's empty layer."""
     digest = Digest.of(content)
     check_created(call, call("PUT", by_digest(begin(call), digest), content), digest, content)
     location = check_upload(call("PATCH", begin(call), content), "0-%d" % max(len(content) - 1, 0))
@@ -754,7 +754,7 @@ MOUNTS = [
 @pytest.mark.parametrize("query, found", MOUNTS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_mount(call, store, query, found, algorithm):
-    """Trap 12: mounted with a 201, or a session to upload into with a 202."""
+    """Mounted with a 201, or a session to upload into with a 202."""
     digest = push_blob(store, "source", CONTENT, algorithm)
     make_image(store, "other")
     answer = call("POST", "/v2/a/b/blobs/uploads/?" + query.format(digest, NOWHERE))
@@ -817,7 +817,7 @@ TAG_PAGES = [
 
 @pytest.mark.parametrize("query, tags, following", TAG_PAGES)
 def test_pages_of_tags(tagged, query, tags, following):
-    """Trap 18: n of nothing and of everything, last past the end, a relative Link."""
+    """Any n, also none and more than there are; last past the end; a Link that is relative."""
     answer = tagged("GET", "/v2/lab/tools/tags/list?" + query)
     assert (answer.status, answer.json["tags"]) == (200, tags)
     assert answer.header("Link") == (following and '</v2/lab/tools/tags/list?%s>; rel="next"' % following)
@@ -862,7 +862,7 @@ def test_empty_catalog(call):
     ("n=1&last=b", ["lab/tools"], None),
 ])
 def test_catalog(filled, query, names, following):
-    """Trap 18."""
+    """Any n, also none and more than there are; any last; a Link that is relative."""
     answer = filled("GET", "/v2/_catalog?" + query)
     assert (answer.status, answer.json) == (200, {"repositories": names})
     assert answer.header("Link") == (following and '</v2/_catalog?%s>; rel="next"' % following)

@@ -291,7 +291,7 @@ def test_an_image_must_have_its_blobs(store, root):
                                     {"mediaType": "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"},
                                     {"mediaType": "application/vnd.oci.image.layer.nondistributable.v1.tar"}])
 def test_foreign_layers_need_not_be_there(store, fields):
-    """Trap 13."""
+    """Layers that may not be handed on: they have the URL of their origin, or a media type that says so."""
     push_blob(store, "a", CONFIG)
     layer = dict(descriptor(b"elsewhere"), **fields)
     store.put_manifest("a", image_of(layer))

@@ -12,20 +12,13 @@ import time
 
 import pytest
 
-from conftest import TINYREG, run_tinyreg
+from conftest import TINYREG, run_tinyreg, until
 from samples import (CONFIG, buildkit_cache, image, index, make_image, make_referrer, push_blob, read_blob,
                      to_manifest)
 from tinyreg import (DOCKER_SCHEMA1, OCI_MANIFEST, Collection, Digest, Directory, Manifest, RegistryError,
                      collect_garbage, copy)
 
 HOUR = 3600
-
-
-@pytest.fixture
-def store(tmp_path, monkeypatch):
-    """A fresh store, in a process that needs not survive a power cut."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    return Directory(str(tmp_path / "registry"))
 
 
 def files_below(path):
@@ -248,8 +241,8 @@ def test_an_upload_that_took_long_is_young_when_it_is_done(store):
     make_old(store)
     session.commit(Digest.of(b"slow"))
     os.remove(os.path.join(store.layer_path("app", Digest.of(b"slow")), "link"))
-    assert gc(store, grace=HOUR) == {("links", "app@" + Digest.of(b"slow"))} or has_data(store, b"slow")
-    assert has_data(store, b"slow")
+    gc(store, grace=HOUR)
+    assert has_data(store, b"slow")  # though no repository has a link to it
 
 
 def has_data(store, content):
@@ -562,15 +555,11 @@ def test_one_at_a_time(store):
     assert shown.stderr.startswith("tinyreg: another gc is at work in ")
 
 
-def test_gc_every(start_server, tmp_path):
-    store = Directory(str(tmp_path / "registry"))
+def test_gc_every(start_server, store):
     push_blob(store, "app", b"stray")
     make_old(store)
     start_server(store.root, "--gc-every", "1s", "--grace", "1h")
-    deadline = time.monotonic() + 20
-    while has_data(store, b"stray"):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: not has_data(store, b"stray"))
 
 
 def test_a_volume_that_only_distribution_wrote(store):

@@ -11,10 +11,10 @@ import time
 
 import pytest
 
+from conftest import PATIENCE, until
 from samples import make_image, push_blob
 from tinyreg import DOCKER_MANIFEST, DOCKER_SCHEMA1, MAX_DRAIN, OCI_INDEX, OCI_MANIFEST, Digest, Directory
 
-PATIENCE = 30  # seconds until a test that waits for something gives up
 SHORT = {"TICK": 1.0, "IDLE_LIMIT": 1.0, "HEAD_LIMIT": 1.0, "LINGER_LIMIT": 1.0, "PACE_WINDOW": 2.0}
 LARGE = bytes(range(256)) * (24 << 12)  # 24 MiB, more than the sockets' buffers hold
 LARGE_DIGEST = Digest.of(LARGE)
@@ -123,17 +123,6 @@ def by_digest(location, digest):
     return location + ("&" if "?" in location else "?") + "digest=" + digest
 
 
-def await_true(condition):
-    """Wait until a function returns something true, and return that."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.02)
-    raise AssertionError("nothing came of it in %d seconds" % PATIENCE)
-
-
 # Requests and answers
 
 def test_what_every_answer_has(server, wire):
@@ -175,14 +164,14 @@ def test_answers_without_a_body(server, wire):
 
 
 def test_a_small_answer_comes_in_one_piece(server, wire):
-    """Trap 4: clients connect anew for each request, so a second packet would cost more than all the rest."""
+    """Clients connect anew for each request, so a second packet would cost more than all the rest."""
     manifest = make_image(store_of(server), "a")
     wire.send("GET /v2/a/manifests/latest HTTP/1.1", "Host: localhost")
     assert wire.sock.recv(1 << 16).endswith(b"\r\n\r\n" + manifest.content)
 
 
 def test_six_accept_lines(server, wire):
-    """Trap 1: what docker, skopeo and podman send."""
+    """What docker, skopeo and podman send."""
     manifest = make_image(store_of(server), "a")
     types = [DOCKER_SCHEMA1, "application/json", OCI_INDEX, DOCKER_MANIFEST, "application/vnd.example", OCI_MANIFEST]
     reply = wire.ask("GET /v2/a/manifests/latest", *["Accept: " + media_type for media_type in types])
@@ -228,7 +217,7 @@ def test_keep_alive(server, wire):
 
 @pytest.mark.parametrize("wish", ["close", "Close", "foo, close"])
 def test_connection_close(wire, wish):
-    """Trap 4: what docker and skopeo ask for with every request."""
+    """What docker and skopeo ask for with every request."""
     reply = wire.ask("GET /v2/", "Connection: " + wish)
     assert (reply.status, reply.headers["connection"]) == (200, "close")
     assert wire.is_closed()
@@ -304,7 +293,7 @@ CHUNKED = [
 
 @pytest.mark.parametrize("sizes, extension, trailer", CHUNKED)
 def test_chunked_bodies(server, wire, sizes, extension, trailer):
-    """Trap 2: docker's pushes; and the connection stays good for the next request."""
+    """What docker's pushes are; and the connection stays good for the next request."""
     content, sent = LARGE[:sum(sizes)], 0
     pieces = []
     for size in sizes:
@@ -322,7 +311,7 @@ def test_chunked_bodies(server, wire, sizes, extension, trailer):
 
 @pytest.mark.parametrize("framing", ["Content-Length: %d", "Transfer-Encoding: chunked"])
 def test_a_refused_body_that_is_small_is_read_and_the_connection_kept(server, wire, framing):
-    """Trap 2: an early error with the body still to come."""
+    """An early error with the body still to come."""
     body = LARGE[:50000]
     if "%d" in framing:
         framing %= len(body)
@@ -337,7 +326,7 @@ def test_a_refused_body_that_is_small_is_read_and_the_connection_kept(server, wi
 
 @pytest.mark.parametrize("framing", ["Content-Length: %d", "Transfer-Encoding: chunked"])
 def test_a_refused_body_that_is_large_ends_in_order(server, wire, framing):
-    """Trap 2: the answer, then an end; no reset that takes the answer away from a client that is still sending."""
+    """The answer, then an end; no reset that takes the answer away from a client that is still sending."""
     body = LARGE[:MAX_DRAIN * 8]
     if "%d" in framing:
         framing %= len(body)
@@ -382,7 +371,7 @@ def test_a_body_that_breaks_off_goes_on_later(server, connect, framing, sent):
         reply = connect(server).ask("GET " + location)
         return reply if reply.headers["range"] == "0-39" else None
 
-    location = await_true(kept).headers["location"]
+    location = until(kept).headers["location"]
     reply = connect(server).ask("PATCH " + location, "Content-Range: 40-99", body=b"y" * 60)
     assert (reply.status, reply.headers["range"]) == (202, "0-99")
     digest = Digest.of(b"x" * 40 + b"y" * 60)
@@ -456,7 +445,7 @@ def test_every_address(start_server, connect):
 # TLS on a port that has none
 
 def test_tls_on_a_plain_port(server, wire):
-    """Trap 3: Go's clients take an answer that begins with HTTP/ for what it is, and may fall back to HTTP."""
+    """Go's clients take an answer that begins with HTTP/ for what it is, and may fall back to HTTP."""
     hello = ssl.MemoryBIO()
     tls = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), hello, server_hostname="registry")
     with pytest.raises(ssl.SSLWantReadError):
@@ -525,7 +514,7 @@ def test_a_body_that_takes_too_long(short, connect):
     wire.send("PATCH %s HTTP/1.1" % location, "Host: localhost", "Content-Length: 1000")
     drip(wire, b"x" * 1000)
     assert wire.buffer == b""
-    arrived = await_true(lambda: int(connect(short).ask("GET " + location).headers["range"][2:]))
+    arrived = until(lambda: int(connect(short).ask("GET " + location).headers["range"][2:]))
     assert 10 < arrived < 1000
     placed = "Content-Range: %d-%d" % (arrived + 1, arrived + 5)
     assert connect(short).ask("PATCH " + location, placed, body=b"again").status == 202
@@ -549,7 +538,7 @@ def test_a_client_that_does_not_read(short, connect):
     wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     wire.send("GET /v2/a/blobs/%s HTTP/1.1" % LARGE_DIGEST, "Host: localhost")
     assert server_side(wire) == "01"
-    await_true(lambda: server_side(wire) != "01")
+    until(lambda: server_side(wire) != "01")
     assert connect(short).ask("GET /v2/a/blobs/" + LARGE_DIGEST).body == LARGE
     assert "Traceback" not in short.log()
 
@@ -592,7 +581,7 @@ def test_running_transfers_end_and_nothing_new_begins(server, connect, how):
     idle.ask("GET /v2/")
     server.process.send_signal(how)
     assert idle.is_closed()
-    await_true(lambda: refuses_connections(server))
+    until(lambda: refuses_connections(server))
     assert server.process.poll() is None
     upload.sock.sendall(b"abcdefghij")
     reply = upload.reply()
@@ -617,7 +606,7 @@ def test_a_second_ctrl_c_waits_for_nobody(server, connect):
     wire.send("PATCH %s HTTP/1.1" % start_upload(wire), "Host: localhost", "Content-Length: 20", "Expect: 100-continue")
     wire.head()
     server.process.send_signal(signal.SIGINT)
-    await_true(lambda: refuses_connections(server))
+    until(lambda: refuses_connections(server))
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(PATIENCE) == 130
 
@@ -628,13 +617,13 @@ def test_after_a_kill_the_port_is_free_and_the_store_as_acknowledged(server, con
     workers = children(server.process.pid)
     server.restart(signal.SIGKILL)
     assert connect(server).ask("GET /v2/a/manifests/latest").body == manifest.content
-    await_true(lambda: not any(os.path.exists("/proc/%d" % process) for process in workers))
+    until(lambda: not any(os.path.exists("/proc/%d" % process) for process in workers))
 
 
 def test_a_worker_that_dies_is_replaced(start_server, connect):
     server = start_server(None, "--workers", "2")
-    workers = await_true(lambda: len(children(server.process.pid)) == 2 and children(server.process.pid))
+    workers = until(lambda: len(children(server.process.pid)) == 2 and children(server.process.pid))
     os.kill(workers[0], signal.SIGKILL)
-    await_true(lambda: len(children(server.process.pid)) == 2 and workers[0] not in children(server.process.pid))
+    until(lambda: len(children(server.process.pid)) == 2 and workers[0] not in children(server.process.pid))
     assert all(connect(server).ask("GET /v2/").status == 200 for _ in range(20))
     assert server.stop() == 0

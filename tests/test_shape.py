@@ -1,4 +1,4 @@
-"""The shape of the file: what design.md and the module's docstring promise about it."""
+"""The shape of the file: what the docstring of the module promises about it."""
 
 import ast
 import functools

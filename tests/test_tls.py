@@ -385,19 +385,16 @@ def test_a_reset_in_the_middle_is_no_fault_of_ours(tls_server):
 def test_who_does_not_trust_the_ca_leaves_a_line_in_the_log(tls_server):
     with pytest.raises(ssl.SSLError):
         Talk(tls_server, ssl.create_default_context())
-    deadline = time.monotonic() + 10
-    while "unknown ca" not in tls_server.log().lower().replace("_", " ") and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: "unknown ca" in tls_server.log().lower().replace("_", " "))
     assert "no TLS handshake" in tls_server.log()
 
 
 def test_stopping_ends_idle_connections_at_once(start_server):
-    server = start_server(None, "--tls", "--workers", "1")
+    server = start_server(None, "--tls", "--workers", "1", "--drain", "3600")
     talk = Talk(server, trusting(server))
     assert talk("GET", "/v2/")[0] == 200
     silent = socket.create_connection(("127.0.0.1", server.port))
-    began = time.monotonic()
-    assert server.stop() == 0 and time.monotonic() - began < 10
+    assert server.stop() == 0
     silent.close()
     talk.close()
 
@@ -439,10 +436,7 @@ def test_a_changed_certificate_is_taken_and_no_connection_dropped(tmp_path, star
     make_pair(tmp_path, "server", "/CN=second")
     if hint == "SIGHUP":
         server.process.send_signal(signal.SIGHUP)
-    deadline = time.monotonic() + 10
-    while first in [presented(server) for _ in range(20)]:  # by either process
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: first not in [presented(server) for _ in range(20)])  # by either process
     assert open_since_then("GET", "/v2/")[0] == 200
     (tmp_path / "server.pem").write_text("broken")
     until(lambda: presented(server) != first and "stays in use" in server.log())
