@@ -4682,15 +4682,23 @@ class Access:
             raise RegistryError.too_many(60, "%s has too many uploads open; finish or cancel some" % request.client)
         begun.append((session.name, session.id))
 
-    def in_words(self, reach, read_only):
-        """For the banner, in lines: who may do what. `reach` is who can connect."""
+    def in_words(self, reach: str, read_only: bool, client_ca: Optional[str] = None) -> List[str]:
+        """For the banner: who may do what. `reach` is who can connect, `client_ca` the CA without
+        whose certificate nobody can."""
         may = [IN_WORDS[min(level, 1) if read_only else level] for level in range(len(LEVELS))]
-        lines = ["%s may %s%s" % (reach, may[self.anonymous], " without a password" if self.users_file else
-                                  " (change it with --anonymous)" if self.anonymous < len(LEVELS) - 1 else "")]
+        users = "what the rules in %s say" % self.rules_file if self.rules_file else may[self.default]
+        others = may[self.anonymous]
+        if client_ca:
+            lines = ["nobody can connect without a certificate from the CA in %s; the user whom it "
+                     "names may %s, one without a user may %s" % (client_ca, users, others)]
+        elif self.users_file:
+            lines = ["%s may %s without a password" % (reach, others)]
+        else:
+            change = " (change it with --anonymous)" if others != IN_WORDS[-1] else ""
+            lines = ["%s may %s%s" % (reach, others, change)]
         if self.users_file:
-            allowed = "what the rules in %s say" % self.rules_file if self.rules_file else may[self.default]
-            lines.append("those in %s may %s" % (self.users_file, allowed))
-        return lines + (["this registry is read-only"] if read_only else [])
+            lines.append("those in %s may %s" % (self.users_file, users))
+        return lines + (["nobody may change it: this registry is read-only"] if read_only else [])
 
 # ---------------------------------------------------------------------------------------------------------
 # 11  Observation
@@ -6573,6 +6581,7 @@ class Certificates:
 
     def __init__(self, certificate, key=None, client_ca=None, ca=None, renew=None):
         self.files = (certificate, key, client_ca)
+        self.client_ca = client_ca
         self.ca_file = ca
         self.renew = renew
         self.next_renewal = time.monotonic() + 3600
@@ -7515,39 +7524,67 @@ def listen_everywhere(addresses):
     return listeners
 
 
-def example(store, host):
-    """A command that pulls the first image of a store or an archive."""
-    images = store.images() if isinstance(store, Archive) else (
-        (name, tag, None) for name in store.repositories() for tag in store.tags(name))
-    name, reference, _ = next(images, ("alpine", "latest", None))
-    return "docker pull %s/%s" % (host, image_text(name, reference))
+def is_image(store: Any, name: str, reference: str) -> bool:
+    """Whether this is an image that docker can run: no cache, signature or other artifact."""
+    try:
+        digest = reference if isinstance(reference, Digest) else store.resolve(name, reference)
+        manifest = store.manifest(name, digest)
+        if manifest.media_type in INDEX_TYPES:
+            return any(child.media_type in IMAGE_TYPES for child in manifest.manifests)
+    except RegistryError:
+        return False
+    return manifest.artifact_type in IMAGE_CONFIGS and not TAG_ABOUT.fullmatch(reference)
+
+
+def first_image(store: Any) -> str:
+    """An image of a store or archive, as its clients name it; alpine where there is none."""
+    if isinstance(store, Archive):
+        references = ((name, reference) for name, reference, _ in store.images())
+    else:
+        store = Directory(store.root)  # without an upstream, which is not asked for this
+        references = ((name, tag) for name in store.repositories() for tag in store.tags(name))
+    for name, reference in itertools.islice(references, ROWS):
+        if is_image(store, name, reference):
+            return image_text(name, reference)
+    return "alpine:latest"
+
+
+def as_sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def where_it_listens(listeners, scheme):
+    """(URLs of all listening sockets, in words)"""
+    urls = []
+    for listener in listeners:
+        host, port = listener.getsockname()[:2]
+        urls.append("%s://%s:%d" % (scheme, "[%s]" % host if ":" in host else host, port))
+        urls[-1] += " (every address of this machine)" if host in ("::", "0.0.0.0") else ""
+    return ", ".join(urls)
 
 
 def banner(store, listeners, access, local, tls=None):
-    """What serve says first: where it listens and stores, who may do what, and two commands to try."""
-    urls, ports = [], []
-    for listener in listeners:
-        host, port = listener.getsockname()[:2]
-        everywhere = host in ("::", "0.0.0.0")
-        ports.append("%s:%d" % ("localhost" if local else socket.gethostname() if everywhere else host, port))
-        urls.append("http%s://%s:%d%s" % ("s" if tls else "", "[%s]" % host if ":" in host else host, port,
-                                        " (every address of this machine)" if everywhere else ""))
+    """What serve says first: where it listens and stores, who may do what, and commands to try."""
+    host, port = listeners[0].getsockname()[:2]
+    everywhere = host in ("::", "0.0.0.0")
+    name = "localhost" if local else socket.gethostname() if everywhere else host
+    registry = "%s:%d" % (name, port)
+    client_ca = tls.client_ca if tls else None
     reach = "whoever is on this machine" if local else "whoever can reach it"
-    pushed = not store.read_only and (access.users_file or LEVELS[access.anonymous] in ("push", "admin"))
-    login = "docker login %s && " % ports[0] if access.users_file else ""
-    clear = access.users_file and not tls and not local
-    return "\n".join([
-        "tinyreg %s" % __version__,
-        "  listens on  " + ", ".join(urls),
-        ("  serves      %s (read-only)" if isinstance(store, Archive) else "  stores in   %s") % store.root,
-        ] + (["  CA          /ca.crt, SHA-256 " + fingerprint(tls.ca)] if tls and tls.ca else []) + [
-        "  access      " + "\n              ".join(access.in_words(reach, store.read_only)),
-        ] + ["  beware      passwords cross the network in the clear; add --tls"] * bool(clear) + [
-        "  try         " + (login + "docker tag alpine %s/alpine && docker push %s/alpine\n"
-                            "              docker pull %s/alpine" % (ports[0], ports[0], ports[0]) if pushed else
-                            example(store, ports[0])),
-        "  Ctrl-C ends it.",
-    ])
+    lines = ["it listens on " + where_it_listens(listeners, "https" if tls else "http"),
+             ("it serves %s" if isinstance(store, Archive) else "it stores in %s") % store.root]
+    if tls and tls.ca:
+        lines.append("its CA is at /ca.crt, with the SHA-256 " + fingerprint(tls.ca))
+    lines += access.in_words(reach, store.read_only, client_ca)
+    if access.users_file and not tls and not local:
+        lines.append("passwords cross the network in the clear: add --tls")
+    commands = ["docker pull %s/%s" % (registry, first_image(store))]
+    if not store.read_only and (access.users_file or client_ca or LEVELS[access.anonymous] in ("push", "admin")):
+        login = "docker login %s && " % registry if access.users_file else ""
+        commands = ["%sdocker tag alpine %s/alpine && docker push %s/alpine" % (login, registry, registry),
+                    "docker pull %s/alpine" % registry]
+    shown = ["tinyreg %s" % __version__] + [as_sentence(line) for line in lines]
+    return "\n  ".join(shown + ["Try:"] + ["  " + command for command in commands] + ["Ctrl-C ends it."])
 
 
 def keep_up(store, every, grace):
