@@ -2531,6 +2531,11 @@ OWN_NAME = "tinyreg.name"                   # the repository, where the names ab
 # was made with --have: which blobs were left out, since the far side has them.
 PARTS = "tinyreg-parts.json"
 
+# What cosign save says of what it writes, and what its tag about the image ends in ("" is
+# the image).
+COSIGN_KINDS = {"dev.cosignproject.cosign/" + kind: end for kind, end in (
+    ("image", ""), ("imageIndex", ""), ("sigs", ".sig"), ("atts", ".att"), ("sboms", ".sbom"))}
+
 IMAGE_CONFIGS = ("application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json")
 LAYER_TYPES = re.compile(r"application/vnd\.(?:oci\.image\.layer|docker\.image\.rootfs)\.")
 COMPRESSIONS = [(b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"\xfd7zXZ", "xz"), (b"BZh", "bzip2")]
@@ -2736,6 +2741,20 @@ def repository_for(path):
     return re.sub(r"(?:\.tar|\.tgz|\.gz|\.oci)+$|[^a-z0-9]+", "-", name).strip("-") or "images"
 
 
+def folder_image(folder: str, default: str) -> Tuple[str, Union[str, Digest]]:
+    """(repository, tag or digest) by the folder of an image that has no name: skopeo sync calls it
+    NAME:TAG or HOST/NAME:TAG; others are `default`, tag latest."""
+    if re.search("[:@]", os.path.basename(folder)):
+        with contextlib.suppress(RegistryError):
+            try:
+                name, reference = split_image(folder)
+            except RegistryError:  # it has the port of a registry
+                image = parse_image(folder)
+                name, reference = image.stored_name, image.reference
+            return name, reference
+    return default, "latest"
+
+
 def entry_name(annotations, default):
     """(repository, tag or digest) by what an index.json says of a manifest: the store's own name, the full one of
     containerd and docker, or the OCI's, which may be only a tag. (None, None) where it has no name."""
@@ -2833,16 +2852,34 @@ class Archive(Registry):
 
     def _add(self, path, members):
         """Take in what a file or directory has. Raises ValueError, RegistryError, OSError."""
-        top = min((match.group(1) for match in map(ARCHIVE_ROOT.fullmatch, members) if match), key=len, default=None)
-        if top is None:
-            raise ValueError("no images in it: no index.json, no manifest.json, no docker/registry/v2" + (
-                "; load it with docker, and save it with a newer one" if "repositories" in members else ""))
-        members = {name[len(top):]: member for name, member in members.items() if name.startswith(top)}
+        tops = []  # the folders with images; what lies below one belongs to it
+        matches = filter(None, map(ARCHIVE_ROOT.fullmatch, members))
+        for top in sorted({match.group(1) for match in matches}):
+            if not tops or not top.startswith(tops[-1]):
+                tops.append(top)
+        if not tops:
+            advice = "; load it with docker, and save it with a newer one"
+            raise ValueError("no images in it: no index.json, no manifest.json, no docker/registry/v2"
+                             + (advice if "repositories" in members else ""))
+        names, end = sorted(members), 0
+        for top in tops:
+            start = end = bisect.bisect_left(names, top, end)
+            while end < len(names) and names[end].startswith(top):
+                end += 1
+            inner = {name[len(top):]: members[name] for name in names[start:end]}
+            folder = top.rstrip("/")
+            if not folder and os.path.isdir(path):
+                folder = os.path.basename(os.path.abspath(path))
+            self._add_images(inner, folder, repository_for(path if len(tops) == 1 else folder))
+
+    def _add_images(self, members, folder, default):
+        """The same of one folder of these, by its members' names in it; `default` is the repository
+        of what has no name."""
         self._add_blobs(members)
         if "index.json" in members:
-            self._add_layout(members, repository_for(path))
+            self._add_layout(members, default)
         elif "manifest.json" in members:
-            self._add_docker(members, repository_for(path))
+            self._add_docker(members, default, folder)
         else:
             self._add_tree(members)
 
@@ -2857,10 +2894,17 @@ class Archive(Registry):
         if PARTS in members:
             self._add_parts(members)
         entries = expect(list, load_json(members["index.json"].read(MAX_INDEX)).get("manifests"))
+        signed = None  # what cosign saved: an image, then what is about it, all without names
         for entry in entries:
             media_type, digest = parse_descriptor(entry)[:2]
             annotations = expect(dict, entry.get("annotations") or {})
             name, reference = entry_name(annotations, default)
+            kind = COSIGN_KINDS.get(str(annotations.get("kind")))
+            if not name and kind == "":
+                name, reference = default, digest if signed else "latest"
+                signed = digest
+            elif not name and kind and signed:
+                name, reference = default, fallback_tag(signed) + kind
             if media_type and media_type not in MANIFEST_TYPES:
                 continue  # "implementations MUST ignore": the specification on types that they don't know
             if name:
@@ -2886,13 +2930,13 @@ class Archive(Registry):
             self.parts[key] = list(zip(names, holds))
             self.given.update((key, number) for number, part in enumerate(holds, 1) if part <= here)
 
-    def _add_docker(self, members, default):
+    def _add_docker(self, members, default, folder):
         """What docker save and others like it write, and skopeo's `dir:`, whose manifest.json is the manifest."""
         content = members["manifest.json"].read(MAX_INDEX)
         if not content.lstrip().startswith(b"["):
             digest = Digest.of(content)
             self.blobs[digest] = members["manifest.json"]
-            return self._root(default, "latest", digest)
+            return self._root(*folder_image(folder, default), digest=digest)
         images = expect(list, load_json(b'{"images":' + content + b"}")["images"])  # load_json takes objects only
         for image in images:
             digest = self._make_manifest(members, expect(dict, image))
@@ -2944,10 +2988,14 @@ class Archive(Registry):
                     self._root(link.group(1), link.group(2) or Digest(digest), Digest(digest))
 
     def _root(self, name, reference, digest):
-        """Give a manifest a name. What comes later wins, as it does in a registry."""
+        """Give a manifest a name. What comes later wins, as in a registry; the log says so."""
         if isinstance(reference, Digest):
             reference = reference.tag or digest
-        self.roots.setdefault(name, {})[reference] = digest
+        known = self.roots.setdefault(name, {}).get(reference, digest)
+        if known != digest:
+            logger.warning("%s is two images in these archives: %s, and %s, which counts "
+                           "because it comes later", image_text(name, reference), known, digest)
+        self.roots[name][reference] = digest
 
     # Reading
 

@@ -630,6 +630,62 @@ def test_what_an_archive_says_neither_moves_the_cursor_nor_ends_it(tmp_path, sto
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and is_harmless(done.stderr)
 
 
+def test_every_image_of_a_folder_of_images_is_loaded_and_keeps_its_name(tmp_path, far, load):
+    """As skopeo sync --dest dir writes them, with --scoped and without."""
+    names = ["alpine:3.19", "docker.io/library/demo:1", "docker.io/library/demo:2", "localhost:5000/x:1"]
+    manifests = [to_manifest(image((name.encode(),))) for name in names]
+    members = {}
+    for name, manifest in zip(names, manifests):
+        for content in CONFIG, name.encode():
+            members["%s/%s" % (name, Digest.of(content).encoded)] = content
+        members[name + "/manifest.json"] = manifest.content
+        members[name + "/version"] = b"Directory Transport Version: 1.1\n"
+    folder = tmp_path / "synced"
+    for name, content in members.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    expected = {("alpine", "3.19"): 0, (NAME, "1"): 1, (NAME, "2"): 2, ("localhost_5000/x", "1"): 3}
+    for path in folder, make_tar(tmp_path / "synced.tar", members):
+        assert load(path).returncode == 0
+        stored = {(name, tag): far.resolve(name, tag) for name in far.repositories() for tag in far.tags(name)}
+        assert stored == {image: manifests[number].digest for image, number in expected.items()}
+        shutil.rmtree(far.root)
+    assert load(folder / "docker.io/library/demo:2").returncode == 0
+    assert far.resolve("demo", "2") == manifests[2].digest
+
+
+def test_layouts_beside_each_other_are_all_loaded(tmp_path, far, load):
+    one, two = to_manifest(image((b"one",))), to_manifest(image((b"two",)))
+    members = {}
+    for name, manifest, layer in ("one", one, b"one"), ("two", two, b"two"):
+        members.update({name + "/" + path: content
+                        for path, content in layout(manifest, blobs=(CONFIG, layer)).items()})
+    assert load(make_tar(tmp_path / "both.tar", members)).returncode == 0
+    assert (far.resolve("one", "latest"), far.resolve("two", "latest")) == (one.digest, two.digest)
+
+
+def test_what_cosign_saved_has_its_signatures_under_cosigns_tags(tmp_path, far, load):
+    manifest, signature, attestation = [to_manifest(image((layer,))) for layer in (b"it", b"sig", b"att")]
+    kinds = [{"kind": "dev.cosignproject.cosign/" + kind} for kind in ("image", "sigs", "atts")]
+    path = make_tar(tmp_path / "saved.tar", layout(manifest, signature, attestation, names=kinds,
+                                                   blobs=(CONFIG, b"it", b"sig", b"att")))
+    assert load(path).returncode == 0
+    about = "sha256-" + manifest.digest.encoded
+    assert {tag: far.resolve("saved", tag) for tag in far.tags("saved")} == {
+        "latest": manifest.digest, about + ".sig": signature.digest, about + ".att": attestation.digest}
+
+
+def test_load_says_that_a_tag_is_in_two_archives(store, far, save, load):
+    make_image(store, NAME, "1", layers=(b"earlier",))
+    make_image(store, NAME, "2")
+    first = save("demo:1", "demo:2")
+    later = make_image(store, NAME, "1", layers=(b"later",))
+    second = save("demo:1", "demo:2", name="second.tar")
+    done = load(first, second)
+    assert done.returncode == 0 and far.resolve(NAME, "1") == later.digest
+    assert done.stderr.count("\n") == 1 and NAME + ":1 is two images" in done.stderr
+
+
 def docker_config(*layers):
     inner = [Digest.of(gzip.decompress(layer) if layer[:1] == b"\x1f" else layer) for layer in layers]
     rootfs = {"type": "layers", "diff_ids": inner}

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import TINYREG, run_tinyreg
 from engines import run
-from samples import CONFIG_TYPE, descriptor, make_referrer, push_blob, read_blob, to_manifest
+from samples import CONFIG_TYPE, descriptor, index, make_referrer, push_blob, read_blob, to_manifest
 from tinyreg import OCI_MANIFEST, Archive, Digest, Directory
 
 NAME = "docker.io/library/carried"
@@ -199,6 +199,18 @@ def test_what_skopeo_copied(archive, runnable, skopeo, tmp_path, transport, name
     manifest = store.manifest(name, store.resolve(name, tag))
     assert manifest.blobs[0].digest == runnable.blobs[0].digest
     assert (manifest.digest == runnable.digest) is same
+
+
+@pytest.mark.parametrize("scoped", [True, False])
+def test_what_skopeo_synced_into_a_folder(store, runnable, skopeo, start_server, tmp_path, scoped):
+    store.put_manifest(NAME, to_manifest(index(runnable)), ["all"])
+    server = start_server(store.root)
+    skopeo("sync", "--all", "--src", "docker", "--dest", "dir", "--src-tls-verify=false",
+           *["--scoped"][:scoped], "%s/%s" % (server.host, NAME), tmp_path / "synced")
+    there = loaded(tmp_path, tmp_path / "synced")
+    name = "%s/%s" % (server.host.replace(":", "_"), NAME) if scoped else "carried"
+    assert {tag: there.resolve(name, tag) for tag in there.tags(name)} == {
+        tag: store.resolve(NAME, tag) for tag in store.tags(NAME)}
 
 
 def test_a_layout_that_umoci_made(umoci, tmp_path):
