@@ -61,11 +61,6 @@ class Client:
 
 
 @pytest.fixture
-def store(tmp_path):
-    return Directory(str(tmp_path / "root"))
-
-
-@pytest.fixture
 def call(store):
     return Client(store)
 
@@ -592,10 +587,10 @@ def test_single_post(call, path, algorithm):
     check_created(call, call("POST", "%s?digest=%s" % (path, digest), CONTENT), digest, CONTENT)
 
 
-def test_single_post_of_something_else_leaves_nothing(call, store, tmp_path):
+def test_single_post_of_something_else_leaves_nothing(call, root):
     answer = call("POST", "/v2/a/b/blobs/uploads/?digest=" + NOWHERE, CONTENT)
     assert (answer.status, answer.code) == (400, "DIGEST_INVALID")
-    assert not [path for path in (tmp_path / "root" / "docker").rglob("*") if path.is_file()]
+    assert not [path for path in (root / "docker").rglob("*") if path.is_file()]
 
 
 FORMS = [{}, {"content_type": OCTET_STREAM}, {"content_range": "{}-{}"}, {"content_range": "bytes {}-{}/*"},
@@ -707,14 +702,14 @@ def test_no_state_brings_headers_of_its_own(call):
     assert answer.status == 416 and answer.header("Location") == location
 
 
-def test_cancel(call, tmp_path):
+def test_cancel(call, root):
     location = begin(call)
     call("PATCH", location, CONTENT)
     answer = call("DELETE", location)
     assert (answer.status, answer.body) == (204, b"")
     for method in ("GET", "PATCH", "DELETE"):
         assert call(method, location).code == "BLOB_UPLOAD_UNKNOWN"
-    assert not [path for path in (tmp_path / "root" / "docker").rglob("*") if path.is_file()]
+    assert not [path for path in (root / "docker").rglob("*") if path.is_file()]
 
 
 DOCKER_EMPTY_LAYER = bytes.fromhex("1f8b080000096e8800ff621805a360148c5800080000ffff2eafb5ef00040000")

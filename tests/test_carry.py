@@ -16,11 +16,6 @@ NAME = "docker.io/library/carried"
 
 
 @pytest.fixture
-def store(tmp_path):
-    return Directory(str(tmp_path / "store"))
-
-
-@pytest.fixture
 def runnable(store, small_root, tmp_path):
     """An image that engines take: a gzipped layer with busybox, and a config that tells what is in it."""
     layer = tmp_path / "layer.tar"

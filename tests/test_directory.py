@@ -25,16 +25,6 @@ ALGORITHMS = ("sha256", "sha512")
 TREE = "docker/registry/v2/"
 
 
-@pytest.fixture
-def root(tmp_path):
-    return tmp_path / "root"
-
-
-@pytest.fixture
-def store(root):
-    return Directory(str(root))
-
-
 def files_in(top):
     """{path below top: content} of all files."""
     return {str(path.relative_to(top)): path.read_bytes() for path in top.rglob("*") if path.is_file()}

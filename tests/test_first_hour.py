@@ -31,9 +31,8 @@ def told(done, *words, status=1):
 
 
 @pytest.fixture
-def store(tmp_path):
-    """A store with an image, in the folder in which commands run."""
-    store = Directory(str(tmp_path / "registry"))
+def store(store):
+    """The store with an image, in the folder in which commands run."""
     real_image(store, "alpine", "3.19", [b"x" * 20000])
     return store
 
