@@ -1153,7 +1153,10 @@ class Blob:
 
     def readinto(self, view):
         """The next bytes of the slice, 0 at its end: what an upload's append wants. Raises OSError."""
-        block = os.pread(self.file.fileno(), min(len(view), self.length - self.position), self.offset + self.position)
+        count = min(len(view), self.length - self.position)
+        if count <= 0:
+            return 0
+        block = os.pread(self.file.fileno(), count, self.offset + self.position)
         view[:len(block)] = block
         self.position += len(block)
         return len(block)
@@ -3327,8 +3330,15 @@ MAX_REDIRECTS = 10
 MAX_ANSWER = 4 * MAX_MANIFEST  # bytes of an answer that is no blob: some registries list all tags at once
 MAX_MESSAGE = 1000           # characters of another registry's error message that are passed on
 CONNECT_TIMEOUT = 15.0       # seconds to reach another registry
-REMOTE_TIMEOUT = 60.0        # seconds without a byte from it …
-CLOSING_TIMEOUT = 600.0      # … and at the end of an upload, while it reads a large blob again and puts it away
+MAX_REFUSAL = 1 << 20        # bytes of a refusal, which may say why
+REFUSAL_LIMIT = 5.0          # seconds in which they come, or are not waited for
+MAX_PAGES = 1000             # pages of a list of tags or referrers …
+MAX_LIST = 64 << 20          # … their bytes …
+LIST_LIMIT = 300.0           # … and the seconds that they may take; the list of a broken registry never ends
+REMOTE_TIMEOUT = 60.0        # seconds without a byte from it (MovingStream) …
+TOKEN_TIMEOUT = 20.0         # … and from its token server, whose answer has …
+MAX_TOKEN = 64 << 10         # … at most so many bytes
+CLOSING_TIMEOUT = 600.0      # seconds at the end of an upload, while it reads a large blob again and puts it away
 LONGEST_WAIT = 300.0         # seconds; who says Retry-After with more than that means "come back another day"
 UPLOAD_CHUNK = 64 << 20      # bytes; what a dropped connection costs at most, where the other side keeps whole chunks
 SHORT_LIFE = 60              # seconds of a token, where its server does not say
@@ -3424,14 +3434,71 @@ def basic(user, secret):
     return "Basic " + base64.b64encode(("%s:%s" % (user, secret)).encode()).decode()
 
 
+class MovingStream(io.RawIOBase):
+    """What a socket receives, which must keep moving: it may take the socket's timeout in all, and
+    each KiB that comes earns another second, up to that timeout from now. Else who sends a byte
+    now and then could keep a thread for days."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket):
+        self.raw, self.sock, self.limit = raw, sock, sock.gettimeout()
+        self.ends = time.monotonic() + self.limit
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, view: Any) -> int:
+        """As RawIOBase has it. Raises socket.timeout, OSError."""
+        left = self.ends - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("it sends too slowly")
+        self.sock.settimeout(left)
+        count = self.raw.readinto(view)
+        earned = count * PACE_WINDOW / PACE_BYTES
+        self.ends = min(self.ends + earned, time.monotonic() + self.limit)
+        return count
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
 class Reply(http.client.HTTPResponse):
     """The answer to a request. `content` is its body, unless that is a blob's, which `readinto` reads."""
 
     content = b""
 
+    def __init__(self, sock, *arguments, **settings):
+        super().__init__(sock, *arguments, **settings)
+        self.stream = MovingStream(self.fp.detach(), sock)
+        self.fp = io.BufferedReader(self.stream)
+
     def header(self, name):
         """The value, those of repeated headers joined; "" where there is none."""
         return self.getheader(name, "")
+
+    def read_content(self, limit: int) -> bool:
+        """Read the body into `content`; whether it has ended, so that the connection can be used
+        again. Raises NETWORK_ERRORS where it is longer than `limit`, or cut.
+
+        That of a refusal only says why, and may be nothing like what its header promises
+        (Distribution 2 gives a 416 the length of the blob): what has not come soon is left.
+        """
+        try:
+            if self.status >= 300:
+                self.stream.ends, limit = time.monotonic() + REFUSAL_LIMIT, MAX_REFUSAL
+            if self.status != 416:
+                self.content = self.read(limit)
+            if self.length or not self.isclosed() and not self.will_close:
+                raise http.client.IncompleteRead(self.content)
+        except NETWORK_ERRORS:
+            if self.status < 300:
+                raise
+            return False
+        return not self.will_close
+
+
+class ProxyError(OSError):
+    """The proxy that the environment names can't be reached, or does not let us through."""
 
 
 class Wire:
@@ -3448,21 +3515,39 @@ class Wire:
 
     def connect(self, scheme, netloc):
         """A new connection, through the proxy that the environment (HTTPS_PROXY …) names, if any. Raises OSError."""
-        kind, proxy = http.client.HTTPConnection, urllib.request.getproxies().get(scheme)
+        proxy = urllib.request.getproxies().get(scheme)
+        if proxy and not urllib.request.proxy_bypass(netloc) and not is_this_machine(netloc):
+            return self._connect_through(proxy, scheme, netloc)
+        kind = http.client.HTTPConnection
         if scheme == "https":
             kind = functools.partial(http.client.HTTPSConnection, context=self.context)
-        if not proxy or urllib.request.proxy_bypass(netloc) or is_this_machine(netloc):
-            connection = kind(netloc, timeout=CONNECT_TIMEOUT)
-        else:
-            via = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
-            user, secret = (urllib.parse.unquote(part or "") for part in (via.username, via.password))
-            connection = kind(via.netloc.rpartition("@")[2], timeout=CONNECT_TIMEOUT)
-            connection.set_tunnel(netloc, headers={"Proxy-Authorization": basic(user, secret)} if user else {})
+        connection = kind(netloc, timeout=CONNECT_TIMEOUT)
         connection.response_class = Reply
         connection.connect()
         return connection
 
-    def request(self, method, url, headers, body=None, stream=False, timeout=None):
+    def _connect_through(self, proxy, scheme, netloc):
+        """A new connection through a proxy. Raises ProxyError; OSError for what is behind it."""
+        via = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
+        user, secret = (urllib.parse.unquote(part or "") for part in (via.username, via.password))
+        address = via.netloc.rpartition("@")[2]
+        try:
+            connection = http.client.HTTPConnection(address, timeout=CONNECT_TIMEOUT)
+            connection.default_port = 443 if scheme == "https" else 80
+            connection.response_class = Reply
+            login = {"Proxy-Authorization": basic(user, secret)} if user else {}
+            connection.set_tunnel(netloc, headers=login)
+            connection.connect()
+        except NETWORK_ERRORS as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise ProxyError("the proxy %s fails (%s); check %s_proxy in the environment, or add "
+                             "the host to no_proxy" % (address, reason, scheme))
+        if scheme == "https":
+            host = urllib.parse.urlsplit("//" + netloc).hostname
+            connection.sock = self.context.wrap_socket(connection.sock, server_hostname=host)
+        return connection
+
+    def request(self, method, url, headers, body=None, stream=False, timeout=None, limit=MAX_ANSWER):
         """The Reply; its content has been read, unless it is a blob to `stream`. Raises NETWORK_ERRORS."""
         parts = urllib.parse.urlsplit(url)
         path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
@@ -3481,11 +3566,10 @@ class Wire:
                     if connection.sock:
                         connection.sock.close()  # the reply has it now, and closes it in the end
                     return reply
-                reply.content = reply.read(MAX_ANSWER)
-                if reply.length or not reply.isclosed() and not reply.will_close:
-                    raise http.client.IncompleteRead(reply.content)
-                if not reply.will_close:
+                if reply.read_content(limit):
                     idle.append(connection)
+                else:
+                    connection.close()
                 return reply
             except BaseException as error:
                 connection.close()
@@ -3513,7 +3597,8 @@ class Remote(Registry):
         self.wire = Wire(ca, self.lenient and not ca)
         self.base = None        # the URL up to its path, once we know whether it is https
         self.tokens = {}        # scope: (Authorization, when it ends, the challenges that it answers)
-        self.mutex = threading.RLock()
+        self.mutex = threading.Lock()  # of what follows; nobody has it who waits for the network
+        self.fetches = {}       # scope: the Future of the authorization that a thread is asking for
         self.held_in = {}       # digest: a repository here that is known to have this blob
         self.sessions = {}      # (name, digest): Location of an upload that a mount began
         self.no_referrers = set()  # repositories for which the other side has no referrers API …
@@ -3537,6 +3622,8 @@ class Remote(Registry):
             advice = "there is no such host; check the name, and this machine's DNS or /etc/hosts"
         elif isinstance(error, ConnectionRefusedError):
             advice = "nothing listens there; check the port, and whether the registry runs"
+        elif isinstance(error, ProxyError):
+            advice = text
         else:
             advice = getattr(error, "strerror", None) or text or type(error).__name__
             advice += "; if it speaks HTTPS, leave out --plain-http" if self.plain_http else ""
@@ -3590,20 +3677,20 @@ class Remote(Registry):
 
     def _find_base(self):
         """https, unless --plain-http; on this machine, and with --insecure, http where nobody speaks TLS."""
-        with self.mutex:
-            if not self.base:
-                scheme = "http" if self.plain_http else "https"
-                try:
-                    self.wire.connect(scheme, self.address).close()
-                except NETWORK_ERRORS as error:
-                    silent = isinstance(error, (ssl.SSLError, ConnectionResetError)) and "CERTIFICATE" not in str(error)
-                    if not silent or not self.lenient or self.plain_http:
-                        raise RegistryError("UNAVAILABLE", message=self.explain(error))
-                    scheme = "http"
-                self.base = "%s://%s" % (scheme, self.address)
-            return self.base
+        if not self.base:
+            scheme = "http" if self.plain_http else "https"
+            try:
+                self.wire.connect(scheme, self.address).close()
+            except NETWORK_ERRORS as error:
+                silent = isinstance(error, (ssl.SSLError, ConnectionResetError)) and "CERTIFICATE" not in str(error)
+                if not silent or not self.lenient or self.plain_http:
+                    raise RegistryError("UNAVAILABLE", message=self.explain(error))
+                scheme = "http"
+            self.base = "%s://%s" % (scheme, self.address)
+        return self.base
 
-    def exchange(self, method, url, headers=None, body=None, scope=None, stream=False, timeout=None):
+    def exchange(self, method, url, headers=None, body=None, scope=None, stream=False,
+                 timeout=None, limit=MAX_ANSWER):
         """The Reply to one request, with the redirects and the login that it takes; `url` may be a path. A login is for
         this registry alone: it is not sent to where a redirect or a Location leads. Raises Passing, RegistryError."""
         url = urllib.parse.urljoin(self._find_base(), url)
@@ -3615,7 +3702,7 @@ class Remote(Registry):
             if known:
                 headers["Authorization"] = known
             try:
-                reply = self.wire.request(method, url, headers, body, stream, timeout)
+                reply = self.wire.request(method, url, headers, body, stream, timeout, limit)
                 there = urllib.parse.urljoin(url, reply.header("Location"))
             except NETWORK_ERRORS as error:
                 raise Passing("UNAVAILABLE", message=self.explain(error))
@@ -3654,15 +3741,27 @@ class Remote(Registry):
                 refused, challenges = header, known
             if challenges is None or header != refused:  # another thread was faster
                 return header
-            login = find_login(self.host, scope.split(":")[1])
-            if "bearer" in challenges:
-                header, life = self._fetch_token(challenges["bearer"], scope, login)
-            elif "basic" in challenges and login and basic(login.user, login.secret) != refused:
-                header, life = basic(login.user, login.secret), float("inf")
-            else:
-                raise self._unauthorized(login)
-            self.tokens[scope] = header, time.monotonic() + life * 0.9, challenges
-            return header
+            others = self.fetches.get(scope)
+            fetch = others or self.fetches.setdefault(scope, concurrent.futures.Future())
+        if not others:
+            try:
+                header, life = self._log_in(scope, refused, challenges)
+                self.tokens[scope] = header, time.monotonic() + life * 0.9, challenges
+                fetch.set_result(header)
+            except BaseException as error:
+                fetch.set_exception(error)
+            finally:
+                del self.fetches[scope]
+        return fetch.result()
+
+    def _log_in(self, scope, refused, challenges):
+        """(header, seconds that it lives) that answers the challenges. Raises UNAUTHORIZED."""
+        login = find_login(self.host, scope.split(":")[1])
+        if "bearer" in challenges:
+            return self._fetch_token(challenges["bearer"], scope, login)
+        if "basic" in challenges and login and basic(login.user, login.secret) != refused:
+            return basic(login.user, login.secret), float("inf")
+        raise self._unauthorized(login)
 
     def _fetch_token(self, challenge, scope, login):
         """(header, seconds that it lives) from the token server of a Bearer challenge. Raises UNAUTHORIZED."""
@@ -3673,19 +3772,20 @@ class Remote(Registry):
         wishes = {"scope": sorted(set(challenge.get("scope", "").split() + scope.split()))}
         if "service" in challenge:
             wishes["service"] = challenge["service"]
+        ask = functools.partial(self.exchange, timeout=TOKEN_TIMEOUT, limit=MAX_TOKEN)
         if login and login.token:
             form = dict(wishes, scope=" ".join(wishes["scope"]), grant_type="refresh_token", client_id="tinyreg",
                         refresh_token=login.token)
             headers = {"Content-Type": "application/x-www-form-urlencoded"}
-            reply = self.retry(self.exchange, "POST", realm, headers, urllib.parse.urlencode(form).encode())
+            reply = self.retry(ask, "POST", realm, headers, urllib.parse.urlencode(form).encode())
         else:
             url = realm + ("&" if "?" in realm else "?") + urllib.parse.urlencode(wishes, doseq=True)
             headers = {"Authorization": basic(login.user, login.secret)} if login else {}
-            reply = self.retry(self.exchange, "GET", url, headers)
-        found = {}
+            reply = self.retry(ask, "GET", url, headers)
+        answer = {}
         with contextlib.suppress(ValueError):
-            found = load_json(reply.content)
-        token, life = found.get("token") or found.get("access_token"), found.get("expires_in")
+            answer = load_json(reply.content)
+        token, life = answer.get("token") or answer.get("access_token"), answer.get("expires_in")
         if not isinstance(token, str):
             raise self._unauthorized(login)
         return "Bearer " + token, life if isinstance(life, int) and life > 0 else SHORT_LIFE
@@ -3693,11 +3793,16 @@ class Remote(Registry):
     # Reading
 
     def _pages(self, name, path, field):
-        """Yield what a field of each page of a list has; Link names the next one. Raises UNSUPPORTED."""
-        seen = set()
+        """Yield what a field of each page of a list has; Link names the next one. Raises
+        UNSUPPORTED, and UNKNOWN where the list does not end."""
+        seen, size, ends = set(), 0, time.monotonic() + LIST_LIMIT
         while path not in seen:
+            if len(seen) >= MAX_PAGES or size > MAX_LIST or time.monotonic() > ends:
+                raise RegistryError("UNKNOWN", message="%s sends a list of the %s of %s that does "
+                                    "not end" % (self.host, field, name))
             seen.add(path)
             reply = self.call("GET", name, path)
+            size += len(reply.content)
             try:
                 yield from expect(list, load_json(reply.content).get(field) or [])
             except ValueError:
@@ -3732,6 +3837,8 @@ class Remote(Registry):
     def open_blob_from(self, name, digest, offset=0):
         headers = {"Range": "bytes=%d-" % offset} if offset else {}
         reply = self.call("GET", name, "/blobs/" + digest, (200, 206, 416), headers, stream=True)
+        if reply.status == 416:  # nothing is left; or what we have is wrong, which its digest will show
+            return Blob(None, 0, 0)
         return RemoteBlob(self, reply, offset)
 
     open_blob = open_blob_from
@@ -3813,7 +3920,7 @@ class RemoteBlob(Blob):
         super().__init__(None, offset, None)
         self.remote, self.reply = remote, reply
         surplus = offset if reply.status == 200 else 0  # it knows no ranges: what we have comes again
-        if reply.length is not None:  # 0 after a 416: nothing is left, or what we have is wrong
+        if reply.length is not None:
             surplus = min(surplus, reply.length)
             self.length = reply.length - surplus
         pour(self, surplus)
@@ -3832,11 +3939,14 @@ class RemoteBlob(Blob):
 
 
 class LimitedBlob(Blob):
-    """A blob of which `left` bytes may come at most: an endless one would fill the disk. `told` hears of what comes."""
+    """The rest of a blob of `size` bytes, which `open_from` opens. No more than that comes: an
+    endless one would fill the disk. Of an empty rest nothing is asked. `told` hears of what comes."""
 
-    def __init__(self, blob, left, told=lambda count: None):
-        super().__init__(None, 0, blob.length)
-        self.blob, self.left, self.told = blob, left, told
+    def __init__(self, open_from: Callable[[int], Blob], size: int, offset: int,
+                 told: Callable[[int], None] = lambda count: None):
+        self.left, self.told = max(size - offset, 0), told
+        self.blob = open_from(offset) if self.left or not offset else Blob(None, 0, 0)
+        super().__init__(None, 0, self.blob.length)
 
     def readinto(self, view):
         count = self.blob.readinto(view)
@@ -4028,9 +4138,10 @@ class PullThrough(Directory):
     def _download(self, name, digest, size, ended):
         remote, path = self._upstream(name)
 
+        open_rest = functools.partial(remote.open_blob_from, path, digest)
+
         def open_from(offset):
-            blob = remote.open_blob_from(path, digest, offset)
-            return LimitedBlob(blob, max(size - offset, 0)) if size else blob
+            return LimitedBlob(open_rest, size, offset) if size else open_rest(offset)
 
         try:
             remote.retry(self.cache.put_blob, name, digest, open_from)
@@ -4313,17 +4424,21 @@ class Copy:
         """Let the target have a blob; one that the source has not got is noted as missing, and one
         that is damaged there likewise."""
         attempts = []
+        open_rest = functools.partial(self.source.open_blob_from, self.name, blob.digest)
+
+        def told(count):
+            self.report.add(copied_bytes=count)
 
         def open_from(offset):
             try:
-                opened = self.source.open_blob_from(self.name, blob.digest, offset)
+                rest = LimitedBlob(open_rest, blob.size, offset, told)
             except RegistryError as error:
                 if error.code in UNKNOWN_CODES:
                     self.report.missing.append(blob.digest)
                 raise
             self.report.add(present_bytes=0 if attempts else offset)  # later ones go on after what this run copied
             attempts.append(offset)
-            return LimitedBlob(opened, max(blob.size - offset, 0), lambda count: self.report.add(copied_bytes=count))
+            return rest
 
         if self.target.mount(self.target_name, blob.digest):
             return self.report.add(present_bytes=blob.size)

@@ -152,6 +152,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return None
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         headers = {key: value for key, value in self.headers.items() if key.lower() != "connection"}
+        if headers.get("Host") != server.host:
+            headers["Host"] = server.upstream
         answer = ask("http://" + server.upstream, self.command, self.path, body, **headers)
         self.send_response(answer.status)
         for name, value in answer.headers.items():
@@ -168,6 +170,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_CONNECT(self):
         """As a proxy that lets everything through; what comes then is for the upstream."""
         self.server.seen.append((self.command, self.path, {key.lower(): text for key, text in self.headers.items()}))
+        if not self.server.upstream:
+            return self.server.spoil(self)
         self.send_response(200)
         self.end_headers()
         self.close_connection = False
@@ -372,7 +376,7 @@ def test_tags_and_referrers_come_in_pages(store, server, start_proxy):
 @needs_distribution
 def test_an_index_without_all_its_children_is_refused_with_what_to_do(store, distribution):
     make_multi(store, "demo")
-    with pytest.raises(RegistryError, match="copy all platforms, or one child by its digest"):
+    with pytest.raises(RegistryError, match="copy them as well; or add --strip"):
         copy(store, Remote(distribution), "demo", "latest", platforms=["linux/amd64"])
 
 
@@ -683,6 +687,125 @@ def test_without_ranges_a_cut_blob_is_read_over(filled, server, back, start_prox
     assert not limits and holdings(back, "demo") == holdings(filled, "demo")
 
 
+@needs_distribution
+def test_a_pull_that_was_killed_before_its_last_step_ends_well(store, distribution, back, start_proxy, quick):
+    """All bytes of a blob had come, and it was not a blob yet. Distribution 2 refuses the empty rest with the blob's
+    Content-Length and another body."""
+    image = make_image(store, "demo", layers=(os.urandom(3 << 20),))
+    copy(store, Remote(distribution), "demo", "latest")
+    for blob in image.blobs:
+        session = back.start_upload("demo", blob.digest.algorithm, back._session_of("demo", blob.digest))
+        with store.open_blob("demo", blob.digest) as opened:
+            session.append(opened)
+    proxy = start_proxy(distribution)
+    report = copy(Remote(proxy.host), back, "demo", "latest")
+    assert (report.present_bytes, report.copied_bytes) == (report.total_bytes, 0)
+    assert holdings(back, "demo") == holdings(store, "demo")
+    assert not proxy.asked("GET", "/blobs/")
+
+
+@needs_distribution
+def test_the_refusal_of_an_empty_rest_is_not_read(store, distribution, quick):
+    """Where nobody has said how large the blob is, it is asked for."""
+    blob = make_image(store, "demo", layers=(os.urandom(3 << 20),)).blobs[1]
+    copy(store, Remote(distribution), "demo", "latest")
+    with Remote(distribution).open_blob_from("demo", blob.digest, blob.size) as rest:
+        assert rest.readinto(memoryview(bytearray(10))) == 0
+    assert quick == []
+
+
+def test_a_refusal_is_not_read_to_its_promised_length(start_proxy, monkeypatch, quick):
+    monkeypatch.setattr(tinyreg, "REFUSAL_LIMIT", 0.2)
+    proxy = start_proxy(None, lambda handler: handler.answer(404, {"Content-Length": 1 << 30}, b"nothing here"))
+    with pytest.raises(RegistryError, match="has no demo:latest"):
+        Remote(proxy.host).call("GET", "demo", "/manifests/latest")
+    assert len(proxy.seen) == 1
+
+
+# Registries that mean no good
+
+@pytest.mark.parametrize("field, listing", [
+    ("tags", lambda remote: list(remote.tags("demo"))),
+    ("manifests", lambda remote: remote.referrer_digests("demo", Digest.of(b"")))])
+def test_a_list_that_does_not_end_is_given_up(start_proxy, monkeypatch, field, listing):
+    monkeypatch.setattr(tinyreg, "MAX_PAGES", 20)
+    body = json.dumps({field: []}).encode()
+
+    def spoil(handler):
+        more = len(handler.server.seen) < 100
+        link = {"Link": '<%s?last=%d>; rel="next"' % (handler.path.partition("?")[0], len(handler.server.seen))}
+        return handler.answer(200, link if more else {}, body)
+
+    proxy = start_proxy(None, spoil)
+    with pytest.raises(RegistryError, match="sends a list of the %s of demo that does not end" % field):
+        listing(Remote(proxy.host))
+    assert len(proxy.seen) == 20
+
+
+@pytest.fixture
+def drip():
+    """A function that lets a Handler send a byte every now and then, until the test ends; `begun` is an Event."""
+    end = threading.Event()
+
+    def send(handler, status=200, head=b""):
+        send.begun.set()
+        with contextlib.suppress(OSError):
+            handler.wfile.write(b"HTTP/1.1 %d OK\r\n" % status + head)
+            while not end.wait(0.05):
+                handler.wfile.write(b"x")
+        return handler.cut()
+
+    send.begun = threading.Event()
+    yield send
+    end.set()
+
+
+HEAD = b"Content-Length: 1000000\r\n\r\n"
+
+
+@pytest.mark.parametrize("head", [b"X-Header: ", HEAD])
+def test_an_answer_that_drips_is_not_waited_for(start_proxy, monkeypatch, drip, head):
+    monkeypatch.setattr(tinyreg, "REMOTE_TIMEOUT", 0.5)
+    proxy = start_proxy(None, lambda handler: drip(handler, 200, head))
+    with pytest.raises(RegistryError, match="can't reach .*: (it sends too slowly|timed out)"):
+        list(Remote(proxy.host, retries=0).tags("demo"))
+
+
+def test_a_blob_that_drips_is_not_waited_for(filled, server, back, start_proxy, monkeypatch, drip):
+    monkeypatch.setattr(tinyreg, "REMOTE_TIMEOUT", 0.5)
+    proxy = start_proxy(server.host, lambda handler: "/blobs/" in handler.path and drip(handler, 200, HEAD) or None)
+    with pytest.raises(RegistryError, match="can't reach .*: (it sends too slowly|timed out)"):
+        copy(Remote(proxy.host, retries=0), back, "demo", "latest")
+
+
+def test_a_token_server_that_drips_holds_up_its_own_repository_only(start_proxy, monkeypatch, drip):
+    tokens = TokenServer()
+    fallen = []
+
+    def spoil(handler):
+        if handler.path.startswith("/token") and "slow" in handler.path:
+            return drip(handler, 200, HEAD)
+        return tokens(handler) or handler.answer(200, {"Docker-Content-Digest": Digest.of(b"")})
+
+    def resolve():
+        try:
+            remote.resolve("slow", "latest")
+        except RegistryError as error:
+            fallen.append(error)
+
+    remote = Remote(start_proxy(None, spoil).host, retries=0)
+    monkeypatch.setattr(tinyreg, "TOKEN_TIMEOUT", 3600)
+    waiting = threading.Thread(target=resolve, daemon=True)
+    waiting.start()
+    assert drip.begun.wait(20)
+    assert remote.resolve("demo", "latest") == Digest.of(b"")  # else this would wait as long
+    assert waiting.is_alive()
+    monkeypatch.setattr(tinyreg, "TOKEN_TIMEOUT", 0.5)
+    with pytest.raises(RegistryError, match="can't reach .*: (it sends too slowly|timed out)"):
+        Remote(remote.host, retries=0).resolve("slow", "latest")
+    assert fallen == []
+
+
 def test_overload_is_waited_for_as_long_as_the_server_says(filled, server, back, start_proxy, quick):
     answers = [(429, {"Retry-After": "7"}), (503, {"Retry-After": "11"}), (500, {})]
     proxy = start_proxy(server.host, lambda handler: handler.answer(*answers.pop(0)) if answers else None)
@@ -944,6 +1067,19 @@ def test_pull_goes_through_the_proxy_that_the_environment_names(filled, server, 
     verb, path, headers = proxy.seen[0]
     assert (verb, path) == ("CONNECT", "far.example:80")
     assert headers["proxy-authorization"] == "Basic " + base64.b64encode(b"me:secret").decode()
+
+
+@pytest.mark.parametrize("scheme, status", [("http", None), ("https", None), ("https", 407), ("http", 502)])
+def test_a_proxy_that_fails_is_named(start_proxy, tmp_path, scheme, status):
+    """And not the registry behind it: that "nothing listens there" sends people to the wrong host."""
+    proxy = start_proxy(None, lambda handler: handler.answer(status)).host if status else "127.0.0.1:%d" % free_port()
+    environment = dict(os.environ, **{scheme + "_proxy": "http://me:secret@" + proxy})
+    done = run_tinyreg("pull", "far.example/demo", *(["--plain-http"] if scheme == "http" else []), "--root",
+                       tmp_path / "back", "--retries", "0", env=environment)
+    line, = done.stderr.splitlines()
+    assert done.returncode == 1 and "can't reach far.example: the proxy %s fails (" % proxy in line
+    assert "check %s_proxy in the environment" % scheme in line and "secret" not in line
+    assert str(status or "Connection refused") in line
 
 
 def test_pull_over_tls_names_the_ca_that_is_not_trusted(filled, server, tmp_path, start_tls):
