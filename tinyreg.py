@@ -419,6 +419,7 @@ def without_port(text: str) -> str:
     return re.sub(r":[0-9]+\Z", "", text)
 
 
+@functools.lru_cache(maxsize=256)  # for each connection asks several times
 def find_address(text: str) -> Union[ipaddress.IPv4Address, ipaddress.IPv6Address, None]:
     """The IP address that ADDRESS or ADDRESS:PORT names; None for what is none, as a host name.
     IPv4 inside IPv6 is IPv4."""
@@ -441,7 +442,7 @@ def whole_client(text: str) -> str:
     host may have whole."""
     address = find_address(text)
     if isinstance(address, ipaddress.IPv6Address):
-        return ":".join(address.exploded.split(":")[:4])
+        return "%x" % (int(address) >> 64)
     return text
 
 
