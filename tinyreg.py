@@ -83,6 +83,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -164,8 +165,11 @@ LINGER_LIMIT = 5.0           # seconds to read what a refused client is still se
 NOTIFY_LIMIT = 15.0          # seconds that an endpoint may take for one notification
 NOTIFY_POLL = 0.2            # seconds between two looks for events that another process has queued
 USAGE_LIFE = 60.0            # seconds that a measurement of the store is used for, or 50 times what it took
+CLOCK_SLACK = 60.0           # seconds by which clocks may differ: those of hosts that share a store
+IMPLAUSIBLE = 180 * 86400.0  # seconds; if the newest tag is older, gc asks whether the clock is right
 TOLD_AGAIN = 60.0            # seconds; a link that is younger is not touched again when a client is told of it
 UPLOAD_IDLE = 24 * 3600.0    # seconds after which an upload session that nobody writes to is forgotten
+GRACE_HOURS = 1              # hours for which gc leaves what was pushed or asked for, unless told otherwise
 UPKEEP = 3600.0              # seconds between two looks for such sessions
 PACE_WINDOW = 30.0           # seconds in which a body, in or out, must move …
 PACE_BYTES = 30 << 10        # … so many bytes: 1 KiB a second
@@ -912,6 +916,11 @@ def list_directory(path: str) -> List[str]:
         return sorted(os.listdir(path))
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def local_time(moment: float) -> str:
+    """A Unix time for people, as this machine's clock shows it."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
 
 
 def cores() -> int:
@@ -2123,20 +2132,28 @@ class Collection:
     were last moved more than `older_than` seconds ago; `among` is a pattern of the repositories that are meant. With
     them go the manifests to which no other tag leads. A tag that is about a manifest (cosign's
     sha256-HEX.sig) is none of the `keep`, and goes when its manifest goes.
+
+    Times may come from a wrong clock. One that lies in the future becomes now, but for a tag's; and
+    where the tags' times and the clock don't go together, no tag expires without `force`.
     """
 
     def __init__(self, store, grace=0.0, untagged=False, dry_run=False, tell=None, keep=None, older_than=None,
-                 among=None):
+                 among=None, force=False):
         self.store = store
+        self.now = time.time()
         self.grace = grace + TOLD_AGAIN if grace else 0.0  # clients are told of links that are not touched again yet
         self.untagged = untagged
         self.keep, self.older_than, self.among = keep, older_than, among
+        self.force, self.doubt = force, None  # a sentence on a clock that seems to be wrong
         self.dry_run = dry_run
         self.tell = tell or (lambda kind, what, size: None)  # is called for each thing that goes
         self.wanted = set()                                  # the keys of what stays
         self.unsynced = set()                                # folders from which links went
         self.counts = collections.Counter()                  # of what goes, by kind; and its "bytes"
         self.unread = []                                     # manifests and tags that can't be read
+        self.young = self.now - self.grace
+        self.spared = False  # whether something stays because it is young
+        self.newest = 0.0    # when what goes was last pushed or asked for
 
     def run(self):
         """Raises OSError, and has then deleted less than it could."""
@@ -2144,13 +2161,47 @@ class Collection:
             os.utime(self.store.lock.path)  # asks the clock of the file system, which may be another host's
             self.now = os.stat(self.store.lock.path).st_mtime
         self.young = self.now - self.grace
+        self._check_clock()
         self.purge()
         for name in repository_folders(self.store):
-            self._collect_repository(name)
+            self.collect_repository(name)
             self._collect_empty(name)
         self._sync()
         blobs = digest_folders(self.store.tree, "blobs", shards=True)
         self._take("blobs", "data", (entry for entry in blobs if key_of(entry[0]) not in self.wanted))
+
+    def _look(self, path, opened=False):
+        """As look_at. But a time in the future, which a wrong clock left behind, becomes now: else
+        it would hold for years what it should hold for an hour."""
+        state, now = look_at(path, opened), max(self.now, time.time())
+        if state.mtime > now + CLOCK_SLACK:
+            state = state._replace(mtime=now)
+            with contextlib.suppress(FileNotFoundError):  # taken away meanwhile
+                if not self.dry_run:
+                    os.utime(path)
+        self.spared = self.spared or state.mtime >= self.young
+        return state
+
+    def _check_clock(self):
+        """Raises CommandError if tags are to expire and, by their times, the clock seems wrong."""
+        if self.keep is None and self.older_than is None:
+            return
+        pushed = [(look_at(os.path.join(self.store.tag_path(name, tag), CURRENT)).mtime, name, tag)
+                  for name in repository_folders(self.store)
+                  for tag in list_directory(self.store.tag_path(name, ""))]
+        newest, name, tag = max(pushed, default=(self.now, "", ""))
+        least = 0.0 if self.keep is None else IMPLAUSIBLE
+        if self.keep is not None and newest > self.now + CLOCK_SLACK:
+            consequence = "would count as the newest from now on"
+        elif self.older_than is not None and self.now - newest > max(self.older_than, least):
+            consequence = "was the last that was pushed, so all tags are older than --older-than"
+        else:
+            return
+        self.doubt = ("%s, of %s, %s. This machine's clock says %s: if that is right, say --force"
+                      % (image_text(name, tag), local_time(newest), consequence,
+                         local_time(self.now)))
+        if not self.force and not self.dry_run:
+            raise CommandError(self.doubt)
 
     def _sync(self):
         """Make it durable that links are gone, before what they led to goes."""
@@ -2160,19 +2211,21 @@ class Collection:
 
     def purge(self):
         """Take away upload sessions that nobody has written to for a day, and what crashes left in scratch."""
-        limit = time.time() - UPLOAD_IDLE
+        limit = self.now - UPLOAD_IDLE
         for name in repository_folders(self.store):
             for session_id in list_directory(os.path.join(self.store.repository_path(name), "_uploads")):
                 session = DirectoryUpload(self.store, name, session_id)
-                age, size, _ = look_at(session.path)
-                if (age or look_at(session.folder)[0]) < limit and (self.dry_run or session.expire(limit)):
+                age, size, _ = self._look(session.path)
+                idle = (age or self._look(session.folder).mtime) < limit
+                if idle and (self.dry_run or session.expire(limit)):
                     self._count("uploads", "%s %s" % (name, session_id), size)
         for entry in list_directory(self.store.files.scratch):
             path = os.path.join(self.store.files.scratch, entry)
             with contextlib.suppress(FileNotFoundError):
                 # What has no such name may be a file that is about to get its own; a `-` is in the names of put_blob's
                 # locks, which may be held for days.
-                old = entry.endswith(".grave") or "-" not in entry and os.stat(path).st_ctime < limit
+                idle = "-" not in entry and self._look(path).mtime < limit
+                old = idle or entry.endswith(".grave")
                 if old and not self.dry_run:
                     self.store.files.dispose(path)
 
@@ -2181,7 +2234,7 @@ class Collection:
         self.counts["bytes"] += size
         self.tell(kind, what, size)
 
-    def _collect_repository(self, name):
+    def collect_repository(self, name):
         """Note what the manifests of a repository mention, and take away its links to anything else."""
         folder = self.store.repository_path(name)
         revisions, mentions, children, about, unread = {}, {}, {}, {}, len(self.unread)
@@ -2256,7 +2309,7 @@ class Collection:
         limit = min(self.young, self.now - (self.older_than or 0.0))
         expired = [tag for tag in sorted(moved, key=moved.get, reverse=True)[self.keep or 0:] if moved[tag] < limit]
         kept = {targets[tag] for tag in set(targets).difference(expired)}
-        return {tag: targets[tag] for tag in expired if targets[tag] in kept or look_at(
+        return {tag: targets[tag] for tag in expired if targets[tag] in kept or self._look(
             os.path.join(self.store.revision_path(name, targets[tag]), "link"))[0] < self.young}
 
     def _reached(self, name, revisions, mentions, children, about, expired):
@@ -2267,7 +2320,7 @@ class Collection:
         one's children, and what is about these. (What else a manifest mentions, its base image for
         one, is kept by that, but does not go along.)"""
         todo = [key_of(digest) for digest, revision in revisions.items()
-                if look_at(os.path.join(revision, "link"))[0] >= self.young]
+                if self._look(os.path.join(revision, "link")).mtime >= self.young]
         todo += map(key_of, self.store.pinned(name))
         notes = []
         for tag in list_directory(self.store.tag_path(name, "")):
@@ -2291,13 +2344,14 @@ class Collection:
         a repository or among the blobs. Returns the other entries."""
         stay, entries = [], iter(entries)
         for batch in iter(lambda: list(itertools.islice(entries, COLLECTED_AT_ONCE)), []):
-            looks = {entry: look_at(os.path.join(entry[1], file)) for entry in batch}
+            looks = {entry: self._look(os.path.join(entry[1], file)) for entry in batch}
             old = [entry for entry in batch if looks[entry][0] < self.young]
             if old and not self.dry_run:
                 old = self._bury(file, old)
             for entry in old:
                 self._count(kind, image_text(name, entry[0]) if name else entry[0],
                             looks[entry][1] if kind == "blobs" else 0)
+                self.newest = max(self.newest, looks[entry].mtime)
             stay += set(batch).difference(old)
         return stay
 
@@ -2306,7 +2360,8 @@ class Collection:
         began, graves = time.monotonic(), []
         with self.store.lock.alone():
             waited = time.monotonic() - began
-            looks = {entry: look_at(os.path.join(entry[1], file), opened=True) for entry in entries}
+            looks = {entry: self._look(os.path.join(entry[1], file), opened=True)
+                     for entry in entries}
             old = [entry for entry in entries if looks[entry][0] < self.young]
             for entry in old:
                 path = os.path.join(entry[1], file)
@@ -2369,6 +2424,27 @@ def collect_garbage(store, **how):
         if not collection.dry_run:
             note_result(store, "gc", freed_bytes=collection.counts["bytes"])
     return collection
+
+
+def waiting_bytes(done, **how):
+    """What a Collection has left only because it is young: how many bytes, and until when."""
+    if not done.spared:
+        return 0, 0.0
+    later = Collection(done.store, **dict(how, grace=0.0, dry_run=True, force=True))
+    later.run()
+    size = later.counts["bytes"] - (done.counts["bytes"] if done.dry_run else 0)
+    return size, later.newest + done.grace
+
+
+def freed_bytes(store, name, grace):
+    """How many bytes a Collection of what is untagged would free in one repository, unless another
+    needs them; and from when on."""
+    digests = set()
+    later = Collection(store, untagged=True, dry_run=True,
+                       tell=lambda kind, what, size: digests.add(what.partition("@")[2]))
+    later.collect_repository(name)
+    size = sum(look_at(store.blob_path(Digest(digest))).size for digest in digests if digest)
+    return size, later.newest + grace + TOLD_AGAIN
 
 
 # Upkeep: verification
@@ -4085,7 +4161,8 @@ class PullThrough(Directory):
     def resolve(self, name, tag):
         link = os.path.join(self.current_path(name, tag), "link")
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - os.stat(link).st_mtime < self.ttl:  # it is written anew each time the tag is found right
+            # It is written anew each time the tag is found right; in the future, by a wrong clock.
+            if -CLOCK_SLACK <= time.time() - os.stat(link).st_mtime < self.ttl:
                 return super().resolve(name, tag)
         digest = self._ask(name, Remote.resolve, tag)
         with contextlib.suppress(RegistryError):
@@ -4749,7 +4826,8 @@ class Access:
             right = hmac.compare_digest(base64.urlsafe_b64decode(signature), self._sign(payload, user))
         except (ValueError, TypeError, RecursionError):
             right = False
-        if not right or expires < time.time():
+        # One that ends too late was made while the clock was wrong, and might be good for years.
+        if not right or not 0 <= expires - time.time() <= TOKEN_LIFE + CLOCK_SLACK:
             raise self._unauthorized(request, "the token is not valid, or no longer", error="invalid_token")
         return Who(user, grants)
 
@@ -5941,6 +6019,8 @@ def page(title, *content):
 def ago(moment):
     """How long a Unix time is ago, for people, in the largest unit that fits twice."""
     passed = time.time() - moment
+    if passed < -CLOCK_SLACK:
+        return "in the future: a clock is, or was, wrong"
     for unit, size in (("years", 31557600), ("months", 2629800), ("days", 86400), ("hours", 3600), ("minutes", 60)):
         if passed >= 2 * size:
             return "%d %s ago" % (passed // size, unit)
@@ -6851,7 +6931,7 @@ class ResponseCache:
         """The mark to keep a response under that is made from now on; None if nothing may be
         kept."""
         version = self.registry.version()
-        return (version, int(time.time() / CACHED_FOR)) if version is not None else None
+        return (version, int(time.monotonic() / CACHED_FOR)) if version is not None else None
 
     def find(self, asker: Any, head: bytes) -> Optional[CachedResponse]:
         """The response to this head of a request, if the same asker has sent it before."""
@@ -7754,15 +7834,21 @@ def banner(store, listeners, access, local, tls=None):
 def keep_up(store, every, grace):
     """Until the process ends: purge idle upload sessions once an hour, and collect garbage every so many seconds
     (0: never), whichever of the processes that share the store does it."""
+
+    def left():
+        """How many seconds until the next time; 0 where, by a wrong clock, the last lies ahead."""
+        passed = time.time() - look_at(os.path.join(store.own, "gc")).mtime
+        return every - passed if passed >= -CLOCK_SLACK else 0
+
     while True:
         pause = UPKEEP
         try:
-            if every and time.time() - look_at(os.path.join(store.own, "gc"))[0] >= every:
+            if every and left() <= 0:
                 collect_garbage(store, grace=grace)
             else:
                 Collection(store).purge()
             if every:
-                pause = min(pause, look_at(os.path.join(store.own, "gc"))[0] + every - time.time())
+                pause = min(pause, left())
         except BlockingIOError:
             pass
         except Exception:
@@ -8006,31 +8092,69 @@ def list_store(options):
     return 0
 
 
+def default_root() -> str:
+    return os.environ.get("TINYREG_ROOT") or "./registry"
+
+
+WAITING = "%s before %s, since clients may be at it; while nobody pushes, this does not wait:"
+
+
+def command_text(*words: str) -> str:
+    """A command line of ours, for people to copy."""
+    return "  tinyreg.py " + " ".join(map(shlex.quote, words))
+
+
+def space_lines(options, store, names):
+    """How the space of what was deleted in these repositories comes back, and when."""
+    sizes, ends = zip(*(freed_bytes(store, name, GRACE_HOURS * 3600) for name in names))
+    if not sum(sizes):
+        return ["no space comes back: what is left needs all of it"]
+    command = ["gc", "--untagged"]
+    if options.root != default_root():
+        command += ["--root", options.root]
+    size = "up to " + in_units(sum(sizes))
+    if max(ends) <= time.time():
+        return [size + " come back with:", command_text(*command)]
+    return [WAITING % (size + " can't be freed", local_time(max(ends))),
+            command_text(*command, "--grace", "0")]
+
+
+def delete_image(store, image):
+    """Delete a tag or a manifest; returns (repository, the digest). Raises CommandError."""
+    if names_whole(image):
+        raise CommandError("%s: say which tag (%s:TAG) or manifest (%s@DIGEST) to delete"
+                           % (image, image, image))
+    try:
+        name, reference = find_image(store, image)
+        tag = reference.tag if isinstance(reference, Digest) else reference
+        digest = store.resolve(name, tag) if tag else reference
+        if digest != reference and tag != reference:
+            raise CommandError("%s: the tag points to %s; nothing was deleted" % (image, digest))
+        if tag:
+            store.delete_tag(name, tag)
+        else:
+            store.delete_manifest(name, digest)
+        return name, digest
+    except RegistryError as error:
+        raise CommandError("%s: %s" % (image, error.message))
+
+
 def remove(options):
     """Delete tags (NAME:TAG) and manifests (NAME@DIGEST). The bytes stay until garbage is collected."""
-    store, deleted = open_store(options), []
+    store, deleted, names = open_store(options), [], set()
     try:
         for image in options.images:
-            if names_whole(image):
-                raise CommandError("%s: say which tag (%s:TAG) or manifest (%s@DIGEST) to delete"
-                                   % (image, image, image))
-            try:
-                name, reference = find_image(store, image)
-                if not isinstance(reference, Digest):
-                    store.delete_tag(name, reference)
-                elif not reference.tag:
-                    store.delete_manifest(name, reference)
-                elif store.resolve(name, reference.tag) == reference:
-                    store.delete_tag(name, reference.tag)
-                else:
-                    raise CommandError("%s: the tag points to %s; nothing was deleted"
-                                       % (image, store.resolve(name, reference.tag)))
-            except RegistryError as error:
-                raise CommandError("%s: %s" % (image, error.message))
-            deleted.append(image)
+            name, digest = delete_image(store, image)
+            names.add(name)
+            deleted.append((image, digest))
     finally:
-        lines = ["deleted " + image for image in deleted] + ["the space comes back with: tinyreg.py gc --untagged"]
-        show(options, {"deleted": deleted}, [] if options.quiet or not deleted else lines)
+        lines = ["deleted %s%s" % (image, "" if digest in image else ", which was " + digest)
+                 for image, digest in deleted]
+        if names and not options.quiet and not options.json:
+            lines += space_lines(options, store, sorted(names))
+        show(options, {"deleted": [image for image, _ in deleted],
+                       "digests": [digest for _, digest in deleted]},
+             [] if options.quiet else lines)
     return 0
 
 
@@ -8356,20 +8480,28 @@ def collect(options):
         elif options.dry_run:
             tell("%s  %s%s" % (kind[:-1], what, "  %d bytes" % size if size else ""))
 
+    how = {"untagged": options.untagged, "keep": options.keep, "older_than": options.older_than,
+           "among": options.repositories}
     try:
-        done = collect_garbage(store, grace=options.grace, untagged=options.untagged,
-                               dry_run=options.dry_run, tell=note, keep=options.keep,
-                               older_than=options.older_than, among=options.repositories)
+        done = collect_garbage(store, grace=options.grace, dry_run=options.dry_run, tell=note,
+                               force=options.force, **how)
     except BlockingIOError:
         raise CommandError("another gc is at work in %s; it does the same" % store.root)
+    waiting, until = (0, 0.0) if options.quiet else waiting_bytes(done, **how)
+    if done.doubt:
+        complain("tinyreg: " + done.doubt)
     if options.json:
         tell_json({"dryRun": options.dry_run, "size": done.counts["bytes"], "removed": gone,
+                   "waiting": waiting, "waitingUntil": timestamp(until) if waiting else None,
                    "unreadable": done.unread})
     elif not options.quiet:
         tell("%s %s; %s" % ("would remove" if options.dry_run else "removed", ", ".join(
             "%d %s" % (done.counts[kind], kind) for kind in ("tags", "manifests", "links", "blobs", "uploads",
                                                              "repositories") if kind != "tags" or done.counts[kind]),
             in_units(done.counts["bytes"])))
+        if waiting:
+            tell(WAITING % (in_units(waiting) + " more can't be freed", local_time(until)))
+            tell(command_text(*options.arguments, "--grace", "0"))
     if done.unread:
         complain("tinyreg: kept all that may belong to what can't be read (see tinyreg.py verify): "
                  + ", ".join(done.unread[:10]) + (" …" if done.unread[10:] else ""))
@@ -8690,7 +8822,7 @@ def add_command(commands, function, name, purpose, examples, reports=True):
     parser = commands.add_parser(name, description=purpose, help=purpose[0].lower() + purpose[1:].rstrip("."),
                                  epilog="examples:\n" + examples, formatter_class=HelpFormatter)
     parser.set_defaults(function=function)
-    parser.add_argument("--root", metavar="DIR", default=os.environ.get("TINYREG_ROOT") or "./registry",
+    parser.add_argument("--root", metavar="DIR", default=default_root(),
                         help="directory of the store (TINYREG_ROOT)")
     parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
     if reports:
@@ -8763,7 +8895,8 @@ def add_serve_command(commands):
                          help="refuse blobs that are larger; 0 is no limit")
     command.add_argument("--gc-every", metavar="TIME", type=seconds, default="0", help="delete what nothing refers to "
                          "this often, for example 24h; 0 is never")
-    command.add_argument("--grace", metavar="TIME", type=seconds, default="1h", help="how long --gc-every leaves "
+    command.add_argument("--grace", metavar="TIME", type=seconds, default="%dh" % GRACE_HOURS,
+                         help="how long --gc-every leaves "
                          "what a client was told about")
 
 
@@ -8828,7 +8961,10 @@ def add_store_commands(commands):
                          "(default: any age is kept)")
     command.add_argument("--repositories", metavar="GLOB", type=parse_glob, help="in which repositories --keep and "
                          "--older-than delete tags; * stays within one component, ** does not (default: all)")
-    command.add_argument("--grace", metavar="TIME", type=seconds, default="1h", help="leave what was pushed, or a "
+    command.add_argument("--force", action="store_true", help="let tags expire also where their "
+                         "times and this machine's clock don't go together")
+    command.add_argument("--grace", metavar="TIME", type=seconds, default="%dh" % GRACE_HOURS,
+                         help="leave what was pushed, or a "
                          "client was told about, this short ago")
     command.add_argument("--dry-run", action="store_true", help="only list what would go, with its size")
     command = add_command(commands, verify, "verify", "Read everything again; name what is damaged, and what it harms.",
@@ -8892,6 +9028,7 @@ def main(argv=None):
     if arguments[0] == "serve" and not {"-h", "--help"} & set(arguments):  # where errors about variables send people
         arguments[1:] = with_environment(parser.commands["serve"], arguments[1:])
     options = parser.parse_args(arguments)
+    options.arguments = arguments
     if options.command == "serve":
         options.listen = options.listen or [("127.0.0.1", 5000)]
     start_logging()

@@ -341,6 +341,9 @@ def test_tokens_end(world, monkeypatch):
     monkeypatch.setattr(tinyreg.time, "time", lambda: now + tinyreg.TOKEN_LIFE + 2)
     answer = world.ask(access, "GET", "/v2/team/a/tags/list", authorization=token)
     assert answer.status == 401 and 'error="invalid_token"' in challenge_of(answer)
+    # One that was given away while the clock was years ahead would be good for years.
+    monkeypatch.setattr(tinyreg.time, "time", lambda: now - 1e8)
+    assert world.status(access, "GET", "/v2/team/a/tags/list", authorization=token) == 401
 
 
 def test_a_new_password_ends_the_tokens(world):

@@ -15,7 +15,7 @@ import tinyreg
 from conftest import TINYREG, found_pythons, run_tinyreg
 from samples import (CONFIG, EVIL, buildkit_cache, image, index, is_harmless, make_image,
                      make_referrer, push_blob, to_manifest)
-from tinyreg import OCI_INDEX, OCI_MANIFEST, Digest, __version__
+from tinyreg import OCI_INDEX, OCI_MANIFEST, Digest, __version__, command_text, local_time
 
 PYTHONS = found_pythons()
 
@@ -341,7 +341,43 @@ def test_rm_several(run, store):
     manifest = make_image(store, "a/b", "one")
     store.put_manifest("a/b", manifest, ["two"])
     done = run("rm", "a/b:one", "a/b:two", "a/b@" + manifest.digest, "--json")
-    assert json.loads(done.stdout) == {"deleted": ["a/b:one", "a/b:two", "a/b@" + manifest.digest]}
+    assert json.loads(done.stdout) == {"deleted": ["a/b:one", "a/b:two", "a/b@" + manifest.digest],
+                                       "digests": [manifest.digest] * 3}
+
+
+def test_rm_says_what_the_tag_pointed_to_and_when_its_space_comes_back(run, store):
+    """gc --untagged, which it had recommended, freed nothing for an hour, and did not say so."""
+    manifest = make_image(store, "a", "one", layers=(b"x" * (3 << 20), b"shared"))
+    make_image(store, "a", "two", layers=(b"shared",))
+    store.put_manifest("a", manifest, ["three"])
+    assert run("rm", "a:three").stdout.splitlines() == [
+        "deleted a:three, which was " + manifest.digest, "no space comes back: what is left needs all of it"]
+    deleted, waits, command = run("rm", "a:one").stdout.splitlines()
+    assert deleted == "deleted a:one, which was " + manifest.digest
+    assert re.fullmatch("up to 3.0 MiB can't be freed before [0-9-]{10} [0-9:]{5}, since clients may be at it; "
+                        "while nobody pushes, this does not wait:", waits)
+    assert waits.split("before ")[1][:16] in {local_time(time.time() + 3660 - ago) for ago in range(120)}
+    assert command == "  tinyreg.py gc --untagged --root %s --grace 0" % store.root
+    for arguments, freed in ((["--dry-run"], "would remove"), ([], "removed")):
+        done = run("gc", "--untagged", *arguments)
+        result, waits, again = done.stdout.splitlines()[-3:]
+        assert result.startswith(freed + " 0 manifests") and waits.startswith("3.0 MiB more can't be freed before 2")
+        assert again == command_text("gc", "--root", store.root, "--untagged", *arguments, "--grace", "0")
+    report = json.loads(run("gc", "--untagged", "--json").stdout)
+    assert report["size"] == 0 and report["waiting"] > 3 << 20 and report["waitingUntil"].endswith("Z")
+    freed = run(*again.split()[1:]).stdout.splitlines()
+    assert len(freed) == 1 and freed[0].startswith("removed 1 manifests") and freed[0].endswith("; 3.0 MiB")
+
+
+def test_rm_of_what_nobody_has_asked_for_lately_has_nothing_to_wait_for(run, store):
+    make_image(store, "a", "one")
+    for folder, _, names in os.walk(store.root):
+        for name in names:
+            os.utime(os.path.join(folder, name), (1, 1))
+    size, command = run("rm", "a:one").stdout.splitlines()[1:]
+    assert re.fullmatch("up to [0-9]+ B come back with:", size)
+    assert command == "  tinyreg.py gc --untagged --root " + store.root
+    assert run("gc", "--untagged").stdout.count("\n") == 1
 
 
 def test_rm_quiet(run, store):

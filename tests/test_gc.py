@@ -15,8 +15,8 @@ import pytest
 from conftest import TINYREG, run_tinyreg, until
 from samples import (CONFIG, buildkit_cache, image, index, make_image, make_referrer, push_blob, read_blob,
                      to_manifest)
-from tinyreg import (DOCKER_SCHEMA1, OCI_MANIFEST, Collection, Digest, Directory, Manifest, RegistryError,
-                     collect_garbage, copy)
+from tinyreg import (DOCKER_SCHEMA1, OCI_MANIFEST, Collection, CommandError, Digest, Directory, Manifest,
+                     RegistryError, collect_garbage, copy, local_time)
 
 HOUR = 3600
 
@@ -181,7 +181,7 @@ def test_what_was_pulled_by_its_digest_alone_stays_until_it_is_deleted_by_it(sto
     assert has_blob(again, "kept", b"child") and again.manifest("kept", multi.digest)
     store.delete_tag("app", "1")
     make_old(store)
-    gc(again, untagged=True, older_than=HOUR)
+    gc(again, untagged=True, older_than=HOUR, force=True)
     assert has_blob(again, "app", b"child") and not has_blob(again, "app", b"tagged")
     rm = run_tinyreg("rm", "--root", store.root, "app@" + child.digest, "kept@" + multi.digest)
     assert rm.returncode == 0, rm.stderr
@@ -528,6 +528,65 @@ def test_the_command_shows_what_would_expire_and_lets_it(aged):
     assert run_tinyreg("verify", "--root", aged.root).returncode == 0
 
 
+# Wrong clocks
+
+def set_time(store, moment, *paths):
+    for path in paths or files_below(store.root):
+        os.utime(path, (moment, moment))
+
+
+def test_what_was_stored_while_the_clock_was_wrong_is_collected_once_it_has_aged(store):
+    """Its times said 2050, so gc took it for young until then."""
+    make_image(store, "app", None, layers=(b"layer",))
+    session = store.start_upload("app")
+    lost = os.path.join(store.files.scratch, "lost")
+    open(lost, "w").close()
+    set_time(store, time.time() + 24 * 365 * 24 * HOUR)
+    before = files_below(store.tree)
+    assert gc(store, grace=HOUR, untagged=True) == set() and files_below(store.tree) == before
+    Collection(store).purge()
+    assert all(os.stat(path).st_mtime < time.time() + 60 for path in [session.path, lost])
+    make_old(store, 25 * HOUR)  # a day later
+    gone = gc(store, grace=HOUR, untagged=True)
+    assert not has_data(store, b"layer") and not os.path.exists(lost)
+    assert ("uploads", "app " + session.id) in gone
+
+
+def test_a_clock_that_is_a_year_ahead_deletes_no_tag(aged):
+    """`gc --older-than 90d` deleted every tag of every repository."""
+    year = 365 * 24 * HOUR
+    set_time(aged, time.time() - year)
+    for arguments in [], ["--keep", "1"], ["--repositories", "app"]:
+        done = run_tinyreg("gc", "--root", aged.root, "--older-than", "90d", *arguments)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+        assert any("clock says " + local_time(time.time() - ago) in done.stderr for ago in range(120))
+        assert "--force" in done.stderr
+    assert list(aged.tags("app")) == list("12345")
+    planned = run_tinyreg("gc", "--root", aged.root, "--older-than", "90d", "--dry-run")
+    assert planned.returncode == 0 and "would remove 6 tags" in planned.stdout and "--force" in planned.stderr
+    make_image(aged, "other", "new")  # so the clock is right, and the rest is old
+    assert run_tinyreg("gc", "--root", aged.root, "--older-than", "90d").returncode == 0
+    assert list(aged.repositories()) == ["other"] and list(aged.tags("other")) == ["new"]
+    set_time(aged, time.time() - year)
+    assert run_tinyreg("gc", "--root", aged.root, "--older-than", "90d", "--force").returncode == 0
+    assert list(aged.repositories()) == []
+
+
+def test_a_quiet_week_is_no_wrong_clock_where_tags_are_kept_by_their_number(aged):
+    set_time(aged, time.time() - 7 * 24 * HOUR)
+    gc(aged, keep=2, older_than=24 * HOUR)
+    assert len(list(aged.tags("app"))) == 2
+
+
+def test_a_tag_of_the_future_does_not_push_out_what_is_new(aged):
+    set_time(aged, time.time() + 100 * HOUR, os.path.join(aged.current_path("app", "5"), "link"))
+    with pytest.raises(CommandError, match="^app:5, of .*, would count as the newest from now on.*clock says"):
+        collect_garbage(aged, keep=1)
+    assert list(aged.tags("app")) == list("12345")
+    gc(aged, keep=1, force=True)
+    assert list(aged.tags("app")) == ["5"]
+
+
 # The command
 
 def test_dry_run_lists_and_leaves(store):
@@ -559,6 +618,16 @@ def test_gc_every(start_server, store):
     push_blob(store, "app", b"stray")
     make_old(store)
     start_server(store.root, "--gc-every", "1s", "--grace", "1h")
+    until(lambda: not has_data(store, b"stray"))
+
+
+def test_gc_every_after_a_run_whose_clock_was_ahead(start_server, tmp_path):
+    store = Directory(str(tmp_path / "registry"))
+    push_blob(store, "app", b"stray")
+    open(os.path.join(store.own, "gc"), "w").close()
+    make_old(store)
+    set_time(store, time.time() + 24 * 365 * 24 * HOUR, os.path.join(store.own, "gc"))
+    start_server(store.root, "--gc-every", "24h", "--grace", "1h")
     until(lambda: not has_data(store, b"stray"))
 
 
