@@ -4924,23 +4924,15 @@ class Access:
             raise RegistryError.too_many(60, "%s has too many uploads open; finish or cancel some" % request.client)
         begun.append((session.name, session.id))
 
-    def in_words(self, reach: str, read_only: bool, client_ca: Optional[str] = None) -> List[str]:
-        """For the banner: who may do what. `reach` is who can connect, `client_ca` the CA without
-        whose certificate nobody can."""
+    def in_words(self, reach, read_only):
+        """For the banner, in lines: who may do what. `reach` is who can connect."""
         may = [IN_WORDS[min(level, 1) if read_only else level] for level in range(len(LEVELS))]
-        users = "what the rules in %s say" % self.rules_file if self.rules_file else may[self.default]
-        others = may[self.anonymous]
-        if client_ca:
-            lines = ["nobody can connect without a certificate from the CA in %s; the user whom it "
-                     "names may %s, one without a user may %s" % (client_ca, users, others)]
-        elif self.users_file:
-            lines = ["%s may %s without a password" % (reach, others)]
-        else:
-            change = " (change it with --anonymous)" if others != IN_WORDS[-1] else ""
-            lines = ["%s may %s%s" % (reach, others, change)]
+        lines = ["%s may %s%s" % (reach, may[self.anonymous], " without a password" if self.users_file else
+                                  " (change it with --anonymous)" if self.anonymous < len(LEVELS) - 1 else "")]
         if self.users_file:
-            lines.append("those in %s may %s" % (self.users_file, users))
-        return lines + (["nobody may change it: this registry is read-only"] if read_only else [])
+            allowed = "what the rules in %s say" % self.rules_file if self.rules_file else may[self.default]
+            lines.append("those in %s may %s" % (self.users_file, allowed))
+        return lines + (["this registry is read-only"] if read_only else [])
 
 # ---------------------------------------------------------------------------------------------------------
 # 11  Observation
@@ -5737,7 +5729,10 @@ def cancel_upload(registry, access, request, name, session):
 
 # Routes: {placeholders} are loose shapes with strict parsers, so that `/v2/Bad/tags/list` is NAME_INVALID.
 
-PARSERS = {"name": parse_name, "reference": parse_reference, "digest": parse_digest, "session": parse_session_id}
+PARSERS: Dict[str, Callable[[str], Any]] = {
+    "name": parse_name, "reference": parse_reference, "digest": parse_digest,
+    "session": parse_session_id, "client": str,
+}
 
 
 def compile_routes(rows):
@@ -6188,63 +6183,263 @@ def disk_page(registry, access, request):
 
 CLIENTS = {  # where each looks for the CAs of registries, and what to know about that
     "docker": ("/etc/docker/certs.d", "read at each pull, no restart"),
-    "containerd": ("/etc/containerd/certs.d", "for nerdctl; for ctr with --hosts-dir /etc/containerd/certs.d; for "
-                   "Kubernetes with that folder as config_path in config.toml; no restart"),
+    "containerd": ("/etc/containerd/certs.d", "for Kubernetes, for nerdctl, and for ctr with "
+                   "--hosts-dir /etc/containerd/certs.d; no restart"),
     "podman": ("/etc/containers/certs.d", "for podman, buildah, skopeo, CRI-O"),
     "k3s": ("/etc/rancher/k3s/certs.d", "on every node"),
+    "system": ("", ""),  # buildx, crane, helm, oras, regctl and cosign trust what the system trusts
 }
 
+# A script may be pasted into a shell: it runs in a subshell, and not before all of it is there. It
+# uses what every sh and a minimal Debian or RHEL have.
+SCRIPT = r"""# This sets up {client} for the registry {host}: run it on the client, as root, once or again.
+(
+set -eu
+[ "$(id -u)" = 0 ] || {{ echo 'run this as root, for example with sudo sh' >&2; exit 1; }}
+wrote=
+put() {{  # FILE MODE REMARK: the standard input becomes FILE; what was there stays beside it
+    mkdir -p "${{1%/*}}"
+    (umask 077; cat > "$1.tinyreg")
+    chmod "$2" "$1.tinyreg"
+    if [ -f "$1" ] && [ "$(cat "$1")" = "$(cat "$1.tinyreg")" ]; then
+        mv "$1.tinyreg" "$1"
+        echo "$1 is as it should be ($3)"
+        return
+    fi
+    if [ -s "$1" ]; then
+        case $1 in *.json|*.yaml)
+            echo "add what is in $1.tinyreg to $1 by hand ($3)" >&2
+            return ;;
+        esac
+        kept=$1.$(date +%Y%m%d-%H%M%S).bak
+        cp -p "$1" "$kept"
+        echo "what was in $1 is now in $kept"
+    fi
+    mv "$1.tinyreg" "$1"
+    wrote=$1
+    echo "wrote $1 ($3)"
+}}
+again() {{  # reload|restart SERVICE
+    if systemctl "$1" "$2" 2>/dev/null; then echo "$2: $1 done"
+    else echo "then: systemctl $1 $2" >&2; fi
+}}
+{steps})
+"""
+RELOAD_DOCKER = """\
+case $wrote in */daemon.json) again reload docker ;; esac
+"""
+# containerd looks into certs.d only if config_path says so; where that stands depends on its version.
+SET_CONFIG_PATH = r"""
+c=/etc/containerd/config.toml d=/etc/containerd/certs.d
+set_config_path() {
+    [ -s $c ] && v=$(sed -n 's/^ *version *= *\([0-9]*\).*/\1/p' $c) ||
+        case $(containerd --version) in *' v2.'*|*' 2.'*) v=3 ;; *) v=2 ;; esac
+    case $v in
+        3) t='[plugins."io.containerd.cri.v1.images".registry]' ;;
+        2) t='[plugins."io.containerd.grpc.v1.cri".registry]' ;;
+        *) return 1 ;;
+    esac
+    if grep -Eqs "registry\.(mirrors|configs)|(^|[ .])config_path *= *[\"'][^\"']" $c; then return 1; fi
+    trap 'rm -f $c.new' EXIT
+    { if [ -s $c ]; then cat $c; else echo "version = $v"; fi; } | awk -v t="$t" -v p="  config_path = \"$d\"" '
+        { w = $0; gsub(/[ \t]/, "", w); gsub(/\047/, "\"", w) }
+        /^[ \t]*\[/ { inside = (w == t) }
+        inside && w ~ /^config_path=/ { next }
+        { print }
+        w == t { print p; done = 1 }
+        END { if (done == 0) { print ""; print t; print p } }' > $c.new
+    containerd --config $c.new config dump 2>/dev/null | grep -q "config_path.*$d" || return 1
+    put $c "$(stat -c %a $c 2>/dev/null || echo 644)" 'containerd shall read certs.d' < $c.new || return 1
+    again restart containerd
+}
+if grep -Eqs "^[^#]*config_path *= *.*$d|^ *disabled_plugins.*cri" $c; then :
+elif command -v containerd > /dev/null && set_config_path; then :
+else
+    echo "for Kubernetes, say in $c: config_path = \"$d\"" >&2
+    echo 'in containerd 2 below [plugins."io.containerd.cri.v1.images".registry],' >&2
+    echo 'in 1.x below [plugins."io.containerd.grpc.v1.cri".registry]; then restart it' >&2
+fi
+"""
+TRUST_IN_SYSTEM = """\
+if command -v update-ca-trust > /dev/null; then
+    d=/etc/pki/ca-trust/source/anchors u=update-ca-trust
+    if [ -d /etc/ca-certificates/trust-source ]; then d=/etc/ca-certificates/trust-source/anchors; fi
+elif [ -d /etc/pki/trust/anchors ]; then d=/etc/pki/trust/anchors u=update-ca-certificates
+else d=/usr/local/share/ca-certificates u=update-ca-certificates; fi
+put "$d/tinyreg-{file}.crt" 644 'for all programs that trust what the system trusts' <<'END'
+{ca}
+END
+$u
+"""
 
-def client_files(client, host, ca, mirror, origins):
-    """Yield what a client must be told, as (file, content, remark). `ca` is the certificate of the registry's CA, ""
-    where the client's system knows it, None without TLS; `mirror` whether the client shall take images of every origin
-    from it."""
+
+class ClientSetup(NamedTuple):
+    """What a client is told about this registry."""
+
+    host: str
+    ca: Optional[str]         # the certificate of its CA, "" where the system knows it, None without TLS
+    mirror: bool = False      # take the images of other registries from it, too:
+    origins: Sequence[str] = ("docker.io",)  # those that the store has images of
+    only_known: bool = False  # of these alone, where the client could ask for all
+    login: str = ""           # the Authorization header for that
+
+    @property
+    def url(self) -> str:
+        return ("http://" if self.ca is None else "https://") + self.host
+
+    def hosts_toml(self, ca_file: str, push: bool = False) -> str:
+        """The table of this registry for a hosts.toml."""
+        lines = ['[host."%s"]' % self.url,
+                 '  capabilities = ["pull", "resolve"%s]' % (', "push"' if push else "")]
+        if self.ca:
+            lines.append('  ca = "%s"' % ca_file)
+        if self.login and not push:
+            lines += ['  [host."%s".header]' % self.url, '    Authorization = "%s"' % self.login]
+        return "\n".join(lines) + "\n"
+
+
+class ClientFile(NamedTuple):
+    """A file that a client needs, and what its owner should know about it."""
+
+    path: str
+    content: str
+    remark: str
+    mode: int = 0o644
+
+
+def mirror_files(client: str, setup: ClientSetup, ca_file: str) -> Iterator[ClientFile]:
+    """The hosts.toml files that let containerd and Docker pull from this registry first. There is no
+    `server` in them, so that pushes, and pulls of what is not here, go to where they were meant to."""
+    remark = ("with a password in it" if setup.login else
+              "a mirror must let everyone pull: serve --anonymous pull; or say clients --user NAME")
+    if client == "docker":
+        remark = "for Docker from 29 on with containerd's image store; " + remark
+    for folder in setup.origins if setup.only_known else ["_default"]:
+        yield ClientFile("%s/%s/hosts.toml" % (CLIENTS[client][0], folder), setup.hosts_toml(ca_file),
+                         remark, 0o600 if setup.login else 0o644)
+
+
+def daemon_json(setup: ClientSetup) -> Iterator[ClientFile]:
+    """Docker's settings. Its registry-mirrors can't be given a password, and one that wants one
+    would stop all pulls."""
+    settings = {}  # type: Dict[str, List[str]]
+    if setup.mirror and not setup.login:
+        settings["registry-mirrors"] = [setup.url]
+    if setup.ca is None:
+        settings["insecure-registries"] = [setup.host]
+    if settings:
+        remark = "before Docker 29, mirrors are for docker.io only" if setup.mirror else "then reload docker"
+        yield ClientFile("/etc/docker/daemon.json", json.dumps(settings) + "\n", remark)
+
+
+def registries_conf(setup: ClientSetup) -> Iterator[ClientFile]:
+    """What podman needs: there is no way to say "all origins", so each has a table."""
+    insecure = "insecure = true\n" if setup.ca is None else ""
+    tables = ['location = "%s"\n' % setup.host] if setup.ca is None else []
+    for origin in setup.origins if setup.mirror else ():
+        tables.append('prefix = "%s"\nlocation = "%s/%s"\n' % (origin, setup.host, origin_of(origin)))
+    if tables:
+        yield ClientFile("/etc/containers/registries.conf.d/50-tinyreg.conf",
+                         "".join("[[registry]]\n" + table + insecure for table in tables),
+                         "read at each pull")
+
+
+def registries_yaml(setup: ClientSetup, ca_file: str) -> ClientFile:
+    """What k3s needs."""
+    asked = [setup.host]
+    if setup.mirror:
+        asked = asked + list(setup.origins) if setup.only_known else ["*"]
+    text = "mirrors:\n" + "".join('  "%s":\n    endpoint: ["%s"]\n' % (host, setup.url) for host in asked)
+    if setup.ca:
+        text += 'configs:\n  "%s":\n    tls:\n      ca_file: %s\n' % (setup.host, ca_file)
+    return ClientFile("/etc/rancher/k3s/registries.yaml", text,
+                      "then: systemctl restart k3s, or k3s-agent")
+
+
+def client_files(client: str, setup: ClientSetup) -> Iterator[ClientFile]:
+    """The files that a client needs."""
     folder, usage = CLIENTS[client]
-    ca_file, plain = "%s/%s/ca.crt" % (folder, host), ca is None
-    url = ("http://" if plain else "https://") + host
-    hosts = 'server = "%s"\n%s[host."%s"]\n  capabilities = ["pull", "resolve"%s]\n%s'
-    if ca:
-        yield ca_file, ca, usage
-    if mirror and client in ("docker", "containerd"):
-        ca_line = 'ca = "%s"\n' % ca_file if ca else ""  # containerd 1.6 wants to be told it for the server, too
-        yield (folder + "/_default/hosts.toml", hosts % (url, ca_line, url, "", ca_line),
-               "every origin" + (", for Docker from 29 on with containerd's image store" if client == "docker" else ""))
-    if client == "docker" and (mirror or plain):
-        daemon = dict([("registry-mirrors", [url])] * mirror + [("insecure-registries", [host])] * plain)
-        yield "/etc/docker/daemon.json", json.dumps(daemon), "then: systemctl reload docker" + (
-            " (older Docker has mirrors for docker.io only)" if mirror else "")
-    if client == "containerd" and plain:  # without TLS it wants a table of hosts, with it the CA in the folder will do
-        yield "%s/%s/hosts.toml" % (folder, host), hosts % (url, "", url, ', "push"', ""), usage
-    if client == "podman" and (mirror or plain):
-        insecure = "insecure = true\n" if plain else ""
-        tables = ['location = "%s"\n' % host] if plain else []
-        for origin in origins if mirror else ():  # there is no way to say "all"
-            tables.append('prefix = "%s"\nlocation = "%s/%s"\n' % (origin, host, origin_of(origin)))
-        yield ("/etc/containers/registries.conf.d/50-tinyreg.conf",
-               "".join("[[registry]]\n" + table + insecure for table in tables), "read at each pull")
+    ca_file = "%s/%s/ca.crt" % (folder, setup.host)
+    if setup.ca:
+        yield ClientFile(ca_file, setup.ca, usage)
+    if setup.mirror and client in ("docker", "containerd"):
+        yield from mirror_files(client, setup, ca_file)
+    if client == "docker":
+        yield from daemon_json(setup)
+    if client == "containerd":
+        ca_line = 'ca = "%s"\n' % ca_file if setup.ca else ""  # 1.6 wants to be told it twice
+        yield ClientFile("%s/%s/hosts.toml" % (folder, setup.host), 'server = "%s"\n%s%s' % (
+            setup.url, ca_line, setup.hosts_toml(ca_file, push=True)), usage)
+    if client == "podman":
+        yield from registries_conf(setup)
     if client == "k3s":
-        tls = 'configs:\n  "%s":\n    tls:\n      ca_file: %s\n' % (host, ca_file) if ca else ""
-        mirrors = 'mirrors:\n  "%s":\n    endpoint: ["%s"]\n' % ("*" if mirror else host, url)
-        yield "/etc/rancher/k3s/registries.yaml", mirrors + tls, "then: systemctl restart k3s (or k3s-agent)"
+        yield registries_yaml(setup, ca_file)
 
 
-def client_script(*arguments):
-    """Shell commands that put the client_files in place; "" if none is needed. Others' settings are not overwritten."""
-    lines = []
-    for path, content, remark in client_files(*arguments):
-        lines += ["# %s: %s" % (path, remark), "f='%s'" % path, 'mkdir -p "${f%/*}"']
-        if path.endswith((".json", ".yaml")):
-            lines.append('if [ -s $f ]; then f=$f.tinyreg; echo "add what is in $f to %s by hand" >&2; fi' % path)
-        lines += ["cat > \"$f\" <<'END'", content.rstrip("\n"), "END\n"]
-    return "\n".join(lines)
+def client_script(client: str, setup: ClientSetup) -> str:
+    """A script for sh that sets up a client; "" if nothing is needed. What others have set stays."""
+    if client == "system":
+        file = setup.host.replace(":", "-").strip("[]")
+        steps = TRUST_IN_SYSTEM.format(file=file, ca=setup.ca.strip()) if setup.ca else ""
+    else:
+        steps = "".join("put '%s' %o '%s' <<'END'\n%s\nEND\n" % (
+            file.path, file.mode, file.remark.replace("'", "'\\''"), file.content.rstrip("\n"))
+            for file in client_files(client, setup))
+    if client == "docker":
+        steps += RELOAD_DOCKER
+    elif client == "containerd" and steps:
+        steps += SET_CONFIG_PATH
+    return SCRIPT.format(client=client, host=setup.host, steps=steps) if steps else ""
 
 
-def client_help(request, mirror):
-    """What `clients` prints, for each client, folded; `mirror` to get what lies elsewhere from here too."""
+def known_origins(registry: Registry, is_listed: Callable[[str], bool] = bool) -> List[str]:
+    """The registries that images here come from, and docker.io; of those that `is_listed` accepts."""
+    origins = {"docker.io"}
+    names = registry.repositories()
+    while True:
+        name = next(names, None)
+        if name is None:
+            return sorted(origins)
+        first, slash, _ = name.partition("/")
+        is_host = slash and re.search(r"\.|_[0-9]+$", first)
+        if is_host and is_listed(name):
+            origins.add(re.sub(r"_([0-9]+)$", r":\1", first))
+        if slash and (first in origins or not is_host or is_listed(name)):
+            names = registry.repositories(first + "/~")  # all of its others sort before that
+
+
+def outside_host(access: Access, request: Request) -> str:
+    """HOST[:PORT] of this registry for other machines, which know it by no name for the own machine."""
+    host = request.host()
+    if is_this_machine(host) and not access.only_local:
+        return os.uname().nodename + host[len(without_port(host)):]
+    return host
+
+
+def client_setup(registry: Registry, access: Access, request: Request, mirror: bool) -> ClientSetup:
+    """What clients are told over HTTP: of the origins, those that whoever asks may see."""
     ca = (request.ca or b"").decode() if request.outer_scheme() == "https" else None
-    scripts = [(client, client_script(client, request.host(), ca, mirror, ["docker.io"])) for client in CLIENTS]
-    return [fill("<details><summary>%s</summary>%s</details>\n", client, command_line(script or "# nothing is needed"))
-            for client, script in scripts]
+    origins = known_origins(registry, lambda name: access.lists(request, name)) if mirror else ()
+    return ClientSetup(outside_host(access, request), ca, mirror, origins)
+
+
+def use_script(registry: Registry, access: Access, request: Request, client: str) -> "Response":
+    """The bare script that sets up a client; with ?mirror in the target, for all origins."""
+    if client not in CLIENTS:
+        return Response.of_text("404: there is a script for each of: %s\n" % ", ".join(CLIENTS), 404)
+    setup = client_setup(registry, access, request, request.get("mirror") is not None)
+    return Response.of_text(client_script(client, setup) or "# nothing is needed\n")
+
+
+def client_help(registry: Registry, access: Access, request: Request, mirror: bool) -> List[Markup]:
+    """What `clients` prints, for each client, folded; `mirror` to get what lies elsewhere from here too."""
+    setup, query = client_setup(registry, access, request, mirror), "?mirror" if mirror else ""
+    shown = []
+    for client in CLIENTS:
+        script = client_script(client, setup) or "# nothing is needed"
+        shown.append(fill('<details><summary>%s</summary><p><a href="use/%s.sh%s">The script alone</a></p>'
+                          "%s</details>\n", client, client, query, command_line(script)))
+    return shown
 
 
 def fingerprint(certificate):
@@ -6255,7 +6450,7 @@ def fingerprint(certificate):
 
 def use_page(registry, access, request):
     """How to use this registry, for somebody who was told its address and nothing else."""
-    host, ca, log_in = request.host(), None, None
+    host, ca, log_in = outside_host(access, request), None, None
     if request.ca:
         ca = fill('<p><a href="ca.crt">The certificate of its CA</a> has the SHA-256 fingerprint <code>%s</code>; '
                   "compare it with its owner's.</p>", fingerprint(request.ca))
@@ -6268,9 +6463,10 @@ def use_page(registry, access, request):
 <h2>2. Pull an image</h2><p>Look for one among the <a href="./">repositories</a>, then:</p>%s
 <h2>3. Push your own</h2>%s
 <h2>As a mirror</h2><p>Then docker pull alpine comes from here, if it is here:</p>%s""",
-        client_help(request, mirror=False), ca, log_in, command_line("docker pull %s/NAME:TAG" % host),
+        client_help(registry, access, request, mirror=False), ca, log_in,
+        command_line("docker pull %s/NAME:TAG" % host),
         command_line("docker tag alpine %s/me/alpine\ndocker push %s/me/alpine" % (host, host)),
-        client_help(request, mirror=True)))
+        client_help(registry, access, request, mirror=True)))
 
 
 def log_in(registry, access, request):
@@ -6394,6 +6590,7 @@ ROUTES += compile_routes([
     ("GET HEAD", "/",            "pull",   get_page),
     ("GET HEAD", "/disk",        "pull",   disk_page),
     ("GET HEAD", "/use",         "look",   use_page),
+    ("GET HEAD", "/use/{client}[.]sh", "look", use_script),
     ("GET HEAD", "/login",       "login",  log_in),
     ("GET HEAD", "/archive/{name}[:@]{reference}[.]tar", "pull", get_archive),
     ("GET HEAD", "/tinyreg.py",  "look",   get_own_source),
@@ -6825,7 +7022,6 @@ class Certificates:
 
     def __init__(self, certificate, key=None, client_ca=None, ca=None, renew=None):
         self.files = (certificate, key, client_ca)
-        self.client_ca = client_ca
         self.ca_file = ca
         self.renew = renew
         self.next_renewal = time.monotonic() + 3600
@@ -7768,67 +7964,39 @@ def listen_everywhere(addresses):
     return listeners
 
 
-def is_image(store: Any, name: str, reference: str) -> bool:
-    """Whether this is an image that docker can run: no cache, signature or other artifact."""
-    try:
-        digest = reference if isinstance(reference, Digest) else store.resolve(name, reference)
-        manifest = store.manifest(name, digest)
-        if manifest.media_type in INDEX_TYPES:
-            return any(child.media_type in IMAGE_TYPES for child in manifest.manifests)
-    except RegistryError:
-        return False
-    return manifest.artifact_type in IMAGE_CONFIGS and not TAG_ABOUT.fullmatch(reference)
-
-
-def first_image(store: Any) -> str:
-    """An image of a store or archive, as its clients name it; alpine where there is none."""
-    if isinstance(store, Archive):
-        references = ((name, reference) for name, reference, _ in store.images())
-    else:
-        store = Directory(store.root)  # without an upstream, which is not asked for this
-        references = ((name, tag) for name in store.repositories() for tag in store.tags(name))
-    for name, reference in itertools.islice(references, ROWS):
-        if is_image(store, name, reference):
-            return image_text(name, reference)
-    return "alpine:latest"
-
-
-def as_sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "."
-
-
-def where_it_listens(listeners, scheme):
-    """(URLs of all listening sockets, in words)"""
-    urls = []
-    for listener in listeners:
-        host, port = listener.getsockname()[:2]
-        urls.append("%s://%s:%d" % (scheme, "[%s]" % host if ":" in host else host, port))
-        urls[-1] += " (every address of this machine)" if host in ("::", "0.0.0.0") else ""
-    return ", ".join(urls)
+def example(store, host):
+    """A command that pulls the first image of a store or an archive."""
+    images = store.images() if isinstance(store, Archive) else (
+        (name, tag, None) for name in store.repositories() for tag in store.tags(name))
+    name, reference, _ = next(images, ("alpine", "latest", None))
+    return "docker pull %s/%s" % (host, image_text(name, reference))
 
 
 def banner(store, listeners, access, local, tls=None):
-    """What serve says first: where it listens and stores, who may do what, and commands to try."""
-    host, port = listeners[0].getsockname()[:2]
-    everywhere = host in ("::", "0.0.0.0")
-    name = "localhost" if local else socket.gethostname() if everywhere else host
-    registry = "%s:%d" % (name, port)
-    client_ca = tls.client_ca if tls else None
+    """What serve says first: where it listens and stores, who may do what, and two commands to try."""
+    urls, ports = [], []
+    for listener in listeners:
+        host, port = listener.getsockname()[:2]
+        everywhere = host in ("::", "0.0.0.0")
+        ports.append("%s:%d" % ("localhost" if local else socket.gethostname() if everywhere else host, port))
+        urls.append("http%s://%s:%d%s" % ("s" if tls else "", "[%s]" % host if ":" in host else host, port,
+                                        " (every address of this machine)" if everywhere else ""))
     reach = "whoever is on this machine" if local else "whoever can reach it"
-    lines = ["it listens on " + where_it_listens(listeners, "https" if tls else "http"),
-             ("it serves %s" if isinstance(store, Archive) else "it stores in %s") % store.root]
-    if tls and tls.ca:
-        lines.append("its CA is at /ca.crt, with the SHA-256 " + fingerprint(tls.ca))
-    lines += access.in_words(reach, store.read_only, client_ca)
-    if access.users_file and not tls and not local:
-        lines.append("passwords cross the network in the clear: add --tls")
-    commands = ["docker pull %s/%s" % (registry, first_image(store))]
-    if not store.read_only and (access.users_file or client_ca or LEVELS[access.anonymous] in ("push", "admin")):
-        login = "docker login %s && " % registry if access.users_file else ""
-        commands = ["%sdocker tag alpine %s/alpine && docker push %s/alpine" % (login, registry, registry),
-                    "docker pull %s/alpine" % registry]
-    shown = ["tinyreg %s" % __version__] + [as_sentence(line) for line in lines]
-    return "\n  ".join(shown + ["Try:"] + ["  " + command for command in commands] + ["Ctrl-C ends it."])
+    pushed = not store.read_only and (access.users_file or LEVELS[access.anonymous] in ("push", "admin"))
+    login = "docker login %s && " % ports[0] if access.users_file else ""
+    clear = access.users_file and not tls and not local
+    return "\n".join([
+        "tinyreg %s" % __version__,
+        "  listens on  " + ", ".join(urls),
+        ("  serves      %s (read-only)" if isinstance(store, Archive) else "  stores in   %s") % store.root,
+        ] + (["  CA          /ca.crt, SHA-256 " + fingerprint(tls.ca)] if tls and tls.ca else []) + [
+        "  access      " + "\n              ".join(access.in_words(reach, store.read_only)),
+        ] + ["  beware      passwords cross the network in the clear; add --tls"] * bool(clear) + [
+        "  try         " + (login + "docker tag alpine %s/alpine && docker push %s/alpine\n"
+                            "              docker pull %s/alpine" % (ports[0], ports[0], ports[0]) if pushed else
+                            example(store, ports[0])),
+        "  Ctrl-C ends it.",
+    ])
 
 
 def keep_up(store, every, grace):
@@ -8198,46 +8366,82 @@ def passwd(options):
     return 0
 
 
-def clients_ca(options):
-    """The CA's certificate as clients want it. Raises CommandError."""
+def clients_ca(options: argparse.Namespace) -> str:
+    """The CA's certificate as clients want it, and nothing else that is in its file. Raises CommandError."""
     path = options.ca or os.path.join(tls_folder(options.root), "ca.crt")
-    found = (read_file(path) or b"").decode("ascii", "replace")
-    if "-----BEGIN CERTIFICATE-----" not in found:
-        raise CommandError("there is no CA certificate in %s: start tinyreg.py serve --tls first, or say --ca FILE, or "
-                           "--plain-http if the registry has no TLS" % path)
-    return found
+    certificates = re.findall("-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\\s]+-----END CERTIFICATE-----\n?",
+                              (read_file(path) or b"").decode("ascii", "replace"))
+    if not certificates:
+        raise CommandError(
+            "there is no CA certificate in %s: `clients` belongs onto the server, and what it prints onto "
+            "the clients; there, start tinyreg.py serve --tls first, or say --root DIR, or --ca FILE, or "
+            "--plain-http if the registry has no TLS" % path)
+    return "".join(certificates)
 
 
-def known_origins(root):
-    """The registries that images in the store come from, and docker.io."""
-    found = {"docker.io"}
-    with contextlib.suppress(OSError):
-        for name in Directory(root, create=False).repositories():
-            first, slash, _ = name.partition("/")
-            if slash and "." in first:
-                found.add(re.sub(r"_([0-9]+)$", r":\1", first))
-    return sorted(found)
+def check_tls_name(root: str, host: str) -> None:
+    """Raises CommandError if the server's certificate is one of ours, and not valid for HOST[:PORT]."""
+    content = read_file(os.path.join(tls_folder(root), "server.pem")) or b""
+    match = re.search(r"^subjectAltName = (.+)$", content.decode("ascii", "replace"), re.MULTILINE)
+    name = re.sub(r":[0-9]*$", "", host).strip("[]").lower()
+    with contextlib.suppress(ValueError):
+        name = str(ipaddress.ip_address(name))
+    names = [part.partition(":")[2].lower() for part in match.group(1).split(",")] if match else [name]
+    if name not in names and "*." + name.partition(".")[2] not in names:
+        raise CommandError(
+            "the registry's certificate is not valid for %s, so clients would refuse it: add --tls-name %s "
+            "to tinyreg.py serve and start it again, or name it with --host as one of %s"
+            % (name, name, ", ".join(names)))
 
 
-def clients(options):
-    """Print (or, with --install, run) shell scripts that make clients trust this registry, or use it as a mirror."""
+def origins_in(root: str) -> List[str]:
+    """The origins of what is in the store. Raises CommandError if there is none."""
+    try:
+        return known_origins(Directory(root, create=False))
+    except OSError:
+        raise CommandError(
+            "there is no store in %s: `clients` belongs onto the server, for a mirror is told which "
+            "registries the images in the store are from; there, say --root DIR" % root)
+
+
+def mirror_login(options: argparse.Namespace) -> str:
+    """The Authorization header of --user, whose password comes from standard input. Raises CommandError."""
+    if not options.user:
+        return ""
+    if not options.mirror or options.client not in ("docker", "containerd"):
+        raise CommandError("--user is for clients docker --mirror and clients containerd --mirror; "
+                           "podman sends a mirror what podman login has stored")
+    if not USER.fullmatch(options.user):
+        raise CommandError("%r is no user name" % options.user)
+    options.stdin = not sys.stdin.isatty()
+    login = "%s:%s" % (options.user, read_password(options))
+    return "Basic " + base64.b64encode(login.encode()).decode()
+
+
+def clients(options: argparse.Namespace) -> int:
+    """Print (or, with --install, run) scripts that make clients trust this registry, or use it as a mirror."""
     host = options.host or socket.gethostname() + ":5000"
     if not re.fullmatch(r"[A-Za-z0-9._:\[\]-]+", host):
         raise CommandError("--host %s is not HOST:PORT" % host)
+    if options.install and not options.client:
+        raise CommandError("say for which client: tinyreg.py clients CLIENT --install")
+    if options.known_origins and not options.mirror:
+        raise CommandError("--known-origins goes with --mirror")
+    if options.client == "system" and (options.plain_http or options.mirror):
+        raise CommandError("clients system is for the CA of a registry with TLS, and no more: "
+                           "leave out --plain-http and --mirror")
     ca = None if options.plain_http else clients_ca(options)
-    script = "".join(client_script(client, host, ca, options.mirror, known_origins(options.root))
-                     for client in CLIENTS if options.client in (None, client))
+    if ca and not options.ca:
+        check_tls_name(options.root, host)
+    origins = origins_in(options.root) if options.mirror else ()
+    setup = ClientSetup(host, ca, options.mirror, origins, options.known_origins, mirror_login(options))
+    script = "".join(client_script(client, setup) for client in CLIENTS if options.client in (None, client))
     if not options.install:
         for line in script.splitlines():
             tell(line)
-    elif not options.client:
-        raise CommandError("say for which client: tinyreg.py clients CLIENT --install")
-    elif subprocess.run(["sh", "-e", "-c", script]).returncode:
-        raise CommandError("the files could not be written; that needs root's rights")
-    elif not options.quiet:
-        for line in script.splitlines():
-            if line.startswith("# "):
-                tell(line[2:])
+    elif subprocess.run(["sh", "-c", script],
+                        stdout=subprocess.DEVNULL if options.quiet else None).returncode:
+        raise CommandError("the script for %s failed, and says above why" % options.client)
     return 0
 
 
@@ -8989,11 +9193,16 @@ def add_client_commands(commands):
     command = add_command(commands, clients, "clients", "Print shell scripts that make clients trust the registry.",
                           "  tinyreg.py clients docker --host registry.lab:5000\n"
                           "  tinyreg.py clients containerd --mirror | ssh root@node sh\n"
+                          "  tinyreg.py clients containerd --mirror --user node < password > setup.sh\n"
                           "  tinyreg.py clients docker --install\n", reports=False)
     command.add_argument("client", metavar="CLIENT", nargs="?", choices=CLIENTS, help="one of %(choices)s")
     command.add_argument("--host", metavar="HOST:PORT", help="what clients call the registry (default: this host's "
                          "name, and port 5000)")
     command.add_argument("--mirror", action="store_true", help="let them take images of every origin from it, too")
+    command.add_argument("--known-origins", action="store_true", help="with --mirror: only of the origins that "
+                         "the store has images of")
+    command.add_argument("--user", metavar="NAME", help="who pulls from the mirror, if it wants a password, which "
+                         "is read from standard input and gets into the script (docker, containerd)")
     command.add_argument("--install", action="store_true", help="run the script here instead of printing it")
     command.add_argument("--ca", metavar="FILE", help="the CA of the registry's certificate (default: the one that "
                          "serve --tls has made)")

@@ -32,6 +32,14 @@ exec sleep infinity
 """
 
 
+def no_systemctl(folder):
+    """Put a systemctl into a folder that does nothing: that of this machine would reload its own engines."""
+    path = os.path.join(folder, "systemctl")
+    with open(path, "w") as file:
+        file.write("#!/bin/sh\nexit 1\n")
+    os.chmod(path, stat.S_IRWXU)
+
+
 class Machine:
     """Namespaces that live as long as a process that sleeps in them."""
 
@@ -73,6 +81,7 @@ class House:
         os.mkdir(self.programs)
         self.program("python3", python)
         self.program("sudo")
+        no_systemctl(self.programs)
         self.environment = dict(os.environ, PATH=self.programs + ":" + os.environ["PATH"] + ":/usr/sbin:/sbin",
                                 PYTHONDONTWRITEBYTECODE="1", PYTHONUNBUFFERED="1", HOME=folder + "/home")
         os.mkdir(folder + "/home")

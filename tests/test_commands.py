@@ -418,27 +418,6 @@ def test_banner_of_a_read_only_server(start_server, store, root):
     assert "docker push" not in server.banner and "docker pull localhost:%d/a/b:v1\n" % server.port in server.banner
 
 
-def test_what_the_banner_proposes_to_pull_is_an_image(start_server, store, root):
-    """Not the cache, nor the artifact, nor the signature that come first by their names."""
-    buildkit_cache(store, "a", "cache")
-    image = make_image(store, "b", "v1")
-    store.put_manifest("a", make_referrer(store, "a", image, artifactType="application/x"), ["artifact"])
-    make_image(store, "b", "sha256-%s.sig" % image.digest.encoded)
-    server = start_server(root, "--anonymous", "pull")
-    server.stop()
-    assert "docker pull localhost:%d/b:v1\n" % server.port in server.banner
-
-
-def test_every_line_of_the_banner_is_a_sentence_or_a_command(start_server, tmp_path):
-    (tmp_path / "users").write_text("alice:%s\n" % tinyreg.new_hash("secret"))
-    server = start_server(None, "--users", tmp_path / "users", listen=":0")
-    server.stop()
-    _, *lines = server.banner.splitlines()
-    commands = [line for line in lines if line.startswith("    ")]
-    assert len(commands) == 2 and all(command.split()[0] == "docker" for command in commands)
-    assert all(re.fullmatch(r"  [A-Z].*[.:]", line) for line in lines if line not in commands)
-
-
 @pytest.mark.parametrize("listen, options, words", [
     (":0", [], "may pull (change it with --anonymous)"),
     (":0", ["--anonymous", "push"], "may pull and push"),

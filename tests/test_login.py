@@ -7,6 +7,7 @@ they are, and the server on an address that no client trusts by itself (as Docke
 
 import http.client
 import json
+import os
 import ssl
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from conftest import TINYREG, Server, run_tinyreg, until
 from engines import (Program, private_folder, require, require_root, run, running_containerd, running_docker,
                      unavailable)
+from house import no_systemctl
 from samples import make_image, real_image
 from tinyreg import Directory, host_names
 
@@ -49,9 +51,11 @@ class Machine:
         if self.process.stdout.readline() != "ready\n":
             unavailable("no overlay of /etc can be mounted here")
         self.enter = ["nsenter", "--mount=/proc/%d/ns/mnt" % self.process.pid]
+        no_systemctl(folder)
+        self.environment = {"PATH": folder + ":" + os.environ["PATH"]}
 
     def sh(self, script):
-        return run(*self.enter + ["sh", "-e", "-c", script])
+        return run(*self.enter + ["sh", "-e", "-c", script], environment=self.environment)
 
     def end(self):
         self.process.kill()
@@ -81,7 +85,7 @@ def registry(tmp_path_factory):
     for user in ("alice", "bob"):
         run_tinyreg("passwd", user, "--users", folder / "users", "--stdin", input="pw-%s\n" % user)
     (folder / "rules").write_text(RULES)
-    server = Server(root, "--tls", "--users", folder / "users", "--rules", folder / "rules",
+    server = Server(root, "--tls", "--tls-name", "other.lab", "--users", folder / "users", "--rules", folder / "rules",
                     listen=outside_address() + ":0")
     server.users, server.rules = folder / "users", folder / "rules"
     server.address = "%s:%d" % (outside_address(), server.port)
@@ -121,9 +125,9 @@ def challenge_of(registry):
     return found
 
 
-def clients(registry, machine, *arguments):
+def clients(registry, machine, *arguments, **settings):
     """Run what `tinyreg.py clients` prints, on the clients' machine."""
-    printed = run_tinyreg("clients", *arguments, "--root", registry.root, "--host", registry.address)
+    printed = run_tinyreg("clients", *arguments, "--root", registry.root, "--host", registry.address, **settings)
     assert (printed.returncode, printed.stderr) == (0, "")
     machine.sh(printed.stdout)
 
@@ -301,6 +305,37 @@ def test_ctr_with_a_mirror(registry, machine, ctr, challenge):
     assert "/v2/library/app/manifests/1?ns=docker.io" in registry.log()
 
 
+@pytest.mark.parametrize("challenge", ["all need one"], indirect=True)
+def test_a_mirror_that_wants_a_password_is_given_it(registry, machine, ctr, challenge):
+    """Who does not read hosts.toml, which root alone may, gets nothing."""
+    hosts = ("--hosts-dir", "/etc/containerd/certs.d")
+    clients(registry, machine, "containerd", "--mirror")
+    refused(ctr, "pull", *hosts, "quay.io/org/app:1")
+    clients(registry, machine, "containerd", "--mirror", "--user", "bob", input="pw-bob\n")
+    ctr("pull", *hosts, "quay.io/org/app:1")
+    file = "/etc/containerd/certs.d/_default/hosts.toml"
+    assert machine.sh("stat -c %a " + file).stdout == "600\n"
+    clients(registry, machine, "containerd", "--mirror")
+    assert machine.sh("stat -c %a " + file).stdout == "644\n"
+
+
+@pytest.mark.parametrize("how", [["--mirror"], ["--mirror", "--known-origins"]], ids=" ".join)
+@pytest.mark.parametrize("challenge", ["some need no password"], indirect=True)
+def test_a_push_to_another_registry_does_not_come_to_the_mirror(registry, machine, ctr, challenge, how):
+    """There is no such registry here, so it fails, as it should; the mirror hears nothing of it."""
+    machine.sh("rm -r /etc/containerd/certs.d")
+    clients(registry, machine, "containerd", *how)
+    hosts = ("--hosts-dir", "/etc/containerd/certs.d")
+    ctr("pull", *hosts, "docker.io/library/app:1")
+    before = len(registry.log())
+    refused(ctr, "push", *hosts, "docker.io/library/foo:1", "docker.io/library/app:1")
+    refused(ctr, "push", *hosts, "quay.io/foo/bar:1", "docker.io/library/app:1")
+    heard = registry.log()[before:]
+    assert "foo" not in heard, heard
+    known = machine.sh("ls /etc/containerd/certs.d").stdout.split()
+    assert ("quay.io" in known) is ("_default" not in known) is ("--known-origins" in how)
+
+
 # The command itself
 
 @pytest.mark.parametrize("client, file, also", [
@@ -331,7 +366,7 @@ def test_clients_install_writes_the_files_and_keeps_the_settings_of_others(machi
     command = [sys.executable, TINYREG, "clients", "docker", "--install", "--mirror", "--root", registry.root,
                "--host", "other.lab:5000"]
     machine.sh("echo '{\"debug\": true}' > /etc/docker/daemon.json")
-    shown = run(*machine.enter + command).stdout
+    shown = run(*machine.enter + command, environment=machine.environment).stdout
     assert "daemon.json by hand" in shown and "/etc/docker/certs.d/other.lab:5000/ca.crt" in shown
     with open(registry.root + "/tinyreg/tls/ca.crt") as file:
         assert machine.sh("cat /etc/docker/certs.d/other.lab:5000/ca.crt").stdout == file.read()

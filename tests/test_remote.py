@@ -24,7 +24,8 @@ import tinyreg
 from conftest import TINYREG, Client, ask, free_port, get, open_url, run_tinyreg, until
 from samples import (EVIL, index, is_harmless, make_image, make_referrer, read_blob, to_manifest)
 from test_copy import make_multi
-from tinyreg import Digest, Directory, RegistryError, Remote, copy, find_login, pour
+from tinyreg import (ClientSetup, Digest, Directory, RegistryError, Remote, copy, find_login, mirror_files,
+                     pour)
 
 DISTRIBUTION = shutil.which("docker-registry")
 needs_distribution = pytest.mark.skipif(not DISTRIBUTION, reason="docker-registry is not installed")
@@ -1373,14 +1374,15 @@ def test_pull_through_logs_in_and_gives_no_login_away(filled, server, start_prox
 # Real clients
 
 def test_containerd_mirrors_every_registry_by_its_ns(ctr, server, tmp_path):
-    """hosts.toml as `clients` prints it: one server for all; containerd says in `ns` whom it means."""
+    """One hosts.toml for all, as `clients` writes it; containerd says in `ns` whom it means."""
     store = Directory(server.root)
     images = {name: make_image(store, name, "1", layers=(name.encode(),))
               for name in ("docker.io/library/demo", "quay.io/team/demo", "lab.example_5000/team/demo")}
+    setup = ClientSetup(server.host, None, mirror=True)
+    mirror = next(mirror_files("containerd", setup, ""))
     folder = tmp_path / "certs.d" / "_default"
     folder.mkdir(parents=True)
-    (folder / "hosts.toml").write_text('server = "http://{0}"\n[host."http://{0}"]\n'
-                                       '  capabilities = ["pull", "resolve"]\n'.format(server.host))
+    (folder / "hosts.toml").write_text(mirror.content)
     for name, manifest in images.items():
         image = name.replace("_5000", ":5000") + ":1"
         ctr("content", "fetch", "--hosts-dir", str(tmp_path / "certs.d"), image)

@@ -460,14 +460,6 @@ def test_client_certificates_name_the_user(tmp_path, start_server):
                 raise ConnectionResetError
 
 
-def test_the_banner_says_that_certificates_let_in(tmp_path, start_server):
-    make_pair(tmp_path, "ca", "/CN=our CA")
-    server = start_server(None, "--tls", "--tls-client-ca", tmp_path / "ca.pem")
-    server.stop()
-    assert "without a certificate from the CA in %s;" % (tmp_path / "ca.pem") in server.banner
-    assert "names may pull, push and delete" in server.banner and "docker push" in server.banner
-
-
 def test_what_one_certificate_was_answered_is_not_kept_for_another(tmp_path, start_server):
     make_pair(tmp_path, "ca", "/CN=our CA")
     (tmp_path / "rules").write_text("secret carol pull\n")
