@@ -1275,7 +1275,7 @@ class Registry:
         """Bytes that can be stored, or None where that can't be known."""
         return None
 
-    def find_damage(self, digest):
+    def find_damage(self, digest: Digest) -> bool:
         """Whether a blob that was copied from here, and was not what its digest says, is so here:
         False where that can't be told."""
         return False
@@ -2751,7 +2751,7 @@ def inner_path(name):
     return os.path.normpath(os.fsdecode(name))
 
 
-def read_tar(file, members):
+def read_tar(file: BinaryIO, members: Dict[str, Member]) -> None:
     """Fill `members` with what a tar has, as {name: Member}, links followed. Raises ValueError;
     then they are the ones before the damage."""
     links = {}
@@ -2889,8 +2889,9 @@ class Archive(Registry):
         self.roots = {}     # {repository: {tag or digest: digest}}
         self.loose = {}     # {subject: {digest}} of manifests that are about others, and have no name
         self.left_out = set()  # digests of blobs that the far side has, as whoever made it knew
-        self.parts = {}     # {key of a split archive: [(name, digests that it holds) of each part]}
-        self.given = set()  # {(key, number from 1)} of the parts that are here
+        self.parts = {}     # {key of a split archive: [name of each part]}
+        self.holders = {}   # {digest: {(key, number from 1)} of the parts that hold it}
+        self.given = set()  # {(key, number)} of the parts that are here
         self.opened = {}    # {open tar: its path}
         self.damaged = {}   # {digest of a blob or a range: the file in which it is damaged}
         self.unreadable = {}  # {path: what is wrong}
@@ -3004,11 +3005,16 @@ class Archive(Registry):
             self.joined[parse_digest(digest)] = digests(ranges)
         self.left_out.update(digests(document.get("left_out") or []))
         names = [expect(str, name) for name in expect(list, document.get("files"))]
-        holds = [set(digests(part)) for part in expect(list, document.get("holds") or [])]
-        if holds:
-            key, here = members[PARTS].digest(), set(map(digest_named, members))
-            self.parts[key] = list(zip(names, holds))
-            self.given.update((key, number) for number, part in enumerate(holds, 1) if part <= here)
+        holds = [digests(part) for part in expect(list, document.get("holds") or [])]
+        if len(holds) != len(names):
+            raise ValueError("malformed " + PARTS)
+        key, here = members[PARTS].digest(), set(map(digest_named, members))
+        self.parts.update({key: names} if names else {})
+        for number, part in enumerate(holds, 1):
+            for digest in part:
+                self.holders.setdefault(digest, set()).add((key, number))
+            if here.issuperset(part):
+                self.given.add((key, number))
 
     def _add_docker(self, members, default, folder):
         """What docker save and others like it write, and skopeo's `dir:`, whose manifest.json is the manifest."""
@@ -3145,7 +3151,7 @@ class Archive(Registry):
                 continue
             yield manifest
 
-    def find_damage(self, digest):
+    def find_damage(self, digest: Digest) -> bool:
         """Whether a blob, or a range of it, is damaged; `damaged` then says in which file."""
         joined = digest in self.blobs and isinstance(self.blobs[digest].source, tuple)
         pieces = self.joined[digest] if joined else [digest]
@@ -3155,14 +3161,13 @@ class Archive(Registry):
                 self.damaged[piece] = self.opened.get(member.source, member.source)
         return any(piece in self.damaged for piece in pieces)
 
-    def needed_parts(self, digest, kept=True):
+    def needed_parts(self, digest: Digest, kept: bool = True) -> Set[Tuple[Digest, int]]:
         """{(key, number)} of the parts that have what is lacking of a blob. `kept` is whether the
         ranges of a blob that is not whole are kept; else all of them are lacking."""
         ranges = self.joined.get(digest)
         lacking = {piece for piece in ranges or [digest]
                    if ranges and not kept or piece not in self.blobs or piece in self.damaged}
-        return {(key, number) for key, parts in self.parts.items()
-                for number, (_, holds) in enumerate(parts, 1) if holds & lacking}
+        return set().union(*(self.holders.get(piece, ()) for piece in lacking))
 
     def digests(self, name=None):
         held = set(self.blobs).union(self.made).difference(*self.joined.values())
@@ -8508,7 +8513,7 @@ def leave_at_once(number, frame):
     os._exit(130)
 
 
-def lacks(report):
+def lacks(report: Report) -> str:
     """What an image needs and the source has not got as it should; "" where it lacks nothing."""
     kinds = ("missing", report.missing), ("damaged", report.damaged)
     texts = ["%s in the source: %s" % (how, " ".join(digests)) for how, digests in kinds if digests]
@@ -8753,7 +8758,7 @@ class ArchiveVerification(Verification):
             elif piece not in archive.blobs:
                 parts = archive.needed_parts(piece) - archive.given
                 for key, number in parts:
-                    names = [name for name, _ in archive.parts[key]]
+                    names = archive.parts[key]
                     yield ("part %d of %d was not given" % (number, len(names)),
                            names[number - 1], archive.root)
                 if not parts:
@@ -8886,19 +8891,19 @@ def keep_ranges(store, archive):
                 store.files.fill(path, functools.partial(pour, blob, member.length))
 
 
-def tell_of_parts(archive, reports, kept):
+def tell_of_parts(archive: Archive, reports: List[Report], kept: bool) -> Iterator[str]:
     """Yield a line for each split archive of which more parts are needed."""
     lacking = {digest for report in reports for digest in report.missing + report.damaged}
     needed = set().union(*[archive.needed_parts(digest, kept) for digest in lacking])
     complete = sum(report.complete for report in reports)
-    for key, parts in archive.parts.items():
+    for key, names in archive.parts.items():
         numbers = [str(number) for split, number in sorted(needed) if split == key]
         taken = [str(number) for split, number in sorted(archive.given - needed) if split == key]
         which = ("parts " if len(taken) > 1 else "part ") + ", ".join(taken) if taken else "no part"
         advice = "" if kept else " (load all at once: another registry keeps no pieces of a blob)"
         if numbers:
             yield "%s of %d taken; %d of %d images complete; still needed: %s%s" % (
-                which, len(parts), complete, len(reports), ", ".join(numbers), advice)
+                which, len(names), complete, len(reports), ", ".join(numbers), advice)
 
 
 def load(options):

@@ -799,7 +799,8 @@ def hostile(path, kind):
     if kind.startswith("parts: "):
         one = Digest.of(b"layer one")
         members["tinyreg-parts.json"] = json.dumps({"files": ["\x1b[2J"], "joined": {
-            "parts: out": {"sha256:../../x": [one]}, "parts: numbers": {one: [1]}, "parts: no table": [one]}[kind]}
+            "parts: out": {"sha256:../../x": [one]}, "parts: numbers": {one: [1]},
+            "parts: no table": [one]}.get(kind, {}), "holds": [] if kind == "parts: fewer" else [[1]]}
         ).encode()
     if kind == "docker: odd":
         members = {"manifest.json": b'[{"Config":["x"],"Layers":{"a":1}}]'}
@@ -862,7 +863,7 @@ def hostile(path, kind):
     "cut off", "cut off at a member", "larger than it is", "negative size", "a damaged header", "a long name's bomb",
     "malformed pax", "nothing", "noise", "zstd", "gzip of noise", "gzip cut off", "deep json", "no json",
     "json of another kind", "empty", "odd entries", "odd annotations", "huge json", "docker: odd", "docker: missing",
-    "docker: out", "parts: out", "parts: numbers", "parts: no table"])
+    "docker: out", "parts: out", "parts: numbers", "parts: no table", "parts: odd", "parts: fewer"])
 def test_hostile_archives_are_refused_and_harm_nothing(tmp_path, far, load, kind):
     path = tmp_path / "hostile.tar"
     hostile(path, kind)
@@ -889,7 +890,8 @@ def test_ranges_that_lie_do_not_count(tmp_path, far, load, ranges):
     members = layout(manifest, blobs=(CONFIG, b"layer one"))
     joined = {Digest.of(b"cut"): [Digest.of(content) for content in ranges],
               Digest.of(b"layer two"): [Digest.of(b"layer two")]}
-    members["tinyreg-parts.json"] = json.dumps({"files": ["\x1b[2J"], "joined": joined}).encode()
+    members["tinyreg-parts.json"] = json.dumps(
+        {"files": ["\x1b[2J"], "joined": joined, "holds": [[Digest.of(b"elsewhere")]]}).encode()
     done = load(make_tar(tmp_path / "liar.tar", members))
     assert done.returncode == 1 and "liar:latest: " in done.stderr and "\x1b" not in done.stderr
     assert list(far.repositories()) == [] and Digest.of(b"cut") not in set(far.digests())
