@@ -364,6 +364,16 @@ def harmless(text: str) -> str:
     return UNSAFE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: 1 blob, 2 blobs, 3 repositories."""
+    return "1 " + noun if number == 1 else "%d %ss" % (number, re.sub("y$", "ie", noun))
+
+
+def singular(nouns: str) -> str:
+    """One of them: a repository of repositories, a blob of blobs."""
+    return re.sub("ies$", "ys", nouns)[:-1]
+
+
 def parse_algorithm(text):
     """Raises DIGEST_INVALID for an algorithm other than sha256 and sha512."""
     if text not in ALGORITHMS:
@@ -4315,7 +4325,8 @@ class Report:
         self.missing = []    # digests of blobs that the source should have, and has not
         self.moved = {}      # {tag: digest that it has in the source}, if not that of TAG@DIGEST
         self.damaged = []    # digests of blobs that are damaged there
-        self.complete = False  # whether all of it has arrived
+        self.complete = False  # whether all of it has arrived …
+        self.arrived = None  # type: Optional[str]  # … and when, in UTC
 
     def add(self, **counts):
         with self.mutex:
@@ -4779,8 +4790,8 @@ class Access:
         count, wait = self.failures.add(client, 1)  # first: others of this client are under way
         if count > MAX_FAILURES:
             self.failures.add(client, -1)
-            raise RegistryError.too_many(wait, "too many wrong passwords from %s; try again in %d seconds"
-                                         % (request.client, wait))
+            raise RegistryError.too_many(wait, "too many wrong passwords from %s; try again in %s"
+                                         % (request.client, counted(wait, "second")))
         found = hash_password(password, stored or next(iter(self.users.values()), ""))  # who is not there takes as long
         if not stored or not password or not hmac.compare_digest(found.encode(), stored.encode()):
             raise self._unauthorized(request, "wrong user name or password")
@@ -5024,13 +5035,6 @@ def in_units(size):
         return "%d B" % size
     power = min((int(size).bit_length() - 1) // 10, 4)
     return "%.1f %siB" % (size / 1024.0 ** power, " KMGT"[power])
-
-
-def counted(number: int, noun: str) -> str:
-    """A number of things: 1 blob, 2 blobs, 3 repositories."""
-    if number == 1:
-        return "1 " + noun
-    return "%d %s" % (number, re.sub("y$", "ie", noun) + "s")
 
 
 def shorten(digest):
@@ -6096,7 +6100,8 @@ def image_page(registry, access, request, name, reference):
             ("Repository", link(name, repository=name)), ("Digest", digest), ("Type", manifest.media_type),
             ("Artifact type", document.get("artifactType")), ("Platforms", ", ".join(found["platforms"])),
             ("Built", age(found["created"])),
-            ("Size", "%s in %d blobs and manifests" % (in_units(found["size"]), found["count"])),
+            ("Size", "%s in %s, the manifests included"
+             % (in_units(found["size"]), counted(found["count"], "blob"))),
             ("Not here", "%d of the platforms" % found["missing"] if found["missing"] else None)]),
         pull_commands(request, image),
         table("Manifests", IMAGE_ROW, [image_row(registry, name, child.digest) for child in manifest.manifests[:ROWS]]),
@@ -6108,11 +6113,15 @@ def image_page(registry, access, request, name, reference):
 
 
 def tags_page(registry, request, name):
-    """The tags of a repository, a page of them at a time."""
+    """The tags of a repository, a page of them at a time; after the last the manifests without."""
     tags, more = take_page(registry.tags(name, request.get("last", "")), ROWS)
-    return page(name, pull_commands(request, "%s:%s" % (name, tags[0])) if tags else None,
+    digests = [] if more else untagged(registry, name, MAX_DESCRIBED)[:ROWS]
+    images = tags or digests
+    return page(name, pull_commands(request, image_text(name, images[0])) if images else None,
                 table("Tags", IMAGE_ROW, [image_row(registry, name, tag) for tag in tags])
-                or fill("<p>No tags; what this repository has is reached by its digests only.</p>"),
+                or fill("<p>No tags.</p>"),
+                table("Without a tag", IMAGE_ROW,
+                      [image_row(registry, name, digest) for digest in digests]),
                 link("Next page", repository=name, last=tags[-1]) if more else None)
 
 
@@ -8098,7 +8107,8 @@ def serve(options):
         tell_systemd("STOPPING=1")
         cut = server.stop()
         if cut:
-            logger.warning("stopped; %d transfers did not end within %g s (--drain) and were cut", cut, options.drain)
+            logger.warning("stopped, and cut %s that did not end within %g s (--drain)",
+                           counted(cut, "transfer"), options.drain)
         return 0
 
     supervisor = Supervisor([functools.partial(work, number) for number in range(options.workers)], listeners, hang_up)
@@ -8178,14 +8188,17 @@ def list_repository(store: Directory, name: str) -> List[dict]:
 
 
 def list_archives(archive: Archive) -> List[dict]:
-    """What ls says of the images in archives; `lacking` is how many of their blobs are absent."""
+    """What ls says of the images in archives; `lacking` is how many of their blobs are absent, and
+    `left_out` of how many more the far side was known to have."""
     entries, held = [], set(archive.digests())
     for name, reference, digest in archive.images():
         entry = list_image(archive, name, reference)
         plan = Copy(archive, None, name, reference)
         try:
             plan.plan()
-            entry["lacking"] = len(set(plan.blobs) - held)
+            lacking = set(plan.blobs) - held
+            entry["lacking"] = len(lacking - archive.left_out)
+            entry["left_out"] = len(lacking & archive.left_out)
         except RegistryError as error:
             entry["error"] = str(error)
         entries.append(dict(entry, digest=digest))
@@ -8205,9 +8218,13 @@ def list_cells(entry: dict, alone: bool) -> List[str]:
     platforms = ",".join(entry["platforms"]) or "-"
     if entry["missing"]:
         platforms += " (%d not here)" % entry["missing"]
-    state = "" if "lacking" not in entry else "complete"
+    state = ""
     if entry.get("lacking"):
         state = "lacks " + counted(entry["lacking"], "blob")
+    elif entry.get("left_out"):
+        state = "complete with %s of the far side" % counted(entry["left_out"], "blob")
+    elif "lacking" in entry:
+        state = "complete"
     return [name, in_units(entry["size"]), platforms, entry["digest"], state]
 
 
@@ -8489,11 +8506,11 @@ class Progress:
 def summary(report, planned=False):
     """One line on what became of an image, or will become."""
     blobs, size = (report.needed_blobs, report.needed_bytes) if planned else (report.copied_blobs, report.copied_bytes)
-    line = "%s: %s, %s %s in %d blobs, %d there already" % (
-        report.image, report.digest, "to copy:" if planned else "copied", in_units(size), blobs,
-        report.total_blobs - blobs - len(report.missing))
+    line = "%s: %s, %s %s in %s, %d there already" % (
+        report.image, report.digest, "to copy:" if planned else "copied", in_units(size),
+        counted(blobs, "blob"), report.total_blobs - blobs - len(report.missing))
     if report.absent:
-        line += ", %d manifests of the index left out" % len(report.absent)
+        line += ", %s of the index left out" % counted(len(report.absent), "manifest")
     for old, new in report.stripped.items():
         line += ", --strip put %s in the place of %s" % (new, old)
     kinds = collections.Counter(kind for _, kind in report.referrers)
@@ -8556,6 +8573,7 @@ def run_copies(options, work, target, progress, tells=lambda report: False):
         try:
             if not options.dry_run:
                 plan.run(options.jobs)
+                report.arrived = timestamp() if report.complete else None
             progress.clear()
             if lacks(report):
                 fail(report.image, lacks(report), tells(report))
@@ -8570,7 +8588,7 @@ def run_copies(options, work, target, progress, tells=lambda report: False):
                    "needed_bytes": needed})
     elif options.dry_run:
         room = "" if free is None else "; %s free" % in_units(free)
-        tell("in total: %d blobs, %s to copy%s" % (len(lacking), in_units(needed), room))
+        tell("in total: %s, %s to copy%s" % (counted(len(lacking), "blob"), in_units(needed), room))
     elif plans and isinstance(target, Directory) and not options.quiet:
         tell("the store is " + target.root)
     return 1 if failures else 0
@@ -8685,9 +8703,9 @@ def collect(options):
 
     def note(kind, what, size):
         if options.json:
-            gone.append({"kind": kind[:-1], "name": what, "size": size})
+            gone.append({"kind": singular(kind), "name": what, "size": size})
         elif options.dry_run:
-            tell("%s  %s%s" % (kind[:-1], what, "  %d bytes" % size if size else ""))
+            tell("%s  %s%s" % (singular(kind), what, "  " + counted(size, "byte") if size else ""))
 
     how = {"untagged": options.untagged, "keep": options.keep, "older_than": options.older_than,
            "among": options.repositories}
@@ -8704,10 +8722,11 @@ def collect(options):
                    "waiting": waiting, "waitingUntil": timestamp(until) if waiting else None,
                    "unreadable": done.unread})
     elif not options.quiet:
-        tell("%s %s; %s" % ("would remove" if options.dry_run else "removed", ", ".join(
-            "%d %s" % (done.counts[kind], kind) for kind in ("tags", "manifests", "links", "blobs", "uploads",
-                                                             "repositories") if kind != "tags" or done.counts[kind]),
-            in_units(done.counts["bytes"])))
+        kinds = ["tags"] * bool(done.counts["tags"])
+        kinds += ["manifests", "links", "blobs", "uploads", "repositories"]
+        done_to = ", ".join(counted(done.counts[kind], singular(kind)) for kind in kinds)
+        tell("%s %s; %s" % ("would remove" if options.dry_run else "removed", done_to,
+                            in_units(done.counts["bytes"])))
         if waiting:
             tell(WAITING % (in_units(waiting) + " more can't be freed", local_time(until)))
             tell(command_text(*options.arguments, "--grace", "0"))
@@ -8786,7 +8805,7 @@ def verify(options):
 
     def progress(blobs, size):
         if shown:
-            tell_progress("%d blobs, %s read" % (blobs, in_units(size)))
+            tell_progress("%s, %s read" % (counted(blobs, "blob"), in_units(size)))
 
     signal.signal(signal.SIGINT, leave_at_once)  # threads would go on reading
     check = ArchiveVerification(options.archives, progress=progress) if options.archives else Verification(
@@ -8802,9 +8821,9 @@ def verify(options):
         lines += ["    harms " + image for image in entry["harms"]]
     lines += ["put aside: " + path for path in check.moved]
     if check.leftovers and not options.quiet:
-        lines.append("%d links to blobs that are gone and that no image needs %s" % (
-            len(check.leftovers),
-            "were removed" if options.repair else "do no harm; --repair removes them"))
+        lines.append("%s to blobs that are gone and that no image needs: %s" % (
+            counted(len(check.leftovers), "link"),
+            "removed" if options.repair else "no harm; --repair removes that"))
     verdict = "all is well"
     if report:
         verdict = ("%d damaged or missing; push the images that it harms (or copy the archive) "
@@ -8812,9 +8831,9 @@ def verify(options):
     if report and all(entry["what"].startswith("part ") for entry in report):
         verdict = "what was given is well; give all parts to know about the rest"
     if check.left_out:
-        verdict += "; %d blobs were left out, since the far side has them" % len(check.left_out)
+        verdict += "; %s left out: on the far side already" % counted(len(check.left_out), "blob")
     if not options.quiet:
-        lines.append("%d blobs, %s: %s" % (check.blobs, in_units(check.bytes), verdict))
+        lines.append("%s, %s: %s" % (counted(check.blobs, "blob"), in_units(check.bytes), verdict))
     show(options, {"blobs": check.blobs, "size": check.bytes, "damage": report,
                    "left_out": len(check.left_out), "moved": check.moved,
                    "leftovers": len(check.leftovers)}, lines)
@@ -8824,7 +8843,11 @@ def verify(options):
 # Archives
 
 def digests_in(path):
-    """The digests that a file lists, as `ls --digests` prints them, or that an archive holds. Raises UNSUPPORTED."""
+    """The digests that a file lists, as `ls --digests` prints them, or that an archive holds.
+    Raises UNSUPPORTED, CommandError, OSError."""
+    if not os.path.exists(path):
+        raise CommandError("--have %s: there is no such file (images are named before --have)"
+                           % path)
     if not os.path.isdir(path):
         with open(path, "rb") as file:
             if re.match(rb'[\s\["\]]*(?:sha(?:256|512):|\Z)', file.peek(100)):
@@ -8839,7 +8862,8 @@ def save(options):
     if os.path.isdir(options.output):
         raise CommandError("-o %s is a folder; name a file in it" % options.output)
     store, reports, files = open_store(options), [], []
-    writer = ArchiveWriter(digest for path in options.have for digest in digests_in(path))
+    writer = ArchiveWriter(digest for path in itertools.chain.from_iterable(options.have)
+                           for digest in digests_in(path))
     for text in wanted_images(options):
         try:
             name, reference = find_image(store, text)
@@ -8867,8 +8891,8 @@ def save(options):
         tell_json({"images": [report.as_json() for report in reports], "bytes": needed,
                    "files": files})
     elif not options.quiet:
-        tell("%s: %d images, %s in %d files"
-             % (options.output, len(reports), in_units(needed), len(writer.files)))
+        tell("%s: %s, %s in %s" % (options.output, counted(len(reports), "image"),
+                                   in_units(needed), counted(len(writer.files), "file")))
         for entry in files:
             tell("  %(file)s  %(size)d bytes  sha256:%(sha256)s" % entry)
     return 0
@@ -9128,8 +9152,9 @@ def add_transfer_commands(commands):
     command.add_argument("images", metavar="IMAGE", nargs="*", help="NAME[:TAG] or NAME@DIGEST")
     command.add_argument("-o", "--output", metavar="FILE", required=True, help="the archive; - is stdout")
     command.add_argument("--no-self", action="store_true", help="leave out tinyreg.py itself")
-    command.add_argument("--have", metavar="FILE", action="append", default=[], help="leave out the blobs that are in "
-                         "this list (`ls --digests` of the far side) or archive; may be repeated")
+    command.add_argument("--have", metavar="FILE", nargs="+", action="append", default=[],
+                         help="leave out the blobs that are in these lists (`ls --digests` of the "
+                         "far side) or archives; images are named before it; may be repeated")
     command.add_argument("--split", metavar="SIZE", type=byte_count, help="write parts of at most this size, for "
                          "example 3900M for a FAT32 stick (default: one file)")
     add_transfer_options(command, remote=False)

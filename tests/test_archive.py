@@ -1,5 +1,6 @@
 """Archives: written, read in place, loaded, served and verified; those of others, and those of enemies."""
 
+import calendar
 import contextlib
 import errno
 import gzip
@@ -273,6 +274,47 @@ def test_only_what_the_far_side_lacks_travels(store, far, save, load, tmp_path):
     assert open(save("demo:2", "--have", tmp_path / "images.tar"), "rb").read() == open(difference, "rb").read()
 
 
+def test_what_to_leave_out_may_be_in_several_files(store, save, tmp_path):
+    """As `--have images-*.tar` has it."""
+    for name in "abc":
+        make_image(store, name, "1", layers=(name.encode(), b"of all"))
+    files = [save(name + ":1", name=name + ".tar") for name in "ab"]
+    both = save("a:1", "b:1", "c:1", "--have", *files, name="rest.tar")
+    blobs = {name for name in members_of(both) if name.startswith("blobs/")}
+    assert blobs == {"blobs/sha256/" + digest.partition(":")[2] for digest in
+                     [Digest.of(b"c")] + [store.resolve(name, "1") for name in "abc"]}
+    done = run_tinyreg("save", "--root", store.root, "-o", tmp_path / "x.tar", "--have", files[0],
+                       "c:1")
+    assert done.returncode == 1 and "images are named before --have" in done.stderr
+    assert not (tmp_path / "x.tar").exists()
+
+
+def test_load_says_what_arrived_and_when(store, far, save, load):
+    one = make_image(store, "a", "1")
+    make_image(store, "b", "1", layers=(b"left out",))
+    archive = save("a:1", "b:1")
+    with open(archive, "rb") as file:
+        content = file.read()
+    with open(archive, "wb") as file:
+        file.write(content.replace(b"left out", b"left 0ut"))
+    before = time.time()
+    images = json.loads(load(archive, "--json").stdout)["images"]
+    arrived = calendar.timegm(time.strptime(images[0]["arrived"], "%Y-%m-%dT%H:%M:%SZ"))
+    assert (images[0]["image"], images[0]["digest"]) == ("a:1", one.digest)
+    assert before - 1 <= arrived <= time.time()
+    assert images[1]["image"] == "b:1" and images[1]["arrived"] is None
+
+
+def test_there_is_one_blob_and_there_are_two(store, save, load):
+    make_image(store, "a", "1", layers=())
+    archive = save("a:1")
+    done = run_tinyreg("save", "--root", store.root, "a:1", "-o", archive)
+    assert ": 1 image, " in done.stdout and " in 1 file\n" in done.stdout
+    assert " in 1 blob, 0 there already" in load(archive).stdout
+    assert " in 0 blobs, 1 there already" in load(archive).stdout
+    assert run_tinyreg("verify", "--root", store.root).stdout.startswith("2 blobs, ")
+
+
 def test_no_tag_before_all_is_there_and_what_is_missing_is_written_down(store, far, save, load, tmp_path):
     make_image(store, NAME, "1", layers=(b"base", b"one"))
     have, want = tmp_path / "have.txt", tmp_path / "want.txt"
@@ -510,7 +552,7 @@ def test_what_was_left_out_on_purpose_is_no_damage(store, save):
     difference = save("demo:2", "--have", path, name="difference.tar")
     done = run_tinyreg("verify", difference)
     assert done.returncode == 0 and "all is well" in done.stdout
-    assert "2 blobs were left out, since the far side has them" in done.stdout
+    assert "; 2 blobs left out: on the far side already" in done.stdout
     assert json.loads(run_tinyreg("verify", "--json", difference).stdout)["left_out"] == 2
     done = run_tinyreg("verify", path, difference)
     assert (done.returncode, done.stderr) == (0, "") and "left out" not in done.stdout

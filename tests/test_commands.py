@@ -211,12 +211,16 @@ def test_ls_of_archives_says_what_is_complete(run, store, tmp_path):
     run("save", "a:1", "-o", whole)
     run("save", "b:2", "-o", rest, "--have", whole)
     lines = [re.split("  +", line) for line in run("ls", rest).stdout.splitlines()]
-    assert lines[0][0] == "IMAGE" and lines[1][0] == "b:2" and lines[1][-1] == "lacks 2 blobs"
+    assert lines[0][0] == "IMAGE" and lines[1][0] == "b:2"
+    assert lines[1][-1] == "complete with 2 blobs of the far side"
     entries = json.loads(run("ls", "--json", whole, rest).stdout)
     assert [(entry["repository"], entry["lacking"]) for entry in entries] == [
         ("b", 0), ("docker.io/library/a", 0)]
     digests = run("ls", "--digests", whole).stdout.splitlines()
     assert digests == sorted([one.digest] + [blob.digest for blob in one.blobs])
+    os.unlink(store.blob_path(Digest.of(b"another")))  # now the store's folder is no whole archive
+    shown = [line.split("  ")[-1] for line in run("ls", store.root).stdout.splitlines()]
+    assert shown[1:] == ["lacks 1 blob", "complete"]
     done = run_tinyreg("ls", "rest.tar", cwd=str(tmp_path))  # where no store is
     assert (done.returncode, done.stderr) == (0, "") and "b:2" in done.stdout
 

@@ -202,7 +202,8 @@ def test_what_its_garbage_collection_leaves_behind_is_no_damage(distribution, se
     shown = run_tinyreg("verify", "--root", store.root)
     assert shown.returncode == 0, shown.stdout
     leftovers, verdict = shown.stdout.splitlines()
-    assert leftovers == "3 links to blobs that are gone and that no image needs do no harm; --repair removes them"
+    assert leftovers == (
+        "3 links to blobs that are gone and that no image needs: no harm; --repair removes that")
     assert verdict.endswith(": all is well")
     report = json.loads(run_tinyreg("verify", "--root", store.root, "--json", "--repair").stdout)
     assert (report["damage"], report["moved"], report["leftovers"]) == ([], [], 3)

@@ -597,12 +597,12 @@ def test_dry_run_lists_and_leaves(store):
     shown = run_tinyreg("gc", "--root", store.root, "--dry-run")
     assert shown.returncode == 0, shown.stderr
     assert "blob  %s  5 bytes" % stray in shown.stdout
-    assert "would remove 0 manifests, 1 links, 1 blobs" in shown.stdout
+    assert "would remove 0 manifests, 1 link, 1 blob," in shown.stdout
     report = json.loads(run_tinyreg("gc", "--root", store.root, "--dry-run", "--json").stdout)
     assert {"kind": "blob", "name": stray, "size": 5} in report["removed"] and report["size"] == 5
     assert files_below(store.tree) == before
     shown = run_tinyreg("gc", "--root", store.root, "--untagged", "--grace", "1h")
-    assert "removed 0 manifests, 1 links, 1 blobs" in shown.stdout
+    assert "removed 0 manifests, 1 link, 1 blob," in shown.stdout
     assert not has_data(store, b"stray")
 
 

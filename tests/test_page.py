@@ -71,6 +71,18 @@ def registry(start_server, tmp_path):
     return start_server(tmp_path / "registry", "--log", "explain")
 
 
+def test_a_manifest_without_a_tag_is_listed(tmp_path):
+    """An image that was pulled by its digest left its repository looking empty."""
+    registry = Directory(str(tmp_path / "registry"))
+    image = make_image(registry, "a", None)
+    registry.put_manifest("a", to_manifest(index(image)), ["1"])
+    alone = make_image(registry, "a", None, (b"alone",))
+    make_referrer(registry, "a", alone)
+    shown = dispatch(registry, Access("pull"), Request("GET", "/?repository=a")).body.decode()
+    assert "Without a tag" in shown and alone.digest[:19] in shown
+    assert image.digest[:19] not in shown.partition("Without a tag")[2]
+
+
 def test_pages_are_sound_accessible_and_self_contained(registry):
     for path in PAGES:
         check_page(get(registry.url + "/" + path))

@@ -124,6 +124,14 @@ def test_split_image(text, wanted):
     assert split_image(text) == wanted
 
 
+@pytest.mark.parametrize("number, noun, words", [
+    (0, "blob", "0 blobs"), (1, "blob", "1 blob"), (2, "repository", "2 repositories"),
+    (1, "repository", "1 repository")])
+def test_plurals(number, noun, words):
+    assert tinyreg.counted(number, noun) == words
+    assert number < 2 or tinyreg.singular(words.split()[1]) == noun
+
+
 @pytest.mark.parametrize("text", ["a/b:1", "a/b@" + SHA256, "a/b:1@" + SHA256])
 def test_an_image_s_name_is_what_it_was_split_from(text):
     assert image_text(*split_image(text)) == text
