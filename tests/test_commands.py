@@ -370,7 +370,7 @@ def test_rm_says_what_the_tag_pointed_to_and_when_its_space_comes_back(run, stor
     report = json.loads(run("gc", "--untagged", "--json").stdout)
     assert report["size"] == 0 and report["waiting"] > 3 << 20 and report["waitingUntil"].endswith("Z")
     freed = run(*again.split()[1:]).stdout.splitlines()
-    assert len(freed) == 1 and freed[0].startswith("removed 1 manifests") and freed[0].endswith("; 3.0 MiB")
+    assert len(freed) == 1 and freed[0].startswith("removed 1 manifest, ") and freed[0].endswith("; 3.0 MiB")
 
 
 def test_rm_of_what_nobody_has_asked_for_lately_has_nothing_to_wait_for(run, store):
