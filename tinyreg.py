@@ -3419,7 +3419,7 @@ ACCEPT = ", ".join(MANIFEST_TYPES)
 RETRIED = (408, 429, 500, 502, 503, 504)
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 10
-MAX_ANSWER = 4 * MAX_MANIFEST  # bytes of an answer that is no blob: some registries list all tags at once
+MAX_ANSWER = 2 * MAX_MANIFEST  # bytes of an answer that is no blob: some registries list all tags at once
 MAX_MESSAGE = 1000           # characters of another registry's error message that are passed on
 CONNECT_TIMEOUT = 15.0       # seconds to reach another registry
 MAX_REFUSAL = 1 << 20        # bytes of a refusal, which may say why
@@ -4199,7 +4199,8 @@ class PullThrough(Directory):
         return self._ask(name, Remote.tags, last) or super().tags(name, last)
 
     def referrers(self, name, subject, last=""):
-        for digest in self._ask(name, Remote.referrer_digests, subject) or ():
+        there = self._ask(name, Remote.referrer_digests, subject) or []
+        for digest in there[:PAGE_SIZE]:  # each is fetched and kept
             with contextlib.suppress(RegistryError):
                 self.manifest(name, digest)
         return super().referrers(name, subject, last)

@@ -9,6 +9,7 @@ import http.server
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -110,6 +111,7 @@ class Proxy(http.server.ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    tunnel = None  # the host to which a CONNECT leads, whatever it names
 
     def __init__(self, upstream, spoil=lambda handler: None):
         self.upstream, self.spoil, self.seen, self.sent = upstream, spoil, [], 0
@@ -176,6 +178,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         self.close_connection = False
+        if self.server.tunnel:
+            self.relay(self.server.tunnel)
+
+    def relay(self, host):
+        """Pass on bytes, as they come, to a host and back."""
+        self.close_connection = True
+        with socket.create_connection(host.split(":")) as there:
+            pairs = {self.connection: there, there: self.connection}
+            while pairs:
+                for sock in select.select(list(pairs), [], [])[0]:
+                    block = sock.recv(65536)
+                    if not block:
+                        return
+                    pairs[sock].sendall(block)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = handle_all
 
@@ -779,6 +795,17 @@ def test_a_blob_that_drips_is_not_waited_for(filled, server, back, start_proxy, 
         copy(Remote(proxy.host, retries=0), back, "demo", "latest")
 
 
+def test_of_endless_referrers_a_cache_keeps_a_bounded_number(mirror, filled):
+    front, proxy = mirror
+    note = make_referrer(filled, "demo", filled.manifest("demo", filled.resolve("demo", "latest")))
+    entries = [dict(note.referrer(), digest=Digest.of(b"%d" % number)) for number in range(tinyreg.PAGE_SIZE + 100)]
+    body = json.dumps({"manifests": entries}).encode()
+    proxy.spoil = lambda handler: "/referrers/" in handler.path and handler.answer(200, {}, body) or (
+        "/manifests/" in handler.path and handler.answer(404)) or None
+    assert front.ask("GET", "/v2/docker.io/library/demo/referrers/" + note.subject).status == 200
+    assert len(proxy.asked("GET", "/manifests/")) == tinyreg.PAGE_SIZE
+
+
 def test_a_token_server_that_drips_holds_up_its_own_repository_only(start_proxy, monkeypatch, drip):
     tokens = TokenServer()
     fallen = []
@@ -1068,6 +1095,18 @@ def test_pull_goes_through_the_proxy_that_the_environment_names(filled, server, 
     verb, path, headers = proxy.seen[0]
     assert (verb, path) == ("CONNECT", "far.example:80")
     assert headers["proxy-authorization"] == "Basic " + base64.b64encode(b"me:secret").decode()
+
+
+def test_pull_goes_through_a_proxy_to_a_registry_with_tls(filled, server, start_proxy, start_tls, tmp_path):
+    proxy = start_proxy(server.host)
+    proxy.tunnel, ca = start_tls(server)
+    environment = dict(os.environ, https_proxy=proxy.host)
+    pull = ["pull", "far.example:5000/demo", "--root", tmp_path / "back", "--retries", "0"]
+    done = run_tinyreg(*pull, "--insecure", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert proxy.seen[0][:2] == ("CONNECT", "far.example:5000")
+    done = run_tinyreg(*pull, "--ca", ca, env=environment)
+    assert done.returncode == 1 and "its certificate is not trusted" in done.stderr  # it is for 127.0.0.1
 
 
 @pytest.mark.parametrize("scheme, status", [("http", None), ("https", None), ("https", 407), ("http", 502)])
