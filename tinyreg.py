@@ -5551,10 +5551,15 @@ def get_referrers(registry, access, request, name, digest):
     """The manifests that are about another (end-12a, end-12b), as an index, in pages that stay below the size of a
     manifest. An unknown repository has none: oras asks before its first push, and takes a 404 for "unsupported"."""
     wanted, count = request.get("artifactType"), min(parse_count(request.get("n", str(PAGE_SIZE))), PAGE_SIZE)
-    found = (manifest.referrer() for manifest in registry.referrers(name, digest, request.get("last", "")))
-    entries, more = take_page((entry for entry in found if wanted in (None, entry.get("artifactType"))), count)
-    while len(entries) > 1 and len(to_json(entries)) > MAX_MANIFEST - 1000:
-        entries, more = entries[:len(entries) // 2], True
+    entries, size, more = [], 0, False
+    for manifest in registry.referrers(name, digest, request.get("last", "")):
+        entry = manifest.referrer()
+        if wanted in (None, entry.get("artifactType")):
+            size += len(to_json(entry))
+            more = len(entries) == count or bool(entries) and size > MAX_MANIFEST - 1000
+            if more:  # no other is read: their annotations may fill the memory
+                break
+            entries.append(entry)
     query = {} if wanted is None else {"artifactType": wanted}
     headers = [("OCI-Filters-Applied", "artifactType")] if query else []
     if more and entries:

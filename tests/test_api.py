@@ -928,6 +928,19 @@ def test_pages_of_referrers(call, signed, count):
     assert [page[0]["artifactType"] for page in found] == [kind] * 3
 
 
+def test_for_a_page_of_referrers_no_more_are_read_than_are_in_it(call, store, monkeypatch):
+    """A thousand that have 4 MB of annotations would fill the memory."""
+    about = make_image(store, "a", "1")
+    for number in range(12):
+        make_referrer(store, "a", about, annotations={"x": "%d" % number * (1 << 20)})
+    read, manifest = [], Directory.manifest
+    monkeypatch.setattr(Directory, "manifest", lambda *asked: read.append(asked) or manifest(*asked))
+    answer = call("GET", "/v2/a/referrers/" + about.digest)
+    count = len(answer.json["manifests"])
+    assert 1 < count < 8 and len(answer.body) < MAX_MANIFEST and answer.header("Link")
+    assert len([asked for asked in read if asked[-1] != about.digest]) == count + 1
+
+
 def test_a_list_of_referrers_is_never_larger_than_a_manifest_may_be(call, store):
     about = make_image(store, "a")
     made = [make_referrer(store, "a", about, annotations={"large": str(number) * 1500000}) for number in range(4)]
