@@ -83,6 +83,7 @@ import os
 import random
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
@@ -141,6 +142,8 @@ COPY_BUFFER = 256 << 10      # bytes moved at once from file to file; an upload 
 MOST_AT_ONCE = 640 << 10     # bytes of an upload that are taken with one call, where the network is that fast
 SMALL_BLOB = 64 << 10        # bytes; a blob up to this goes out in one write with its headers, and may be cached
 MAX_CACHED = 16 << 20        # bytes of answers that one worker keeps
+INDEXED_REPOSITORIES = 64    # whose referrers a process keeps in memory
+SETTLED = 2.0                # seconds; folders that changed in the same tick of the clock may look alike
 HASHED_SESSIONS = 1024       # upload sessions whose hash is kept in memory; others are read again at their end
 MAX_LIVE = 1 << 20           # bytes of the file that /live follows, then a new one begins
 MAX_EVENTS = 10000           # notifications that are kept for an endpoint that takes none
@@ -611,10 +614,38 @@ def parse_content_range(header):
     return int(match.group(1)), int(match.group(2))
 
 
-def parse_glob(glob):
-    """The pattern of a glob over repository names: `*` stays within a component, `**` does not."""
+class Glob:
+    """A pattern over repository names: `*` stays within a component, `**` does not.
+
+    A regular expression that has several stars tries all ways to share the text among them; this
+    takes one step for each character, however many stars there are."""
+
+    def __init__(self, glob: str) -> None:
+        parts = [part[:2] if part[0] == "*" else part for part in re.findall(r"\*+|[^*]", glob)]
+        self.end = 1 << len(parts)
+        # Bit N of each number is about the part N.
+        self.places: Dict[str, int] = {}
+        for number, part in enumerate(parts):
+            self.places[part] = self.places.get(part, 0) | 1 << number
+        self.wide = self.places.pop("**", 0)
+        self.stars = self.places.pop("*", 0) | self.wide
+
+    def fullmatch(self, text: str) -> bool:
+        """Whether the whole text fits."""
+        expected = 1 | (self.stars & 1) << 1  # the parts that may come next
+        for character in text:
+            stay = expected & (self.wide if character == "/" else self.stars)
+            expected = stay | (expected & self.places.get(character, 0)) << 1
+            expected |= (expected & self.stars) << 1  # a star may stand for nothing
+        return bool(expected & self.end)
+
+
+def parse_glob(glob: str) -> Any:
+    """What has a `fullmatch` for the texts that a glob means: a regular expression is fastest."""
+    if glob.count("*") > (2 if "**" in glob else 1):
+        return Glob(glob)
     return re.compile("".join({"**": ".*", "*": "[^/]*"}.get(part, re.escape(part))
-                              for part in re.split(r"(\*\*|\*)", glob)))
+                              for part in re.split(r"(\*\*|\*)", glob)), re.DOTALL)
 
 
 # What a manifest refers to; `foreign` content may live elsewhere (OCI image-spec, descriptor.md).
@@ -1226,8 +1257,9 @@ class Registry:
         mount(name, digest, source=None)    give a repository a blob that `source` has (or any, if None). False where
                                             there is no such blob
         put_manifest(name, manifest, tags=())   let the tags point to it, too; its own digest among
-                                            them pins it: it stays as if it had a tag. Raises
-                                            MANIFEST_BLOB_UNKNOWN
+                                            them pins it: it stays as if it had a tag. A store calls
+                                            `go_on` while that takes long, and ends if it raises.
+                                            Raises MANIFEST_BLOB_UNKNOWN
         delete_tag(name, tag)               Raises MANIFEST_UNKNOWN
         delete_manifest(name, digest)       and all tags that point to it. Raises MANIFEST_UNKNOWN
         delete_blob(name, digest)           Raises BLOB_UNKNOWN
@@ -1420,6 +1452,7 @@ class Directory(Registry):
         self.lock = SharedLock(os.path.join(self.own, "lock"), marked=not shared)
         self.immutable = []  # patterns of TAG or NAME:TAG
         self.hashers = collections.OrderedDict()  # {(session id, offset): what has hashed all before it}
+        self.subjects = collections.OrderedDict()  # {name: (state, {subject: digests of its referrers})}
         self.key = os.urandom(32)  # signs the states of upload sessions; worker processes inherit it
 
     # Paths
@@ -1705,8 +1738,15 @@ class Directory(Registry):
         has been looked at, whoever stored it. Those without a line are looked at now. It can't be wrong, only
         short; so it needs no fsync and no lock, and a line that a crash cut off is written again.
         """
+        state = self._state_of_revisions(name)
+        kept = self.subjects.get(name)
+        if kept and kept[0] == state:
+            return kept[1]
         path, known = self._referrers_index(name)
-        fresh = {digest: self._subject_of(digest) for digest in self._revisions(name) if digest not in known}
+        # Links are read only of what is new: a repository may have a hundred thousand manifests.
+        listed = list(digest_folders(self.repository_path(name), "_manifests", "revisions"))
+        fresh = {digest: self._subject_of(digest) for digest, folder in listed
+                 if digest not in known and self._read_link(folder)}
         if fresh:
             with contextlib.suppress(OSError):  # a full disk costs time here, not the answer
                 os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -1714,8 +1754,22 @@ class Directory(Registry):
                     file.write("".join("\n%s %s\n" % item for item in fresh.items() if item[1]).encode("ascii"))
         by_subject = {}
         for digest, subject in itertools.chain(known.items(), fresh.items()):
-            by_subject.setdefault(subject, set()).add(digest)
+            if subject != "-":
+                by_subject.setdefault(subject, set()).add(digest)
+        if state and all(known.get(digest) or fresh.get(digest) for digest, _ in listed):
+            self.subjects[name] = state, by_subject
+            while len(self.subjects) > INDEXED_REPOSITORIES:
+                self.subjects.popitem(last=False)
         return by_subject
+
+    def _state_of_revisions(self, name):
+        """What differs after each manifest that is stored, by us or by another program; None where a change may not
+        show: after another one of the last seconds, or where nothing may be kept."""
+        folders = [look_at(os.path.join(self.repository_path(name), "_manifests", "revisions", algorithm))
+                   for algorithm in ALGORITHMS]
+        is_settled = max(folder.mtime for folder in folders) < time.time() - SETTLED
+        version = self.version()
+        return (version, folders) if version and is_settled else None
 
     def _referrers_index(self, name):
         """The path of that index, and what is in it: {digest: subject}."""
@@ -1862,10 +1916,13 @@ class Directory(Registry):
                 raise RegistryError("DENIED", message="the tag %s needs it, and is not to change "
                                     "(--immutable-tags)" % tag)
 
-    def put_manifest(self, name, manifest, tags=()):
+    def put_manifest(self, name, manifest, tags=(), go_on=lambda: None):
         tags = list(tags)
-        wanted = [] if self.sparse else [blob for blob in manifest.blobs if not blob.foreign]
-        missing = {blob.digest for blob in wanted if not self._has(name, blob)}
+        wanted = {}  # {digest: the sizes that descriptors give it}
+        for blob in () if self.sparse else manifest.blobs:
+            if not blob.foreign:
+                wanted.setdefault(blob.digest, set()).add(blob.size)
+        missing = {digest for digest, sizes in wanted.items() if not self._has(name, digest, sizes, go_on)}
         # Of two first pushes of an immutable tag at once, one must be the second.
         with self.lock.alone() if self.immutable and tags else self.lock.shared():
             for tag in tags:
@@ -1875,7 +1932,7 @@ class Directory(Registry):
             if manifest.subject:
                 mentioned.add(manifest.subject)
             gone = {digest for digest in mentioned if not self._hold(name, digest)}
-            missing |= gone.intersection(blob.digest for blob in wanted)
+            missing |= gone.intersection(wanted)
             if missing:
                 raise RegistryError("MANIFEST_BLOB_UNKNOWN", *sorted(missing))
             self.files.write(self.blob_path(manifest.digest), manifest.content)
@@ -1888,20 +1945,23 @@ class Directory(Registry):
                                               manifest.digest.encoded), manifest.digest)
                 self._write_link(self.current_path(name, tag), manifest.digest)
 
-    def _has(self, name, descriptor):
-        """Whether the repository has the blob that a manifest describes. A size that differs is either a mistake of
-        the manifest's maker, who may keep it, or a sign of damage, which reading the blob tells."""
+    def _has(self, name, digest, sizes, go_on):
+        """Whether the repository has a blob to which a manifest gives these sizes. One that differs
+        is either a mistake of the manifest's maker, who may keep it, or a sign of damage, which
+        reading the blob tells."""
         try:
-            with self.open_blob(name, descriptor.digest) as blob:
-                algorithm, encoded = descriptor.digest.algorithm, descriptor.digest.encoded
-                if blob.length == descriptor.size or hash_of_file(blob.file, algorithm).hexdigest() == encoded:
+            with self.open_blob(name, digest) as blob:
+                if sizes == {blob.length}:
+                    return True
+                hasher = hash_of_file(blob.file, digest.algorithm, lambda size: go_on())
+                if hasher.hexdigest() == digest.encoded:
                     return True
                 logger.warning("damaged blob, put aside; push it again: %s", blob.file.name)
                 with self.lock.alone():
                     if is_at(blob.file, blob.file.name):  # else a whole one has been pushed meanwhile
                         self.put_aside(blob.file.name)
         except RegistryError:
-            return self._read_link(self.revision_path(name, descriptor.digest)) is not None
+            return self._read_link(self.revision_path(name, digest)) is not None
         return False
 
     def put_aside(self, path):
@@ -2611,6 +2671,7 @@ MAX_INDEX = 20 << 20         # bytes of an index.json or manifest.json; containe
 TAR_FILES = (b"\0", b"0", b"7")
 TAR_LINKS = (b"1", b"2")
 TAR_TEXTS = {b"x": b"", b"g": b"", b"L": b"path", b"K": b"linkpath"}  # what they say of the member after them
+MAX_CLAIMED = 100            # times that a split archive may use its bytes; a range of zeros occurs often in a blob
 MAX_LINKS = 40               # links that lead to links; Linux follows as many
 
 REF_NAME = "org.opencontainers.image.ref.name"
@@ -2630,8 +2691,12 @@ IMAGE_CONFIGS = ("application/vnd.oci.image.config.v1+json", "application/vnd.do
 LAYER_TYPES = re.compile(r"application/vnd\.(?:oci\.image\.layer|docker\.image\.rootfs)\.")
 COMPRESSIONS = [(b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"\xfd7zXZ", "xz"), (b"BZh", "bzip2")]
 
-ARCHIVE_ROOT = re.compile(r"((?:.+?/)?)(?:index\.json|manifest\.json|docker/registry/v2/(?:blobs|repositories)/.+)")
-NAMED_BY_DIGEST = re.compile(r"(?:.*[/:])?([0-9a-f]{64}|[0-9a-f]{128})(?:/data|\.tar|\.tar\.gz|\.manifest\.json)?")
+ARCHIVE_ROOT = re.compile(r"(?s)((?:.+?/)?)"
+                          r"(?:index\.json|manifest\.json|docker/registry/v2/(?:blobs|repositories)/.+)")
+DAMAGED = re.compile("(?:^|/)tinyreg/damaged/")  # where a store keeps what must not be taken
+NAMED_BY_DIGEST = re.compile(r"(?s)(?:.*[/:])?([0-9a-f]{64}|[0-9a-f]{128})"
+                             r"(?:/data|\.tar|\.tar\.gz|\.manifest\.json)?")
+PAX_RECORD = re.compile(rb"([0-9]{1,5}) ([^=\n]+)=")
 TREE_LINK = re.compile(r"docker/registry/v2/repositories/(.+)/_manifests/"
                        r"(?:tags/([^/]+)/current|revisions/[^/]+/[^/]+)/link")
 
@@ -2691,21 +2756,22 @@ def tar_number(field):
     """A number in a tar header: octal, or GNU's base 256 for what is too large for that; -1 where there is none."""
     if field[0] & 0x80:
         return int.from_bytes(field, "big") - (0x80 << 8 * (len(field) - 1))
-    match = re.fullmatch(rb"[ \0]*([0-7]*)[ \0]*", field)
-    return int(match.group(1) or b"0", 8) if match else -1
+    digits = field.strip(b" \0")
+    return int(digits or b"0", 8) if re.fullmatch(b"[0-7]*", digits) else -1
 
 
 def pax_records(text):
     """{key: value} of a pax header, in bytes. Raises ValueError."""
-    records = {}
-    while text:
-        match = re.match(rb"([0-9]{1,5}) ([^=\n]+)=", text)
-        if not match or not match.end() < int(match.group(1)) <= len(text):
+    records, start = {}, 0
+    while start < len(text):
+        match = PAX_RECORD.match(text, start)
+        end = start + int(match.group(1)) if match else 0
+        if not match or not match.end() < end <= len(text):
             raise ValueError("malformed pax header")
         if match.group(2).startswith(b"GNU.sparse"):
             raise ValueError("refused: it has a sparse file")
-        records[match.group(2)] = text[match.end():int(match.group(1)) - 1]
-        text = text[int(match.group(1)):]
+        records[match.group(2)] = text[match.end():end - 1]
+        start = end
     return records
 
 
@@ -2906,6 +2972,7 @@ class Archive(Registry):
         self.damaged = {}   # {digest of a blob or a range: the file in which it is damaged}
         self.unreadable = {}  # {path: what is wrong}
         self._contents = functools.lru_cache(maxsize=None)(self._reach)
+        self._digest = functools.lru_cache(maxsize=None)(Member.digest)
         for path in paths:
             try:
                 members = self._read(path, scratch, partly)
@@ -2917,12 +2984,22 @@ class Archive(Registry):
             raise RegistryError("UNSUPPORTED", message="%s: %s" % min(self.unreadable.items()))
         if ranges:
             self._add_blobs(read_folder(ranges))
-        whole = {digest: tuple(self.blobs[part] for part in parts) for digest, parts in self.joined.items()
-                 if parts and digest not in self.blobs and all(part in self.blobs for part in parts)}
-        for digest, members in whole.items():
-            self.blobs[digest] = Member(members, 0, sum(member.length for member in members))
+        self._join()
 
     # Opening
+
+    def _join(self):
+        """Make blobs of ranges, where all of them are here. Raises UNSUPPORTED."""
+        whole = {digest: Member(tuple(self.blobs[part] for part in parts), 0,
+                                sum(self.blobs[part].length for part in parts))
+                 for digest, parts in self.joined.items()
+                 if parts and digest not in self.blobs and all(part in self.blobs for part in parts)}
+        here = sum(member.length for member in set(self.blobs.values()))
+        claimed = sum(member.length for member in whole.values())
+        if claimed > MAX_CLAIMED * here:
+            raise RegistryError("UNSUPPORTED", message="%s: refused: it claims to hold blobs of %d bytes, and %d are "
+                                "there" % (self.root, claimed, here))
+        self.blobs.update(whole)
 
     def _read(self, path, scratch, partly):
         """{name: Member} of a file or directory. Raises ValueError, OSError."""
@@ -2946,7 +3023,7 @@ class Archive(Registry):
         tops = []  # the folders with images; what lies below one belongs to it
         matches = filter(None, map(ARCHIVE_ROOT.fullmatch, members))
         for top in sorted({match.group(1) for match in matches}):
-            if not tops or not top.startswith(tops[-1]):
+            if not DAMAGED.search(top) and not (tops and top.startswith(tops[-1])):
                 tops.append(top)
         if not tops:
             advice = "; load it with docker, and save it with a newer one"
@@ -2957,7 +3034,8 @@ class Archive(Registry):
             start = end = bisect.bisect_left(names, top, end)
             while end < len(names) and names[end].startswith(top):
                 end += 1
-            inner = {name[len(top):]: members[name] for name in names[start:end]}
+            inner = {name[len(top):]: members[name] for name in names[start:end]
+                     if not name.startswith("tinyreg/", len(top))}  # what a store has beside its content
             folder = top.rstrip("/")
             if not folder and os.path.isdir(path):
                 folder = os.path.basename(os.path.abspath(path))
@@ -3064,7 +3142,7 @@ class Archive(Registry):
             with member.open() as blob:
                 packed = compression(blob.read(8))
             if not digest:
-                digest = member.digest() if packed or inside is None else parse_digest(expect(str, inside))
+                digest = self._digest(member) if packed or inside is None else parse_digest(expect(str, inside))
             media_type = "application/vnd.oci.image.layer.v1.tar" + ("+" + packed if packed else "")
             entries.append({"mediaType": media_type, "digest": digest, "size": member.length})
             self.blobs.setdefault(digest, member)
@@ -3436,7 +3514,8 @@ UPLOAD_CHUNK = 64 << 20      # bytes; what a dropped connection costs at most, w
 SHORT_LIFE = 60              # seconds of a token, where its server does not say
 NETWORK_ERRORS = (OSError, http.client.HTTPException, ValueError)  # for example for a host that is no name
 CHALLENGE = re.compile(r'(?:^|,)\s*(Basic|Bearer)\b((?:[\s,]*\w+\s*=\s*(?:"(?:\\.|[^"\\])*"|[^\s,"]+))*)', re.I)
-PARAMETER = re.compile(r'(\w+)\s*=\s*(?:"((?:\\.|[^"\\])*)"|([^\s,"]+))')
+NEXT_LINK = re.compile(r'<([^<>]*)>\s*;[^,<]*rel="?next"?')
+PARAMETER = re.compile(r'\b(\w+)\s*=\s*(?:"((?:\\.|[^"\\])*)"|([^\s,"]+))')
 
 Login = collections.namedtuple("Login", "user secret token where")  # the token, if any, is docker's identity token
 
@@ -3705,7 +3784,8 @@ class Remote(Registry):
             advice = "its certificate %s; is the clock of this machine right? It says %s" % (
                 "is not yet valid" if "not yet valid" in text else "has expired", time.strftime("%Y-%m-%d %H:%M"))
         elif isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in text:
-            reason = re.sub(r".*certificate verify failed:? ?|\(_ssl.*", "", text).strip()  # none in Python 3.6
+            reason = text.rpartition("certificate verify failed")[2].partition("(_ssl")[0]
+            reason = reason.lstrip(":").strip()  # none in Python 3.6
             advice = "its certificate is not trusted (%s); name its CA with --ca FILE" % (
                 reason or "its CA, its name, or this machine's clock")
         elif isinstance(error, ssl.SSLError):
@@ -3899,7 +3979,7 @@ class Remote(Registry):
                 yield from expect(list, load_json(reply.content).get(field) or [])
             except ValueError:
                 raise RegistryError("UNSUPPORTED", message="%s answered with no list of %s" % (self.host, field))
-            link = re.search(r'<([^>]*)>\s*;[^,]*rel="?next"?', reply.header("Link"))
+            link = NEXT_LINK.search(reply.header("Link"))
             if link:
                 there = urllib.parse.urlsplit(urllib.parse.urljoin(path, link.group(1)))
                 path = "%s?%s" % (there.path, there.query)  # whatever host it names, it is ours
@@ -5421,6 +5501,7 @@ class Request:
         self.route = ""          # the name of the handler …
         self.found = {}          # … and what it is given from the path
         self.observation = None  # the server's
+        self.go_on = lambda: None  # raises ClientLeft once nobody waits for the response
 
     def get(self, parameter, default=None):
         """The (last) value of a query parameter."""
@@ -5600,11 +5681,11 @@ def put_manifest(registry, access, request, name, reference):
         raise RegistryError("MANIFEST_INVALID", message="a manifest may have at most 4 MiB", status=413)
     manifest = parse_manifest(content, request.header("content-type"), reference if by_digest else None)
     try:
-        registry.put_manifest(name, manifest, tags)
+        registry.put_manifest(name, manifest, tags, request.go_on)
     except RegistryError as error:
         if error.code != "MANIFEST_BLOB_UNKNOWN" or not adopt(registry, access, request, name, error.details):
             raise
-        registry.put_manifest(name, manifest, tags)
+        registry.put_manifest(name, manifest, tags, request.go_on)
     headers = [("Location", "/v2/%s/manifests/%s" % (name, manifest.digest)),
                ("Docker-Content-Digest", manifest.digest)]
     if manifest.subject:
@@ -6612,7 +6693,7 @@ ROUTES += compile_routes([
     ("GET HEAD", "/use",         "look",   use_page),
     ("GET HEAD", "/use/{client}[.]sh", "look", use_script),
     ("GET HEAD", "/login",       "login",  log_in),
-    ("GET HEAD", "/archive/{name}[:@]{reference}[.]tar", "pull", get_archive),
+    ("GET HEAD", "/archive/(?P<name>[^:@]+)[:@]{reference}[.]tar", "pull", get_archive),
     ("GET HEAD", "/tinyreg.py",  "look",   get_own_source),
     ("GET HEAD", "/live",        "pull",   live_page),
     ("GET HEAD", "/live/events", "pull",   live_events),
@@ -6823,6 +6904,14 @@ class RequestReader:
             raise bad_request("lines must end with CR LF")
         return line[:-2]
 
+    def check_client(self) -> None:
+        """Raises ClientLeft if the client has closed the connection, or its sending side: few do
+        that and wait for the response."""
+        poll = select.poll()
+        poll.register(self.sock, getattr(select, "POLLRDHUP", 0))  # errors are reported unasked
+        if poll.poll(0):
+            raise ClientLeft("left before the response")
+
     def close(self) -> None:
         """Nothing to close: the socket is the Connection's."""
 
@@ -6945,7 +7034,8 @@ def alternative_names(names):
     for name in names:
         if not re.fullmatch(r"[0-9A-Za-z_.:*-]+", name):
             raise CommandError("%r is no name or address to make a certificate for" % name)
-    return ",".join(("IP:" if re.fullmatch(r"[0-9.]+|.*:.*", name) else "DNS:") + name for name in sorted(names))
+    kinds = {name: "IP:" if ":" in name or re.fullmatch("[0-9.]+", name) else "DNS:" for name in names}
+    return ",".join(kinds[name] + name for name in sorted(names))
 
 
 def openssl(*arguments, folder=None, check=True):
@@ -6966,7 +7056,7 @@ def openssl(*arguments, folder=None, check=True):
 def is_valid(path, days):
     """Whether a certificate is valid by this machine's clock, and for so many days to come."""
     shown = openssl("x509", "-noout", "-dates", "-in", path, check=False) or ""
-    dates = [ssl.cert_time_to_seconds(date) for date in re.findall("=(.*GMT)", shown)]
+    dates = [ssl.cert_time_to_seconds(date) for date in re.findall("=([^=\n]*GMT)", shown)]
     return len(dates) == 2 and dates[0] <= time.time() <= dates[1] - days * 86400
 
 
@@ -7328,6 +7418,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                           "https" if tls else "http", self.certificate, tls.ca if tls else None,
                           self.request_version[-3:])
         request.observation = self.worker.observation
+        request.go_on = self.rfile.check_client
         return body, request
 
     def _handle(self, request: Request) -> Response:
@@ -8790,10 +8881,11 @@ class ArchiveVerification(Verification):
                     yield "missing blob", piece, archive.root
 
     def _read_archive(self, path, blobs):
+        read = functools.lru_cache(maxsize=None)(Member.digest)  # links give a file many names
         for digest, member in blobs.items():
             found = None
             with contextlib.suppress(OSError):  # media that can't be read are damaged as well
-                found = member.digest(digest.algorithm)
+                found = read(member, digest.algorithm)
             if found != digest:
                 self.damaged[digest] = "damaged blob", digest, path
                 self.findings[self.damaged[digest]] = set()

@@ -800,6 +800,28 @@ def test_a_registrys_data_directory_and_a_tar_of_it(store, tmp_path, load, far):
         assert far.manifest(NAME, untagged.digest)
 
 
+def test_what_a_store_has_put_aside_is_not_served(store, tmp_path):
+    """Nothing below tinyreg/ of a root is content: damaged blobs lie there under the names they had."""
+    manifest = make_image(store, NAME, "1", layers=(b"whole", b"spoilt"))
+    digest = manifest.blobs[2].digest
+    with open(store.blob_path(digest), "wb") as file:
+        file.write(b"spoiled")
+    with store.lock.alone():
+        aside = store.put_aside(store.blob_path(digest))
+    assert os.path.exists(aside)
+    inner, outer = str(tmp_path / "inner.tar"), str(tmp_path / "outer.tar")
+    subprocess.run(["tar", "-C", store.root, "-cf", inner, "."], check=True)
+    subprocess.run(["tar", "-C", str(tmp_path), "-cf", outer, os.path.basename(store.root)], check=True)
+    for path in store.root, inner, outer:
+        archive = Archive([path])
+        assert digest not in set(archive.digests()) and manifest.blobs[1].digest in set(archive.digests())
+        with pytest.raises(RegistryError):
+            archive.open_blob(NAME, digest)
+    shutil.rmtree(os.path.join(store.root, "docker"))
+    with pytest.raises(RegistryError, match="no images in it"):
+        Archive([store.root])
+
+
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_old_and_new_tars_with_long_names(tmp_path, form):
     manifest = to_manifest(image())
@@ -937,6 +959,36 @@ def test_ranges_that_lie_do_not_count(tmp_path, far, load, ranges):
     done = load(make_tar(tmp_path / "liar.tar", members))
     assert done.returncode == 1 and "liar:latest: " in done.stderr and "\x1b" not in done.stderr
     assert list(far.repositories()) == [] and Digest.of(b"cut") not in set(far.digests())
+
+
+def test_a_small_archive_that_claims_a_hundred_gigabytes_is_refused_at_once(tmp_path, far, load):
+    """One range, again and again: to read what that makes would take minutes."""
+    content = bytes(1 << 20)
+    members = layout(to_manifest(image((b"cut",))), blobs=(CONFIG, content))
+    joined = {Digest.of(b"cut"): [Digest.of(content)] * 100000}
+    members["tinyreg-parts.json"] = json.dumps({"files": [], "joined": joined}).encode()
+    path = make_tar(tmp_path / "liar.tar", members)
+    for done in (load(path), run_tinyreg("verify", path)):
+        assert done.returncode == 1 and "104857600000 bytes" in done.stderr, done.stderr
+    assert list(far.digests()) == []
+
+
+def test_a_file_with_many_names_is_read_once(tmp_path, monkeypatch):
+    """Ten thousand links to one layer, as digests or as the layers of docker save, cost what one does."""
+    names = ["%064x" % number for number in range(1000)]
+    members = layout(to_manifest(image()), blobs=(CONFIG, b"layer one", b"layer two", LARGE))
+    members.update(("blobs/sha256/" + name, Digest.of(LARGE).encoded) for name in names)
+    config = {"rootfs": {"diff_ids": []}}
+    docker = {"manifest.json": json.dumps([{"Config": "c", "Layers": ["layer"] * 1000}]).encode(),
+              "c": json.dumps(config).encode(), "layer": LARGE}
+    read, pour = [], tinyreg.pour
+    monkeypatch.setattr("tinyreg.pour", lambda blob, *rest: read.append(blob.length) or pour(blob, *rest))
+    check = tinyreg.ArchiveVerification([make_tar(tmp_path / "linked.tar", members)])
+    check.run()
+    assert read.count(len(LARGE)) == 1 and len(check.damaged) == 1000
+    read.clear()
+    Archive([make_tar(tmp_path / "docker.tar", docker)])
+    assert read.count(len(LARGE)) == 1
 
 
 def test_a_blob_that_lies_about_its_digest_does_not_count(tmp_path, far, load):

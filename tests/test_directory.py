@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -299,6 +300,39 @@ def test_a_size_that_is_wrong_is_the_makers_business(store):
     push_blob(store, "a", CONFIG)
     push_blob(store, "a", b"layer")
     store.put_manifest("a", image_of(dict(descriptor(b"layer"), size=99)))
+
+
+def test_a_blob_that_many_descriptors_name_is_hashed_once(store):
+    """A small manifest can name a large blob 27,000 times, each time with a wrong size."""
+    content = bytes(5 << 20)
+    push_blob(store, "a", CONFIG)
+    push_blob(store, "a", content)
+    blocks = []
+    for count in (1, 500):
+        blocks.append(0)
+
+        def go_on():
+            blocks[-1] += 1
+
+        layers = [dict(descriptor(content), size=number) for number in range(count)]
+        store.put_manifest("a", image_of(*layers), ["latest"], go_on)
+    assert blocks[0] == blocks[1] > 0
+
+
+def test_work_for_a_client_that_has_left_ends(store):
+    content = bytes(5 << 20)
+    push_blob(store, "a", CONFIG)
+    push_blob(store, "a", content)
+    ours, theirs = socket.socketpair()
+    reader = tinyreg.RequestReader(ours)
+    manifest = image_of(dict(descriptor(content), size=1))
+    with ours, theirs:
+        theirs.sendall(b"the next request")
+        store.put_manifest("a", manifest, ["one"], reader.check_client)
+        theirs.close()
+        with pytest.raises(tinyreg.ClientLeft):
+            store.put_manifest("a", manifest, ["two"], reader.check_client)
+    assert list(store.tags("a")) == ["one"]
 
 
 # Order of writes
@@ -723,6 +757,33 @@ def test_referrers_that_others_wrote_are_found(store, root):
         assert digests_of(store.referrers("a", about.digest)) == sorted(planted)
     (root / TREE / link("a", REVISIONS, planted[1])).unlink()
     assert digests_of(store.referrers("a", about.digest)) == sorted([planted[0], planted[2]])
+
+
+def test_referrers_of_a_large_repository_are_not_read_again_for_each_question(store, root, monkeypatch):
+    """Twenty thousand manifests would cost half a second each time; but whatever comes is seen at once."""
+    monkeypatch.setattr(tinyreg, "SETTLED", -1.0)
+    about = make_image(store, "a")
+    for number in range(20):
+        make_image(store, "a", "t%d" % number, annotations={"number": str(number)})
+    seen, read_link, read_file = [], store._read_link, tinyreg.read_file
+    monkeypatch.setattr(store, "_read_link", lambda folder: seen.append(folder) or read_link(folder))
+    monkeypatch.setattr(tinyreg, "read_file", lambda path, *limit: seen.append(path) or read_file(path, *limit))
+
+    def ask():
+        """How many files are read for a question, and its answer."""
+        del seen[:]
+        digests = digests_of(store.referrers("a", about.digest))
+        return len(seen), digests
+
+    first = ask()[0]
+    assert first > 20 and ask() == (2, []), "only the fallback tag is looked for"
+    referrer = make_referrer(store, "a", about)
+    assert ask()[1] == [referrer.digest] and len(seen) < 12, "what is known stays known"
+    elsewhere = Directory(str(root))
+    other = make_referrer(elsewhere, "a", about, artifactType="x/other")
+    assert ask()[1] == sorted([referrer.digest, other.digest])
+    elsewhere.delete_manifest("a", other.digest)
+    assert ask()[1] == [referrer.digest]
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\xff\n", b"sha256:0 -\n", b"cut off sha256:", None])

@@ -1,9 +1,12 @@
 """Hostile input: whatever comes in, the answer is below 500, nothing is written outside the store, nobody waits."""
 
+import ast
 import contextlib
+import itertools
 import json
 import os
 import random
+import re
 import socket
 import threading
 import time
@@ -417,3 +420,189 @@ def test_one_client_can_t_have_all_upload_sessions(start_server):
     assert send("DELETE", locations[0])[0] == 204
     assert send("POST", "/v2/a/blobs/uploads/")[0] == 202
     assert send("POST", "/v2/a/blobs/uploads/")[0] == 429
+
+
+# Patterns: what a stranger's bytes meet takes time in proportion to their number
+
+SMALL, LARGE = 500, 8000
+LINEAR, QUADRATIC = LARGE / SMALL, (LARGE / SMALL) ** 2
+
+
+def seconds(action, text, rounds):
+    """The processor time of the fastest of some rounds: other processes don't count."""
+    times = []
+    for _ in range(rounds):
+        began = time.process_time()
+        action(text)
+        times.append(time.process_time() - began)
+    return max(min(times), 1e-6)
+
+
+def grows_too_fast(action, make):
+    """Whether a text of LARGE characters takes nearer to the square of their number than to the
+    number. One look is enough for what is fast; what seems slow is looked at again, longer."""
+    for rounds in (1, 3, 9):
+        ratio = seconds(action, make(LARGE), rounds) / seconds(action, make(SMALL), rounds)
+        if ratio < (LINEAR * QUADRATIC) ** 0.5:
+            return False
+    return True
+
+
+def repeated(before, unit, after):
+    """A function that makes a text of so many characters, or bytes, of this shape."""
+    return lambda length: before + unit * (length // len(unit)) + after
+
+
+HEX = "0123456789abcdef" * 4
+LAYERS = "docker/registry/v2/blobs/"
+TAGS = "docker/registry/v2/repositories/"
+
+# {pattern: [(begin, what is repeated, end)]}: for every pattern of the module, the texts that hurt it
+# most, as far as we know.
+ATTACKS = {
+    "FOREIGN_LAYER_TYPES": [("application/vnd.docker.image.rootfs.foreign.", "a", "\n")],
+    "NAME": [("", "a", "!"), ("", "a-", "!"), ("", "a__", "!"), ("a", "-", ""), ("", "a/", ""), ("", "a.", "A")],
+    "TAG": [("", "a", "!"), ("", ".", "")],
+    "DIGEST": [("sha256:", "a", ""), ("", "sha256:", "")],
+    "HOST": [("", "a", "!"), ("", "a-", ""), ("", "a.", "!"), ("", "-", ""), ("", "a.a-", ".")],
+    "UNSAFE": [("", "\x1b", ""), ("", "a", "\x1b")],
+    "TAG_ABOUT": [("sha256-" + HEX, ".", "\n"), ("", "sha256-", "")],
+    "REFERRER_LINE": [("", "sha256:" + HEX + " ", ""), ("", "\n", ""), ("", "sha256:" + HEX + " -", "")],
+    "MENTIONED": [(b"", b"sha256:", b""), (b"sha256:", b"a", b""), (b"", b"sha256:" + HEX[:63].encode(), b"")],
+    "LAYER_TYPES": [("", "application/vnd.", ""), ("application/vnd.oci.image.layer", ".", "")],
+    "ARCHIVE_ROOT": [("", "a/", ""), ("", "/", ""), ("", LAYERS, ""), ("", LAYERS, "\n"), ("", TAGS, "\n"),
+                     ("", "index.json/", "")],
+    "DAMAGED": [("", "tinyreg/damaged", ""), ("", "/tinyreg", ""), ("", "/", "")],
+    "NAMED_BY_DIGEST": [("", ":", ""), ("", HEX + "/", "x"), ("", HEX + "/", "\n"), ("", HEX, ""), ("", "a:a/", "x")],
+    "TREE_LINK": [(TAGS, "a/_manifests/tags/", ""), (TAGS, "/_manifests/revisions/a/a", ""),
+                  (TAGS, "a/_manifests/tags/a/current/link/", ""), (TAGS + "a", "/", "")],
+    "PAX_RECORD": [(b"9 ", b"a", b""), (b"", b"9", b""), (b"", b"9 a", b"")],
+    "CHALLENGE": [("", ",", ""), ("", ", ", ""), ("Basic", " ", ""), ("Basic ", "a", ""), ("Basic ", "a=", ""),
+                  ("Basic ", "a=b=", "\""), ("", ",Basic a=\"", ""), ("", "Basic,", ""), ("Basic a=\"", "\\\\", ""),
+                  ("Basic a=\"", "\\\"", ""), ("", ",Basic a=\\\"", ""), ("Basic", ", a = b", ""),
+                  ("Basic a", " ", "")],
+    "PARAMETER": [("", "a", ""), ("a", " ", ""), ("", "a=\"", ""), ("a=\"", "\\\"", ""), ("", "a=", ""),
+                  ("", "a ", ""), ("", "=", "")],
+    "NEXT_LINK": [("", "<", ""), ("", "<>;", ""), ("", "<>; rel=", ""), ("<>", " ", ""), ("<>;", " rel=\"nex", ""),
+                  ("", "<> ", ""), ("<>;", "a", ""), ("", "<>;,", "")],
+    "USER": [("", "a", ":"), ("", "a", "")],
+    "RULE": [("", "a", ""), ("a", " ", ""), ("a ", "a", ""), ("a ", "a ", "")],
+    "SCRYPT": [("$scrypt$ln=14,r=8,p=1$", "a", ""), ("", "$", "")],
+    "MOUNT": [("", "?", ""), ("", "&mount", ""), ("", "&", "")],
+    "PROXY_HEADER": [("x-forwarded", "-", "\n"), ("", "via", ""), ("x-forwarded", "a", "")],
+    "SECRET_PARAMETER": [("", "?", ""), ("", "&", ""), ("?", "a", ""), ("", "?a=", "&"), ("", "&a", ""), ("", "?&", ""),
+                         ("?", "n=&", ""), ("", "&=", "")],
+    "REQUEST_LINE": [(b"GET ", b"/", b""), (b"", b"GET ", b""), (b"", b"G", b""), (b"GET ", b"/ HTTP/1.1", b"")],
+    "HEADER_LINE": [(b"", b"a", b""), (b"a:", b" ", b"\0"), (b"a:", b"a", b"\0"), (b"", b"a:", b"\0")],
+    "CHUNK_LINE": [(b"", b"a", b""), (b"a", b" ", b""), (b"a;", b" ", b"\0"), (b"a ", b";", b"\0")],
+    "BARE_NEWLINE": [(b"", b"\r\n", b""), (b"", b"\r", b"\n"), (b"", b"a", b"")],
+}
+
+
+def module_patterns():
+    """{name: pattern} of all that the module compiles once."""
+    return {name: value for name, value in vars(tinyreg).items() if isinstance(value, type(tinyreg.NAME))}
+
+
+def source_tree():
+    with open(tinyreg.__file__, encoding="utf-8") as file:
+        return ast.parse(file.read())
+
+
+METHODS = {"fullmatch", "match", "search", "findall", "finditer", "sub", "split"}
+
+
+def uses(name):
+    """The methods of a pattern that the module uses."""
+    return {node.attr for node in ast.walk(source_tree()) if isinstance(node, ast.Attribute)
+            and getattr(node.value, "id", "") == name and node.attr in METHODS} or {"findall"}
+
+
+def method(pattern, way):
+    """A function of a text, for each method of patterns."""
+    return (lambda text: pattern.sub(text[:0], text)) if way == "sub" else getattr(pattern, way)
+
+
+def test_every_pattern_has_its_attacks():
+    """Who adds a pattern thinks of the worst text for it."""
+    assert sorted(ATTACKS) == sorted(module_patterns())
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+def test_no_text_makes_a_pattern_slow(name):
+    pattern = module_patterns()[name]
+    for attack, way in itertools.product(ATTACKS[name], uses(name)):
+        assert not grows_too_fast(method(pattern, way), repeated(*attack)), attack
+
+
+def written_patterns():
+    """The patterns that functions hand to re as they go: {pattern: names of re's functions}."""
+    patterns = {}
+    for call in ast.walk(source_tree()):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) \
+                and getattr(call.func.value, "id", "") == "re" and isinstance(call.args[0], ast.Constant):
+            patterns.setdefault(call.args[0].value, set()).add(call.func.attr)
+    return patterns
+
+
+def shapes_for(text):
+    """Texts in which the letters of a pattern, alone and in pairs, are repeated."""
+    letters = sorted(set(re.sub(r"\\[a-zA-Z]|\(\?[:P<]|[\\()|{}^$]", "", text)) | set("a0 .:/\"\n")) \
+        if isinstance(text, str) else [bytes([code]) for code in sorted(set(text) | set(b"a0 \n"))]
+    nothing = text[:0]
+    for unit in letters:
+        for before, after in ((nothing, nothing), (nothing, letters[0]), (letters[-1], nothing)):
+            yield before, unit, after
+    for first, second in itertools.permutations(letters[:12], 2):
+        yield nothing, first + second, nothing
+
+
+@pytest.mark.parametrize("text", sorted(set(written_patterns()), key=str))
+def test_no_pattern_inside_a_function_is_slow(text):
+    pattern = re.compile(text)
+    for attack, way in itertools.product(shapes_for(text), sorted(written_patterns()[text] - {"compile", "split"})):
+        assert not grows_too_fast(method(pattern, way), repeated(*attack)), attack
+
+
+@pytest.mark.parametrize("unit", [
+    ":", "@", "/", "a:", "a@", ":a", "/archive/", "/manifests/", "/manifests/a/", "/tags/list", "/blobs/uploads/",
+    "/blobs/uploads", "/referrers/", "/blobs/", ".tar", ":.tar", "/a:a.tar", "sha256:", "\n", ":\n"])
+def test_no_path_makes_the_routes_slow(unit):
+    """They are matched before anybody has logged in."""
+    def match(path):
+        for pattern, _ in tinyreg.ROUTES:
+            pattern.fullmatch(path)
+
+    for before in ("", "/v2/a", "/archive/", "/archive/a"):
+        for after in ("", "x\n", "/"):
+            assert not grows_too_fast(match, repeated(before, unit, after)), (before, after)
+
+
+@pytest.mark.parametrize("glob", [
+    "**a**a**a**b", "*a*a*a*b", "*/*/*/**/x", "**a*a**b", "**/*a*/**/*b", "*a", "**a", "a**"])
+def test_no_name_makes_a_glob_slow(glob):
+    for unit in ("a", "a/", "aa/", "ab", "b/a"):
+        for after in ("", "c", "\n"):
+            assert not grows_too_fast(tinyreg.parse_glob(glob).fullmatch, repeated("", unit, after)), (unit, after)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("ab/*", max_size=8), st.text("ab/", max_size=12))
+def test_a_glob_of_many_stars_means_what_one_of_few_does(glob, text):
+    parts = re.split(r"(\*\*|\*)", glob)
+    pattern = "".join({"**": ".*", "*": "[^/]*"}.get(part, re.escape(part)) for part in parts)
+    assert tinyreg.Glob(glob).fullmatch(text) == bool(re.fullmatch(pattern, text))
+
+
+@pytest.mark.parametrize("parse, attack", [
+    (tinyreg.parse_challenges, ("Basic ", "a=\"b\",", "")),
+    (tinyreg.pax_records, (b"", b"6 a=b\n", b"")),
+    (tinyreg.harmless, ("", "\x1b", "")),
+    (tinyreg.without_secrets, ("/?", "a=b&", "")),
+    (tinyreg.full_name, ("", "_1", "/a")),
+    (lambda text: parse_head(b"GET / HTTP/1.1\r\nHost: x\r\n" + text + b"\r\n"), (b"", b"a: b\r\n", b"")),
+    (lambda text: load_json(b'{"a":[' + text + b"0]}"), (b"", b"1,", b"")),
+    (lambda text: Request("GET", text), ("/?", "a=b&", "")),
+])
+def test_nothing_that_parses_a_stranger_s_text_is_slow(parse, attack):
+    assert not grows_too_fast(parse, repeated(*attack))
