@@ -8340,6 +8340,11 @@ def list_all(options, store: Optional[Directory]) -> int:
     return 0
 
 
+def is_archive(text: str) -> bool:
+    """Whether a word on the command line may name an archive; - is stdin."""
+    return text == "-" or os.path.exists(text)
+
+
 def list_store(options):
     """The repositories; or images, of the store or of archives; or, with --digests, every blob.
     A name that the store has is not taken for a file."""
@@ -8347,7 +8352,7 @@ def list_store(options):
         store = open_store(options, kind=functools.partial(Directory, renew=False))
     except CommandError:
         store = None
-        if not options.images or not all(map(os.path.exists, options.images)):
+        if not options.images or not all(map(is_archive, options.images)):
             raise
     if not options.images:
         return list_all(options, store)
@@ -8357,7 +8362,7 @@ def list_store(options):
         if name and names_whole(text):
             entries += [] if options.digests else list_repository(store, name)
             digests += store.digests(name) if options.digests else []
-        elif not name and os.path.exists(text):
+        elif not name and is_archive(text):
             paths.append(text)
         elif names_whole(text):
             raise CommandError("there is no repository %s, and no such file; tinyreg.py ls lists "

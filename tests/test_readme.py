@@ -47,6 +47,7 @@ CLIENTS = ["docker", "podman", "buildah", "skopeo", "ctr", "curl", "make"]
 # What a line has to print, in part.
 PRINTS = {
     "python3 tinyreg.py ls": "alpine",
+    "python3 tinyreg.py ls images.tar": "complete",
     "python3 tinyreg.py verify images.tar": "all is well",
     "python3 tinyreg.py save -f images.txt -o images.tar --split 3900M": "in 3 files",
     "python3 tinyreg.py verify images-*of3.tar": "all is well",
