@@ -43,6 +43,7 @@ define UNIT
 [Unit]
 Description=tinyreg, a container registry
 After=network.target
+RequiresMountsFor=/var/lib/tinyreg
 
 [Service]
 Type=notify

@@ -173,6 +173,7 @@ IMPLAUSIBLE = 180 * 86400.0  # seconds; if the newest tag is older, gc asks whet
 TOLD_AGAIN = 60.0            # seconds; a link that is younger is not touched again when a client is told of it
 UPLOAD_IDLE = 24 * 3600.0    # seconds after which an upload session that nobody writes to is forgotten
 GRACE_HOURS = 1              # hours for which gc leaves what was pushed or asked for, unless told otherwise
+ROOT_LOOK = 1.0              # seconds between two looks whether the store is still there
 UPKEEP = 3600.0              # seconds between two looks for such sessions
 PACE_WINDOW = 30.0           # seconds in which a body, in or out, must move …
 PACE_BYTES = 30 << 10        # … so many bytes: 1 KiB a second
@@ -8135,6 +8136,20 @@ def keep_up(store, every, grace):
         time.sleep(max(pause, 1.0))
 
 
+def watch_root(store: Directory, gone: threading.Event) -> None:
+    """Wait until the store is no longer at its place; then set `gone` and end the server.
+
+    Its disk was unmounted, or somebody has deleted it. To make a new store there would hide that,
+    and put what is pushed where nobody looks for it."""
+    while True:
+        with contextlib.suppress(OSError):  # the file system fails at present: no answer is no proof
+            if not look_at(store.tree).inode:
+                logger.error("%s is gone: deleted, or its disk was unmounted; the server ends", store.tree)
+                gone.set()
+                return os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(ROOT_LOOK)
+
+
 def check_writable(store):
     """Raises CommandError if nothing can be stored; better now than at the first push."""
     try:
@@ -8188,6 +8203,8 @@ def serve(options):
         except OSError as error:
             logger.error("the former log goes on: can't open %s: %s", options.log_file, error.strerror)
 
+    gone = threading.Event()  # in the process that sets it
+
     def work(number):
         hang_up()  # the log may have been moved since the server started
         server = Worker(listeners, store, access, observation, drain=options.drain, tls=tls,
@@ -8197,6 +8214,8 @@ def serve(options):
         server.start()
         if number == 0:
             threading.Thread(target=feed_watchdog, daemon=True).start()
+            if isinstance(store, Directory):
+                threading.Thread(target=watch_root, args=(store, gone), daemon=True).start()
             if isinstance(store, Directory) and not options.read_only:
                 threading.Thread(target=keep_up, args=(store, options.gc_every, options.grace), daemon=True).start()
         while next_signal() != signal.SIGTERM:
@@ -8206,7 +8225,7 @@ def serve(options):
         if cut:
             logger.warning("stopped, and cut %s that did not end within %g s (--drain)",
                            counted(cut, "transfer"), options.drain)
-        return 0
+        return 1 if gone.is_set() else 0
 
     supervisor = Supervisor([functools.partial(work, number) for number in range(options.workers)], listeners, hang_up)
     for line in banner(store, listeners, access, local, tls).splitlines():

@@ -31,6 +31,19 @@ def test_read_only_refuses_what_writes_and_says_so(start_server, tmp_path):
         assert status == 403 and error["code"] == "DENIED" and "read-only" in error["message"]  # docker stops at a 403
 
 
+@pytest.mark.parametrize("options", [(), ("--read-only",)])
+def test_a_server_whose_store_is_taken_away_says_so_once_and_ends(start_server, root, store, options):
+    """Its disk may be unmounted: a new store on the mount point would hide the old one, and take pushes."""
+    make_image(store, "lab/app", "v1")
+    server = start_server(None, *options)
+    assert server.ask("GET", "/v2/lab/app/manifests/v1").status == 200
+    root.rename(root.parent / "unmounted")
+    until(lambda: server.process.poll() is not None, what="the end of the server")
+    assert server.stop() == 1
+    assert server.log().count("is gone: deleted, or its disk was unmounted; the server ends") == 1
+    assert not root.exists() and "Traceback" not in server.log()
+
+
 def test_a_read_only_server_needs_a_store(tmp_path):
     done = run_tinyreg("serve", "--root", tmp_path / "none", "--listen", "127.0.0.1:0", "--read-only")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
