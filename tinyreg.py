@@ -8131,6 +8131,8 @@ def keep_up(store, every, grace):
                 pause = min(pause, left())
         except BlockingIOError:
             pass
+        except OSError as error:
+            logger.error("garbage collection failed: %s", error)
         except Exception:
             logger.exception("garbage collection failed")
         time.sleep(max(pause, 1.0))
