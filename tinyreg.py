@@ -3207,6 +3207,9 @@ class Archive(Registry):
     def repositories(self, last=""):
         return (name for name in sorted(self.roots) if name > last)
 
+    def has_repository(self, name):
+        return name in self.roots
+
     def tags(self, name, last=""):
         self._contents(name)
         return (tag for tag in sorted(self.roots[name]) if tag > last and not isinstance(tag, Digest))

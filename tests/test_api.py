@@ -241,6 +241,16 @@ def manifest_headers(digest, media_type):
     return [("Content-Type", media_type), ("Docker-Content-Digest", digest), ("ETag", '"%s"' % digest)]
 
 
+def test_an_archive_with_more_manifests_than_memory_should_hold_is_refused(store, call):
+    """An index of 12 children of 4 MB each, most of it `{}`, took 1.3 GB; behind one small request."""
+    children = [make_image(store, "a", None, junk=[{}] * 1000000, number=number) for number in range(9)]
+    for count, status in ((2, 200), (9, 400)):
+        store.put_manifest("a", to_manifest(index(*children[:count])), ["latest"])
+        response = dispatch(store, Access("admin"), Request("GET", "/archive/a:latest.tar", {}, io.BytesIO()))
+        assert response.status == status, response.body
+    assert b"take more than 32 MiB" in response.body
+
+
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_a_manifest_that_is_asked_for_is_not_parsed_again(store, call, monkeypatch, method):
     """One of 4 MB could take a hundred in memory, and a tenth of a second, each time."""
