@@ -52,6 +52,7 @@ def until(condition, seconds=PATIENCE, what="what was awaited", process=None, lo
 
     Fails when the time is up, or when `process`, which should bring it about, has ended."""
     deadline = time.monotonic() + seconds
+    pause = 0.001
     while True:
         is_last_look = time.monotonic() > deadline or (process and process.poll() is not None)
         value = condition()
@@ -63,7 +64,8 @@ def until(condition, seconds=PATIENCE, what="what was awaited", process=None, lo
                 with open(log, errors="replace") as file:
                     text = ":\n" + file.read()[-3000:]
             raise AssertionError("%s did not come to be%s" % (what, text))
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.05)
 
 
 class Answer(typing.NamedTuple):

@@ -13,12 +13,11 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 
 import pytest
 
 import tinyreg
-from conftest import TINYREG, found_pythons, run_tinyreg
+from conftest import TINYREG, found_pythons, run_tinyreg, until
 from samples import (CONFIG, EVIL, image, index, is_harmless, make_image, make_referrer, push_blob,
                      read_blob, to_manifest)
 from tinyreg import (OWN_NAME, PARTS, SUBJECT, Archive, Digest, Directory, RegistryError, iter_tar,
@@ -1025,12 +1024,15 @@ def test_load_killed_at_any_time_leaves_nothing_half_and_goes_on(store, far, sav
     layers = tuple(LARGE[number:] for number in range(8))
     make_image(store, NAME, "1", layers=layers)
     path = save("demo:1")
-    for wanted in (1, 4):
+
+    def load_until_there_are(wanted):
         process = subprocess.Popen([sys.executable, TINYREG, "load", "--root", far.root, path])
-        while process.poll() is None and len(set(far.digests())) < wanted:
-            time.sleep(0.001)
+        until(lambda: process.poll() is not None or len(set(far.digests())) >= wanted)
         process.send_signal(signal.SIGKILL)
         process.wait()
+
+    for wanted in (1, 4):
+        load_until_there_are(wanted)
         for digest in far.digests():
             assert Digest.of(open(far.blob_path(digest), "rb").read()) == digest
         with contextlib.suppress(RegistryError):

@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import fcntl
 import gzip
-import http.client
 import http.server
 import itertools
 import json
@@ -20,7 +19,7 @@ import threading
 import uuid
 
 import pytest
-from conftest import TINYREG, run_tinyreg, until
+from conftest import TINYREG, Answer, Client, run_tinyreg, until
 from engines import NGINX_BEGIN, private_folder, require, require_root, run, unavailable
 from samples import CONFIG, image, make_image, push_blob, to_manifest
 from tinyreg import (MANIFEST_TYPES, OCI_INDEX, Digest, Directory, Endpoint, Metrics, Notifications, collect_garbage,
@@ -182,19 +181,19 @@ def nginx(hosts):
         process.wait()
 
 
-def ask(host, method, path, body=None, connection=None, **headers):
-    """(status, headers, body) of an answer; 0 where there is none. A host's number, or an address."""
-    address = (host, 80) if isinstance(host, str) else ("10.77.%d.2" % host, 5000)
-    connection = connection or http.client.HTTPConnection(*address, timeout=20)
-    try:
-        connection.request(method, path, body, {key.replace("_", "-"): value for key, value in headers.items()})
-        answer = connection.getresponse()
-        return answer.status, answer.headers, answer.read()
-    except (OSError, http.client.HTTPException):
-        return 0, {}, b""
-    finally:
-        if not isinstance(host, int):
-            connection.close()
+def client_of(host):
+    """A client of a host's number, or of an address."""
+    return Client("http://%s:80" % host if isinstance(host, str) else "http://10.77.%d.2:5000" % host)
+
+
+def ask(host, method, path, body=None, client=None, **headers):
+    """The Answer of a host's number, or of an address; its status is 0 where there is none."""
+    with contextlib.ExitStack() as stack:
+        client = client or stack.enter_context(client_of(host))
+        try:
+            return client.ask(method, path, body, **headers)
+        except OSError:
+            return Answer(0, {}, b"")
 
 
 def put_image(ask, name, tag, layers):
@@ -221,11 +220,11 @@ def put_image(ask, name, tag, layers):
 
 def test_hosts_see_each_others_uploads_and_changes_at_once():
     with site("--shared", "--anonymous", "admin") as hosts, inside(hosts.network.name()):
-        connections = {host: http.client.HTTPConnection("10.77.%d.2" % host, 5000, timeout=20) for host in HOSTS}
+        clients = {host: client_of(host) for host in HOSTS}
         turn = itertools.cycle(HOSTS)
 
         def at(host, *arguments, **headers):
-            return ask(host, *arguments, connection=connections[host], **headers)
+            return ask(host, *arguments, client=clients[host], **headers)
 
         def at_the_next(*arguments, **headers):
             return at(next(turn), *arguments, **headers)
@@ -243,8 +242,8 @@ def test_hosts_see_each_others_uploads_and_changes_at_once():
             assert {at(host, "HEAD", "/v2/app/manifests/new")[0] for host in HOSTS * 2} == {200}
             assert at(1, "DELETE", "/v2/app/manifests/new")[0] == 202
             assert {at(host, "HEAD", "/v2/app/manifests/new")[0] for host in HOSTS * 2} == {404}
-        for connection in connections.values():
-            connection.close()
+        for client in clients.values():
+            client.close()
         assert not [host for host in HOSTS if "Traceback" in hosts.log(host)]
 
 

@@ -250,7 +250,7 @@ def test_an_upload_over_tls(tls_server):
 @pytest.fixture
 def impatient(tmp_path, monkeypatch):
     """(address, store, context): a server in this process, with short limits of time."""
-    monkeypatch.setattr(tinyreg, "HANDSHAKE_LIMIT", 0.3)
+    monkeypatch.setattr(tinyreg, "HANDSHAKE_LIMIT", 1.0)
     monkeypatch.setattr(tinyreg, "TICK", 0.1)
     folder = tmp_path / "tls"
     make_certificates(files_of(tmp_path), str(folder), {"localhost"})
