@@ -781,7 +781,8 @@ def test_no_acknowledged_manifest_ever_lacks_a_blob(store, tmp_path, untagged):
         went.append(done.counts["blobs"])
         pushed = [path.read_text().count("pushed") for path in logs]
         has_each_worked = min(pushed) > 20 and len(went) > 10 and sum(went) > 10
-        return (has_each_worked and time.monotonic() > begin + 5) or any(pusher.poll() is not None for pusher in pushers)
+        has_one_failed = any(pusher.poll() is not None for pusher in pushers)
+        return (has_each_worked and time.monotonic() > begin + 5) or has_one_failed
 
     try:
         until(enough_was_collected, 300)

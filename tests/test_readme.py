@@ -96,7 +96,8 @@ def test_each_option_exists():
         known.update(command._option_string_actions)
     of_others = {"--tls-verify", "--dest-tls-verify", "--src-tls-verify", "--all", "--now", "--name", "--permanent",
                  "--add-port", "--reload", "--help", "--entry",
-                 "--push", "--insecure", "--ca-file", "--cacert", "--allow-http-registry", "--registry-cacert"}  # Traefik's --entryPoints
+                 "--push", "--insecure", "--ca-file", "--cacert", "--allow-http-registry",
+                 "--registry-cacert"}  # --entry: Traefik's --entryPoints
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known - of_others == set()
 
 
