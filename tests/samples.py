@@ -98,7 +98,7 @@ def read_blob(registry, name, digest):
 
 # What a stranger may say: the title of the window, a screen that is cleared, a line of its own, a line
 # that turns, half a character, and one that ASCII has not got.
-EVIL = "\x1b]0;owned\x07\x1b[2J\x9b2J\r\nall is well\u2028\u202e\ud800\xfc"
+EVIL = "\x1b]0;owned\x07\x1b[2J\x7f\x9b2J\r\nall is well\u2028\u202e\ud800\xfc"
 
 
 def is_harmless(output):
