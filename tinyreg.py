@@ -150,6 +150,7 @@ MAX_EVENTS = 10000           # notifications that are kept for an endpoint that 
 MIN_ROOM = 64 << 20          # bytes that must be free for a server to call itself ready
 ROWS = 100                   # entries in one table of the page
 MAX_DESCRIBED = 1000         # manifests that are read to say how large an index is
+MAX_LOOKED_AT = 2 << 20      # bytes of manifests that a page reads to find those without a tag
 MAX_TYPES = 10000            # media types of manifests that one process remembers
 COLLECTED_AT_ONCE = 64       # folders that gc takes away while it holds the lock alone: some milliseconds
 PAGE_SIZE = 1000             # entries in one page of the catalog or of referrers, and the most that n may ask for
@@ -1367,14 +1368,18 @@ def describe(registry, name, digest):
     return dict(found, size=sum(sizes.values()), count=len(sizes))
 
 
-def untagged(registry, name: str, limit: Optional[int] = None) -> List[Digest]:
+def untagged(registry, name: str, limit: float = float("inf")) -> Optional[List[Digest]]:
     """The digests of the manifests that no tag points to, and that are neither a part of another
-    manifest here nor about one. Looks at `limit` manifests at most. Raises NAME_UNKNOWN."""
+    manifest here nor about one; None where more than `limit` bytes of manifests would have to be
+    read. Raises NAME_UNKNOWN."""
     tagged, here, children, subjects = set(), set(), set(), {}
     for tag in registry.tags(name):
         with contextlib.suppress(Unknown):  # deleted since
             tagged.add(registry.resolve(name, tag))
-    for manifest in itertools.islice(registry.manifests(name), limit):
+    for manifest in registry.manifests(name):
+        limit -= len(manifest.content)
+        if limit < 0:
+            return None
         here.add(manifest.digest)
         with contextlib.suppress(Invalid):  # stored by another program
             children.update(child.digest for child in manifest.manifests)
@@ -6206,13 +6211,15 @@ def image_page(registry, access, request, name, reference):
 def tags_page(registry, request, name):
     """The tags of a repository, a page of them at a time; after the last the manifests without."""
     tags, more = take_page(registry.tags(name, request.get("last", "")), ROWS)
-    digests = [] if more else untagged(registry, name, MAX_DESCRIBED)[:ROWS]
+    digests = [] if more else untagged(registry, name, MAX_LOOKED_AT)
     images = tags or digests
     return page(name, pull_commands(request, image_text(name, images[0])) if images else None,
                 table("Tags", IMAGE_ROW, [image_row(registry, name, tag) for tag in tags])
                 or fill("<p>No tags.</p>"),
                 table("Without a tag", IMAGE_ROW,
-                      [image_row(registry, name, digest) for digest in digests]),
+                      [image_row(registry, name, digest) for digest in (digests or ())[:ROWS]]),
+                fill("<p>What has no tag is not looked for here, among so much; tinyreg.py ls %s "
+                     "lists it.</p>", name) if digests is None else None,
                 link("Next page", repository=name, last=tags[-1]) if more else None)
 
 
@@ -8292,9 +8299,9 @@ def show(options, value, lines):
 
 def list_image(registry, name: str, reference: Union[str, Digest], pushed: float = 0.0) -> dict:
     """What ls says of one image: as describe has it, with its name, and when it was pushed."""
-    tag = reference.tag if isinstance(reference, Digest) else reference
-    entry = {"repository": name, "tag": tag, "pushed": timestamp(pushed) if pushed else None}
     digest = reference if isinstance(reference, Digest) else None
+    tag = None if digest else reference
+    entry = {"repository": name, "tag": tag, "pushed": timestamp(pushed) if pushed else None}
     try:
         return dict(describe(registry, name, digest or registry.resolve(name, tag)), **entry)
     except RegistryError as error:
@@ -8303,9 +8310,20 @@ def list_image(registry, name: str, reference: Union[str, Digest], pushed: float
 
 def list_repository(store: Directory, name: str) -> List[dict]:
     """What ls says of a repository: its tags, then the manifests without one."""
-    references = list(store.tags(name)) + untagged(store, name)  # type: List[Union[str, Digest]]
+    references = itertools.chain(store.tags(name), untagged(store, name) or ())
     return [list_image(store, name, reference, store.pushed(name, reference))
             for reference in references]
+
+
+def list_named(store: Directory, text: str) -> dict:
+    """What ls says of NAME:TAG, NAME@DIGEST or, if they are one image, NAME:TAG@DIGEST. Raises
+    NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID, MANIFEST_UNKNOWN."""
+    name, reference = find_image(store, text)
+    if isinstance(reference, Digest) and reference.tag:
+        with contextlib.suppress(Unknown):
+            if store.resolve(name, reference.tag) == reference:
+                reference = reference.tag
+    return list_image(store, name, reference, store.pushed(name, reference))
 
 
 def list_archives(archive: Archive) -> List[dict]:
@@ -8394,8 +8412,7 @@ def list_store(options):
         elif options.digests:
             raise CommandError("%s: --digests lists all blobs of a repository or archive" % text)
         else:
-            name, reference = find_image(store, text)
-            entries.append(list_image(store, name, reference, store.pushed(name, reference)))
+            entries.append(list_named(store, text))
     if paths:
         archive = Archive(paths, tempfile.gettempdir())
         entries += [] if options.digests else list_archives(archive)

@@ -190,7 +190,10 @@ def test_ls_of_images_by_tag_and_digest(run, store):
     assert [(entry["repository"], entry["tag"], entry["digest"]) for entry in entries] == [
         ("docker.io/library/a", "1", one.digest), ("b", None, two.digest), ("b", "2", two.digest),
         ("b", "2", two.digest)]
-    lines = run("ls", *images).stdout.splitlines()
+    store.put_manifest("b", make_image(store, "b", None, (b"new",)), ["2"])
+    assert json.loads(run("ls", "--json", "b:2@" + two.digest).stdout)[0]["tag"] is None
+    store.put_manifest("b", two, ["2"])
+    lines = run("ls", "a:1", "b@" + two.digest, "b:2@" + two.digest, "b:2").stdout.splitlines()
     assert [line.split()[0] for line in lines] == [
         "IMAGE", "docker.io/library/a:1", "b@" + two.digest[:19] + "…", "b:2", "b:2"]
 
