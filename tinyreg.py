@@ -1315,6 +1315,11 @@ class Registry:
         """How many bytes of a blob need not be sent, since they are here; a mount or put_blob finds them."""
         return 0
 
+    def is_meant(self, name, digest):
+        """Whether who names a manifest by its digest alone means it; not if it is in a copy of a
+        registry only because a tag has moved on."""
+        return True
+
     def free_space(self):
         """Bytes that can be stored, or None where that can't be known."""
         return None
@@ -1684,7 +1689,7 @@ class Directory(Registry):
     def measure(self):
         """What takes the space: of each repository the bytes that it alone has, and those that it shares with others,
         which `shared` names for each such blob (five of them). Reads every folder, so it takes a while."""
-        began = time.time()
+        began, start = time.time(), time.monotonic()
         sizes, holders, bytes_of, uploads = {}, {}, {}, 0
         for digest in self.digests():
             with contextlib.suppress(OSError):
@@ -1700,7 +1705,7 @@ class Directory(Registry):
             for name in names:
                 bytes_of[name][len(names) > 1] += sizes.get(digest, 0)
         disk = os.statvfs(self.root)
-        return {"time": began, "took": time.time() - began, "blobs": len(sizes), "bytes": sum(sizes.values()),
+        return {"time": began, "took": time.monotonic() - start, "blobs": len(sizes), "bytes": sum(sizes.values()),
                 "unlinked": sum(size for digest, size in sizes.items() if digest not in holders), "uploads": uploads,
                 "free": disk.f_bavail * disk.f_frsize, "total": disk.f_blocks * disk.f_frsize,
                 "repositories": bytes_of,
@@ -2969,6 +2974,8 @@ class Archive(Registry):
         self.joined = {}    # {digest: the digests of its ranges} of the blobs that a split archive has cut
         self.made = {}      # {digest: content} of the manifests that docker save left out
         self.roots = {}     # {repository: {tag or digest: digest}}
+        self.untagged = set()  # (repository, digest) of what a registry had without tag or pin
+        self.pins = set()      # paths of a registry's pins
         self.loose = {}     # {subject: {digest}} of manifests that are about others, and have no name
         self.left_out = set()  # digests of blobs that the far side has, as whoever made it knew
         self.parts = {}     # {key of a split archive: [name of each part]}
@@ -3042,6 +3049,8 @@ class Archive(Registry):
                 end += 1
             inner = {name[len(top):]: members[name] for name in names[start:end]
                      if not name.startswith("tinyreg/", len(top))}  # what a store has beside its content
+            self.pins.update(name[len(top):] for name in names[start:end]
+                             if name.startswith("tinyreg/pinned/", len(top)))
             folder = top.rstrip("/")
             if not folder and os.path.isdir(path):
                 folder = os.path.basename(os.path.abspath(path))
@@ -3166,6 +3175,9 @@ class Archive(Registry):
                 digest = member.read().decode("ascii", "replace")
                 if DIGEST.fullmatch(digest) and TAG.fullmatch(link.group(2) or "latest"):
                     self._root(link.group(1), link.group(2) or Digest(digest), Digest(digest))
+                    pin = "tinyreg/pinned/%s/_digests/%s" % (link.group(1), digest.replace(":", "/"))
+                    if not link.group(2) and pin not in self.pins:
+                        self.untagged.add((link.group(1), digest))
 
     def _root(self, name, reference, digest):
         """Give a manifest a name. What comes later wins, as in a registry; the log says so."""
@@ -3278,6 +3290,9 @@ class Archive(Registry):
             for reference, digest in sorted(self.roots[name].items()):
                 if reference != digest or digest not in covered:
                     yield name, reference, digest
+
+    def is_meant(self, name, digest):
+        return (name, digest) not in self.untagged
 
     def version(self):
         return b"an archive does not change"
@@ -4471,7 +4486,8 @@ class Copy:
         else:
             root, tag = self.source.resolve(self.name, self.reference), self.reference
         root = self._add(root)
-        self.tags.setdefault(root, []).append(tag or root)
+        if tag or self.source.is_meant(self.name, root):
+            self.tags.setdefault(root, []).append(tag or root)
         planned = set(self.manifests).union(self.blobs)
         self.report.absent = [child for child in collections.OrderedDict.fromkeys(self.children)
                               if child not in planned]

@@ -210,6 +210,19 @@ def test_what_an_archive_names_by_digest_alone_stays_and_its_signature_does_not_
     assert list(store._revisions("app")) == [by_digest.digest] and has_blob(store, "app", b"by digest")
 
 
+def test_what_tags_have_left_behind_in_a_registry_that_is_loaded_does_not_stay_for_ever(store, tmp_path):
+    source, pulled = Directory(str(tmp_path / "source")), Directory(str(tmp_path / "elsewhere"))
+    make_image(source, "app", layers=(b"old",))
+    make_image(source, "app", layers=(b"new",))
+    by_digest = make_image(pulled, "app", None, layers=(b"by digest",))
+    copy(pulled, source, "app", by_digest.digest)
+    assert run_tinyreg("load", "--root", store.root, source.root).returncode == 0
+    assert has_blob(store, "app", b"old") and list(store.pinned("app")) == [by_digest.digest]
+    make_old(store)
+    gc(store, untagged=True)
+    assert not has_data(store, b"old") and has_blob(store, "app", b"by digest") and has_blob(store, "app", b"new")
+
+
 def test_the_list_of_what_would_go_names_the_repositories(store):
     gone = make_image(store, "team/app", None, layers=(b"layer",))
     make_image(store, "other", layers=(b"layer",))
