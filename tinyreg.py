@@ -3532,6 +3532,8 @@ LIST_LIMIT = 300.0           # … and the seconds that they may take; the list 
 REMOTE_TIMEOUT = 60.0        # seconds without a byte from it (MovingStream) …
 TOKEN_TIMEOUT = 20.0         # … and from its token server, whose answer has …
 MAX_TOKEN = 64 << 10         # … at most so many bytes
+MAX_TOKENS = 1000            # tokens that are kept: a cache is asked for whatever names its clients think of
+MAX_IDLE = 16                # connections to one host, and hosts, that are kept for the next request
 CLOSING_TIMEOUT = 600.0      # seconds at the end of an upload, while it reads a large blob again and puts it away
 LONGEST_WAIT = 300.0         # seconds; who says Retry-After with more than that means "come back another day"
 UPLOAD_CHUNK = 64 << 20      # bytes; what a dropped connection costs at most, where the other side keeps whole chunks
@@ -3746,6 +3748,8 @@ class Wire:
         """The Reply; its content has been read, unless it is a blob to `stream`. Raises NETWORK_ERRORS."""
         parts = urllib.parse.urlsplit(url)
         path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+        if len(self.idle) > MAX_IDLE:
+            self.idle = {}  # redirects may lead to ever new hosts; what is dropped is closed
         idle = self.idle.setdefault(parts[:2], [])
         while True:
             try:
@@ -3761,7 +3765,7 @@ class Wire:
                     if connection.sock:
                         connection.sock.close()  # the reply has it now, and closes it in the end
                     return reply
-                if reply.read_content(limit):
+                if reply.read_content(limit) and len(idle) < MAX_IDLE:
                     idle.append(connection)
                 else:
                     connection.close()
@@ -3942,6 +3946,8 @@ class Remote(Registry):
         if not others:
             try:
                 header, life = self._log_in(scope, refused, challenges)
+                if len(self.tokens) >= MAX_TOKENS:
+                    self.tokens = {}
                 self.tokens[scope] = header, time.monotonic() + life * 0.9, challenges
                 fetch.set_result(header)
             except BaseException as error:

@@ -806,6 +806,30 @@ def test_of_endless_referrers_a_cache_keeps_a_bounded_number(mirror, filled):
     assert len(proxy.asked("GET", "/manifests/")) == tinyreg.PAGE_SIZE
 
 
+def test_of_what_clients_ask_for_no_more_is_kept_than_has_room(start_proxy, monkeypatch):
+    """Neither tokens for each name that they make up, nor a connection for each that was busy at once."""
+    monkeypatch.setattr(tinyreg, "MAX_TOKENS", 8)
+    monkeypatch.setattr(tinyreg, "MAX_IDLE", 2)
+    tokens, busy = TokenServer(), threading.Barrier(5)
+
+    def spoil(handler):
+        if tokens(handler):
+            return True
+        busy.wait(20)
+        return handler.answer(200, {"Docker-Content-Digest": Digest.of(b"")})
+
+    remote = Remote(start_proxy(None, spoil).host)
+    for turn in range(4):
+        clients = [threading.Thread(target=remote.resolve, args=("demo%d-%d" % (turn, number), "latest"))
+                   for number in range(5)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
+    assert len(tokens.issued) == 20 and 0 < len(remote.tokens) <= 8
+    assert 0 < sum(map(len, remote.wire.idle.values())) < 5
+
+
 def test_a_token_server_that_drips_holds_up_its_own_repository_only(start_proxy, monkeypatch, drip):
     tokens = TokenServer()
     fallen = []
