@@ -9123,8 +9123,8 @@ def load(options):
     if not work:
         raise CommandError("no images in " + archive.root)
     status = run_copies(options, work, target, progress, is_in_parts)
+    lacking = {digest for report in reports for digest in report.missing + report.damaged}
     if options.want:
-        lacking = {digest for report in reports for digest in report.missing + report.damaged}
         with open(options.want, "w") as file:
             file.write("".join(digest + "\n" for digest in sorted(lacking)))
     if not host and not options.dry_run:
@@ -9132,6 +9132,9 @@ def load(options):
     problems = ["%s: %s" % entry for entry in sorted(archive.unreadable.items())]
     problems += ["%s is damaged: copy it again; what is intact in it was taken" % path
                  for path in sorted(set(archive.damaged.values()))]
+    if lacking & archive.left_out:
+        problems.append("what --have said is here was left out on purpose, and is not here: save "
+                        "again with --have of what `ls --digests` says now")
     if not options.dry_run:
         problems += tell_of_parts(archive, reports, kept=not host)
     for line in problems:

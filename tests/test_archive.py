@@ -322,6 +322,7 @@ def test_no_tag_before_all_is_there_and_what_is_missing_is_written_down(store, f
     difference = save("demo:1", "--have", have)
     done = load(difference, "--want", want)
     assert done.returncode == 1 and Digest.of(b"base") in done.stderr and "Traceback" not in done.stderr
+    assert "left out on purpose" in done.stderr and done.stderr.count("\n") == 2
     assert want.read_text() == Digest.of(b"base") + "\n"
     assert list(far.repositories()) == []
     push_blob(far, "another", b"base")
