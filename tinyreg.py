@@ -3198,6 +3198,8 @@ class Archive(Registry):
         try:
             return parse_manifest(self.made.get(digest) or self.blobs[digest].read(), digest=digest)
         except (ValueError, RegistryError):
+            if digest not in self.made and self.blobs[digest].length <= MAX_MANIFEST:
+                self.find_damage(digest)
             raise RegistryError("DIGEST_INVALID", digest, message="a manifest is damaged in the archive", status=404)
 
     def _reach(self, name):

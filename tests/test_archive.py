@@ -445,6 +445,20 @@ def test_a_damaged_part_is_named_and_replaced_by_itself(store, far, load, parts)
     assert load(parts[2]).returncode == 0 and same(store, far)
 
 
+def test_a_file_with_a_damaged_manifest_is_named(store, far, save, load):
+    make_image(store, NAME, "1")
+    make_image(store, NAME, "2", layers=(b"unharmed",))
+    manifest = store.manifest(NAME, store.resolve(NAME, "1")).content
+    path, good = save("demo:1", "demo:2"), save("demo:2", name="good.tar")
+    with open(path, "r+b") as file:
+        content = file.read()
+        file.seek(content.index(manifest) + 5)
+        file.write(b"!")
+    done = load(path, good)
+    assert done.returncode == 1 and path + " is damaged: copy it again" in done.stderr
+    assert good not in done.stderr and same(store, far, tag="2")
+
+
 def test_what_is_intact_in_a_part_that_was_cut_off_is_taken(store, far, load, parts):
     with open(parts[2], "r+b") as file:
         content = file.read()
