@@ -8296,21 +8296,27 @@ def find_repository(store: Directory, text: str) -> Optional[str]:
 
 def find_image(store: Directory, text: str) -> Tuple[str, Union[str, Digest]]:
     """(name, reference) of an image in the store, by its name here or by the one at its origin:
-    alpine is docker.io/library/alpine where there is no alpine. Raises NAME_INVALID,
+    team/app is docker.io/team/app where there is no team/app, and alpine:3.19 is
+    docker.io/library/alpine:3.19 where alpine has no such tag. Raises NAME_INVALID,
     MANIFEST_INVALID, DIGEST_INVALID, MANIFEST_UNKNOWN."""
     names, given = parse_local(text)
     reference = given or "latest"
     path = store.revision_path if isinstance(reference, Digest) else store.tag_path
-    name = next(filter(store.has_repository, names), names[0])
-    if os.path.isdir(path(name, reference)):
-        return name, reference
-    advice = "`tinyreg.py ls` shows what is, and `tinyreg.py pull` fetches more"
+    here = list(filter(store.has_repository, names)) or names
+    if "/" in here[0]:  # anyone may own team/app at docker.io, but only Docker library/alpine
+        del here[1:]
+    for name in here:
+        if os.path.isdir(path(name, reference)):
+            return name, reference
+    name = here[0]
+    others = ""
     with contextlib.suppress(Unknown):
         tags, more = take_page(store.tags(name), 5)
         if tags:
-            advice = "it has there: %s%s" % (", ".join(tags), " and more" if more else "")
-    raise RegistryError("MANIFEST_UNKNOWN", message="not in the store as %s; %s"
-                        % (image_text(name, reference), advice))
+            others = ", but as %s%s" % (", ".join(tags), " and more" if more else "")
+    raise RegistryError("MANIFEST_UNKNOWN", message="not in the store as %s%s; `tinyreg.py ls` shows "
+                        "what is, and `tinyreg.py pull` fetches more"
+                        % (image_text(name, reference), others))
 
 
 def show(options, value, lines):

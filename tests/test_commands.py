@@ -238,16 +238,23 @@ def test_ls_takes_a_name_that_the_store_has_for_no_file(run, store, tmp_path):
     assert "linux/amd64" in run("ls", "a.tar", cwd=str(tmp_path)).stdout
 
 
+def test_an_image_that_was_pulled_is_found_beside_one_of_that_name_that_was_pushed(run, store):
+    """pull alpine:3.19 and save alpine:3.19, after docker push localhost:5000/alpine."""
+    make_image(store, "alpine", "latest")
+    pulled = make_image(store, "docker.io/library/alpine", "3.19", (b"pulled",))
+    assert json.loads(run("ls", "--json", "alpine:3.19").stdout)[0]["digest"] == pulled.digest
+
+
 def test_an_image_that_is_not_there_is_told_with_the_tags_that_are(run, store, tmp_path):
     for tag in ("3.18", "3.19"):
         make_image(store, "docker.io/library/alpine", tag)
     for command in (["save", "alpine", "-o", tmp_path / "x.tar"], ["push", "alpine", "--to", "lab"],
                     ["rm", "alpine:latest"], ["ls", "alpine:latest"]):
-        assert "docker.io/library/alpine:latest; it has there: 3.18, 3.19\n" in run(
+        assert "docker.io/library/alpine:latest, but as 3.18, 3.19; " in run(
             *command, status=1).stderr
     for tag in "abcdef":
         make_image(store, "docker.io/library/alpine", tag)
-    assert "3.18, 3.19, a, b, c and more" in run("ls", "alpine:latest", status=1).stderr
+    assert "3.18, 3.19, a, b, c and more; " in run("ls", "alpine:latest", status=1).stderr
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
