@@ -721,6 +721,18 @@ def test_a_pull_that_was_killed_before_its_last_step_ends_well(store, distributi
     assert not proxy.asked("GET", "/blobs/")
 
 
+def test_a_cache_that_was_killed_before_its_last_step_asks_for_nothing(mirror, filled):
+    front, proxy = mirror
+    blob, name = filled.manifest("demo", filled.resolve("demo", "latest")).blobs[1], "docker.io/library/demo"
+    cache = Directory(front.root)
+    session = cache.start_upload(name, blob.digest.algorithm, cache._session_of(name, blob.digest))
+    with filled.open_blob("demo", blob.digest) as opened:
+        session.append(opened)
+    answer = front.ask("GET", "/v2/%s/blobs/%s" % (name, blob.digest))
+    assert answer.status == 200 and Digest.of(answer.body) == blob.digest
+    assert not proxy.asked("GET", "/blobs/")
+
+
 @needs_distribution
 def test_the_refusal_of_an_empty_rest_is_not_read(store, distribution, quick):
     """Where nobody has said how large the blob is, it is asked for."""
