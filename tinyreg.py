@@ -2683,6 +2683,7 @@ TAR_FILES = (b"\0", b"0", b"7")
 TAR_LINKS = (b"1", b"2")
 TAR_TEXTS = {b"x": b"", b"g": b"", b"L": b"path", b"K": b"linkpath"}  # what they say of the member after them
 MAX_CLAIMED = 100            # times that a split archive may use its bytes; a range of zeros occurs often in a blob
+MAX_REACHED = 64             # repositories of an archive of which is kept what they lead to
 MAX_LINKS = 40               # links that lead to links; Linux follows as many
 
 REF_NAME = "org.opencontainers.image.ref.name"
@@ -2781,7 +2782,10 @@ def pax_records(text):
             raise ValueError("malformed pax header")
         if match.group(2).startswith(b"GNU.sparse"):
             raise ValueError("refused: it has a sparse file")
-        records[match.group(2)] = text[match.end():end - 1]
+        value = text[match.end():end - 1]
+        if match.group(2) == b"size" and not re.fullmatch(b"[0-9]{1,18}", value):
+            raise ValueError("malformed pax header")
+        records[match.group(2)] = value
         start = end
     return records
 
@@ -2955,6 +2959,12 @@ def digest_named(path):
     return match and Digest("%s:%s" % ("sha256" if len(match.group(1)) == 64 else "sha512", match.group(1)))
 
 
+def read_diff_ids(member: Member) -> List[Any]:
+    """What an image's config says are the digests of its layers when unpacked. Raises ValueError."""
+    rootfs = expect(dict, load_json(member.read()).get("rootfs") or {})
+    return expect(list, rootfs.get("diff_ids") or [])
+
+
 def expect(kind, value):
     """The value, if it is of this kind. Raises ValueError."""
     if not isinstance(value, kind):
@@ -2984,7 +2994,8 @@ class Archive(Registry):
         self.opened = {}    # {open tar: its path}
         self.damaged = {}   # {digest of a blob or a range: the file in which it is damaged}
         self.unreadable = {}  # {path: what is wrong}
-        self._contents = functools.lru_cache(maxsize=None)(self._reach)
+        self._contents = functools.lru_cache(MAX_REACHED)(self._reach)
+        self._references = functools.lru_cache(maxsize=None)(self._read_references)
         self._digest = functools.lru_cache(maxsize=None)(Member.digest)
         for path in paths:
             try:
@@ -3127,8 +3138,9 @@ class Archive(Registry):
             self.blobs[digest] = members["manifest.json"]
             return self._root(*folder_image(folder, default), digest=digest)
         images = expect(list, load_json(b'{"images":' + content + b"}")["images"])  # load_json takes objects only
+        read_inner = functools.lru_cache(maxsize=None)(read_diff_ids)  # many images may have one config
         for image in images:
-            digest = self._make_manifest(members, expect(dict, image))
+            digest = self._make_manifest(members, expect(dict, image), read_inner)
             tags = expect(list, image.get("RepoTags") or [])
             for tag in tags:
                 found = parse_image(expect(str, tag))
@@ -3136,7 +3148,7 @@ class Archive(Registry):
             if not tags:
                 self._root(default, "latest" if len(images) == 1 else digest, digest)
 
-    def _make_manifest(self, members, image):
+    def _make_manifest(self, members, image, read_inner):
         """The digest of the OCI manifest that we make for an image that has none: always the same for the same image.
 
         Layers stay as they are. Most are named by their digest, and the others, if they are not compressed, have it
@@ -3147,9 +3159,8 @@ class Archive(Registry):
             except KeyError:
                 raise ValueError("manifest.json names %r, which is not there" % name)
 
-        rootfs = load_json(find(image.get("Config")).read()).get("rootfs")
         layers = expect(list, image.get("Layers") or [])
-        inner = expect(list, expect(dict, rootfs or {}).get("diff_ids") or [])
+        inner = read_inner(find(image.get("Config")))
         inner = [None] + inner if len(inner) == len(layers) else []
         entries = []
         for name, inside in itertools.zip_longest([image["Config"]] + layers, inner):
@@ -3202,6 +3213,13 @@ class Archive(Registry):
                 self.find_damage(digest)
             raise RegistryError("DIGEST_INVALID", digest, message="a manifest is damaged in the archive", status=404)
 
+    def _read_references(self, digest):
+        """The digests of a manifest's children that are manifests; of all that it consists of; and its subject. Kept,
+        since a hundred thousand names may lead to one large manifest."""
+        manifest = self._read_manifest(digest)
+        children = {child.digest for child in manifest.manifests if child.media_type in MANIFEST_TYPES}
+        return children, {entry.digest for entry in manifest.blobs + manifest.manifests}, manifest.subject
+
     def _reach(self, name):
         """What a repository's names lead to: the digests of all of it; those of its manifests; those of the manifests
         that are below or about another; and {subject: digests of its referrers}. Raises NAME_UNKNOWN."""
@@ -3211,14 +3229,13 @@ class Archive(Registry):
         queue = list(roots)
         for digest in queue:  # it grows
             with contextlib.suppress(RegistryError):  # left out on purpose (`--platform`), or a copy will say so
-                manifest = self._read_manifest(digest)
-                found = {child.digest for child in manifest.manifests if child.media_type in MANIFEST_TYPES}
-                found |= self.loose.get(digest, set())
+                children, mentioned, subject = self._references(digest)
+                found = children | self.loose.get(digest, set())
                 queue.extend(found - roots - below)
                 below |= found
-                blobs.update(entry.digest for entry in manifest.blobs + manifest.manifests)
-                if manifest.subject:
-                    referrers.setdefault(manifest.subject, set()).add(digest)
+                blobs |= mentioned
+                if subject:
+                    referrers.setdefault(subject, set()).add(digest)
         for subject in referrers.keys() & (roots | below):
             below |= referrers[subject]
         return roots | below | blobs, roots | below, below, referrers

@@ -1006,6 +1006,30 @@ def test_a_file_with_many_names_is_read_once(tmp_path, monkeypatch):
     assert read.count(len(LARGE)) == 1
 
 
+def test_a_manifest_or_config_that_many_names_lead_to_is_read_once(tmp_path, monkeypatch):
+    """A hundred thousand names fit in an index.json, and a manifest of 4 MiB takes long to read."""
+    names = ["team/n%d:1" % number for number in range(200)]
+    manifest = to_manifest(image())
+    members = layout(*[manifest] * len(names), blobs=(CONFIG, b"layer one", b"layer two"),
+                     names=[{OWN_NAME: name} for name in names])
+    entries = [{"Config": "c", "Layers": ["l"], "RepoTags": [name]} for name in names]
+    docker = {"manifest.json": json.dumps(entries).encode(), "c": docker_config(b"layer"), "l": b"layer"}
+    read, load_json = [], tinyreg.load_json
+    monkeypatch.setattr("tinyreg.load_json", lambda content: read.append(content) or load_json(content))
+    archive = Archive([make_tar(tmp_path / "names.tar", members)])
+    assert len(list(archive.images())) == len(names) and read.count(manifest.content) == 1
+    archive = Archive([make_tar(tmp_path / "docker.tar", docker)])
+    assert len(archive.roots) == len(names) and read.count(docker["c"]) == 1
+
+
+@pytest.mark.parametrize("size", [b"9" * 60000, b"1_0", b"-1", b"0x1", b" 1", b""])
+def test_a_size_that_is_no_number_is_refused(size):
+    record = b" size=" + size + b"\n"
+    length = len(record) + len(str(len(record) + 5))
+    with pytest.raises(ValueError, match="malformed pax header"):
+        tinyreg.pax_records(str(length).encode() + record)
+
+
 def test_a_blob_that_lies_about_its_digest_does_not_count(tmp_path, far, load):
     manifest = to_manifest(image())
     members = layout(manifest, blobs=(CONFIG, b"layer one"))
