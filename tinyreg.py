@@ -3651,26 +3651,26 @@ def basic(user, secret):
 
 
 class MovingStream(io.RawIOBase):
-    """What a socket receives, which must keep moving: it may take the socket's timeout in all, and
-    each KiB that comes earns another second, up to that timeout from now. Else who sends a byte
+    """What a socket receives, which must keep moving: we wait for it as long as the socket's timeout
+    in all, and each KiB that comes earns another second, up to that timeout. Else who sends a byte
     now and then could keep a thread for days."""
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket):
-        self.raw, self.sock, self.limit = raw, sock, sock.gettimeout()
-        self.ends = time.monotonic() + self.limit
+        self.raw, self.sock = raw, sock
+        self.left = self.limit = sock.gettimeout()  # seconds
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, view: Any) -> int:
         """As RawIOBase has it. Raises socket.timeout, OSError."""
-        left = self.ends - time.monotonic()
-        if left <= 0:
+        if self.left <= 0:
             raise socket.timeout("it sends too slowly")
-        self.sock.settimeout(left)
+        self.sock.settimeout(self.left)
+        began = time.monotonic()
         count = self.raw.readinto(view)
-        earned = count * PACE_WINDOW / PACE_BYTES
-        self.ends = min(self.ends + earned, time.monotonic() + self.limit)
+        earned = count * PACE_WINDOW / PACE_BYTES - (time.monotonic() - began)
+        self.left = min(self.left + earned, self.limit)
         return count
 
     def close(self) -> None:
@@ -3701,7 +3701,7 @@ class Reply(http.client.HTTPResponse):
         """
         try:
             if self.status >= 300:
-                self.stream.ends, limit = time.monotonic() + REFUSAL_LIMIT, MAX_REFUSAL
+                self.stream.left, limit = REFUSAL_LIMIT, MAX_REFUSAL
             if self.status != 416:
                 self.content = self.read(limit)
             if self.length or not self.isclosed() and not self.will_close:

@@ -807,6 +807,20 @@ def test_a_blob_that_drips_is_not_waited_for(filled, server, back, start_proxy, 
         copy(Remote(proxy.host, retries=0), back, "demo", "latest")
 
 
+def test_who_reads_slowly_is_not_taken_for_a_slow_sender(monkeypatch):
+    """A laptop that was asleep, a disk that was busy."""
+    clock = [0.0]
+    monkeypatch.setattr(tinyreg.time, "monotonic", lambda: clock[0])
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ours.makefile("rb", buffering=0) as raw:
+        ours.settimeout(60)
+        stream = tinyreg.MovingStream(raw, ours)
+        for _ in range(3):
+            theirs.send(b"x")
+            assert stream.read(1) == b"x"
+            clock[0] += 1000
+
+
 def test_of_endless_referrers_a_cache_keeps_a_bounded_number(mirror, filled):
     front, proxy = mirror
     note = make_referrer(filled, "demo", filled.manifest("demo", filled.resolve("demo", "latest")))
