@@ -689,9 +689,11 @@ def load_json(content):
 
 
 def platform_name(platform):
-    """OS/ARCHITECTURE[/VARIANT] by a config, or by the platform in an index's entry; "" where it says none."""
+    """OS/ARCHITECTURE[/VARIANT] by a config, or by the platform in an index's entry; "" where it
+    says none."""
     platform = platform if isinstance(platform, dict) else {}
-    return "/".join(str(platform[key]) for key in ("os", "architecture", "variant") if platform.get(key))
+    words = [platform.get(key) for key in ("os", "architecture", "variant")]
+    return "/".join(word for word in words if word and isinstance(word, str))
 
 
 def _media_type(document):
@@ -8331,8 +8333,8 @@ def find_image(store: Directory, text: str) -> Tuple[str, Union[str, Digest]]:
         tags, more = take_page(store.tags(name), 5)
         if tags:
             others = ", but as %s%s" % (", ".join(tags), " and more" if more else "")
-    raise RegistryError("MANIFEST_UNKNOWN", message="not in the store as %s%s; `tinyreg.py ls` shows "
-                        "what is, and `tinyreg.py pull` fetches more"
+    raise RegistryError("MANIFEST_UNKNOWN", message="not in the store as %s%s; `tinyreg.py ls` "
+                        "shows what is, and `tinyreg.py pull` fetches more"
                         % (image_text(name, reference), others))
 
 
@@ -8414,11 +8416,15 @@ def list_cells(entry: dict, alone: bool) -> List[str]:
     return [name, in_units(entry["size"]), platforms, entry["digest"], state]
 
 
+MAX_COLUMN = 80  # characters; the platforms of an image for ten take more
+
+
 def list_rows(entries: List[dict], alone: bool) -> List[str]:
     """The lines of a table of images."""
     rows = [["TAG" if alone else "IMAGE", "SIZE", "PLATFORMS", "DIGEST", ""]]
     rows += [[harmless(cell) for cell in list_cells(entry, alone)] for entry in entries]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    # What is longer stands out of the column in its own row alone.
+    widths = [min(max(map(len, column)), MAX_COLUMN) for column in zip(*rows)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
