@@ -2685,7 +2685,7 @@ TAR_FILES = (b"\0", b"0", b"7")
 TAR_LINKS = (b"1", b"2")
 TAR_TEXTS = {b"x": b"", b"g": b"", b"L": b"path", b"K": b"linkpath"}  # what they say of the member after them
 MAX_CLAIMED = 100            # times that a split archive may use its bytes; a range of zeros occurs often in a blob
-MAX_REACHED = 64             # repositories of an archive of which is kept what they lead to
+MAX_REACHED = 64             # repositories of an archive for which it is kept what they lead to
 MAX_LINKS = 40               # links that lead to links; Linux follows as many
 
 REF_NAME = "org.opencontainers.image.ref.name"
@@ -2961,17 +2961,17 @@ def digest_named(path):
     return match and Digest("%s:%s" % ("sha256" if len(match.group(1)) == 64 else "sha512", match.group(1)))
 
 
-def read_diff_ids(member: Member) -> List[Any]:
-    """What an image's config says are the digests of its layers when unpacked. Raises ValueError."""
-    rootfs = expect(dict, load_json(member.read()).get("rootfs") or {})
-    return expect(list, rootfs.get("diff_ids") or [])
-
-
 def expect(kind, value):
     """The value, if it is of this kind. Raises ValueError."""
     if not isinstance(value, kind):
         raise ValueError("malformed index.json, manifest.json or " + PARTS)
     return value
+
+
+def read_diff_ids(member: Member) -> List[Any]:
+    """What an image's config says are the digests of its layers when unpacked. Raises ValueError."""
+    rootfs = expect(dict, load_json(member.read()).get("rootfs") or {})
+    return expect(list, rootfs.get("diff_ids") or [])
 
 
 class Archive(Registry):
@@ -2996,7 +2996,7 @@ class Archive(Registry):
         self.opened = {}    # {open tar: its path}
         self.damaged = {}   # {digest of a blob or a range: the file in which it is damaged}
         self.unreadable = {}  # {path: what is wrong}
-        self._contents = functools.lru_cache(MAX_REACHED)(self._reach)
+        self._reach = functools.lru_cache(MAX_REACHED)(self._follow)
         self._references = functools.lru_cache(maxsize=None)(self._read_references)
         self._digest = functools.lru_cache(maxsize=None)(Member.digest)
         for path in paths:
@@ -3222,12 +3222,16 @@ class Archive(Registry):
         children = {child.digest for child in manifest.manifests if child.media_type in MANIFEST_TYPES}
         return children, {entry.digest for entry in manifest.blobs + manifest.manifests}, manifest.subject
 
-    def _reach(self, name):
+    def _contents(self, name):
         """What a repository's names lead to: the digests of all of it; those of its manifests; those of the manifests
         that are below or about another; and {subject: digests of its referrers}. Raises NAME_UNKNOWN."""
         if name not in self.roots:
             raise RegistryError("NAME_UNKNOWN", name)
-        roots, below, blobs, referrers = set(self.roots[name].values()), set(), set(), {}
+        return self._reach(frozenset(self.roots[name].values()))
+
+    def _follow(self, roots):
+        """The same of these digests."""
+        below, blobs, referrers = set(), set(), {}
         queue = list(roots)
         for digest in queue:  # it grows
             with contextlib.suppress(RegistryError):  # left out on purpose (`--platform`), or a copy will say so
