@@ -302,6 +302,6 @@ def large_root():
 
 
 @pytest.fixture(params=["small", "large"])
-def root(request):
+def image_root(request):
     """Each test with it runs twice: with busybox alone, and with a hundred megabytes beside it."""
     return request.getfixturevalue(request.param + "_root")

@@ -55,8 +55,8 @@ def docker_image(docker):
     docker("image", "rm", "--force", *made)
 
 
-def test_docker(server, api, docker, docker_image, root):
-    name = docker_image(root, server.host + "/docker:1")
+def test_docker(server, api, docker, docker_image, image_root):
+    name = docker_image(image_root, server.host + "/docker:1")
     image_id = docker("image", "inspect", "--format", "{{.Id}}", name)
     digest = re.search("sha256:[0-9a-f]{64}", docker("push", name)).group(0)
     assert check_content(api, "docker", "1") == digest
@@ -114,9 +114,9 @@ def layout(skopeo, umoci, tmp_path):
     return make
 
 
-def test_containerd(server, api, ctr, skopeo, layout, root, tmp_path):
+def test_containerd(server, api, ctr, skopeo, layout, image_root, tmp_path):
     name, archive = server.host + "/containerd:1", str(tmp_path / "image.tar")
-    skopeo("copy", layout(root), "oci-archive:%s:%s" % (archive, name))
+    skopeo("copy", layout(image_root), "oci-archive:%s:%s" % (archive, name))
     ctr("images", "import", archive)
     digest = listed_by(ctr)[name]
     ctr("images", "push", "--plain-http", name)
@@ -139,9 +139,9 @@ def listed_by(ctr):
 # podman, buildah
 
 
-def test_podman(server, api, podman, root, tmp_path):
+def test_podman(server, api, podman, image_root, tmp_path):
     name, archive = server.host + "/podman:1", str(tmp_path / "root.tar")
-    run("tar", "-C", root, "-cf", archive, ".")
+    run("tar", "-C", image_root, "-cf", archive, ".")
     image_id = podman("import", "--quiet", archive, name)
     podman("push", "--quiet", "--tls-verify=false", "--digestfile", tmp_path / "digest", name)
     digest = (tmp_path / "digest").read_text()
@@ -153,9 +153,9 @@ def test_podman(server, api, podman, root, tmp_path):
     podman("image", "rm", name)
 
 
-def test_buildah(server, api, buildah, root, tmp_path):
+def test_buildah(server, api, buildah, image_root, tmp_path):
     name = server.host + "/buildah:1"
-    buildah("commit", "--quiet", "--rm", from_folder(buildah, root), name)
+    buildah("commit", "--quiet", "--rm", from_folder(buildah, image_root), name)
     image_id = buildah("images", "--quiet", "--no-trunc", name)
     buildah("push", "--quiet", "--tls-verify=false", "--digestfile", tmp_path / "digest", name)
     digest = (tmp_path / "digest").read_text()
@@ -179,8 +179,8 @@ def from_folder(buildah, folder, *options):
 # skopeo, umoci
 
 
-def test_skopeo_and_umoci(server, api, skopeo, umoci, layout, root, tmp_path):
-    made, name = layout(root), "docker://%s/skopeo:1" % server.host
+def test_skopeo_and_umoci(server, api, skopeo, umoci, layout, image_root, tmp_path):
+    made, name = layout(image_root), "docker://%s/skopeo:1" % server.host
     skopeo("copy", "--dest-tls-verify=false", made, name)
     digest = check_content(api, "skopeo", "1")
     assert skopeo("inspect", "--format", "{{.Digest}}", made) == digest
@@ -188,7 +188,7 @@ def test_skopeo_and_umoci(server, api, skopeo, umoci, layout, root, tmp_path):
     skopeo("copy", "--src-tls-verify=false", name, "oci:%s:1" % back)
     assert skopeo("inspect", "--format", "{{.Digest}}", "oci:%s:1" % back) == digest
     umoci("unpack", "--image", back + ":1", tmp_path / "bundle")
-    run("diff", "--recursive", "--no-dereference", root, tmp_path / "bundle" / "rootfs")
+    run("diff", "--recursive", "--no-dereference", image_root, tmp_path / "bundle" / "rootfs")
 
 
 def test_skopeo_lists_and_deletes(server, api, skopeo, layout, small_root):
@@ -364,10 +364,10 @@ def test_a_signature_that_travels_by_its_fallback_tag(server, api, skopeo, layou
 # curl
 
 
-def test_curl(server, curl, root, tmp_path):
+def test_curl(server, curl, image_root, tmp_path):
     """Push and pull with nothing but curl, as the README shows it; an interrupted download is resumed."""
     archive, back, url = str(tmp_path / "layer.tar"), tmp_path / "back.tar", server.url + "/v2/curl/"
-    run("tar", "-C", root, "-cf", archive, ".")
+    run("tar", "-C", image_root, "-cf", archive, ".")
     with open(archive, "rb") as file:
         layer = file.read()
     config = json.dumps({"os": "linux", "architecture": "amd64",
