@@ -5225,7 +5225,8 @@ def open_log_file(path):
 
 
 class LogHandler(logging.Handler):
-    """Warnings and errors, each a line like those of the requests; a traceback's lines are indented below it."""
+    """Warnings and errors, each a line like those of the requests; in the style "command" a line
+    like a command's errors. A traceback's lines are indented below it."""
 
     def __init__(self, style):
         super().__init__()
@@ -5237,12 +5238,14 @@ class LogHandler(logging.Handler):
         if self.style == "json":
             entry = {"time": timestamp(), "level": level.lower(), "message": message, "trace": trace}
             return write_log(to_json(entry).decode().rstrip())
-        for line in ["%s %s %s" % (timestamp(), level, message)] + ["    " + line for line in trace]:
+        start = "tinyreg:" if self.style == "command" else "%s %s" % (timestamp(), level)
+        for line in ["%s %s" % (start, message)] + ["    " + line for line in trace]:
             write_log(line)
 
 
-def start_logging(style="text"):
-    """Send warnings and errors to the log, in one of LOG_FORMATS' styles; a later call changes it."""
+def start_logging(style: str) -> None:
+    """Send warnings and errors to the log, in one of LOG_FORMATS' styles, or as "command". A later
+    call changes that."""
     logger.handlers[:] = [LogHandler(style)]
 
 
@@ -9474,7 +9477,7 @@ def main(argv=None):
     options.arguments = arguments
     if options.command == "serve":
         options.listen = options.listen or [("127.0.0.1", 5000)]
-    start_logging()
+    start_logging("command")
     try:
         try:
             return options.function(options)

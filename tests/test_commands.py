@@ -272,6 +272,14 @@ def test_what_an_image_says_of_itself_neither_moves_the_cursor_nor_ends_ls(run, 
     assert entries[0]["platforms"] == [EVIL + "/amd64"] and entries[1]["platforms"] == [EVIL]
 
 
+def test_a_command_s_warning_reads_like_its_errors(run, store):
+    manifest = make_image(store, "a", "1")
+    with open(store.blob_path(manifest.digest), "wb") as file:
+        file.write(b"damaged")
+    line = "tinyreg: damaged manifest, taken as missing: %s in a" % manifest.digest
+    assert line in run("ls", "a:1").stderr.splitlines()
+
+
 def test_ls_digests(run, store):
     """What `save --have` wants to know: everything held, in one repository or in all."""
     manifest = make_image(store, "a")
