@@ -634,8 +634,7 @@ def test_gc_every(start_server, store):
     until(lambda: not has_data(store, b"stray"))
 
 
-def test_gc_every_after_a_run_whose_clock_was_ahead(start_server, tmp_path):
-    store = Directory(str(tmp_path / "registry"))
+def test_gc_every_after_a_run_whose_clock_was_ahead(start_server, store):
     push_blob(store, "app", b"stray")
     open(os.path.join(store.own, "gc"), "w").close()
     make_old(store)

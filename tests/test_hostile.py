@@ -56,8 +56,8 @@ def files_outside(tmp_path):
 
 
 @pytest.fixture
-def filled(start_server, tmp_path):
-    samples.make_image(Directory(str(tmp_path / "registry")), "lib/a")
+def filled(start_server, store):
+    samples.make_image(store, "lib/a")
     return start_server()
 
 
@@ -338,9 +338,9 @@ def test_silent_connections_of_four_addresses_don_t_keep_out_a_fifth(start_serve
     assert "can't accept" not in server.log()
 
 
-def test_one_client_s_transfers_leave_room_for_others(start_server, tmp_path):
+def test_one_client_s_transfers_leave_room_for_others(start_server, store, tmp_path):
     """Where few files may be open, and no connection is idle."""
-    blob = samples.push_blob(Directory(str(tmp_path / "registry")), "lib/a", b"x" * (16 << 20))
+    blob = samples.push_blob(store, "lib/a", b"x" * (16 << 20))
     server = start_server(None, "--workers", "1", listen=":0", python=python_that_opens(128, tmp_path))
     asked = (HEAD % ("GET", "/v2/lib/a/blobs/" + blob, "")).encode()
     begun = []

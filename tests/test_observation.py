@@ -12,7 +12,7 @@ from conftest import Client, run_tinyreg, until
 from samples import make_image, push_blob
 
 import tinyreg
-from tinyreg import (Digest, Directory, Exchange, Metrics, Observation, explain, harmless,
+from tinyreg import (Digest, Exchange, Metrics, Observation, explain, harmless,
                      without_names, without_secrets)
 
 
@@ -36,8 +36,8 @@ def samples(server):
 
 # Logs
 
-def test_text_lines_have_bytes_time_and_digest(start_server, tmp_path):
-    manifest = make_image(Directory(str(tmp_path / "registry")), "lab/app", "v1")
+def test_text_lines_have_bytes_time_and_digest(start_server, store):
+    manifest = make_image(store, "lab/app", "v1")
     server = start_server()
     server.ask("GET", "/v2/lab/app/manifests/v1", User_Agent='an "agent"')
     line = until(server.log).splitlines()[0]
@@ -56,8 +56,7 @@ def test_json_lines_are_json_and_have_everything(start_server):
     assert set(Exchange._fields) <= set(first) and first["time"].endswith("Z")
 
 
-def test_what_goes_wrong_is_json_too(start_server, tmp_path):
-    store = Directory(str(tmp_path / "registry"))
+def test_what_goes_wrong_is_json_too(start_server, store):
     make_image(store, "lab/app", "v1")
     with open(store.tag_path("lab/app", "v1") + "/current/link", "w") as file:
         file.write("nonsense")
@@ -128,8 +127,8 @@ def test_a_log_file_that_can_not_be_opened_again_ends_nothing(start_server, tmp_
     assert server.ask("GET", "/v2/").status == 200
 
 
-def test_a_transfer_that_the_client_cuts_is_logged_with_what_went_out(start_server, tmp_path):
-    digest = push_blob(Directory(str(tmp_path / "registry")), "lab/app", b"x" * (64 << 20))
+def test_a_transfer_that_the_client_cuts_is_logged_with_what_went_out(start_server, store):
+    digest = push_blob(store, "lab/app", b"x" * (64 << 20))
     server = start_server()
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
         sock.sendall(b"GET /v2/lab/app/blobs/%s HTTP/1.1\r\nHost: localhost\r\n\r\n" % digest.encode())
@@ -286,8 +285,8 @@ def test_the_file_behind_live_stays_small(tmp_path, monkeypatch):
 
 # Metrics
 
-def test_prometheus_reads_the_metrics_and_they_are_true(start_server, tmp_path):
-    make_image(Directory(str(tmp_path / "registry")), "lab/app", "v1", (b"x" * 1000,))
+def test_prometheus_reads_the_metrics_and_they_are_true(start_server, store):
+    make_image(store, "lab/app", "v1", (b"x" * 1000,))
     server = start_server(None, "--workers", "2")
     with Client(server) as client:
         for _ in range(20):
@@ -322,8 +321,7 @@ def test_what_is_refused_before_it_is_a_request_is_logged_and_counted(start_serv
     assert samples(server)["tinyreg_requests_total", labels] == 1
 
 
-def test_what_gc_and_verify_found_is_in_the_metrics(start_server, tmp_path):
-    store = Directory(str(tmp_path / "registry"))
+def test_what_gc_and_verify_found_is_in_the_metrics(start_server, store):
     manifest = make_image(store, "lab/app", "v1", (b"x" * 1000,))
     push_blob(store, "lab/app", b"stray")
     server = start_server()

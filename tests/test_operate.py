@@ -17,11 +17,11 @@ from conftest import TINYREG, ask, free_port, open_url, run_tinyreg, until
 from engines import NGINX_BEGIN, own_address
 from samples import CONFIG, image, index, make_image, read_blob, to_manifest
 
-from tinyreg import Digest, Directory, RegistryError, parse_glob
+from tinyreg import Digest, RegistryError, parse_glob
 
 
-def test_read_only_refuses_what_writes_and_says_so(start_server, tmp_path):
-    manifest = make_image(Directory(str(tmp_path / "registry")), "lab/app", "v1")
+def test_read_only_refuses_what_writes_and_says_so(start_server, store):
+    manifest = make_image(store, "lab/app", "v1")
     server = start_server(None, "--read-only")
     assert server.ask("GET", "/v2/lab/app/manifests/v1")[0] == 200
     for method, path in (("POST", "/v2/lab/app/blobs/uploads/"), ("PUT", "/v2/lab/app/manifests/v2"),
@@ -50,8 +50,7 @@ def test_a_read_only_server_needs_a_store(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_immutable_tags_do_not_move(start_server, tmp_path):
-    store = Directory(str(tmp_path / "registry"))
+def test_immutable_tags_do_not_move(start_server, store):
     first = make_image(store, "lab/app", "v1")
     store.put_manifest("lab/app", first, ["latest"])
     other = to_manifest(image(annotations={"now": "another"}))
@@ -78,8 +77,7 @@ def test_immutable_tags_do_not_move(start_server, tmp_path):
     assert run_tinyreg("rm", "--root", server.root, "lab/app:v1").returncode == 0  # its owner may
 
 
-def test_what_an_immutable_tag_needs_can_not_be_deleted_from_under_it(start_server, tmp_path):
-    store = Directory(str(tmp_path / "registry"))
+def test_what_an_immutable_tag_needs_can_not_be_deleted_from_under_it(start_server, store):
     child, loose = [make_image(store, "app", None, layers=(layer,)) for layer in (b"child", b"loose")]
     inner = to_manifest(index(child))
     store.put_manifest("app", inner)
@@ -95,8 +93,7 @@ def test_what_an_immutable_tag_needs_can_not_be_deleted_from_under_it(start_serv
     assert store.manifest("app", child.digest) and read_blob(store, "app", Digest.of(b"child"))
 
 
-def test_of_two_first_pushes_at_once_one_wins(tmp_path):
-    store = Directory(str(tmp_path / "registry"))
+def test_of_two_first_pushes_at_once_one_wins(store):
     store.immutable = [parse_glob("v*")]
     make_image(store, "lab/app", "base")
     manifests = [to_manifest(image(annotations={"number": str(number)})) for number in range(8)]
@@ -262,15 +259,15 @@ def start_nginx(tmp_path):
 
 
 @pytest.fixture
-def proxied(start_server, start_nginx, tmp_path):
+def proxied(start_server, start_nginx, store):
     """(a tinyreg, the URL of an nginx in front of it)"""
-    make_image(Directory(str(tmp_path / "registry")), "lab/app", "v1", (b"x" * 3000000,))
+    make_image(store, "lab/app", "v1", (b"x" * 3000000,))
     server = start_server(None, "--log", "explain", "--anonymous", "push")
     return server, start_nginx(server, AS_IN_THE_README)
 
 
-def test_behind_an_nginx_that_was_told_nothing_nobody_pushes_or_deletes(start_server, start_nginx, tmp_path):
-    manifest = make_image(Directory(str(tmp_path / "registry")), "lab/app", "v1")
+def test_behind_an_nginx_that_was_told_nothing_nobody_pushes_or_deletes(start_server, start_nginx, store):
+    manifest = make_image(store, "lab/app", "v1")
     server = start_server()
     url = start_nginx(server, BARE)
     assert ask(url, "GET", "/v2/lab/app/manifests/v1").status == 200
@@ -281,10 +278,10 @@ def test_behind_an_nginx_that_was_told_nothing_nobody_pushes_or_deletes(start_se
     assert ask(server, "PUT", "/v2/lab/app/manifests/v2", manifest.content).status == 201
 
 
-def test_behind_nginx_the_log_has_the_client_and_limits_are_the_client_s(start_server, start_nginx, tmp_path):
+def test_behind_nginx_the_log_has_the_client_and_limits_are_the_client_s(start_server, start_nginx, store):
     """Asked twice, so that the second answer comes from memory, with another client in between."""
     address = own_address()
-    make_image(Directory(str(tmp_path / "registry")), "lab/app", "v1")
+    make_image(store, "lab/app", "v1")
     server = start_server(None, "--anonymous", "push", "--workers", "1", MAX_UPLOADS=2)
     url = start_nginx(server, AS_IN_THE_README, address)
     for where in (url, server, url, server):

@@ -71,18 +71,17 @@ def registry(start_server, tmp_path):
     return start_server(tmp_path / "registry", "--log", "explain")
 
 
-def test_a_manifest_without_a_tag_is_listed(tmp_path, monkeypatch):
+def test_a_manifest_without_a_tag_is_listed(store, monkeypatch):
     """An image that was pulled by its digest left its repository looking empty."""
-    registry = Directory(str(tmp_path / "registry"))
-    image = make_image(registry, "a", None)
-    registry.put_manifest("a", to_manifest(index(image)), ["1"])
-    alone = make_image(registry, "a", None, (b"alone",))
-    make_referrer(registry, "a", alone)
-    shown = dispatch(registry, Access("pull"), Request("GET", "/?repository=a")).body.decode()
+    image = make_image(store, "a", None)
+    store.put_manifest("a", to_manifest(index(image)), ["1"])
+    alone = make_image(store, "a", None, (b"alone",))
+    make_referrer(store, "a", alone)
+    shown = dispatch(store, Access("pull"), Request("GET", "/?repository=a")).body.decode()
     assert "Without a tag" in shown and alone.digest[:19] in shown
     assert image.digest[:19] not in shown.partition("Without a tag")[2]
     monkeypatch.setattr(tinyreg, "MAX_LOOKED_AT", 100)  # where it would take long
-    shown = dispatch(registry, Access("pull"), Request("GET", "/?repository=a")).body.decode()
+    shown = dispatch(store, Access("pull"), Request("GET", "/?repository=a")).body.decode()
     assert "Without a tag" not in shown and "tinyreg.py ls a lists it" in shown
 
 
@@ -169,8 +168,7 @@ def test_what_is_to_be_copied_has_its_lines(registry):
     assert "\\n" not in text
 
 
-def test_configs_that_are_not_what_they_should_be_are_no_error(registry, tmp_path):
-    store = Directory(str(tmp_path / "registry"))
+def test_configs_that_are_not_what_they_should_be_are_no_error(registry, store):
     for number, config in enumerate((
             b"[]", b"not JSON", b'{"history":{},"config":[],"created":7,"os":["x"]}',
             b'{"history":[1,{"created_by":{"a":1}},{"empty_layer":true}],"config":{"Env":"x","Labels":[1],"Cmd":{}}}',
@@ -185,8 +183,7 @@ def test_configs_that_are_not_what_they_should_be_are_no_error(registry, tmp_pat
     assert get(registry.url + "/?repository=odd")[0] == 200
 
 
-def test_an_index_of_indexes_that_unfolds_for_ever_is_read_once(registry, tmp_path):
-    store = Directory(str(tmp_path / "registry"))
+def test_an_index_of_indexes_that_unfolds_for_ever_is_read_once(registry, store):
     manifest = make_image(store, "deep", None)
     for _ in range(40):
         manifest = to_manifest(index(manifest, manifest))
@@ -194,9 +191,8 @@ def test_an_index_of_indexes_that_unfolds_for_ever_is_read_once(registry, tmp_pa
     assert get(registry.url + "/?repository=deep&reference=top")[0] == 200
 
 
-def test_repositories_are_searched_and_paged(tmp_path, monkeypatch):
+def test_repositories_are_searched_and_paged(store, monkeypatch):
     monkeypatch.setattr(tinyreg, "ROWS", 5)
-    store = Directory(str(tmp_path / "registry"))
     for number in range(12):
         make_docker_image(store, "team%d/app" % number)
 
@@ -214,9 +210,8 @@ def test_repositories_are_searched_and_paged(tmp_path, monkeypatch):
     assert "team1/app" in text and "team11/app" in text and "team2/app" not in text
 
 
-def test_only_what_one_may_pull_is_shown(tmp_path):
+def test_only_what_one_may_pull_is_shown(store, tmp_path):
     fill(tmp_path / "registry")
-    store = Directory(str(tmp_path / "registry"))
     (tmp_path / "rules").write_text("** @anonymous pull\nlab/other @anonymous none\n")
     access = Access("none", None, str(tmp_path / "rules"))
 
@@ -243,9 +238,9 @@ def test_the_registry_hands_itself_out(registry):
         assert hashlib.sha256(answer.read()).digest() == hashlib.sha256(file.read()).digest()
 
 
-def test_a_registry_whose_file_was_taken_away_says_so(monkeypatch, tmp_path):
+def test_a_registry_whose_file_was_taken_away_says_so(monkeypatch, store, tmp_path):
     monkeypatch.setattr(tinyreg, "__file__", str(tmp_path / "gone.py"))
-    assert dispatch(Directory(str(tmp_path / "registry")), Access("pull"), Request("GET", "/tinyreg.py")).status == 404
+    assert dispatch(store, Access("pull"), Request("GET", "/tinyreg.py")).status == 404
 
 
 def test_an_image_is_downloaded_as_an_archive(registry, tmp_path):
@@ -268,9 +263,9 @@ def test_an_image_is_downloaded_as_an_archive(registry, tmp_path):
         404, 404, 400]
 
 
-def test_disk_use_counts_what_is_shared_once(tmp_path):
+def test_disk_use_counts_what_is_shared_once(store, tmp_path):
     fill(tmp_path / "registry")
-    usage = Directory(str(tmp_path / "registry")).usage()
+    usage = store.usage()
     own, shared = usage["repositories"]["lab/other"]
     assert 0 <= shared - len(BASE) < 100 and 0 < own < 1000
     assert usage["bytes"] < sum(sum(pair) for pair in usage["repositories"].values())

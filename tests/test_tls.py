@@ -202,12 +202,12 @@ def test_an_encrypted_key_does_not_ask_on_the_terminal(tmp_path):
 
 @pytest.mark.parametrize("python", [version for version in sorted(found_pythons()) if version in (
     min(found_pythons()), max(found_pythons()))], ids=str)
-def test_the_oldest_and_the_newest_python(tmp_path, start_server, python):
+def test_the_oldest_and_the_newest_python(store, tmp_path, start_server, python):
     python = found_pythons()[python]
     assert run_tinyreg("passwd", "alice", "--users", tmp_path / "users", "--stdin", input="secret", python=python
                        ).returncode == 0
     content = os.urandom(200000)
-    digest = push_blob(Directory(str(tmp_path / "registry")), "app", content)
+    digest = push_blob(store, "app", content)
     server = start_server(None, "--tls", "--users", tmp_path / "users", python=python)
     talk = Talk(server, trusting(server))
     assert talk("GET", "/v2/")[0] == 401
@@ -460,10 +460,10 @@ def test_client_certificates_name_the_user(tmp_path, start_server):
                 raise ConnectionResetError
 
 
-def test_what_one_certificate_was_answered_is_not_kept_for_another(tmp_path, start_server):
+def test_what_one_certificate_was_answered_is_not_kept_for_another(store, tmp_path, start_server):
     make_pair(tmp_path, "ca", "/CN=our CA")
     (tmp_path / "rules").write_text("secret carol pull\n")
-    make_image(Directory(str(tmp_path / "registry")), "secret")
+    make_image(store, "secret")
     server = start_server(tmp_path / "registry", "--tls", "--tls-client-ca", tmp_path / "ca.pem", "--workers", "1",
                           "--rules", tmp_path / "rules")
     carol = Talk(server, trusting(server, make_pair(tmp_path, "client", "/CN=carol", "ca")))
