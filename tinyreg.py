@@ -8176,9 +8176,10 @@ def keep_up(store, every, grace):
     (0: never), whichever of the processes that share the store does it."""
 
     def left():
-        """How many seconds until the next time; 0 where, by a wrong clock, the last lies ahead."""
+        """How many seconds until the next time; 0 where, by a wrong clock, the last lies far ahead
+        (a file server's own clock may be ahead by a little)."""
         passed = time.time() - look_at(os.path.join(store.own, "gc")).mtime
-        return every - passed if passed >= -CLOCK_SLACK else 0
+        return every - passed if passed >= -every else 0
 
     while True:
         pause = UPKEEP
