@@ -132,6 +132,7 @@ FOREIGN_LAYER_TYPES = re.compile(
     r"application/vnd\.(docker\.image\.rootfs\.foreign\.|oci\.image\.layer\.nondistributable\.).*")
 
 MAX_MANIFEST = 4 << 20       # bytes; the specification wants 4 MB to pass, Distribution refuses more than 4 MiB
+MAX_DEPTH = 100              # levels of JSON; how many Python reads depends on its version, and on who calls
 MAX_NAME = 255               # characters; what clients accept, and what a file name may have
 MAX_REQUEST_LINE = 8 << 10   # bytes; a PUT of a manifest with ten tags of 128 characters needs 2 KiB
 MAX_HEAD = 64 << 10          # bytes, request line and header block; bearer tokens can take 16 KiB
@@ -685,7 +686,13 @@ def load_json(content):
         raise ValueError("nested too deeply")
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
-    return value
+    level = [value]  # type: List[Any]
+    for _ in range(MAX_DEPTH):
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
+                 if isinstance(inner, (dict, list))]
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
 
 
 def platform_name(platform):

@@ -236,6 +236,18 @@ def test_not_a_json_object(content):
         load_json(content)
 
 
+@pytest.mark.parametrize("begin, end", [("[", "]"), ('{"a":', "}")])
+def test_how_deep_json_may_be_depends_neither_on_python_nor_on_who_reads_it(begin, end):
+    """Else a manifest that one server took could not be loaded by the next."""
+    def nested(depth):
+        return ('{"a":' + begin * (depth - 1) + "1" + end * (depth - 1) + "}").encode()
+
+    assert load_json(nested(100))
+    for depth in (101, 500, 900):
+        with pytest.raises(ValueError, match="nested too deeply"):
+            load_json(nested(depth))
+
+
 def test_json_that_is_nested_deeply_or_has_huge_numbers_makes_no_manifest():
     for content in (b'{"a":' + b"[" * 100000 + b"]" * 100000 + b"}", b'{"a":' + b"1" * 4000000 + b"}"):
         error = refusal(parse_manifest, content)
