@@ -6498,7 +6498,7 @@ def daemon_json(setup: ClientSetup) -> Iterator[ClientFile]:
     if setup.ca is None:
         settings["insecure-registries"] = [setup.host]
     if settings:
-        remark = "before Docker 29, mirrors are for docker.io only" if setup.mirror else "then reload docker"
+        remark = "before Docker 29, mirrors are for docker.io only" if setup.mirror else "Docker's settings"
         yield ClientFile("/etc/docker/daemon.json", json.dumps(settings) + "\n", remark)
 
 
@@ -6574,8 +6574,8 @@ def known_origins(registry: Registry, is_listed: Callable[[str], bool] = bool) -
         is_host = slash and re.search(r"\.|_[0-9]+$", first)
         if is_host and is_listed(name):
             origins.add(re.sub(r"_([0-9]+)$", r":\1", first))
-        if slash and (first in origins or not is_host or is_listed(name)):
-            names = registry.repositories(first + "/~")  # all of its others sort before that
+            if len(origins) < 100:  # each time folders are listed again, so not for ever
+                names = registry.repositories(first + "/~")  # all of its others sort before that
 
 
 def outside_host(access: Access, request: Request) -> str:
@@ -6589,7 +6589,9 @@ def outside_host(access: Access, request: Request) -> str:
 def client_setup(registry: Registry, access: Access, request: Request, mirror: bool) -> ClientSetup:
     """What clients are told over HTTP: of the origins, those that whoever asks may see."""
     ca = (request.ca or b"").decode() if request.outer_scheme() == "https" else None
-    origins = known_origins(registry, lambda name: access.lists(request, name)) if mirror else ()
+    origins = ["docker.io"]
+    if mirror and access.allows(request, "pull"):
+        origins = known_origins(registry, lambda name: access.lists(request, name))
     return ClientSetup(outside_host(access, request), ca, mirror, origins)
 
 
@@ -6629,7 +6631,8 @@ def use_page(registry, access, request):
                   command_line("docker login " + host)]
     return page("How to use this registry", fill(
         """<h2>1. Let your client trust it</h2>
-<p>Docker trusts a registry on its own machine as it is. Else, as root:</p>%s%s%s
+<p>Docker trusts a registry on its own machine as it is. Else, as root (crane, helm, oras, regctl, cosign and
+docker build trust what the system trusts):</p>%s%s%s
 <h2>2. Pull an image</h2><p>Look for one among the <a href="./">repositories</a>, then:</p>%s
 <h2>3. Push your own</h2>%s
 <h2>As a mirror</h2><p>Then docker pull alpine comes from here, if it is here:</p>%s""",

@@ -119,6 +119,10 @@ def test_podman_is_told_of_each_origin_that_the_store_has(root, start_server, tm
     server = start_server(root, "--rules", str(tmp_path / "rules"))
     answer = server.ask("GET", "/use/podman.sh?mirror")
     assert 'prefix = "lab:5000"' in answer.text and "quay.io" not in answer.text
+    server.stop()
+    (tmp_path / "users").touch()
+    server = start_server(root, "--users", str(tmp_path / "users"))
+    assert "lab:5000" not in server.ask("GET", "/use/podman.sh?mirror").text
 
 
 def test_the_password_for_a_mirror_is_for_the_mirror_alone(root):
@@ -155,6 +159,8 @@ def test_scripts_are_there_alone(server):
         assert answer.status == 200 and answer.headers["Content-Type"].startswith("text/plain")
         assert answer.text.startswith("# ") and "<" not in answer.text.replace("<<", "").replace("< $c", "")
     assert server.ask("GET", "/use/nothing.sh").status == 404
+    for name in ("a'; rm -rf ~ #", "$(reboot)", "a\\b"):
+        assert name not in server.ask("GET", "/use/docker.sh", x_forwarded_host=name).text
 
 
 # The scripts
