@@ -14,7 +14,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import Server, found_pythons, run_tinyreg, until
+from conftest import Client, Server, found_pythons, run_tinyreg, until
 from samples import make_image, push_blob
 
 import tinyreg
@@ -42,35 +42,19 @@ def trusting(server, certificate=None):
     return context
 
 
-class Talk:
-    """One connection to a server: raw bytes, over TLS if there is a context."""
+class Talk(Client):
+    """A Client that is connected at once, over TLS if there is a context, and calls the server localhost.
+
+    Its certificate has to be valid for `name`."""
 
     def __init__(self, server, context=None, name="localhost"):
-        self.sock = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+        super().__init__("http://127.0.0.1:%d" % server.port)
+        self.connection.connect()
         if context:
-            self.sock = context.wrap_socket(self.sock, server_hostname=name)
-        self.file = self.sock.makefile("rb")
+            self.connection.sock = context.wrap_socket(self.connection.sock, server_hostname=name)
 
-    def __call__(self, method, target, version="1.1", **headers):
-        """(status, headers, body); None if the server closed the connection."""
-        headers = "".join("%s: %s\r\n" % (name.replace("_", "-"), value) for name, value in headers.items())
-        self.sock.sendall(("%s %s HTTP/%s\r\nHost: localhost\r\n%s\r\n" % (method, target, version, headers)).encode())
-        return self.answer(method)
-
-    def answer(self, method="GET"):
-        line = self.file.readline()
-        if not line:
-            return None
-        headers = {}
-        for field in iter(self.file.readline, b"\r\n"):
-            name, _, value = field.decode().rstrip().partition(": ")
-            headers[name.lower()] = value
-        body = self.file.read(int(headers.get("content-length", 0))) if method != "HEAD" else b""
-        return int(line.split()[1]), headers, body
-
-    def close(self):
-        self.file.close()
-        self.sock.close()
+    def ask(self, method, target, body=None, **headers):
+        return super().ask(method, target, body, host="localhost", **headers)
 
 
 @pytest.fixture(scope="module")
@@ -210,9 +194,9 @@ def test_the_oldest_and_the_newest_python(store, tmp_path, start_server, python)
     digest = push_blob(store, "app", content)
     server = start_server(None, "--tls", "--users", tmp_path / "users", python=python)
     talk = Talk(server, trusting(server))
-    assert talk("GET", "/v2/")[0] == 401
+    assert talk.ask("GET", "/v2/")[0] == 401
     credentials = "Basic " + base64.b64encode(b"alice:secret").decode()
-    assert talk("GET", "/v2/app/blobs/" + digest, Authorization=credentials)[2] == content
+    assert talk.ask("GET", "/v2/app/blobs/" + digest, Authorization=credentials)[2] == content
     talk.close()
     assert server.stop() == 0 and "Warning" not in server.log()
 
@@ -221,12 +205,12 @@ def test_the_oldest_and_the_newest_python(store, tmp_path, start_server, python)
 def test_a_client_that_trusts_the_ca(tls_server):
     assert tls_server.url.startswith("https://")
     talk = Talk(tls_server, trusting(tls_server), "registry.lab")
-    assert talk("GET", "/v2/")[0] == 200
-    assert talk("GET", "/v2/app/blobs/" + tls_server.digest)[2] == tls_server.large
-    status, headers, body = talk("GET", "/v2/app/blobs/" + tls_server.digest, Range="bytes=1048000-3000000")
+    assert talk.ask("GET", "/v2/")[0] == 200
+    assert talk.ask("GET", "/v2/app/blobs/" + tls_server.digest)[2] == tls_server.large
+    status, headers, body = talk.ask("GET", "/v2/app/blobs/" + tls_server.digest, Range="bytes=1048000-3000000")
     assert (status, body) == (206, tls_server.large[1048000:3000001])
-    assert talk("HEAD", "/v2/app/manifests/latest")[0] == 200
-    assert talk("GET", "/v2/app/manifests/latest")[0] == 200
+    assert talk.ask("HEAD", "/v2/app/manifests/latest")[0] == 200
+    assert talk.ask("GET", "/v2/app/manifests/latest")[0] == 200
     talk.close()
 
 
@@ -234,16 +218,11 @@ def test_an_upload_over_tls(tls_server):
     content = os.urandom(3 << 20)
     digest = "sha256:" + hashlib.sha256(content).hexdigest()
     talk = Talk(tls_server, trusting(tls_server))
-    location = talk("POST", "/v2/app/blobs/uploads/", Content_Length=0)[1]["location"]
-    head = "PATCH %s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" % location
-    talk.sock.sendall(head.encode())
-    for start in range(0, len(content), 100000):
-        block = content[start:start + 100000]
-        talk.sock.sendall(b"%x\r\n%s\r\n" % (len(block), block))
-    talk.sock.sendall(b"0\r\n\r\n")
-    location = talk.answer()[1]["location"]
-    assert talk("PUT", location + ("&" if "?" in location else "?") + "digest=" + digest, Content_Length=0)[0] == 201
-    assert talk("GET", "/v2/app/blobs/" + digest)[2] == content
+    location = talk.ask("POST", "/v2/app/blobs/uploads/")[1]["location"]
+    blocks = (content[start:start + 100000] for start in range(0, len(content), 100000))
+    location = talk.ask("PATCH", location, blocks)[1]["location"]  # chunked
+    assert talk.ask("PUT", location + ("&" if "?" in location else "?") + "digest=" + digest)[0] == 201
+    assert talk.ask("GET", "/v2/app/blobs/" + digest)[2] == content
     talk.close()
 
 
@@ -302,7 +281,7 @@ def test_no_version_below_1_2(tls_server, version, works):
     context.set_ciphers("ALL:@SECLEVEL=0")
     context.minimum_version = context.maximum_version = getattr(ssl.TLSVersion, version)
     if works:
-        assert Talk(tls_server, context)("GET", "/v2/")[0] == 200
+        assert Talk(tls_server, context).ask("GET", "/v2/")[0] == 200
     else:
         with pytest.raises((ssl.SSLError, ConnectionError)):
             Talk(tls_server, context)
@@ -312,18 +291,18 @@ def test_plain_http_gets_the_ca_and_how_to_use_it_and_nothing_else(tls_server):
     talk = Talk(tls_server)
     with open(os.path.join(tls_server.root, "tinyreg", "tls", "ca.crt"), "rb") as file:
         ca = file.read()
-    assert talk("GET", "/ca.crt")[::2] == (200, ca)
-    page = talk("GET", "/")[2].decode()
+    assert talk.ask("GET", "/ca.crt")[::2] == (200, ca)
+    page = talk.ask("GET", "/")[2].decode()
     assert "https://localhost" in page
     fingerprint = openssl("x509", "-noout", "-fingerprint", "-sha256", input=ca.decode()).strip().partition("=")[2]
     assert fingerprint in page
     for method, target in [("GET", "/v2/"), ("GET", "/v2/app/manifests/latest"), ("POST", "/ca.crt"), ("GET", "/token"),
                            ("GET", "/v2/app/manifests/latest")]:
-        status, headers, body = talk(method, target, Content_Length=0)
+        status, headers, body = talk.ask(method, target)
         assert status == 400 and b"HTTPS" in body and b"https://localhost" in body and "www-authenticate" not in headers
     talk.close()
     secure = Talk(tls_server, trusting(tls_server))
-    assert secure("GET", "/ca.crt")[::2] == (200, ca)
+    assert secure.ask("GET", "/ca.crt")[::2] == (200, ca)
     secure.close()
 
 
@@ -341,7 +320,7 @@ def test_who_connects_and_says_nothing_blocks_nobody(tls_server):
     context = trusting(tls_server)
     for _ in range(10):
         talk = Talk(tls_server, context)
-        assert talk("GET", "/v2/")[0] == 200
+        assert talk.ask("GET", "/v2/")[0] == 200
         talk.close()
     for sock in silent + half:
         sock.close()
@@ -367,18 +346,18 @@ def test_garbage_in_a_handshake_ends_the_connection_only(tls_server, bytes_sent)
                 pass
             raise ConnectionResetError
     assert "Traceback" not in tls_server.log()
-    assert Talk(tls_server, trusting(tls_server))("GET", "/v2/")[0] == 200
+    assert Talk(tls_server, trusting(tls_server)).ask("GET", "/v2/")[0] == 200
 
 
 def test_a_reset_in_the_middle_is_no_fault_of_ours(tls_server):
     context = trusting(tls_server)
     for _ in range(5):
         talk = Talk(tls_server, context)
-        talk.sock.sendall(("GET /v2/app/blobs/%s HTTP/1.1\r\nHost: x\r\n\r\n" % tls_server.digest).encode())
-        talk.sock.recv(1000)
-        talk.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        talk.connection.sock.sendall(("GET /v2/app/blobs/%s HTTP/1.1\r\nHost: x\r\n\r\n" % tls_server.digest).encode())
+        talk.connection.sock.recv(1000)
+        talk.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         talk.close()
-    assert Talk(tls_server, context)("GET", "/v2/")[0] == 200
+    assert Talk(tls_server, context).ask("GET", "/v2/")[0] == 200
     assert "Traceback" not in tls_server.log() and "ERROR" not in tls_server.log()
 
 
@@ -392,7 +371,7 @@ def test_who_does_not_trust_the_ca_leaves_a_line_in_the_log(tls_server):
 def test_stopping_ends_idle_connections_at_once(start_server):
     server = start_server(None, "--tls", "--workers", "1", "--drain", "3600")
     talk = Talk(server, trusting(server))
-    assert talk("GET", "/v2/")[0] == 200
+    assert talk.ask("GET", "/v2/")[0] == 200
     silent = socket.create_connection(("127.0.0.1", server.port))
     assert server.stop() == 0
     silent.close()
@@ -420,7 +399,7 @@ def presented(server):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     talk = Talk(server, context)
-    found = talk.sock.getpeercert(binary_form=True)
+    found = talk.connection.sock.getpeercert(binary_form=True)
     talk.close()
     return found
 
@@ -432,12 +411,13 @@ def test_a_changed_certificate_is_taken_and_no_connection_dropped(tmp_path, star
     first = presented(server)
     context = ssl.create_default_context(cafile=certificate)
     open_since_then = Talk(server, context)
-    assert open_since_then("GET", "/v2/")[0] == 200
+    assert open_since_then.ask("GET", "/v2/")[0] == 200
+    sock = open_since_then.connection.sock
     make_pair(tmp_path, "server", "/CN=second")
     if hint == "SIGHUP":
         server.process.send_signal(signal.SIGHUP)
     until(lambda: first not in [presented(server) for _ in range(20)])  # by either process
-    assert open_since_then("GET", "/v2/")[0] == 200
+    assert open_since_then.ask("GET", "/v2/")[0] == 200 and open_since_then.connection.sock is sock
     (tmp_path / "server.pem").write_text("broken")
     until(lambda: presented(server) != first and "stays in use" in server.log())
     open_since_then.close()
@@ -451,13 +431,12 @@ def test_client_certificates_name_the_user(tmp_path, start_server):
                 "/CN=carol/CN=dave": (403, 403), "/CN=@anonymous": (403, 403)}
     for subject, statuses in expected.items():
         talk = Talk(server, trusting(server, make_pair(tmp_path, "client", subject, "ca")))
-        assert (talk("GET", "/v2/_catalog")[0],
-                talk("POST", "/v2/team/a/blobs/uploads/", Content_Length=0)[0]) == statuses
+        assert (talk.ask("GET", "/v2/_catalog")[0],
+                talk.ask("POST", "/v2/team/a/blobs/uploads/")[0]) == statuses
         talk.close()
     for stranger in (None, make_pair(tmp_path, "client", "/CN=carol")):
         with pytest.raises(OSError):  # TLS 1.3 tells the client with the first read
-            if Talk(server, trusting(server, stranger))("GET", "/v2/") is None:
-                raise ConnectionResetError
+            Talk(server, trusting(server, stranger)).ask("GET", "/v2/")
 
 
 def test_what_one_certificate_was_answered_is_not_kept_for_another(store, tmp_path, start_server):
@@ -469,8 +448,8 @@ def test_what_one_certificate_was_answered_is_not_kept_for_another(store, tmp_pa
     carol = Talk(server, trusting(server, make_pair(tmp_path, "client", "/CN=carol", "ca")))
     dave = Talk(server, trusting(server, make_pair(tmp_path, "client", "/CN=dave", "ca")))
     for _ in range(5):
-        assert carol("GET", "/v2/secret/manifests/latest")[0] == 200
-        assert dave("GET", "/v2/secret/manifests/latest")[0] == 403
+        assert carol.ask("GET", "/v2/secret/manifests/latest")[0] == 200
+        assert dave.ask("GET", "/v2/secret/manifests/latest")[0] == 403
     carol.close()
     dave.close()
 
@@ -482,8 +461,8 @@ def test_secrets_are_in_no_file_that_others_may_read_and_in_no_log(tmp_path, sta
     talk = Talk(server, trusting(server))
     for credentials in ("alice:a very secret word", "alice:a very wrong word"):
         encoded = base64.b64encode(credentials.encode()).decode()
-        talk("GET", "/v2/", Authorization="Basic " + encoded)
-        talk("GET", "/token", Authorization="Basic " + encoded)
+        talk.ask("GET", "/v2/", Authorization="Basic " + encoded)
+        talk.ask("GET", "/token", Authorization="Basic " + encoded)
         assert encoded not in server.log()
     talk.close()
     server.stop()
