@@ -7759,6 +7759,7 @@ class Server(http.server.HTTPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Take connections, one after the other, until the worker stops or enough other threads wait."""
         while not self.worker.stopping:
+            self.worker.await_closing()
             try:
                 request, client_address = self.get_request()
             except (BlockingIOError, ConnectionError):
@@ -7816,6 +7817,7 @@ class Worker:
         self.stopping = False
         self.cache = ResponseCache(registry)
         self.connections: Set[Connection] = set()
+        self.closing: Set[Connection] = set()  # to make room; their threads have not ended yet
         self.crowds: Dict[str, int] = collections.Counter()  # connections, by the client's network
         self.changed = threading.Condition()
         self.date = 0, ""  # the present second, and the Date header that it has
@@ -7859,6 +7861,7 @@ class Worker:
                     oldest = min(idle, key=lambda other: other.idle_since or 0)
                     oldest.close_if_idle()
                     self._uncount(oldest)
+                    self.closing.add(oldest)
             if is_this_machine(client):
                 return -left
             return self.crowds[whole_client(client)] - min(MAX_CONNECTIONS, left)
@@ -7874,7 +7877,15 @@ class Worker:
     def remove(self, connection: Connection) -> None:
         with self.changed:
             self._uncount(connection)
+            self.closing.discard(connection)
             self.changed.notify_all()
+
+    def await_closing(self) -> None:
+        """Wait while many connections that count no more still have their files, a second at most."""
+        few = self.room // 4
+        if len(self.closing) > few:
+            with self.changed:
+                self.changed.wait_for(lambda: len(self.closing) <= few, 1)
 
     def current_date(self) -> str:
         """Now, as the Date header has it."""

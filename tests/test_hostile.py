@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import samples
 import tinyreg
-from conftest import PATIENCE, ask, python_that_opens, until
+from conftest import PATIENCE, Client, ask, python_that_opens, until
 from engines import own_address
 from tinyreg import Digest, Directory, RequestReader, RegistryError, Request, Response, dispatch, load_json, parse_head
 
@@ -404,6 +404,21 @@ def test_one_client_can_t_have_all_connections(start_server):
             sock.sendall(asked)
             return statuses(sock.recv(1 << 16)) == [404]
     until(is_served)
+
+
+def test_behind_a_proxy_one_client_can_t_have_all_connections_either(start_server):
+    """The proxy's connections count for the client whom they served last."""
+    server = start_server(None, "--workers", "1", MAX_CONNECTIONS=2)
+    with contextlib.ExitStack() as stack:
+        proxy = [stack.enter_context(Client(server)) for _ in range(3)]
+
+        def answers(number, client):
+            return proxy[number].ask("GET", "/v2/a/tags/list", x_forwarded_for=client, x_number=str(number)).status
+
+        assert [answers(number, "10.0.0.9") for number in range(3)] == [404, 404, 429]
+        assert answers(2, "10.0.0.8") == 404
+        assert answers(0, "10.0.0.8") == 404
+        assert answers(0, "10.0.0.9") == 404
 
 
 def test_one_client_can_t_have_all_upload_sessions(start_server):
