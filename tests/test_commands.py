@@ -12,7 +12,7 @@ import time
 import pytest
 
 import tinyreg
-from conftest import TINYREG, found_pythons, run_tinyreg
+from conftest import PATIENCE, TINYREG, found_pythons, run_tinyreg
 from samples import (CONFIG, EVIL, buildkit_cache, image, index, is_harmless, make_image,
                      make_referrer, push_blob, to_manifest)
 from tinyreg import OCI_INDEX, OCI_MANIFEST, Digest, __version__, command_text, local_time
@@ -465,7 +465,7 @@ def test_serve_is_what_it_does_without_a_command(tmp_path, arguments):
         assert sorted(os.listdir(str(tmp_path))) == ["registry"]
     finally:
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE) == 0
         process.stdout.close()
 
 

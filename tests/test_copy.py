@@ -15,7 +15,7 @@ import uuid
 import pytest
 
 import tinyreg
-from conftest import TINYREG, run_tinyreg, until
+from conftest import PATIENCE, TINYREG, run_tinyreg, until
 from samples import CONFIG, image, index, make_image, make_referrer, push_blob, read_blob, to_manifest
 from tinyreg import (ArchiveWriter, Blob, Copy, Digest, Directory, RegistryError, Report,
                      TaggedDigest, copy)
@@ -368,13 +368,13 @@ def test_two_copies_of_one_blob_at_once_share_it(target):
     def open_slowly(offset):
         opened.append(offset)
         entered.set()
-        assert go_on.wait(10)
+        assert go_on.wait(PATIENCE)
         return Cut(content[offset:], 9000)
 
     first = threading.Thread(target=target.put_blob, args=(NAME, digest, open_slowly))
     second = threading.Thread(target=target.put_blob, args=(NAME, digest, open_slowly))
     first.start()
-    assert entered.wait(10)
+    assert entered.wait(PATIENCE)
     second.start()
 
     def second_waits():
@@ -383,8 +383,8 @@ def test_two_copies_of_one_blob_at_once_share_it(target):
 
     until(second_waits)
     go_on.set()
-    first.join(10)
-    second.join(10)
+    first.join(PATIENCE)
+    second.join(PATIENCE)
     assert opened == [0] and read_blob(target, NAME, digest) == content
 
 

@@ -10,10 +10,8 @@ import threading
 
 import pytest
 
-from conftest import TINYREG
+from conftest import PATIENCE, TINYREG, until
 from tinyreg import Files, SharedLock, alone, is_at, list_directory, make_directories, read_file
-
-PATIENCE = 30  # seconds until a test that waits for something gives up
 
 
 @pytest.fixture
@@ -324,12 +322,11 @@ def hold(tmp_path):
 
 def waits_in_flock(holder):
     """Wait until a process is blocked by the lock (Linux shows what it waits for in the list of locks)."""
-    for _ in range(PATIENCE * 20):
+    def waits():
+        assert not holder.has_it.is_set()
         with open("/proc/locks") as locks:
-            if any("->" in line and " %d " % holder.process.pid in line for line in locks):
-                return True
-        assert not holder.has_it.wait(0.05)
-    return False
+            return any("->" in line and " %d " % holder.process.pid in line for line in locks)
+    return until(waits)
 
 
 def test_many_share(hold):

@@ -336,7 +336,7 @@ class Storm:
 
     def reach(self, goal):
         """Wait until so many pushes have been acknowledged."""
-        until(lambda: len(self.acknowledged) >= goal or self.failures, 60)
+        until(lambda: len(self.acknowledged) >= goal or self.failures, 300)
 
     def end(self):
         self.stop.set()

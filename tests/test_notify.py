@@ -11,7 +11,7 @@ import signal
 import threading
 
 import pytest
-from conftest import run_tinyreg, until
+from conftest import PATIENCE, run_tinyreg, until
 from samples import CONFIG, image
 
 import tinyreg
@@ -30,7 +30,7 @@ class Hook:
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 hook.asked = True
-                hook.open.wait(30)
+                hook.open.wait(PATIENCE)
                 if hook.status < 400:
                     hook.got.append((self.path, dict(self.headers), body))
                 self.send_response(hook.status)
@@ -244,6 +244,6 @@ def test_no_token_of_an_endpoint_is_shown():
 
 def test_an_endpoint_that_is_there_twice_is_refused_in_one_line(tmp_path):
     done = run_tinyreg("serve", "--root", tmp_path / "registry", "--listen", "127.0.0.1:0", "--notify", "http://x/abc",
-                       "--notify", "http://x/abc#actions=pull", timeout=20)
+                       "--notify", "http://x/abc#actions=pull", timeout=PATIENCE)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "twice" in done.stderr
     assert "abc" not in done.stderr

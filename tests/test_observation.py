@@ -8,7 +8,7 @@ import socket
 import time
 
 import pytest
-from conftest import Client, run_tinyreg, until
+from conftest import PATIENCE, Client, run_tinyreg, until
 from samples import make_image, push_blob
 
 import tinyreg
@@ -130,7 +130,7 @@ def test_a_log_file_that_can_not_be_opened_again_ends_nothing(start_server, tmp_
 def test_a_transfer_that_the_client_cuts_is_logged_with_what_went_out(start_server, store):
     digest = push_blob(store, "lab/app", b"x" * (64 << 20))
     server = start_server()
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as sock:
         sock.sendall(b"GET /v2/lab/app/blobs/%s HTTP/1.1\r\nHost: localhost\r\n\r\n" % digest.encode())
         assert sock.recv(1000).startswith(b"HTTP/1.1 200")
     sent = int(re.search(r" 200 ([0-9]+) ", until(server.log)).group(1))
@@ -139,7 +139,7 @@ def test_a_transfer_that_the_client_cuts_is_logged_with_what_went_out(start_serv
 
 def test_an_upload_that_the_client_cuts_is_logged(start_server):
     server = start_server()
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as sock:
         sock.sendall(b"POST /v2/lab/app/blobs/uploads/?digest=sha256:%s HTTP/1.1\r\n" % (b"0" * 64)
                      + b"Host: localhost\r\nContent-Length: 9\r\n\r\nabc")
     assert re.search(r"POST \S+ 499 0 \S+ in=3\n", until(server.log))
@@ -313,7 +313,7 @@ def test_prometheus_reads_the_metrics_and_they_are_true(start_server, store):
     (b"no request\r\n\r\n", 400), (b"GET /v2/ HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 70000, 431), (b"GET ", 408)])
 def test_what_is_refused_before_it_is_a_request_is_logged_and_counted(start_server, request_bytes, status):
     server = start_server(None, **{"HEAD_LIMIT": 1.0, "TICK": 0.05} if status == 408 else {})
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as sock:
         sock.sendall(request_bytes)
         assert b" %d " % status in sock.recv(100)
     assert re.fullmatch(r"\S+Z 127\.0\.0\.1 - - %d [1-9][0-9]* [0-9.]+ms\n" % status, until(server.log))

@@ -13,7 +13,7 @@ import threading
 import urllib.parse
 
 import pytest
-from conftest import TINYREG, ask, free_port, open_url, run_tinyreg, until
+from conftest import PATIENCE, TINYREG, ask, free_port, open_url, run_tinyreg, until
 from engines import NGINX_BEGIN, own_address
 from samples import CONFIG, image, index, make_image, read_blob, to_manifest
 
@@ -155,7 +155,7 @@ def test_counts_survive_the_death_of_a_worker(start_server):
 def test_systemd_hears_that_it_is_ready_lives_and_stops(start_server, tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
-        manager.settimeout(20)
+        manager.settimeout(PATIENCE)
         server = start_server(None, "--workers", "2", environment={
             "NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "200000"})
         assert server.ask("GET", "/v2/")[0] == 200

@@ -22,7 +22,7 @@ import urllib.parse
 import pytest
 
 import tinyreg
-from conftest import TINYREG, Client, ask, free_port, get, open_url, run_tinyreg, until
+from conftest import PATIENCE, TINYREG, Client, ask, free_port, get, open_url, run_tinyreg, until
 from samples import (EVIL, index, is_harmless, make_image, make_referrer, read_blob, to_manifest)
 from test_copy import make_multi
 from tinyreg import (ClientSetup, Digest, Directory, RegistryError, Remote, copy, find_login, mirror_files,
@@ -499,8 +499,8 @@ def test_tokens_are_fetched_for_each_scope_once(store, server, start_proxy):
 
 def test_tokens_that_end_are_renewed(store, server, start_proxy, monkeypatch):
     make_multi(store, "demo")
-    tokens = TokenServer(life=1)
-    proxy = start_proxy(server.host, lambda handler: time.sleep(0.05) or tokens(handler))
+    tokens = TokenServer(life=2)
+    proxy = start_proxy(server.host, lambda handler: time.sleep(0.1) or tokens(handler))
     copy(store, Remote(proxy.host), "demo", "latest")
     assert len(tokens.asked) > 2 and holdings(Remote(server.host), "demo") == holdings(store, "demo")
 
@@ -841,7 +841,7 @@ def test_of_what_clients_ask_for_no_more_is_kept_than_has_room(start_proxy, monk
     def spoil(handler):
         if tokens(handler):
             return True
-        busy.wait(20)
+        busy.wait(PATIENCE)
         return handler.answer(200, {"Docker-Content-Digest": Digest.of(b"")})
 
     remote = Remote(start_proxy(None, spoil).host)
@@ -875,7 +875,7 @@ def test_a_token_server_that_drips_holds_up_its_own_repository_only(start_proxy,
     monkeypatch.setattr(tinyreg, "TOKEN_TIMEOUT", 3600)
     waiting = threading.Thread(target=resolve, daemon=True)
     waiting.start()
-    assert drip.begun.wait(20)
+    assert drip.begun.wait(PATIENCE)
     assert remote.resolve("demo", "latest") == Digest.of(b"")  # else this would wait as long
     assert waiting.is_alive()
     monkeypatch.setattr(tinyreg, "TOKEN_TIMEOUT", 0.5)
@@ -1073,7 +1073,7 @@ def test_pull_that_is_killed_goes_on_inside_the_blob(store, server, start_proxy,
             handler.wfile.write(part)
             handler.server.sent += len(part)
             if len(body) > len(part):
-                held.wait(30)
+                held.wait(PATIENCE)
                 return handler.cut()
             return True
 
@@ -1085,7 +1085,7 @@ def test_pull_that_is_killed_goes_on_inside_the_blob(store, server, start_proxy,
     def parts():
         return sum(path.stat().st_size for path in root.glob("docker/registry/v2/repositories/**/_uploads/*/data"))
 
-    until(lambda: parts() >= 5 << 20, 30)
+    until(lambda: parts() >= 5 << 20)
     process.send_signal(signal.SIGKILL)
     process.wait()
     held.set()
@@ -1103,14 +1103,14 @@ def test_ctrl_c_ends_a_pull_that_waits_for_its_upstream(filled, server, start_pr
     def spoil(handler):
         if handler.command == "GET" and "/blobs/" in handler.path:
             asked.set()
-            go_on.wait(60)
+            go_on.wait(3600)
 
     command = [sys.executable, TINYREG, "pull", start_proxy(server.host, spoil).host + "/demo", "--root",
                str(tmp_path / "back")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert asked.wait(30)
+    assert asked.wait(PATIENCE)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=10)
+    output, errors = process.communicate(timeout=PATIENCE)
     go_on.set()
     assert (process.returncode, output) == (130, b"") and b"interrupted; run it again" in errors
 
@@ -1355,7 +1355,7 @@ def test_parallel_clients_share_one_download_that_streams(mirror, filled, server
             handler.end_headers()
             handler.wfile.write(body[:2 << 20])
             handler.wfile.flush()
-            assert go_on.wait(20)
+            assert go_on.wait(PATIENCE)
             handler.wfile.write(body[2 << 20:])
             return True
 

@@ -14,7 +14,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import Client, Server, found_pythons, run_tinyreg, until
+from conftest import PATIENCE, Client, Server, found_pythons, run_tinyreg, until
 from samples import make_image, push_blob
 
 import tinyreg
@@ -178,7 +178,7 @@ def test_an_encrypted_key_does_not_ask_on_the_terminal(tmp_path):
     openssl("req", "-x509", "-newkey", "rsa:2048", "-passout", "pass:secret", "-subj", "/CN=x",
             "-keyout", tmp_path / "key", "-out", tmp_path / "cert")
     done = run_tinyreg("serve", "--root", tmp_path / "r", "--listen", "127.0.0.1:0", "--tls-cert", tmp_path / "cert",
-                       "--tls-key", tmp_path / "key", stdin=subprocess.DEVNULL, timeout=30)
+                       "--tls-key", tmp_path / "key", stdin=subprocess.DEVNULL, timeout=PATIENCE)
     assert done.returncode == 1 and "can't use" in done.stderr
 
 
@@ -199,7 +199,6 @@ def test_the_oldest_and_the_newest_python(store, tmp_path, start_server, python)
     assert talk.ask("GET", "/v2/app/blobs/" + digest, Authorization=credentials)[2] == content
     talk.close()
     assert server.stop() == 0 and "Warning" not in server.log()
-
 
 
 def test_a_client_that_trusts_the_ca(tls_server):
@@ -307,7 +306,7 @@ def test_plain_http_gets_the_ca_and_how_to_use_it_and_nothing_else(tls_server):
 
 
 def test_a_tls_hello_on_a_plain_port_is_answered_in_http(server):
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as sock:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as sock:
         sock.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100))
         assert sock.recv(100).startswith(b"HTTP/1.0 400 ")
 
@@ -328,7 +327,7 @@ def test_who_connects_and_says_nothing_blocks_nobody(tls_server):
 
 @pytest.mark.parametrize("hello", [b"", b"\x16\x03\x01\x02\x00\x01"])
 def test_a_handshake_has_a_time_limit(impatient, hello):
-    with socket.create_connection(impatient[0], timeout=10) as sock:
+    with socket.create_connection(impatient[0], timeout=PATIENCE) as sock:
         sock.sendall(hello)
         with pytest.raises(ConnectionResetError):  # the end can come as either
             while sock.recv(100):
@@ -339,7 +338,7 @@ def test_a_handshake_has_a_time_limit(impatient, hello):
 @pytest.mark.parametrize("bytes_sent", [b"\x16" + bytes(300), b"\x16\x03\x01\x00\x05hello",
                                         b"\x16\x03\x03\xff\xff" + b"x" * 70000])
 def test_garbage_in_a_handshake_ends_the_connection_only(tls_server, bytes_sent):
-    with socket.create_connection(("127.0.0.1", tls_server.port), timeout=30) as sock:
+    with socket.create_connection(("127.0.0.1", tls_server.port), timeout=PATIENCE) as sock:
         sock.sendall(bytes_sent)
         with pytest.raises(ConnectionResetError):
             while sock.recv(100):
