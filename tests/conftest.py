@@ -68,6 +68,11 @@ def until(condition, seconds=PATIENCE, what="what was awaited", process=None, lo
         pause = min(pause * 1.5, 0.05)
 
 
+def by_digest(location, digest):
+    """The target that ends an upload: the digest is added to a Location that may have a query already."""
+    return location + ("&" if "?" in location else "?") + "digest=" + digest
+
+
 class Answer(typing.NamedTuple):
     """What a server answered, whatever the status."""
 
@@ -187,9 +192,7 @@ class Client:
         if answer.status == 202:
             answer = self.ask("PATCH", answer.headers["Location"], content)
         if answer.status == 202:
-            location = answer.headers["Location"]
-            mark = "&" if "?" in location else "?"
-            answer = self.ask("PUT", location + mark + "digest=" + Digest.of(content))
+            answer = self.ask("PUT", by_digest(answer.headers["Location"], Digest.of(content)))
         return answer
 
     def put_blob(self, name, content):
@@ -222,6 +225,12 @@ def get(url, **headers):
 def open_url(url, **headers):
     """The response to a GET of a URL, for who reads its body bit by bit and closes it."""
     return Client(url, keep=False).open("GET", url, **headers)
+
+
+def workers_of(server):
+    """The process ids of a server's workers."""
+    with open("/proc/%d/task/%d/children" % (server.process.pid, server.process.pid)) as file:
+        return [int(word) for word in file.read().split()]
 
 
 def free_port():

@@ -13,6 +13,10 @@ CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
 LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar+gzip"
 
 
+def to_bytes(document):
+    return json.dumps(document).encode()
+
+
 def descriptor(content, media_type=LAYER_TYPE, algorithm="sha256", **fields):
     """The descriptor of these bytes, as a manifest has it."""
     return dict({"mediaType": media_type, "digest": Digest.of(content, algorithm), "size": len(content)}, **fields)

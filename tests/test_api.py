@@ -10,8 +10,9 @@ import urllib.parse
 import pytest
 
 import tinyreg
+from conftest import by_digest
 from samples import (CONFIG, CONFIG_TYPE, descriptor, image, index, make_docker_image, make_image,
-                     make_referrer, push_blob, read_blob, to_manifest)
+                     make_referrer, push_blob, read_blob, to_bytes, to_manifest)
 from tinyreg import (DOCKER_LIST, DOCKER_MANIFEST, DOCKER_SCHEMA1, JSON, MAX_MANIFEST, OCI_ARTIFACT, OCI_INDEX,
                      OCI_MANIFEST, OCTET_STREAM, ROUTES, Access, Digest, Directory, Registry, Request, dispatch)
 
@@ -63,10 +64,6 @@ class Client:
 @pytest.fixture
 def call(store):
     return Client(store)
-
-
-def to_bytes(document):
-    return json.dumps(document).encode()
 
 
 # Determining support
@@ -565,11 +562,6 @@ def check_upload(answer, wanted):
     assert answer.headers == [("Location", location), ("Range", wanted), ("Docker-Upload-UUID", found.group(1))]
     assert answer.body == b""
     return location
-
-
-def by_digest(location, digest):
-    """The target that ends an upload: the digest is added to a Location that may have a query already."""
-    return location + ("&" if "?" in location else "?") + "digest=" + digest
 
 
 def check_created(call, answer, digest, content):

@@ -17,8 +17,8 @@ import pytest
 
 import tinyreg
 from conftest import TINYREG
-from samples import (CONFIG, descriptor, image, index, make_image, make_referrer, push_blob, read_blob,
-                     to_manifest)
+from samples import (CONFIG, descriptor, image, index, make_image, make_referrer, push_blob,
+                     read_blob, to_bytes, to_manifest)
 from test_files import STEPS, Tracer
 from tinyreg import OCI_ARTIFACT, Digest, Directory, RegistryError
 
@@ -68,10 +68,6 @@ def plant(root, name, content, tag=None):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return digest
-
-
-def to_bytes(document):
-    return json.dumps(document).encode()
 
 
 def subject(manifest):

@@ -19,7 +19,7 @@ import threading
 import uuid
 
 import pytest
-from conftest import TINYREG, Answer, Client, run_tinyreg, until
+from conftest import TINYREG, Answer, Client, by_digest, run_tinyreg, until
 from engines import NGINX_BEGIN, private_folder, require, require_root, run, unavailable
 from samples import CONFIG, image, make_image, push_blob, to_manifest
 from tinyreg import (MANIFEST_TYPES, OCI_INDEX, Digest, Directory, Endpoint, Metrics, Notifications, collect_garbage,
@@ -207,8 +207,7 @@ def put_image(ask, name, tag, layers):
         if status == 202:
             status, headers, _ = ask("PATCH", headers["Location"], part[half:])
         if status == 202:
-            mark = "&" if "?" in headers["Location"] else "?"
-            status, _, _ = ask("PUT", "%s%sdigest=%s" % (headers["Location"], mark, Digest.of(part)))
+            status, _, _ = ask("PUT", by_digest(headers["Location"], Digest.of(part)))
         if status != 201:
             return None
     status, _, _ = ask("PUT", "/v2/%s/manifests/%s" % (name, tag), content,

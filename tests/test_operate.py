@@ -13,7 +13,7 @@ import threading
 import urllib.parse
 
 import pytest
-from conftest import PATIENCE, TINYREG, ask, free_port, open_url, run_tinyreg, until
+from conftest import PATIENCE, TINYREG, ask, free_port, open_url, run_tinyreg, until, workers_of
 from engines import NGINX_BEGIN, own_address
 from samples import CONFIG, image, index, make_image, read_blob, to_manifest
 
@@ -115,19 +115,13 @@ def test_of_two_first_pushes_at_once_one_wins(store):
     assert won == [store.resolve("lab/app", "v1")]
 
 
-def workers(server):
-    """Their process ids."""
-    with open("/proc/%d/task/%d/children" % (server.process.pid, server.process.pid)) as file:
-        return {int(word) for word in file.read().split()}
-
-
 def test_a_worker_that_was_killed_has_no_watchers(start_server):
     server = start_server(None, "--workers", "1")
     with server.open("GET", "/live/events"):
         until(lambda: "tinyreg_watchers 1\n" in server.ask("GET", "/metrics").text)
-        worker, = workers(server)
+        worker, = workers_of(server)
         os.kill(worker, signal.SIGKILL)
-        until(lambda: workers(server) - {worker})
+        until(lambda: set(workers_of(server)) - {worker})
     assert "tinyreg_watchers 0\n" in server.ask("GET", "/metrics").text
 
 
@@ -141,10 +135,10 @@ def test_counts_survive_the_death_of_a_worker(start_server):
     for _ in range(20):
         server.ask("GET", "/v2/")
     until(lambda: count() == 20)
-    before = workers(server)
+    before = set(workers_of(server))
     for worker in before:
         os.kill(worker, signal.SIGKILL)
-    until(lambda: len(workers(server) - before) == 2)
+    until(lambda: len(set(workers_of(server)) - before) == 2)
     for _ in range(20):
         server.ask("GET", "/v2/")
     until(lambda: count() == 40)

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from conftest import PATIENCE, until
+from conftest import PATIENCE, by_digest, until, workers_of
 from samples import make_image, push_blob
 from tinyreg import DOCKER_MANIFEST, DOCKER_SCHEMA1, MAX_DRAIN, OCI_INDEX, OCI_MANIFEST, Digest, Directory
 
@@ -117,10 +117,6 @@ def start_upload(wire, name="a"):
     reply = wire.ask("POST /v2/%s/blobs/uploads/" % name)
     assert reply.status == 202
     return reply.headers["location"]
-
-
-def by_digest(location, digest):
-    return location + ("&" if "?" in location else "?") + "digest=" + digest
 
 
 # Requests and answers
@@ -553,12 +549,6 @@ def test_a_large_body_after_a_refusal_is_not_read_for_ever(short, connect):
 
 # The end of a server
 
-def children(process):
-    """The processes that a process has made."""
-    with open("/proc/%d/task/%d/children" % (process, process)) as file:
-        return [int(word) for word in file.read().split()]
-
-
 def refuses_connections(server):
     try:
         socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE).close()
@@ -611,7 +601,7 @@ def test_a_second_ctrl_c_waits_for_nobody(server, connect):
 def test_after_a_kill_the_port_is_free_and_the_store_as_acknowledged(server, connect):
     manifest = make_image(store_of(server), "a", None)
     assert connect(server).ask("PUT /v2/a/manifests/latest", body=manifest.content).status == 201
-    workers = children(server.process.pid)
+    workers = workers_of(server)
     server.restart(signal.SIGKILL)
     assert connect(server).ask("GET /v2/a/manifests/latest").body == manifest.content
     until(lambda: not any(os.path.exists("/proc/%d" % process) for process in workers))
@@ -619,8 +609,8 @@ def test_after_a_kill_the_port_is_free_and_the_store_as_acknowledged(server, con
 
 def test_a_worker_that_dies_is_replaced(start_server, connect):
     server = start_server(None, "--workers", "2")
-    workers = until(lambda: len(children(server.process.pid)) == 2 and children(server.process.pid))
+    workers = until(lambda: len(workers_of(server)) == 2 and workers_of(server))
     os.kill(workers[0], signal.SIGKILL)
-    until(lambda: len(children(server.process.pid)) == 2 and workers[0] not in children(server.process.pid))
+    until(lambda: len(workers_of(server)) == 2 and workers[0] not in workers_of(server))
     assert all(connect(server).ask("GET /v2/").status == 200 for _ in range(20))
     assert server.stop() == 0

@@ -14,7 +14,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import PATIENCE, Client, Server, found_pythons, run_tinyreg, until
+from conftest import PATIENCE, Client, Server, by_digest, found_pythons, run_tinyreg, until
 from samples import make_image, push_blob
 
 import tinyreg
@@ -220,7 +220,7 @@ def test_an_upload_over_tls(tls_server):
     location = talk.ask("POST", "/v2/app/blobs/uploads/")[1]["location"]
     blocks = (content[start:start + 100000] for start in range(0, len(content), 100000))
     location = talk.ask("PATCH", location, blocks)[1]["location"]  # chunked
-    assert talk.ask("PUT", location + ("&" if "?" in location else "?") + "digest=" + digest)[0] == 201
+    assert talk.ask("PUT", by_digest(location, digest))[0] == 201
     assert talk.ask("GET", "/v2/app/blobs/" + digest)[2] == content
     talk.close()
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import tinyreg
-from samples import CONFIG, CONFIG_TYPE, descriptor, image, index, to_manifest
+from samples import CONFIG, CONFIG_TYPE, descriptor, image, index, to_bytes, to_manifest
 from tinyreg import (DOCKER_LIST, DOCKER_MANIFEST, OCI_ARTIFACT, OCI_INDEX, OCI_MANIFEST, Digest, Manifest,
                      RegistryError, image_text, load_json, parse_content_range, parse_count,
                      parse_descriptor, parse_digest,
@@ -21,10 +21,6 @@ def refusal(function, *arguments):
     with pytest.raises(RegistryError) as caught:
         function(*arguments)
     return caught.value
-
-
-def to_bytes(document):
-    return json.dumps(document).encode()
 
 
 # Digests

@@ -9,24 +9,10 @@ import threading
 import pytest
 
 import samples
-from conftest import PATIENCE, Client, run_tinyreg, until
+from conftest import PATIENCE, Client, by_digest, run_tinyreg, until, workers_of
 from tinyreg import OCI_MANIFEST, Digest, Directory
 
 SEED = 20240602
-
-
-def workers_of(server):
-    """Process ids of a server's workers."""
-    pids = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                with open("/proc/%s/stat" % entry) as stat:
-                    if int(stat.read().rpartition(")")[2].split()[1]) == server.process.pid:
-                        pids.append(int(entry))
-            except (OSError, IndexError):
-                pass
-    return pids
 
 
 class Model:
@@ -172,9 +158,8 @@ def test_an_upload_goes_from_worker_to_worker(start_server):
             status, headers, _ = server.ask("PATCH", location, part)
             assert status == 202
             location = headers["Location"]
-        mark = "&" if "?" in location else "?"
         digest = Digest.of(content, "sha512" if number % 4 == 3 else "sha256")
-        assert server.ask("PUT", location + mark + "digest=" + digest)[0] == 201
+        assert server.ask("PUT", by_digest(location, digest))[0] == 201
         assert server.ask("GET", "/v2/a/blobs/" + digest)[2] == content
 
 
