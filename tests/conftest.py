@@ -11,9 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import typing
 import urllib.parse
+from time import monotonic, sleep  # tests replace time's
 
 import pytest
 
@@ -51,10 +51,10 @@ def until(condition, seconds=PATIENCE, what="what was awaited", process=None, lo
     """Wait until a function returns something true; returns that.
 
     Fails when the time is up, or when `process`, which should bring it about, has ended."""
-    deadline = time.monotonic() + seconds
+    deadline = monotonic() + seconds
     pause = 0.001
     while True:
-        is_last_look = time.monotonic() > deadline or (process and process.poll() is not None)
+        is_last_look = monotonic() > deadline or (process and process.poll() is not None)
         value = condition()
         if value:
             return value
@@ -64,7 +64,7 @@ def until(condition, seconds=PATIENCE, what="what was awaited", process=None, lo
                 with open(log, errors="replace") as file:
                     text = ":\n" + file.read()[-3000:]
             raise AssertionError("%s did not come to be%s" % (what, text))
-        time.sleep(pause)
+        sleep(pause)
         pause = min(pause * 1.5, 0.05)
 
 
