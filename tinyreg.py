@@ -50,8 +50,8 @@ One request:
 
 The rooms of this file; each uses the ones above it and none below:
 
-    1 Constants   2 Errors   3 Values   4 Files   5 Registry   6 Directory   7 Archive   8 Remote   9 Copy
-    10 Access   11 Observation   12 API   13 Page   14 Server   15 Commands
+    1 Constants   2 Errors   3 Values   4 Files   5 Registry   6 Directory   7 Upkeep   8 Archive
+    9 Remote   10 Copy   11 Access   12 Observation   13 API   14 Page   15 Server   16 Commands
 """
 
 import argparse
@@ -106,11 +106,11 @@ from typing import (
 
 __version__ = "0.1"
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 1  Constants
 #
 # Media types, limits (each with its reason) and the grammar of names. Nothing here does anything.
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
@@ -190,12 +190,12 @@ ALGORITHMS = ("sha256", "sha512")
 
 logger = logging.getLogger("tinyreg")
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 2  Errors
 #
 # One type, one table. What a client may be told is raised as RegistryError, from parser and store alike;
 # any other OSError means that the host failed, and the rest are bugs.
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 # What the host may run out of while it stores something, and what the client is told: (status, message).
 # The client may try again later, and docker does so by itself; 507 is "Insufficient Storage".
@@ -322,12 +322,12 @@ class CommandError(argparse.ArgumentTypeError):
 class ClientLeft(Exception):
     """The client closed its connection, or moved too slowly, in the middle of a request or an answer."""
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 3  Values
 #
 # Digest, name, tag, reference, byte range, manifest and what it refers to. Most of the rules are here, and
 # no I/O: text goes in, a checked value or a RegistryError comes out.
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 class Digest(str):
@@ -1178,11 +1178,11 @@ class SharedLock:
         """Hold the lock alone."""
         return self._lock(fcntl.LOCK_EX)
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 5  Registry
 #
 # The interface that the API and the commands speak to: of a directory, of archives, of another registry.
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def pour(blob, length, *takers):
@@ -1400,14 +1400,14 @@ def untagged(registry, name: str, limit: float = float("inf")) -> Optional[List[
             subjects[manifest.digest] = manifest.subject
     return sorted(digest for digest in here - tagged - children if subjects.get(digest) not in here)
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 6  Directory
 #
 # The store: CNCF Distribution's file system layout under ROOT/docker/registry/v2, every path of it. The order of
 # writes is: content before link, link before tag; deletions go the other way. So a crash leaves at worst content
 # that nothing refers to. What another program left damaged counts as missing, is logged, and is mended by the
 # next push of it. Knows nothing of HTTP.
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 REFERRER_LINE = re.compile("^(%s) (%s|-)$" % (DIGEST.pattern, DIGEST.pattern), re.MULTILINE)
 
@@ -1434,48 +1434,14 @@ def hash_of_file(file, algorithm, count=None):
     return hasher
 
 
-class Directory(Registry):
-    """A store in a directory. Several processes may have it open at once.
+class Layout:
+    """Where everything lies under ROOT: the paths and the links of Distribution's tree, and our own
+    folder beside it."""
 
-    `sparse` takes image manifests whose blobs are missing. Uploads are refused when they would leave less than
-    `min_free` bytes on the disk, or are larger than `max_blob`, if that is not 0. Without `create`, a root that is no
-    store yet is an error. Raises OSError.
-
-    `shared`: other hosts have it open as well. What they see of each other is what the file system promises: locks
-    between hosts, a rename at once, and that who opens a file has what was written before another host closed it.
-    Nothing is taken for unchanged then. An upload may go on at another host, which reads it again at its end, since
-    that host's `key` is another.
-
-    Without `renew`, nothing that is read counts as told to a client: gc's grace period goes on.
-    """
-
-    def __init__(self, root, sparse=False, create=True, min_free=0, max_blob=0, shared=False,
-                 renew=True):
+    def __init__(self, root):
         self.root = os.path.abspath(root)
-        self.renew = renew
-        self.sparse = sparse
-        self.min_free = min_free
-        self.max_blob = max_blob
         self.tree = os.path.join(self.root, "docker", "registry", "v2")
         self.own = os.path.join(self.root, "tinyreg")
-        scratch = os.path.join(self.own, "scratch")
-        if create:
-            for path in (os.path.join(self.tree, "blobs"), os.path.join(self.tree, "repositories"), scratch):
-                make_directories(path)
-        elif not os.path.isdir(self.tree):
-            os.stat(self.tree)  # which says so if it is only that we may not look
-            raise FileNotFoundError(errno.ENOENT, "no registry is stored here", self.root)
-        else:
-            with contextlib.suppress(OSError):  # Distribution's volume has no such folder; a read-only one needs none
-                make_directories(scratch)
-        self.files = Files(scratch)
-        self.lock = SharedLock(os.path.join(self.own, "lock"), marked=not shared)
-        self.immutable = []  # patterns of TAG or NAME:TAG
-        self.hashers = collections.OrderedDict()  # {(session id, offset): what has hashed all before it}
-        self.subjects = collections.OrderedDict()  # {name: (state, {subject: digests of its referrers})}
-        self.key = os.urandom(32)  # signs the states of upload sessions; worker processes inherit it
-
-    # Paths
 
     def blob_path(self, digest):
         return os.path.join(self.tree, "blobs", digest.algorithm, digest.encoded[:2], digest.encoded, "data")
@@ -1503,9 +1469,7 @@ class Directory(Registry):
     def pin_path(self, name, digest):
         return os.path.join(self.pins_path(name), digest.algorithm, digest.encoded)
 
-    # Links
-
-    def _read_link(self, folder):
+    def read_link(self, folder):
         """The Digest that a folder's link names, or None; a damaged link is logged and counts as missing. It may differ
         from the path: for a blob pushed by its sha512, Distribution links to the sha256 it stored."""
         content = read_file(os.path.join(folder, "link"), 200)
@@ -1516,6 +1480,49 @@ class Directory(Registry):
         except (UnicodeDecodeError, RegistryError):
             logger.warning("damaged link, taken as missing: %s/link", folder)
             return None
+
+
+class Directory(Registry):
+    """A store in a directory. Several processes may have it open at once.
+
+    `sparse` takes image manifests whose blobs are missing. Uploads are refused when they would leave less than
+    `min_free` bytes on the disk, or are larger than `max_blob`, if that is not 0. Without `create`, a root that is no
+    store yet is an error. Raises OSError.
+
+    `shared`: other hosts have it open as well. What they see of each other is what the file system promises: locks
+    between hosts, a rename at once, and that who opens a file has what was written before another host closed it.
+    Nothing is taken for unchanged then. An upload may go on at another host, which reads it again at its end, since
+    that host's `key` is another.
+
+    Without `renew`, nothing that is read counts as told to a client: gc's grace period goes on.
+    """
+
+    def __init__(self, root, sparse=False, create=True, min_free=0, max_blob=0, shared=False,
+                 renew=True):
+        self.root = os.path.abspath(root)
+        self.renew = renew
+        self.sparse = sparse
+        self.min_free = min_free
+        self.max_blob = max_blob
+        self.layout = Layout(root)
+        scratch = os.path.join(self.layout.own, "scratch")
+        if create:
+            for path in (os.path.join(self.layout.tree, "blobs"), os.path.join(self.layout.tree, "repositories"), scratch):
+                make_directories(path)
+        elif not os.path.isdir(self.layout.tree):
+            os.stat(self.layout.tree)  # which says so if it is only that we may not look
+            raise FileNotFoundError(errno.ENOENT, "no registry is stored here", self.root)
+        else:
+            with contextlib.suppress(OSError):  # Distribution's volume has no such folder; a read-only one needs none
+                make_directories(scratch)
+        self.files = Files(scratch)
+        self.lock = SharedLock(os.path.join(self.layout.own, "lock"), marked=not shared)
+        self.immutable = []  # patterns of TAG or NAME:TAG
+        self.hashers = collections.OrderedDict()  # {(session id, offset): what has hashed all before it}
+        self.subjects = collections.OrderedDict()  # {name: (state, {subject: digests of its referrers})}
+        self.key = os.urandom(32)  # signs the states of upload sessions; worker processes inherit it
+
+    # Links
 
     def _write_link(self, folder, digest):
         self.files.write(os.path.join(folder, "link"), digest.encode("ascii"))
@@ -1536,7 +1543,7 @@ class Directory(Registry):
     def _hold(self, name, digest):
         """Keep gc off what a repository has of this digest; whether it has anything. The lock is held, shared."""
         held = False
-        for folder in (self.layer_path(name, digest), self.revision_path(name, digest)):
+        for folder in (self.layout.layer_path(name, digest), self.layout.revision_path(name, digest)):
             with contextlib.suppress(FileNotFoundError):
                 os.utime(os.path.join(folder, "link"))
                 held = True
@@ -1544,7 +1551,7 @@ class Directory(Registry):
 
     def _open_data(self, digest):
         """The open file with a blob's bytes, or None; an empty file that should not be is logged and missing."""
-        path = self.blob_path(digest)
+        path = self.layout.blob_path(digest)
         try:
             file = open(path, "rb", buffering=0)
         except (FileNotFoundError, NotADirectoryError):
@@ -1561,7 +1568,7 @@ class Directory(Registry):
         return self.lock.mark and self.lock.mark.value()
 
     def has_repository(self, name):
-        folder = self.repository_path(name)
+        folder = self.layout.repository_path(name)
         return any(os.path.isdir(os.path.join(folder, kind)) for kind in ("_manifests", "_layers"))
 
     def _unknown(self, name, code, detail):
@@ -1571,7 +1578,7 @@ class Directory(Registry):
         return RegistryError("NAME_UNKNOWN", name)
 
     def repositories(self, last=""):
-        return self._walk(os.path.join(self.tree, "repositories"), "", last)
+        return self._walk(os.path.join(self.layout.tree, "repositories"), "", last)
 
     def _walk(self, path, prefix, last):
         """Yield the repositories below a folder. `a` sorts before `a-b`, and that before `a/b`: so a folder stands
@@ -1589,7 +1596,7 @@ class Directory(Registry):
                 yield step
 
     def tags(self, name, last=""):
-        manifests = os.path.join(self.repository_path(name), "_manifests")
+        manifests = os.path.join(self.layout.repository_path(name), "_manifests")
         if not os.path.isdir(manifests):
             raise RegistryError("NAME_UNKNOWN", name)
         tags = list_directory(os.path.join(manifests, "tags"))
@@ -1598,19 +1605,19 @@ class Directory(Registry):
     def _is_tag(self, name, tag):
         """Whether the tag's link has something in it; less work than reading it, for ten thousand tags."""
         try:
-            return os.stat(os.path.join(self.current_path(name, tag), "link")).st_size > 0
+            return os.stat(os.path.join(self.layout.current_path(name, tag), "link")).st_size > 0
         except (FileNotFoundError, NotADirectoryError):
             return False
 
     def resolve(self, name, tag):
-        digest = self._read_link(self.current_path(name, tag))
+        digest = self.layout.read_link(self.layout.current_path(name, tag))
         if digest is None:
             raise self._unknown(name, "MANIFEST_UNKNOWN", tag)
         return digest
 
     def manifest(self, name, digest):
-        revision = self.revision_path(name, digest)
-        if self._read_link(revision) is None or not self._told(revision):
+        revision = self.layout.revision_path(name, digest)
+        if self.layout.read_link(revision) is None or not self._told(revision):
             raise self._unknown(name, "MANIFEST_UNKNOWN", digest)
         content = self._manifest_content(digest)
         if content is None:
@@ -1620,7 +1627,7 @@ class Directory(Registry):
 
     def _manifest_content(self, digest):
         """The bytes of a manifest; None where they are missing or are not its digest's. Raises OSError."""
-        content = read_file(self.blob_path(digest), MAX_MANIFEST + 1)
+        content = read_file(self.layout.blob_path(digest), MAX_MANIFEST + 1)
         return content if content is not None and Digest.of(content, digest.algorithm) == digest else None
 
     def needs(self, digest):
@@ -1634,8 +1641,8 @@ class Directory(Registry):
             return [], []
 
     def open_blob(self, name, digest):
-        layer = self.layer_path(name, digest)
-        target = self._read_link(layer)
+        layer = self.layout.layer_path(name, digest)
+        target = self.layout.read_link(layer)
         file = self._open_data(target) if target and self._told(layer) else None
         if file is None:
             raise self._unknown(name, "BLOB_UNKNOWN", digest)
@@ -1643,13 +1650,13 @@ class Directory(Registry):
 
     def digests(self, name=None):
         if name is None:
-            for digest, folder in digest_folders(self.tree, "blobs", shards=True):
+            for digest, folder in digest_folders(self.layout.tree, "blobs", shards=True):
                 if os.path.isfile(os.path.join(folder, "data")):
                     yield digest
         else:
-            layers = self._linked(os.path.join(self.repository_path(name), "_layers"))
+            layers = self._linked(os.path.join(self.layout.repository_path(name), "_layers"))
             for digest in sorted(set(layers).union(self._revisions(name))):
-                if os.path.isfile(self.blob_path(digest)):  # Distribution's garbage collection leaves links behind
+                if os.path.isfile(self.layout.blob_path(digest)):  # Distribution's garbage collection leaves links behind
                     yield digest
 
     def manifests(self, name):
@@ -1664,27 +1671,27 @@ class Directory(Registry):
         """Unix time when a tag was last pushed, pulled or loaded, or a manifest by its digest
         alone; 0.0 where nobody knows."""
         if isinstance(reference, Digest):
-            return look_at(self.pin_path(name, reference)).mtime
-        return look_at(os.path.join(self.current_path(name, reference), "link")).mtime
+            return look_at(self.layout.pin_path(name, reference)).mtime
+        return look_at(os.path.join(self.layout.current_path(name, reference), "link")).mtime
 
     def pinned(self, name):
         """Yield the digests that gc keeps as if they had a tag, in order."""
-        return (digest for digest, _ in digest_folders(self.pins_path(name)))
+        return (digest for digest, _ in digest_folders(self.layout.pins_path(name)))
 
     def _linked(self, top):
         """Yield the digests whose folders below _layers or revisions have a link."""
         for digest, folder in digest_folders(top):
-            if self._read_link(folder):
+            if self.layout.read_link(folder):
                 yield digest
 
     def _revisions(self, name):
-        return self._linked(os.path.join(self.repository_path(name), "_manifests", "revisions"))
+        return self._linked(os.path.join(self.layout.repository_path(name), "_manifests", "revisions"))
 
     # Space
 
     def usage(self):
         """The last measurement, from a file that all processes use."""
-        path = os.path.join(self.own, "usage")
+        path = os.path.join(self.layout.own, "usage")
         with contextlib.suppress(ValueError, KeyError, OSError):
             usage = load_json(read_file(path, -1) or b"")
             if 0 <= time.time() - os.stat(path).st_mtime < max(USAGE_LIFE, 50 * usage["took"]):
@@ -1702,10 +1709,10 @@ class Directory(Registry):
         sizes, holders, bytes_of, uploads = {}, {}, {}, 0
         for digest in self.digests():
             with contextlib.suppress(OSError):
-                sizes[digest] = os.stat(self.blob_path(digest)).st_size
+                sizes[digest] = os.stat(self.layout.blob_path(digest)).st_size
         for name in self.repositories():
             bytes_of[name] = [0, 0]
-            folder = self.repository_path(name)
+            folder = self.layout.repository_path(name)
             uploads += len(list_directory(os.path.join(folder, "_uploads")))
             for digest in {digest for digest, _ in itertools.chain(  # a manifest may have been pushed as a blob, too
                     digest_folders(folder, "_layers"), digest_folders(folder, "_manifests", "revisions"))}:
@@ -1721,7 +1728,7 @@ class Directory(Registry):
                 "shared": {digest: names[:5] for digest, names in holders.items() if len(names) > 1}}
 
     def check_ready(self):
-        os.stat(self.tree)
+        os.stat(self.layout.tree)
         if self.read_only:
             return
         self.files.probe()
@@ -1764,9 +1771,9 @@ class Directory(Registry):
             return kept[1]
         path, known = self._referrers_index(name)
         # Links are read only of what is new: a repository may have a hundred thousand manifests.
-        listed = list(digest_folders(self.repository_path(name), "_manifests", "revisions"))
+        listed = list(digest_folders(self.layout.repository_path(name), "_manifests", "revisions"))
         fresh = {digest: self._subject_of(digest) for digest, folder in listed
-                 if digest not in known and self._read_link(folder)}
+                 if digest not in known and self.layout.read_link(folder)}
         if fresh:
             with contextlib.suppress(OSError):  # a full disk costs time here, not the answer
                 os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -1785,7 +1792,7 @@ class Directory(Registry):
     def _state_of_revisions(self, name):
         """What differs after each manifest that is stored, by us or by another program; None where a change may not
         show: after another one of the last seconds, or where nothing may be kept."""
-        folders = [look_at(os.path.join(self.repository_path(name), "_manifests", "revisions", algorithm))
+        folders = [look_at(os.path.join(self.layout.repository_path(name), "_manifests", "revisions", algorithm))
                    for algorithm in ALGORITHMS]
         is_settled = max(folder.mtime for folder in folders) < time.time() - SETTLED
         version = self.version()
@@ -1793,7 +1800,7 @@ class Directory(Registry):
 
     def _referrers_index(self, name):
         """The path of that index, and what is in it: {digest: subject}."""
-        path = os.path.join(self.own, "referrers", name, "_index")
+        path = os.path.join(self.layout.own, "referrers", name, "_index")
         return path, dict(REFERRER_LINE.findall((read_file(path, -1) or b"").decode("ascii", "replace")))
 
     def _subject_of(self, digest):
@@ -1810,7 +1817,7 @@ class Directory(Registry):
         session = DirectoryUpload(self, name, session_id or str(uuid.uuid4()))
         self.check_room()
         with self.lock.shared(changes=False):  # gc takes empty repositories away
-            make_directories(self.repository_path(name))  # links will be below it
+            make_directories(self.layout.repository_path(name))  # links will be below it
             os.makedirs(session.folder, exist_ok=session_id is not None)
             with open(os.path.join(session.folder, "startedat"), "w") as file:
                 file.write(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
@@ -1867,7 +1874,7 @@ class Directory(Registry):
 
     def held(self, name, descriptor):
         upload = DirectoryUpload(self, name, self._session_of(name, descriptor.digest))
-        for path in (self.blob_path(descriptor.digest), upload.path):
+        for path in (self.layout.blob_path(descriptor.digest), upload.path):
             with contextlib.suppress(OSError):
                 return os.stat(path).st_size
         return 0
@@ -1894,19 +1901,19 @@ class Directory(Registry):
         """
         with self.lock.shared():
             os.utime(temporary)  # its last byte may have come long ago, but gc should see it as new
-            make_directories(self.layer_path(name, digest))
-            self.files.publish(temporary, self.blob_path(digest))
-            self._write_link(self.layer_path(name, digest), digest)
+            make_directories(self.layout.layer_path(name, digest))
+            self.files.publish(temporary, self.layout.blob_path(digest))
+            self._write_link(self.layout.layer_path(name, digest), digest)
 
     def mount(self, name, digest, source=None):
         with self.lock.shared():
-            target = self._read_link(self.layer_path(source, digest)) if source else digest
+            target = self.layout.read_link(self.layout.layer_path(source, digest)) if source else digest
             file = self._open_data(target) if target else None
             if file is None:
                 return False
             file.close()
-            os.utime(self.blob_path(target))
-            self._write_link(self.layer_path(name, digest), target)
+            os.utime(self.layout.blob_path(target))
+            self._write_link(self.layout.layer_path(name, digest), target)
         return True
 
     def _is_immutable(self, name, tag):
@@ -1916,14 +1923,14 @@ class Directory(Registry):
     def _check_movable(self, name, tag, digest=None):
         """Raises DENIED if an immutable tag points to something else."""
         if self._is_immutable(name, tag):
-            if self._read_link(self.current_path(name, tag)) not in (None, digest):
+            if self.layout.read_link(self.layout.current_path(name, tag)) not in (None, digest):
                 raise RegistryError("DENIED", message="the tag %s can't be moved or deleted (--immutable-tags)" % tag)
 
     def _check_deletable(self, name, digest):
         """Raises DENIED if an immutable tag leads to this manifest or blob."""
         seen = set()
-        for tag in list_directory(self.tag_path(name, "")) if self.immutable else ():
-            target = self._is_immutable(name, tag) and self._read_link(self.current_path(name, tag))
+        for tag in list_directory(self.layout.tag_path(name, "")) if self.immutable else ():
+            target = self._is_immutable(name, tag) and self.layout.read_link(self.layout.current_path(name, tag))
             todo = [target] if target else []
             while todo:
                 target = todo.pop()
@@ -1955,15 +1962,15 @@ class Directory(Registry):
             missing |= gone.intersection(wanted)
             if missing:
                 raise RegistryError("MANIFEST_BLOB_UNKNOWN", *sorted(missing))
-            self.files.write(self.blob_path(manifest.digest), manifest.content)
-            self._write_link(self.revision_path(name, manifest.digest), manifest.digest)
+            self.files.write(self.layout.blob_path(manifest.digest), manifest.content)
+            self._write_link(self.layout.revision_path(name, manifest.digest), manifest.digest)
             for tag in tags:
                 if isinstance(tag, Digest):
-                    self.files.write(self.pin_path(name, tag), b"")
+                    self.files.write(self.layout.pin_path(name, tag), b"")
                     continue
-                self._write_link(os.path.join(self.tag_path(name, tag), "index", manifest.digest.algorithm,
+                self._write_link(os.path.join(self.layout.tag_path(name, tag), "index", manifest.digest.algorithm,
                                               manifest.digest.encoded), manifest.digest)
-                self._write_link(self.current_path(name, tag), manifest.digest)
+                self._write_link(self.layout.current_path(name, tag), manifest.digest)
 
     def _has(self, name, digest, sizes, go_on):
         """Whether the repository has a blob to which a manifest gives these sizes. One that differs
@@ -1981,13 +1988,13 @@ class Directory(Registry):
                     if is_at(blob.file, blob.file.name):  # else a whole one has been pushed meanwhile
                         self.put_aside(blob.file.name)
         except RegistryError:
-            return self._read_link(self.revision_path(name, digest)) is not None
+            return self.layout.read_link(self.layout.revision_path(name, digest)) is not None
         return False
 
     def put_aside(self, path):
         """Move a damaged file to ROOT/tinyreg/damaged, under the path it had; returns where it is. Clients don't push
         a blob that is there, so it would never be mended. The lock is held, alone. Raises OSError."""
-        aside = os.path.join(self.own, "damaged", os.path.relpath(path, self.root))
+        aside = os.path.join(self.layout.own, "damaged", os.path.relpath(path, self.root))
         while os.path.exists(aside):
             aside += "~"
         make_directories(os.path.dirname(aside))
@@ -2002,26 +2009,26 @@ class Directory(Registry):
         with self.lock.alone():
             self.resolve(name, tag)
             self._check_movable(name, tag)
-            self.files.remove(self.tag_path(name, tag))
+            self.files.remove(self.layout.tag_path(name, tag))
 
     def delete_manifest(self, name, digest):
         with self.lock.alone():
-            if self._read_link(self.revision_path(name, digest)) is None:
+            if self.layout.read_link(self.layout.revision_path(name, digest)) is None:
                 raise self._unknown(name, "MANIFEST_UNKNOWN", digest)
             self._check_deletable(name, digest)
-            pointing = [tag for tag in self.tags(name) if self._read_link(self.current_path(name, tag)) == digest]
+            pointing = [tag for tag in self.tags(name) if self.layout.read_link(self.layout.current_path(name, tag)) == digest]
             for tag in pointing:
-                self.files.remove(self.tag_path(name, tag))
+                self.files.remove(self.layout.tag_path(name, tag))
             with contextlib.suppress(FileNotFoundError):
-                self.files.remove(self.pin_path(name, digest))
-            self.files.remove(self.revision_path(name, digest))
+                self.files.remove(self.layout.pin_path(name, digest))
+            self.files.remove(self.layout.revision_path(name, digest))
 
     def delete_blob(self, name, digest):
         with self.lock.alone():
-            if self._read_link(self.layer_path(name, digest)) is None:
+            if self.layout.read_link(self.layout.layer_path(name, digest)) is None:
                 raise self._unknown(name, "BLOB_UNKNOWN", digest)
             self._check_deletable(name, digest)
-            self.files.remove(self.layer_path(name, digest))
+            self.files.remove(self.layout.layer_path(name, digest))
 
 
 class DirectoryUpload:
@@ -2039,7 +2046,7 @@ class DirectoryUpload:
         self.store = store
         self.name = name
         self.id = session_id
-        self.folder = os.path.join(store.repository_path(name), "_uploads", session_id)
+        self.folder = os.path.join(store.layout.repository_path(name), "_uploads", session_id)
         self.path = os.path.join(self.folder, "data")
         self.offset = 0
         self.state = ""
@@ -2153,6 +2160,13 @@ class DirectoryUpload:
             self.cancel()
         return True
 
+# -------------------------------------------------------------------------------------------------
+# 7  Upkeep
+#
+# What is done to a store now and then: garbage collection (mark, then sweep), the expiry of tags,
+# and the reading of everything to find damage. All of it runs beside pushes. Knows nothing of HTTP.
+# -------------------------------------------------------------------------------------------------
+
 # Upkeep: garbage collection
 
 MENTIONED = re.compile(rb"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
@@ -2194,7 +2208,7 @@ def fail(error):
 
 def repository_folders(store):
     """Yield the name of every folder that is a repository, also if it never held a manifest. Raises OSError."""
-    top = os.path.join(store.tree, "repositories")
+    top = os.path.join(store.layout.tree, "repositories")
     os.stat(top)  # a disk that is not mounted must not look like a store without repositories
     for folder, children, _ in os.walk(top, onerror=fail, followlinks=True):
         if any(child.startswith("_") for child in children):
@@ -2204,7 +2218,7 @@ def repository_folders(store):
 
 def note_result(store, what, **numbers):
     """Leave behind what came of something, for /metrics; the file's mtime says when. A full disk does not matter."""
-    with contextlib.suppress(OSError), open(os.path.join(store.own, what), "wb", buffering=0) as file:
+    with contextlib.suppress(OSError), open(os.path.join(store.layout.own, what), "wb", buffering=0) as file:
         file.write(to_json(numbers))
 
 
@@ -2257,7 +2271,7 @@ class Collection:
             self.collect_repository(name)
             self._collect_empty(name)
         self._sync()
-        blobs = digest_folders(self.store.tree, "blobs", shards=True)
+        blobs = digest_folders(self.store.layout.tree, "blobs", shards=True)
         self._take("blobs", "data", (entry for entry in blobs if key_of(entry[0]) not in self.wanted))
 
     def _look(self, path, opened=False):
@@ -2276,9 +2290,9 @@ class Collection:
         """Raises CommandError if tags are to expire and, by their times, the clock seems wrong."""
         if self.keep is None and self.older_than is None:
             return
-        pushed = [(look_at(os.path.join(self.store.tag_path(name, tag), CURRENT)).mtime, name, tag)
+        pushed = [(look_at(os.path.join(self.store.layout.tag_path(name, tag), CURRENT)).mtime, name, tag)
                   for name in repository_folders(self.store)
-                  for tag in list_directory(self.store.tag_path(name, ""))]
+                  for tag in list_directory(self.store.layout.tag_path(name, ""))]
         newest, name, tag = max(pushed, default=(self.now, "", ""))
         least = 0.0 if self.keep is None else IMPLAUSIBLE
         if self.keep is not None and newest > self.now + CLOCK_SLACK:
@@ -2303,7 +2317,7 @@ class Collection:
         """Take away upload sessions that nobody has written to for a day, and what crashes left in scratch."""
         limit = self.now - UPLOAD_IDLE
         for name in repository_folders(self.store):
-            for session_id in list_directory(os.path.join(self.store.repository_path(name), "_uploads")):
+            for session_id in list_directory(os.path.join(self.store.layout.repository_path(name), "_uploads")):
                 session = DirectoryUpload(self.store, name, session_id)
                 age, size, _ = self._look(session.path)
                 idle = (age or self._look(session.folder).mtime) < limit
@@ -2326,7 +2340,7 @@ class Collection:
 
     def collect_repository(self, name):
         """Note what the manifests of a repository mention, and take away its links to anything else."""
-        folder = self.store.repository_path(name)
+        folder = self.store.layout.repository_path(name)
         revisions, mentions, children, about, unread = {}, {}, {}, {}, len(self.unread)
         for digest, revision in digest_folders(folder, "_manifests", "revisions"):
             if os.path.exists(os.path.join(revision, "link")):
@@ -2338,7 +2352,7 @@ class Collection:
             reached, tags = self._reached(name, revisions, mentions, children, about, expired)
         sound = len(self.unread) == unread  # else nobody knows what is referred to, and everything stays
         if sound and tags:
-            folders = [(tag, self.store.tag_path(name, tag)) for tag in tags]
+            folders = [(tag, self.store.layout.tag_path(name, tag)) for tag in tags]
             self._take("tags", CURRENT, folders, name)
         self._take_manifests([entry for entry in revisions.items() if sound and key_of(entry[0]) not in reached],
                              mentions, name)
@@ -2358,7 +2372,7 @@ class Collection:
     def _want(self, digest, layer):
         self.wanted.add(key_of(digest))
         if digest.algorithm != "sha256":  # Distribution stored what such a link names by its sha256
-            self.wanted.add(key_of(self.store._read_link(layer) or digest))
+            self.wanted.add(key_of(self.store.layout.read_link(layer) or digest))
 
     def _mentions(self, name, digest):
         """The keys of all that a manifest mentions, those of an index's children, and that of its subject, or None."""
@@ -2391,16 +2405,16 @@ class Collection:
         if self.keep is None and self.older_than is None or self.among and not self.among.fullmatch(name):
             return {}
         moved, targets = {}, {}
-        for tag in list_directory(self.store.tag_path(name, "")):
-            current = self.store.current_path(name, tag)
-            digest = None if TAG_ABOUT.fullmatch(tag) else self.store._read_link(current)
+        for tag in list_directory(self.store.layout.tag_path(name, "")):
+            current = self.store.layout.current_path(name, tag)
+            digest = None if TAG_ABOUT.fullmatch(tag) else self.store.layout.read_link(current)
             if digest:
                 moved[tag], targets[tag] = look_at(os.path.join(current, "link"))[0], digest
         limit = min(self.young, self.now - (self.older_than or 0.0))
         expired = [tag for tag in sorted(moved, key=moved.get, reverse=True)[self.keep or 0:] if moved[tag] < limit]
         kept = {targets[tag] for tag in set(targets).difference(expired)}
         return {tag: targets[tag] for tag in expired if targets[tag] in kept or self._look(
-            os.path.join(self.store.revision_path(name, targets[tag]), "link"))[0] < self.young}
+            os.path.join(self.store.layout.revision_path(name, targets[tag]), "link"))[0] < self.young}
 
     def _reached(self, name, revisions, mentions, children, about, expired):
         """The keys of the manifests that stay, with what they mention, and the tags that go.
@@ -2413,14 +2427,14 @@ class Collection:
                 if self._look(os.path.join(revision, "link")).mtime >= self.young]
         todo += map(key_of, self.store.pinned(name))
         notes = []
-        for tag in list_directory(self.store.tag_path(name, "")):
-            digest = self.store._read_link(self.store.current_path(name, tag))
+        for tag in list_directory(self.store.layout.tag_path(name, "")):
+            digest = self.store.layout.read_link(self.store.layout.current_path(name, tag))
             if digest and expired and TAG_ABOUT.fullmatch(tag) and key_of(tag) in mentions:
                 about.setdefault(key_of(tag), []).append(key_of(digest))
                 notes.append(tag)
             elif digest and tag not in expired:
                 todo.append(key_of(digest))
-            elif not digest and os.path.exists(os.path.join(self.store.tag_path(name, tag), CURRENT)):
+            elif not digest and os.path.exists(os.path.join(self.store.layout.tag_path(name, tag), CURRENT)):
                 self.unread.append("%s:%s" % (name, tag))
         reached = follow(todo, mentions, about)
         if not self.untagged:
@@ -2479,7 +2493,7 @@ class Collection:
 
     def _collect_empty(self, name):
         """Take away a repository in which no file is left, and the folders above it if they are empty."""
-        path = self.store.repository_path(name)
+        path = self.store.layout.repository_path(name)
 
         def find():
             folders = [os.path.join(path, entry) for entry in list_directory(path) if entry.startswith("_")]
@@ -2491,9 +2505,9 @@ class Collection:
         with self.store.lock.alone():
             graves = [self.store.files.bury(folder) for folder in find()]
             if graves:
-                shutil.rmtree(self.store.pins_path(name), ignore_errors=True)
+                shutil.rmtree(self.store.layout.pins_path(name), ignore_errors=True)
             with contextlib.suppress(OSError):
-                while graves and path != os.path.join(self.store.tree, "repositories"):
+                while graves and path != os.path.join(self.store.layout.tree, "repositories"):
                     os.rmdir(path)  # not if another repository is below
                     path = os.path.dirname(path)
         self.unsynced.add(path)
@@ -2507,7 +2521,7 @@ class Collection:
 
 def collect_garbage(store, **how):
     """Run a Collection, and return it. Raises OSError; BlockingIOError where another process is at it."""
-    with open(os.path.join(store.own, "gc"), "ab") as lock:
+    with open(os.path.join(store.layout.own, "gc"), "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         collection = Collection(store, **how)
         collection.run()
@@ -2533,7 +2547,7 @@ def freed_bytes(store, name, grace):
     later = Collection(store, untagged=True, dry_run=True,
                        tell=lambda kind, what, size: digests.add(what.partition("@")[2]))
     later.collect_repository(name)
-    size = sum(look_at(store.blob_path(Digest(digest))).size for digest in digests if digest)
+    size = sum(look_at(store.layout.blob_path(Digest(digest))).size for digest in digests if digest)
     return size, later.newest + grace + TOLD_AGAIN
 
 
@@ -2587,12 +2601,12 @@ class Verification:
                 if look_at(path)[1:] == seen:
                     self.moved.append(self.store.put_aside(path))
         if repair:  # the referrers index is made anew
-            shutil.rmtree(os.path.join(self.store.own, "referrers"), ignore_errors=True)
+            shutil.rmtree(os.path.join(self.store.layout.own, "referrers"), ignore_errors=True)
         note_result(self.store, "verify", findings=len(self.findings), read_bytes=self.bytes)
 
     def _read_blobs(self):
         """Hash every blob, in as many threads as there are processors; hashlib lets them run. Raises OSError."""
-        entries = digest_folders(self.store.tree, "blobs", shards=True)
+        entries = digest_folders(self.store.layout.tree, "blobs", shards=True)
         with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
             for batch in iter(lambda: list(itertools.islice(entries, 1000)), []):
                 list(pool.map(self._read_blob, batch))
@@ -2624,7 +2638,7 @@ class Verification:
 
     def _check(self, name):
         """The findings in one repository, as {(what, name, path): set of images that it harms}."""
-        folder, found = os.path.join(self.store.repository_path(name), "_manifests"), []
+        folder, found = os.path.join(self.store.layout.repository_path(name), "_manifests"), []
         layers = self._check_links(found, digest_folders(os.path.dirname(folder), "_layers"))
         dangling = {path for what, _, path in found if what == "link to a missing blob"}
         revisions = self._check_links(found, digest_folders(folder, "revisions"))
@@ -2633,8 +2647,8 @@ class Verification:
         for digest in revisions:
             blobs, children = self.store.needs(digest)
             needs[digest] = needs[digest] + blobs + children
-            found += [("missing blob", blob, self.store.layer_path(name, blob)) for blob in blobs if blob not in held]
-        tags = [(tag, self.store.current_path(name, tag)) for tag in list_directory(self.store.tag_path(name, ""))]
+            found += [("missing blob", blob, self.store.layout.layer_path(name, blob)) for blob in blobs if blob not in held]
+        tags = [(tag, self.store.layout.current_path(name, tag)) for tag in list_directory(self.store.layout.tag_path(name, ""))]
         for tag, current in tags:
             needs[tag] = self._check_link(found, tag, current)
             if needs[tag] and needs[tag][0] not in revisions:
@@ -2657,7 +2671,7 @@ class Verification:
         targets = {}
         for digest, folder in entries:
             for target in self._check_link(found, digest, folder):
-                path = self.store.blob_path(target)
+                path = self.store.layout.blob_path(target)
                 if os.path.isfile(path):
                     targets[digest] = [target]
                     found += [("damaged blob", target, path)] if target in self.damaged else []
@@ -2668,19 +2682,19 @@ class Verification:
     def _check_link(self, found, name, folder):
         """[what a link names], or [] where there is no link, or a damaged one."""
         path = os.path.join(folder, "link")
-        target = self.store._read_link(folder)
+        target = self.store.layout.read_link(folder)
         if target is None and os.path.exists(path):
             found.append(("damaged link", name, path))
         return [target] if target else []
 
-# ---------------------------------------------------------------------------------------------------------
-# 7  Archive
+# -------------------------------------------------------------------------------------------------
+# 8  Archive
 #
 # Images in files: tars and directories. An archive is read where it lies: to open one is to read its headers (of a
 # directory, its names) and the small files that say what it holds, never a layer. Any number of files are one
 # registry: a difference and what it builds on, or the parts of a split archive. Every byte of an archive is a
 # stranger's: what it claims is checked before it counts, and nothing of it becomes a path.
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 BLOCK = 512
 TAR_END = bytes(2 * BLOCK)
@@ -3542,12 +3556,12 @@ class ArchiveWriter(Registry):
             report.append({"file": path, "size": self.size(digests), "sha256": hasher.hexdigest()})
         return report
 
-# ---------------------------------------------------------------------------------------------------------
-# 8  Remote
+# -------------------------------------------------------------------------------------------------
+# 9  Remote
 #
 # Another registry, over HTTP: logins, redirects, retries, and transfers that go on where they were cut. What goes
 # wrong becomes a RegistryError whose one line says what to do. PullThrough puts a store in front of it.
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 ACCEPT = ", ".join(MANIFEST_TYPES)
 RETRIED = (408, 429, 500, 502, 503, 504)
@@ -4316,7 +4330,7 @@ class PullThrough(Directory):
             return None
 
     def resolve(self, name, tag):
-        link = os.path.join(self.current_path(name, tag), "link")
+        link = os.path.join(self.layout.current_path(name, tag), "link")
         with contextlib.suppress(FileNotFoundError):
             # It is written anew each time the tag is found right; in the future, by a wrong clock.
             if -CLOCK_SLACK <= time.time() - os.stat(link).st_mtime < self.ttl:
@@ -4426,7 +4440,7 @@ class ArrivingBlob(Blob):
             ended, start, block = self.ended.is_set(), self.offset + self.position, b""
             left = self.length - self.position if ended else min(self.offset + self.length, self.size - 1) - start
             with contextlib.suppress(FileNotFoundError):
-                with open(self.store.blob_path(self.digest) if ended else session, "rb", buffering=0) as file:
+                with open(self.store.layout.blob_path(self.digest) if ended else session, "rb", buffering=0) as file:
                     block = os.pread(file.fileno(), max(min(len(view), left), 0), start)
             if block:
                 view[:len(block)] = block
@@ -4437,12 +4451,12 @@ class ArrivingBlob(Blob):
             self.ended.wait(0.01)
         return 0
 
-# ---------------------------------------------------------------------------------------------------------
-# 9  Copy
+# -------------------------------------------------------------------------------------------------
+# 10  Copy
 #
 # One way from any registry to any other. First it is planned, which reads manifests and nothing else; then the
 # blobs go, several at once, then the manifests, children first, and a tag comes last. Bytes are never changed.
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 MAX_MANIFESTS = 8 * MAX_MANIFEST  # bytes of all manifests of one image, with its referrers; they are in memory …
 MANIFEST_COST = 1 << 10           # … and what each of them takes beside its bytes
@@ -4716,13 +4730,13 @@ def copy(source, target, name, reference, target_name=None, platforms=(), referr
     work.plan()
     return work.run(jobs)
 
-# ---------------------------------------------------------------------------------------------------------
-# 10  Access
+# -------------------------------------------------------------------------------------------------
+# 11  Access
 #
 # Who asks, and what they may do: users with their hashed passwords, rules, tokens. Each level includes the ones
 # below it. Reads its files again when they change. Of a Request it reads the Authorization header, the client's
 # address and the user that a client certificate names; it knows neither sockets nor what a registry holds.
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 LEVELS = ("none", "pull", "push", "admin")
 IN_WORDS = ("do nothing", "pull", "pull and push", "pull, push and delete")
@@ -5095,13 +5109,13 @@ class Access:
             lines.append("those in %s may %s" % (self.users_file, allowed))
         return lines + (["this registry is read-only"] if read_only else [])
 
-# ---------------------------------------------------------------------------------------------------------
-# 11  Observation
+# -------------------------------------------------------------------------------------------------
+# 12  Observation
 #
 # What those who run a registry see of it: the log, the numbers for Prometheus, /live, and notifications. All of it
 # is fed with Exchanges by the server. What is shared between processes is memory that was mapped before the fork,
 # or a file in ROOT/tinyreg. Observing never fails a request; only a notification that can't be queued does.
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 # One request and its answer, for whoever watches: `target` is what was asked, without_secrets; `route` the handler's
 # name, "" where there was none; `name` and `reference` what the path named; `received` and `sent` are bytes of bodies.
@@ -5534,13 +5548,13 @@ class Observation:
             found.append(('notifications_waiting{endpoint="%s"}' % name, self.notifications.waiting(endpoint)))
         return found
 
-# ---------------------------------------------------------------------------------------------------------
-# 12  API
+# -------------------------------------------------------------------------------------------------
+# 13  API
 #
 # The endpoints of distribution-spec, each a handler from a Request to a Response, and the table that finds it.
 # A handler writes nothing itself, so it runs in a test without a socket, and a late failure can still choose the
 # status. Locations are relative: right behind any proxy, and what oras and crane want.
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 class Request:
@@ -6050,13 +6064,13 @@ def dispatch(registry, access, request):
         logger.exception("%s %s", request.method, request.path)
         return Response.of_error(RegistryError("UNKNOWN"))
 
-# ---------------------------------------------------------------------------------------------------------
-# 13  Page
+# -------------------------------------------------------------------------------------------------
+# 14  Page
 #
 # What a person sees who opens the registry in a browser: HTML and CSS, nothing from elsewhere, no script but for
 # copying and /live. All links are relative, so it works below any path of a proxy. Whatever comes from an image
 # (names, commands, labels) is hostile until escaped, and fill() escapes all that is not Markup.
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 PAGE_STYLE = """
 :root{color-scheme:light dark;font:1rem/1.5 system-ui,sans-serif}
@@ -6776,7 +6790,7 @@ ROUTES += compile_routes([
 ])
 
 # -------------------------------------------------------------------------------------------------
-# 14  Server
+# 15  Server
 #
 # Sockets, on the frame of http.server: Server takes connections, Connection reads requests and
 # sends responses. What is stricter than http.server follows RFC 9112 to the letter, because a
@@ -7993,12 +8007,12 @@ def next_signal():
         number = signal.sigwait(SIGNALS)
     return number
 
-# ---------------------------------------------------------------------------------------------------------
-# 15  Commands
+# -------------------------------------------------------------------------------------------------
+# 16  Commands
 #
 # The command line. A command prints what it reports on stdout; what went wrong is one line on stderr and exit
 # status 1 (2 for a wrong command line).
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def fitted(text, file):
@@ -8094,7 +8108,7 @@ def feed_watchdog():
 def token_key(store):
     """The key that signs tokens, the same in all servers of the store; made if it is not there yet. None, so that only
     this server's processes know each other's tokens, where the store can't be written to."""
-    path = os.path.join(store.own, "token.key")
+    path = os.path.join(store.layout.own, "token.key")
     try:
         with alone(path + ".lock"):
             if not os.path.exists(path):
@@ -8200,7 +8214,7 @@ def keep_up(store, every, grace):
     def left():
         """How many seconds until the next time; 0 where, by a wrong clock, the last lies far ahead
         (a file server's own clock may be ahead by a little)."""
-        passed = time.time() - look_at(os.path.join(store.own, "gc")).mtime
+        passed = time.time() - look_at(os.path.join(store.layout.own, "gc")).mtime
         return every - passed if passed >= -every else 0
 
     while True:
@@ -8228,8 +8242,8 @@ def watch_root(store: Directory, gone: threading.Event) -> None:
     and put what is pushed where nobody looks for it."""
     while True:
         with contextlib.suppress(OSError):  # the file system fails at present: no answer is no proof
-            if not look_at(store.tree).inode:
-                logger.error("%s is gone: deleted, or its disk was unmounted; the server ends", store.tree)
+            if not look_at(store.layout.tree).inode:
+                logger.error("%s is gone: deleted, or its disk was unmounted; the server ends", store.layout.tree)
                 gone.set()
                 return os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(ROOT_LOOK)
@@ -8276,7 +8290,7 @@ def serve(options):
     access = open_access(options, home, local)
     tls = open_tls(options, home)
     routes = {(method, row[1].__name__) for _, handlers in ROUTES for method, row in handlers.items()}
-    observation = Observation(getattr(store, "own", None), style, routes, options.notify, options.workers)
+    observation = Observation(store.layout.own if isinstance(store, Directory) else None, style, routes, options.notify, options.workers)
     if options.log_file:
         open_log_file(options.log_file)
 
@@ -8350,7 +8364,7 @@ def find_image(store: Directory, text: str) -> Tuple[str, Union[str, Digest]]:
     MANIFEST_INVALID, DIGEST_INVALID, MANIFEST_UNKNOWN."""
     names, given = parse_local(text)
     reference = given or "latest"
-    path = store.revision_path if isinstance(reference, Digest) else store.tag_path
+    path = store.layout.revision_path if isinstance(reference, Digest) else store.layout.tag_path
     here = list(filter(store.has_repository, names)) or names
     if "/" in here[0]:  # anyone may own team/app at docker.io, but only Docker library/alpine
         del here[1:]
@@ -9128,10 +9142,10 @@ def save(options):
 def keep_ranges(store, archive):
     """Keep the ranges of blobs that are not whole yet, until their other parts come; forget the
     others, and those that are damaged. Raises OSError."""
-    lacking = [parts for whole, parts in archive.joined.items() if not os.path.exists(store.blob_path(whole))]
+    lacking = [parts for whole, parts in archive.joined.items() if not os.path.exists(store.layout.blob_path(whole))]
     wanted = set().union(*lacking)
     for digest in wanted.union(*archive.joined.values()):
-        path = os.path.join(store.own, "ranges", digest.encoded)
+        path = os.path.join(store.layout.own, "ranges", digest.encoded)
         if digest not in wanted or archive.damaged.get(digest) == path:
             with contextlib.suppress(FileNotFoundError):
                 store.files.remove(path)
@@ -9166,7 +9180,7 @@ def load(options):
         archive = Archive(options.archives, tempfile.gettempdir(), partly=True)
     else:
         target = open_store(options, create=True)
-        ranges = os.path.join(target.own, "ranges")
+        ranges = os.path.join(target.layout.own, "ranges")
         archive = Archive(options.archives, target.files.scratch, ranges, partly=True)
     held = set(archive.digests())
 

@@ -241,7 +241,7 @@ def test_a_damaged_blob_is_not_saved_and_the_old_archive_stays(store, save, tmp_
     make_image(store, NAME, "1")
     path = save("demo:1")
     before = open(path, "rb").read()
-    with open(store.blob_path(Digest.of(b"layer one")), "wb") as file:
+    with open(store.layout.blob_path(Digest.of(b"layer one")), "wb") as file:
         file.write(b"layer 0ne")
     done = run_tinyreg("save", "--root", store.root, "-o", path, "demo:1")
     assert done.returncode == 1 and Digest.of(b"layer one") in done.stderr and done.stderr.count("\n") == 1
@@ -819,10 +819,10 @@ def test_what_a_store_has_put_aside_is_not_served(store, tmp_path):
     """Nothing below tinyreg/ of a root is content: damaged blobs lie there under the names they had."""
     manifest = make_image(store, NAME, "1", layers=(b"whole", b"spoilt"))
     digest = manifest.blobs[2].digest
-    with open(store.blob_path(digest), "wb") as file:
+    with open(store.layout.blob_path(digest), "wb") as file:
         file.write(b"spoiled")
     with store.lock.alone():
-        aside = store.put_aside(store.blob_path(digest))
+        aside = store.put_aside(store.layout.blob_path(digest))
     assert os.path.exists(aside)
     inner, outer = str(tmp_path / "inner.tar"), str(tmp_path / "outer.tar")
     subprocess.run(["tar", "-C", store.root, "-cf", inner, "."], check=True)
@@ -1074,7 +1074,7 @@ def test_load_killed_at_any_time_leaves_nothing_half_and_goes_on(store, far, sav
     for wanted in (1, 4):
         load_until_there_are(wanted)
         for digest in far.digests():
-            assert Digest.of(open(far.blob_path(digest), "rb").read()) == digest
+            assert Digest.of(open(far.layout.blob_path(digest), "rb").read()) == digest
         with contextlib.suppress(RegistryError):
             far.resolve(NAME, "1")
             assert same(store, far)

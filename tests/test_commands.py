@@ -221,7 +221,7 @@ def test_ls_of_archives_says_what_is_complete(run, store, tmp_path):
         ("b", 0), ("docker.io/library/a", 0)]
     digests = run("ls", "--digests", whole).stdout.splitlines()
     assert digests == sorted([one.digest] + [blob.digest for blob in one.blobs])
-    os.unlink(store.blob_path(Digest.of(b"another")))  # now the store's folder is no whole archive
+    os.unlink(store.layout.blob_path(Digest.of(b"another")))  # now the store's folder is no whole archive
     shown = [line.split("  ")[-1] for line in run("ls", store.root).stdout.splitlines()]
     assert shown[1:] == ["lacks 1 blob", "complete"]
     done = run_tinyreg("ls", "rest.tar", cwd=str(tmp_path))  # where no store is
@@ -274,7 +274,7 @@ def test_what_an_image_says_of_itself_neither_moves_the_cursor_nor_ends_ls(run, 
 
 def test_a_command_s_warning_reads_like_its_errors(run, store):
     manifest = make_image(store, "a", "1")
-    with open(store.blob_path(manifest.digest), "wb") as file:
+    with open(store.layout.blob_path(manifest.digest), "wb") as file:
         file.write(b"damaged")
     line = "tinyreg: damaged manifest, taken as missing: %s in a" % manifest.digest
     assert line in run("ls", "a:1").stderr.splitlines()

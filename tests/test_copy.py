@@ -265,7 +265,7 @@ def test_missing_blobs_are_listed_and_the_tag_is_not_set(source, target):
     report = copy(source, target, NAME, "latest")
     assert report.missing == [lost]
     assert holdings(target)[1] == {}
-    assert not os.listdir(os.path.join(target.repository_path(NAME), "_uploads"))
+    assert not os.listdir(os.path.join(target.layout.repository_path(NAME), "_uploads"))
     assert amd64.digest in set(target.digests(NAME)) and arm64.digest not in set(target.digests(NAME))
 
 
@@ -291,7 +291,7 @@ def test_a_blob_that_is_damaged_in_the_target_is_sent_again(source, target):
     manifest = make_image(source, NAME)
     copy(source, target, NAME, "latest")
     digest = manifest.blobs[1].digest
-    with open(target.blob_path(digest), "r+b") as file:
+    with open(target.layout.blob_path(digest), "r+b") as file:
         file.truncate(3)
     copy(source, target, NAME, "latest")
     assert read_blob(target, NAME, digest) == b"layer one"
@@ -391,7 +391,7 @@ def test_two_copies_of_one_blob_at_once_share_it(target):
 def test_an_error_ends_the_whole_copy(source, target):
     """One blob's bytes are wrong: the copy fails with that, and sets no tag."""
     manifest = make_image(source, NAME, layers=tuple(os.urandom(2000) for _ in range(8)))
-    with open(source.blob_path(manifest.blobs[3].digest), "r+b") as file:
+    with open(source.layout.blob_path(manifest.blobs[3].digest), "r+b") as file:
         file.write(b"spoilt")
     with pytest.raises(RegistryError) as caught:
         copy(source, target, NAME, "latest", jobs=2)

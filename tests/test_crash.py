@@ -29,20 +29,20 @@ def put_manifest(client, name, tag, content):
 def check_store(store):
     """What must hold whatever happened: returns {(name, tag): digest}."""
     for digest in store.digests():
-        with open(store.blob_path(digest), "rb") as file:
+        with open(store.layout.blob_path(digest), "rb") as file:
             assert Digest.of(file.read(), digest.algorithm) == digest
     tags = {}
     for name in store.repositories():
-        for digest, folder in digest_folders(store.repository_path(name), "_layers"):
+        for digest, folder in digest_folders(store.layout.repository_path(name), "_layers"):
             if os.path.exists(os.path.join(folder, "link")):
                 store.open_blob(name, digest).close()
-        for digest, folder in digest_folders(store.repository_path(name), "_manifests", "revisions"):
+        for digest, folder in digest_folders(store.layout.repository_path(name), "_manifests", "revisions"):
             if os.path.exists(os.path.join(folder, "link")):
                 for blob in store.manifest(name, digest).blobs:
                     store.open_blob(name, blob.digest).close()
-        for tag in os.listdir(os.path.join(store.repository_path(name), "_manifests", "tags")) if os.path.isdir(
-                os.path.join(store.repository_path(name), "_manifests", "tags")) else []:
-            if os.path.exists(os.path.join(store.tag_path(name, tag), "current", "link")):
+        for tag in os.listdir(os.path.join(store.layout.repository_path(name), "_manifests", "tags")) if os.path.isdir(
+                os.path.join(store.layout.repository_path(name), "_manifests", "tags")) else []:
+            if os.path.exists(os.path.join(store.layout.tag_path(name, tag), "current", "link")):
                 tags[name, tag] = store.resolve(name, tag)
                 store.manifest(name, tags[name, tag])
     return tags
@@ -125,7 +125,7 @@ def test_kill_of_gc(server, tmp_path):
     assert put_manifest(client, "app", "keep", keep) == 201
 
     def count_links():
-        return len(list(digest_folders(store.repository_path("app"), "_layers")))
+        return len(list(digest_folders(store.layout.repository_path("app"), "_layers")))
 
     def count_blobs():
         return len(list(store.digests()))

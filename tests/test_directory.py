@@ -762,8 +762,8 @@ def test_referrers_of_a_large_repository_are_not_read_again_for_each_question(st
     about = make_image(store, "a")
     for number in range(20):
         make_image(store, "a", "t%d" % number, annotations={"number": str(number)})
-    seen, read_link, read_file = [], store._read_link, tinyreg.read_file
-    monkeypatch.setattr(store, "_read_link", lambda folder: seen.append(folder) or read_link(folder))
+    seen, read_link, read_file = [], store.layout.read_link, tinyreg.read_file
+    monkeypatch.setattr(store.layout, "read_link", lambda folder: seen.append(folder) or read_link(folder))
     monkeypatch.setattr(tinyreg, "read_file", lambda path, *limit: seen.append(path) or read_file(path, *limit))
 
     def ask():

@@ -184,7 +184,7 @@ def test_garbage_collection_by_docker_registry(distribution, serve, store):
     assert ours.referrers("app", kept.digest) == [signature.digest]
 
     distribution.collect("-m")
-    assert not os.path.exists(store.blob_path(Digest.of(b"untagged")))
+    assert not os.path.exists(store.layout.blob_path(Digest.of(b"untagged")))
     assert ours.referrers("app", kept.digest) == []
     for name in ("app", "elsewhere"):
         assert ours.manifest_bytes(name, "1") == kept.content
@@ -318,11 +318,11 @@ def test_damage_opens_and_a_push_mends_it(their_volume, serve, root):
     """Links and blobs of no bytes, blobs cut short: missing for clients, who push them again, as on any push."""
     store = Directory(str(root))
     places = {
-        "a blob's link": store.layer_path("app", Digest.of(b"one")) + "/link",
-        "a blob": store.blob_path(Digest.of(b"two")),
-        "a manifest": store.blob_path(their_volume),
-        "a manifest's link": store.revision_path("app", their_volume) + "/link",
-        "a tag's link": store.tag_path("app", "1") + "/current/link",
+        "a blob's link": store.layout.layer_path("app", Digest.of(b"one")) + "/link",
+        "a blob": store.layout.blob_path(Digest.of(b"two")),
+        "a manifest": store.layout.blob_path(their_volume),
+        "a manifest's link": store.layout.revision_path("app", their_volume) + "/link",
+        "a tag's link": store.layout.tag_path("app", "1") + "/current/link",
     }
     ours = serve()
     for what, path in places.items():
@@ -345,7 +345,7 @@ def test_a_blob_cut_short_is_noticed_by_the_next_push(start_server, root, skopeo
     command = ["copy", "--preserve-digests", "--src-tls-verify=false", "--dest-tls-verify=false",
                name % source.host, name % ours.host]
     skopeo(*command)
-    with open(store.blob_path(cut), "r+b") as file:
+    with open(store.layout.blob_path(cut), "r+b") as file:
         file.truncate(2)
     assert "manifest blob unknown" in skopeo(*command, ok=False)
     assert "damaged blob" in ours.log()
@@ -376,8 +376,8 @@ def mend(api, digest, what):
 def test_a_mended_volume_is_good_for_docker_registry(their_volume, serve, distribution, root):
     """2.8 itself never gets over such damage: its garbage collection stops, and a push leaves the blob as it is."""
     store = Directory(str(root))
-    empty(store.blob_path(Digest.of(b"one")))
-    empty(store.revision_path("app", their_volume) + "/link")
+    empty(store.layout.blob_path(Digest.of(b"one")))
+    empty(store.layout.revision_path("app", their_volume) + "/link")
     with pytest.raises(AssertionError, match="invalid checksum digest"):
         distribution.collect()
     mend(serve(), their_volume, "a blob and a manifest's link")

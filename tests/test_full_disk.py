@@ -97,14 +97,14 @@ def test_no_space_between_a_blob_and_its_link(small_disk):
             push_blob(store, "app", content)
             results.add("stored")
             store.delete_blob("app", Digest.of(content))
-            os.unlink(store.blob_path(Digest.of(content)))
+            os.unlink(store.layout.blob_path(Digest.of(content)))
         except OSError as error:
             assert error.errno == errno.ENOSPC
             results.add("full")
             with pytest.raises(RegistryError):
                 store.open_blob("app", Digest.of(content))
-            if os.path.exists(store.blob_path(Digest.of(content))):  # before the link, which found no place
-                os.unlink(store.blob_path(Digest.of(content)))
+            if os.path.exists(store.layout.blob_path(Digest.of(content))):  # before the link, which found no place
+                os.unlink(store.layout.blob_path(Digest.of(content)))
         assert free(small_disk) >= before
         os.unlink(str(small_disk / "filler"))
     assert results == {"stored", "full"}

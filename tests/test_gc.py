@@ -52,10 +52,10 @@ def test_a_fresh_store_loses_nothing_but_what_nothing_refers_to(store):
     kept = make_image(store, "a/b", layers=(b"one", b"two"))
     stray = push_blob(store, "a/b", b"stray")
     make_old(store)
-    before = set(files_below(store.tree))
+    before = set(files_below(store.layout.tree))
     gone = gc(store)
     assert gone == {("links", "a/b@" + stray), ("blobs", stray)}
-    left = set(files_below(store.tree))
+    left = set(files_below(store.layout.tree))
     assert {path for path in before - left} == {path for path in before if stray.encoded in path}
     assert store.manifest("a/b", kept.digest).content == kept.content
     assert gc(store) == set()
@@ -66,7 +66,7 @@ def test_a_large_blob_goes_too(store):
     digest = push_blob(store, "app", bytes(3 << 20))
     make_old(store)
     assert collect_garbage(store).counts["bytes"] == 3 << 20
-    assert not os.path.exists(os.path.dirname(store.blob_path(digest)))
+    assert not os.path.exists(os.path.dirname(store.layout.blob_path(digest)))
     assert os.listdir(store.files.scratch) == []
 
 
@@ -111,7 +111,7 @@ def test_sha512_schema_1_and_odd_json_are_followed(store):
     push_blob(store, "app", CONFIG)
     for content in (old, odd):  # as Distribution would have stored them
         push_blob(store, "app", content)
-        store._write_link(store.revision_path("app", Digest.of(content)), Digest.of(content))
+        store._write_link(store.layout.revision_path("app", Digest.of(content)), Digest.of(content))
     make_old(store)
     gc(store)
     for content in (b"old layer", b"escaped"):
@@ -124,7 +124,7 @@ def test_a_blob_that_distribution_linked_from_its_sha512_stays(store):
     content = json.dumps(image((b"layer",), algorithm="sha512")).encode()
     for part in (b"layer", CONFIG):
         push_blob(store, "app", part)
-        store._write_link(store.layer_path("app", Digest.of(part, "sha512")), Digest.of(part))
+        store._write_link(store.layout.layer_path("app", Digest.of(part, "sha512")), Digest.of(part))
     manifest = to_manifest(json.loads(content.decode()))
     store.put_manifest("app", manifest, ["latest"])
     make_old(store)
@@ -188,7 +188,7 @@ def test_what_was_pulled_by_its_digest_alone_stays_until_it_is_deleted_by_it(sto
     make_old(store)
     gc(again, untagged=True)
     assert not has_data(store, b"child") and list(store.repositories()) == []
-    assert files_below(os.path.join(store.own, "pinned")) == []
+    assert files_below(os.path.join(store.layout.own, "pinned")) == []
     make_image(store, "app", None, layers=(b"child",))  # who pushes it again has not asked for it by its digest
     make_old(store)
     gc(again, untagged=True)
@@ -253,13 +253,13 @@ def test_an_upload_that_took_long_is_young_when_it_is_done(store):
     session.append(io.BytesIO(b"slow"))
     make_old(store)
     session.commit(Digest.of(b"slow"))
-    os.remove(os.path.join(store.layer_path("app", Digest.of(b"slow")), "link"))
+    os.remove(os.path.join(store.layout.layer_path("app", Digest.of(b"slow")), "link"))
     gc(store, grace=HOUR)
     assert has_data(store, b"slow")  # though no repository has a link to it
 
 
 def has_data(store, content):
-    return os.path.exists(store.blob_path(Digest.of(content)))
+    return os.path.exists(store.layout.blob_path(Digest.of(content)))
 
 
 def test_a_blob_that_a_client_was_told_about_stays(start_server, tmp_path):
@@ -295,7 +295,7 @@ def test_sessions_that_were_idle_for_a_day_go_and_others_stay(store):
     os.utime(broken.folder, (1, 1))
     gone = gc(store)
     assert {what.split()[0] for kind, what in gone if kind == "uploads"} == {"app0", "app2"}
-    assert sorted(os.listdir(os.path.join(store.tree, "repositories"))) == ["app1"]
+    assert sorted(os.listdir(os.path.join(store.layout.tree, "repositories"))) == ["app1"]
 
 
 def test_empty_repositories_go_and_those_below_stay(store):
@@ -307,7 +307,7 @@ def test_empty_repositories_go_and_those_below_stay(store):
     make_old(store)
     gone = gc(store)
     assert {what for kind, what in gone if kind == "repositories"} == {"a", "d/e/f"}
-    assert os.listdir(os.path.join(store.tree, "repositories")) == ["a"]
+    assert os.listdir(os.path.join(store.layout.tree, "repositories")) == ["a"]
     assert list(store.repositories()) == ["a/b/c"]
 
 
@@ -344,9 +344,9 @@ def test_of_a_damaged_manifest_everything_is_kept(store):
     make_old(store)
     for content in (b"", b"{}", None):
         if content is None:
-            os.unlink(store.blob_path(manifest.digest))
+            os.unlink(store.layout.blob_path(manifest.digest))
         else:
-            with open(store.blob_path(manifest.digest), "wb") as file:
+            with open(store.layout.blob_path(manifest.digest), "wb") as file:
                 file.write(content)
         done = collect_garbage(store)
         assert done.unread == ["app@" + manifest.digest]
@@ -360,7 +360,7 @@ def test_of_a_damaged_manifest_everything_is_kept(store):
 
 def test_a_damaged_tag_keeps_untagged_manifests(store):
     manifest = make_image(store, "app", layers=(b"layer",))
-    with open(os.path.join(store.tag_path("app", "latest"), "current", "link"), "w"):
+    with open(os.path.join(store.layout.tag_path("app", "latest"), "current", "link"), "w"):
         pass
     make_old(store)
     assert collect_garbage(store, untagged=True).unread == ["app:latest"]
@@ -386,7 +386,7 @@ def test_a_folder_that_can_not_be_read_stops_it(store, monkeypatch):
 def test_repositories_on_a_disk_that_is_not_mounted(store):
     make_image(store, "app", layers=(b"layer",))
     make_old(store)
-    top = os.path.join(store.tree, "repositories")
+    top = os.path.join(store.layout.tree, "repositories")
     os.rename(top, top + ".elsewhere")
     shown = run_tinyreg("gc", "--root", store.root)
     assert shown.returncode == 1 and "No such file or directory" in shown.stderr
@@ -398,7 +398,7 @@ def test_repositories_on_a_disk_that_is_not_mounted(store):
 def age_tag(store, name, tag, hours):
     """Let a tag be as if it had been moved hours ago."""
     then = time.time() - hours * HOUR
-    os.utime(os.path.join(store.tag_path(name, tag), "current", "link"), (then, then))
+    os.utime(os.path.join(store.layout.tag_path(name, tag), "current", "link"), (then, then))
 
 
 @pytest.fixture
@@ -429,7 +429,7 @@ def test_tags_expire_with_what_only_they_led_to(aged, how, left):
     assert has_blob(aged, "app", b"shared")
     for tag in left:
         assert aged.manifest("app", aged.resolve("app", tag))
-    assert not [name for name in os.listdir(aged.tag_path("app", "")) if name not in left]  # Distribution lists these
+    assert not [name for name in os.listdir(aged.layout.tag_path("app", "")) if name not in left]  # Distribution lists these
 
 
 def test_what_had_no_tag_before_stays_unless_untagged_is_said(aged):
@@ -463,10 +463,10 @@ def test_signatures_are_no_tags_and_go_with_what_they_sign(aged):
         aged.put_manifest("app", to_manifest(index(attached)), ["sha256-" + digest.encoded])
     elsewhere = "sha256-%s.sig" % Digest.of(b"in another repository").encoded
     make_image(aged, "app", elsewhere, layers=(b"alone",))
-    moved = {tag: os.stat(os.path.join(aged.tag_path("app", tag), "current", "link")).st_mtime for tag in "12345"}
+    moved = {tag: os.stat(os.path.join(aged.layout.tag_path("app", tag), "current", "link")).st_mtime for tag in "12345"}
     make_old(aged)
     for tag, then in moved.items():
-        os.utime(os.path.join(aged.tag_path("app", tag), "current", "link"), (then, then))
+        os.utime(os.path.join(aged.layout.tag_path("app", tag), "current", "link"), (then, then))
     gc(aged, keep=1)
     assert set(aged.tags("app")) == {"1", "sha256-" + kept.encoded, "sha256-%s.sig" % kept.encoded, elsewhere}
     for digest, stays in ((kept, True), (gone, False)):
@@ -519,19 +519,19 @@ def test_what_a_client_was_just_told_of_stays_with_its_tag(aged):
 
 
 def test_no_tag_expires_where_a_manifest_is_damaged(aged):
-    with open(aged.blob_path(aged.resolve("app", "5")), "w"):
+    with open(aged.layout.blob_path(aged.resolve("app", "5")), "w"):
         pass
     gc(aged, keep=1)
     assert list(aged.tags("app")) == list("12345") and has_data(aged, b"layer 4")
 
 
 def test_the_command_shows_what_would_expire_and_lets_it(aged):
-    before = files_below(aged.tree)
+    before = files_below(aged.layout.tree)
     command = ["gc", "--root", aged.root, "--keep", "2", "--older-than", "210m", "--repositories", "a*"]
     shown = run_tinyreg(*command + ["--dry-run"]).stdout.splitlines()
     assert [line for line in shown if line.startswith("tag ")] == ["tag  app:4", "tag  app:5"]
     assert shown[-1].startswith("would remove 2 tags, 2 manifests, 2 links, 4 blobs")
-    assert files_below(aged.tree) == before
+    assert files_below(aged.layout.tree) == before
     removed = json.loads(run_tinyreg(*command + ["--json"]).stdout)["removed"]
     assert {"kind": "tag", "name": "app:5", "size": 0} in removed
     assert list(aged.tags("app")) == list("123") and list(aged.tags("other")) == ["old"]
@@ -555,8 +555,8 @@ def test_what_was_stored_while_the_clock_was_wrong_is_collected_once_it_has_aged
     lost = os.path.join(store.files.scratch, "lost")
     open(lost, "w").close()
     set_time(store, time.time() + 24 * 365 * 24 * HOUR)
-    before = files_below(store.tree)
-    assert gc(store, grace=HOUR, untagged=True) == set() and files_below(store.tree) == before
+    before = files_below(store.layout.tree)
+    assert gc(store, grace=HOUR, untagged=True) == set() and files_below(store.layout.tree) == before
     Collection(store).purge()
     assert all(os.stat(path).st_mtime < time.time() + 60 for path in [session.path, lost])
     make_old(store, 25 * HOUR)  # a day later
@@ -592,7 +592,7 @@ def test_a_quiet_week_is_no_wrong_clock_where_tags_are_kept_by_their_number(aged
 
 
 def test_a_tag_of_the_future_does_not_push_out_what_is_new(aged):
-    set_time(aged, time.time() + 100 * HOUR, os.path.join(aged.current_path("app", "5"), "link"))
+    set_time(aged, time.time() + 100 * HOUR, os.path.join(aged.layout.current_path("app", "5"), "link"))
     with pytest.raises(CommandError, match="^app:5, of .*, would count as the newest from now on.*clock says"):
         collect_garbage(aged, keep=1)
     assert list(aged.tags("app")) == list("12345")
@@ -606,21 +606,21 @@ def test_dry_run_lists_and_leaves(store):
     make_image(store, "app", layers=(b"layer",))
     stray = push_blob(store, "app", b"stray")
     make_old(store)
-    before = files_below(store.tree)
+    before = files_below(store.layout.tree)
     shown = run_tinyreg("gc", "--root", store.root, "--dry-run")
     assert shown.returncode == 0, shown.stderr
     assert "blob  %s  5 bytes" % stray in shown.stdout
     assert "would remove 0 manifests, 1 link, 1 blob," in shown.stdout
     report = json.loads(run_tinyreg("gc", "--root", store.root, "--dry-run", "--json").stdout)
     assert {"kind": "blob", "name": stray, "size": 5} in report["removed"] and report["size"] == 5
-    assert files_below(store.tree) == before
+    assert files_below(store.layout.tree) == before
     shown = run_tinyreg("gc", "--root", store.root, "--untagged", "--grace", "1h")
     assert "removed 0 manifests, 1 link, 1 blob," in shown.stdout
     assert not has_data(store, b"stray")
 
 
 def test_one_at_a_time(store):
-    with open(os.path.join(store.own, "gc"), "ab") as lock:
+    with open(os.path.join(store.layout.own, "gc"), "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         shown = run_tinyreg("gc", "--root", store.root)
     assert shown.returncode == 1
@@ -636,9 +636,9 @@ def test_gc_every(start_server, store):
 
 def test_gc_every_after_a_run_whose_clock_was_ahead(start_server, store):
     push_blob(store, "app", b"stray")
-    open(os.path.join(store.own, "gc"), "w").close()
+    open(os.path.join(store.layout.own, "gc"), "w").close()
     make_old(store)
-    set_time(store, time.time() + 24 * 365 * 24 * HOUR, os.path.join(store.own, "gc"))
+    set_time(store, time.time() + 24 * 365 * 24 * HOUR, os.path.join(store.layout.own, "gc"))
     start_server(store.root, "--gc-every", "24h", "--grace", "1h")
     until(lambda: not has_data(store, b"stray"))
 
@@ -646,7 +646,7 @@ def test_gc_every_after_a_run_whose_clock_was_ahead(start_server, store):
 def test_a_volume_that_only_distribution_wrote(store):
     make_image(store, "app", "gone", layers=(b"layer",))
     make_old(store)
-    shutil.rmtree(store.own)
+    shutil.rmtree(store.layout.own)
     assert run_tinyreg("rm", "--root", store.root, "app@" + store.resolve("app", "gone")).returncode == 0
     assert run_tinyreg("gc", "--root", store.root).returncode == 0
     assert not has_data(store, b"layer")
@@ -727,7 +727,7 @@ def test_gc_does_not_go_by_what_nfs_remembers_of_a_file(store, monkeypatch):
 
     def stat(path, **settings):
         found = real(path, **settings)
-        return remembered.setdefault(path, found) if str(path).startswith(store.tree) else found
+        return remembered.setdefault(path, found) if str(path).startswith(store.layout.tree) else found
 
     def push_first(collection, kind, file, entries, name=None):
         entries = list(entries)

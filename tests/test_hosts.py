@@ -274,7 +274,7 @@ def test_locks_are_of_files_that_are_opened_as_nfs_wants(tmp_path, monkeypatch):
     store.usage()
     token_key(store)
     endpoint = Endpoint("http://127.0.0.1:9/")
-    queue = Notifications(store.own, [endpoint], Metrics([]))
+    queue = Notifications(store.layout.own, [endpoint], Metrics([]))
     queue.queue(endpoint, {"action": "push"})
     monkeypatch.setattr(Endpoint, "deliver", lambda self, body: sys.exit())
     with pytest.raises(SystemExit):
@@ -284,7 +284,7 @@ def test_locks_are_of_files_that_are_opened_as_nfs_wants(tmp_path, monkeypatch):
     alone = {"lock", "gc", "data", store._session_of("app", digest), "token.key.lock", endpoint.key + ".sender",
              endpoint.key + ".lock"}
     assert {(name, fcntl.LOCK_EX) for name in alone} | {("lock", fcntl.LOCK_SH)} <= taken
-    assert not os.path.exists(os.path.join(store.own, "lock.changes"))
+    assert not os.path.exists(os.path.join(store.layout.own, "lock.changes"))
 
 
 # All at once

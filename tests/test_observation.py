@@ -58,7 +58,7 @@ def test_json_lines_are_json_and_have_everything(start_server):
 
 def test_what_goes_wrong_is_json_too(start_server, store):
     make_image(store, "lab/app", "v1")
-    with open(store.tag_path("lab/app", "v1") + "/current/link", "w") as file:
+    with open(store.layout.tag_path("lab/app", "v1") + "/current/link", "w") as file:
         file.write("nonsense")
     server = start_server(None, "--log", "json")
     server.ask("GET", "/v2/lab/app/manifests/v1")
@@ -332,7 +332,7 @@ def test_what_gc_and_verify_found_is_in_the_metrics(start_server, store):
         assert found.get("tinyreg_last_gc_freed_bytes") == (None if "--dry-run" in command else 5)
     assert found["tinyreg_last_verify_findings"] == 0 and found["tinyreg_last_verify_read_bytes"] > 1000
     assert abs(found["tinyreg_last_verify_seconds"] - time.time()) < 60
-    with open(store.blob_path(manifest.blobs[1].digest), "w") as file:
+    with open(store.layout.blob_path(manifest.blobs[1].digest), "w") as file:
         file.write("damaged")
     assert run_tinyreg("verify", "--root", server.root).returncode == 1
     assert samples(server)["tinyreg_last_verify_findings", ()] == 1

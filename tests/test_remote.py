@@ -1454,7 +1454,7 @@ def test_pull_through_logs_in_and_gives_no_login_away(filled, server, start_prox
     second.restart()
     assert second.ask("GET", "/v2/docker.io/library/demo/manifests/latest").status == 200
     assert not proxy.seen  # within --upstream-ttl
-    link = Directory(second.root).current_path("docker.io/library/demo", "latest") + "/link"
+    link = Directory(second.root).layout.current_path("docker.io/library/demo", "latest") + "/link"
     os.utime(link, (time.time() + 1e8, time.time() + 1e8))  # as a wrong clock left it: it was not asked for years
     assert second.ask("GET", "/v2/docker.io/library/demo/manifests/latest").status == 200
     assert proxy.seen

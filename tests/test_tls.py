@@ -234,7 +234,7 @@ def impatient(tmp_path, monkeypatch):
     make_certificates(files_of(tmp_path), str(folder), {"localhost"})
     listeners = tinyreg.open_listeners("127.0.0.1", 0)
     store = Directory(str(tmp_path / "r"))
-    observation = tinyreg.Observation(store.own, "off", set())
+    observation = tinyreg.Observation(store.layout.own, "off", set())
     server = tinyreg.Worker(listeners, store, tinyreg.Access("admin"), observation, drain=5,
                             tls=Certificates(str(folder / "server.pem")))
     server.start()

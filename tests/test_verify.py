@@ -52,51 +52,51 @@ def test_all_is_well(store):
 # Each kind of damage: what is done to an image app:latest (and app:other, untouched), what verify says
 
 def flip(store, manifest):
-    overwrite(store.blob_path(Digest.of(b"layer one")), b"layer 0ne")
+    overwrite(store.layout.blob_path(Digest.of(b"layer one")), b"layer 0ne")
     return {("damaged blob", Digest.of(b"layer one")): {"app:latest", "app:multi"}}
 
 
 def truncate(store, manifest):
-    overwrite(store.blob_path(Digest.of(b"layer one")), b"")
+    overwrite(store.layout.blob_path(Digest.of(b"layer one")), b"")
     return {("damaged blob", Digest.of(b"layer one")): {"app:latest", "app:multi"}}
 
 
 def damage_manifest(store, manifest):
-    overwrite(store.blob_path(manifest.digest), b"")
+    overwrite(store.layout.blob_path(manifest.digest), b"")
     return {("damaged blob", manifest.digest): {"app:latest", "app:multi"}}
 
 
 def lose_blob(store, manifest):
-    os.unlink(store.blob_path(Digest.of(b"layer one")))
+    os.unlink(store.layout.blob_path(Digest.of(b"layer one")))
     return {("link to a missing blob", Digest.of(b"layer one")): {"app:latest", "app:multi"},
             ("missing blob", Digest.of(b"layer one")): {"app:latest", "app:multi"}}
 
 
 def empty_layer_link(store, manifest):
-    overwrite(link_of(store.layer_path("app", Digest.of(b"layer one"))), b"")
+    overwrite(link_of(store.layout.layer_path("app", Digest.of(b"layer one"))), b"")
     return {("damaged link", Digest.of(b"layer one")): {"app:latest", "app:multi"},
             ("missing blob", Digest.of(b"layer one")): {"app:latest", "app:multi"}}
 
 
 def lose_layer_link(store, manifest):
-    os.unlink(link_of(store.layer_path("app", Digest.of(b"layer one"))))
+    os.unlink(link_of(store.layout.layer_path("app", Digest.of(b"layer one"))))
     return {("missing blob", Digest.of(b"layer one")): {"app:latest", "app:multi"}}
 
 
 def lose_manifest(store, manifest):
-    os.unlink(store.blob_path(manifest.digest))
+    os.unlink(store.layout.blob_path(manifest.digest))
     return {("link to a missing blob", manifest.digest): {"app:latest", "app:multi"},
             ("tag without manifest", "latest"): {"app:latest"}}
 
 
 def empty_revision_link(store, manifest):
-    overwrite(link_of(store.revision_path("app", manifest.digest)), b"")
+    overwrite(link_of(store.layout.revision_path("app", manifest.digest)), b"")
     return {("damaged link", manifest.digest): {"app:latest", "app:multi"},
             ("tag without manifest", "latest"): {"app:latest"}}
 
 
 def empty_tag(store, manifest):
-    overwrite(link_of(os.path.join(store.tag_path("app", "latest"), "current")), b"")
+    overwrite(link_of(os.path.join(store.layout.tag_path("app", "latest"), "current")), b"")
     return {("damaged link", "latest"): {"app:latest"}}
 
 
@@ -124,17 +124,17 @@ def test_a_link_that_leads_nowhere_is_damage_where_an_image_needs_it(store):
     make_image(store, "app", layers=(b"layer one",))
     make_image(store, "app", None, layers=(b"untagged",))
     for content in (b"untagged", b"stray"):
-        os.unlink(store.blob_path(push_blob(store, "app", content)))
+        os.unlink(store.layout.blob_path(push_blob(store, "app", content)))
     untagged, = set(store._revisions("app")) - {store.resolve("app", "latest")}
     check = Verification(store)
     check.run()
     assert {(what, name) for what, name, _ in check.findings} == {
         (what, Digest.of(b"untagged")) for what in ("missing blob", "link to a missing blob")}
     assert set.union(*check.findings.values()) == {"app@" + untagged}
-    assert check.leftovers == [link_of(store.layer_path("app", Digest.of(b"stray")))]
-    os.unlink(store.blob_path(untagged))
+    assert check.leftovers == [link_of(store.layout.layer_path("app", Digest.of(b"stray")))]
+    os.unlink(store.layout.blob_path(untagged))
     assert verify(store, repair=True) == {("link to a missing blob", untagged): set()}
-    assert not os.path.exists(store.layer_path("app", Digest.of(b"stray")))
+    assert not os.path.exists(store.layout.layer_path("app", Digest.of(b"stray")))
 
 
 def test_a_push_mends_without_repair_too(store):
@@ -175,22 +175,22 @@ def test_the_command(store):
     flip(store, manifest)
     shown = run_tinyreg("verify", "--root", store.root)
     assert shown.returncode == 1
-    assert shown.stdout.startswith("damaged blob: %s (%s)\n    harms app:latest\n" % (digest, store.blob_path(digest)))
+    assert shown.stdout.startswith("damaged blob: %s (%s)\n    harms app:latest\n" % (digest, store.layout.blob_path(digest)))
     report = json.loads(run_tinyreg("verify", "--root", store.root, "--json", "--repair").stdout)
-    assert report["damage"] == [{"what": "damaged blob", "name": digest, "path": store.blob_path(digest),
+    assert report["damage"] == [{"what": "damaged blob", "name": digest, "path": store.layout.blob_path(digest),
                                  "harms": ["app:latest"]}]
     moved, = report["moved"]
     with open(moved, "rb") as file:
         assert file.read() == b"layer 0ne"
-    assert moved.startswith(os.path.join(store.own, "damaged"))
-    assert not os.path.exists(store.blob_path(digest))
+    assert moved.startswith(os.path.join(store.layout.own, "damaged"))
+    assert not os.path.exists(store.layout.blob_path(digest))
 
 
 def test_repair_of_a_blob_that_clients_ask_for_meanwhile(store, monkeypatch):
     """A mount touches it, and changes nothing."""
     flip(store, make_image(store, "app", layers=LAYERS))
     check = Verification(store)
-    path = store.blob_path(Digest.of(b"layer one"))
+    path = store.layout.blob_path(Digest.of(b"layer one"))
     found = check._read_blobs
     monkeypatch.setattr(check, "_read_blobs", lambda: (found(), os.utime(path, (1, 1))))
     check.run(repair=True)
@@ -224,7 +224,7 @@ def test_a_volume_on_which_distribution_gives_up_is_repaired_for_it(store, tmp_p
     manifest = make_image(store, "app", layers=LAYERS)
     make_image(store, "app", "other", layers=(b"layer two",))
     damage_manifest(store, manifest)
-    overwrite(link_of(store.revision_path("app", Digest.of(b"x"))[:-64] + manifest.digest.encoded), b"")
+    overwrite(link_of(store.layout.revision_path("app", Digest.of(b"x"))[:-64] + manifest.digest.encoded), b"")
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     assert subprocess.run(collect, **quiet).returncode != 0
     assert run_tinyreg("verify", "--repair", "--root", store.root).returncode == 1
