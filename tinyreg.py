@@ -3142,7 +3142,9 @@ class Archive(Registry):
             self.joined[parse_digest(digest)] = digests(ranges)
         self.left_out.update(digests(document.get("left_out") or []))
         names = [expect(str, name) for name in expect(list, document.get("files"))]
-        holds = [digests(part) for part in expect(list, document.get("holds") or [])]
+        if "holds" not in document:
+            return  # an earlier version made it, which did not say what each part holds
+        holds = [digests(part) for part in expect(list, document["holds"])]
         if len(holds) != len(names):
             raise ValueError("malformed " + PARTS)
         key, here = members[PARTS].digest(), set(map(digest_named, members))

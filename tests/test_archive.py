@@ -352,6 +352,24 @@ def test_parts_load_one_by_one_in_any_order(store, far, load, parts, seed):
     assert [files for _, _, files in os.walk(kept) if files] == []
 
 
+def test_parts_that_do_not_say_what_each_holds_load_as_they_always_did(store, far, load, parts, tmp_path):
+    """Earlier versions wrote only which files there are, and how blobs were cut."""
+    described = json.loads(members_of(parts[0])["tinyreg-parts.json"].decode())
+    table = json.dumps({key: described[key] for key in ("files", "joined")}).encode()
+    early = [make_tar(tmp_path / ("early%d.tar" % number), dict(members_of(part), **{"tinyreg-parts.json": table}))
+             for number, part in enumerate(parts)]
+    done = run_tinyreg("verify", *early)
+    assert done.returncode == 0 and "all is well" in done.stdout
+    done = run_tinyreg("verify", *early[1:])
+    assert done.returncode == 1 and "missing blob" in done.stdout and NAME + ":1" in done.stdout
+    for path in early[:-1]:
+        done = load(path)
+        assert done.returncode == 1 and "missing in the source" in done.stderr and "needed" not in done.stderr
+    done = load(early[-1])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert same(store, far) and same(store, far, "quay.io/other")
+
+
 def test_all_parts_at_once_and_which_are_missing(store, far, load, parts):
     done = load(*parts[:-1])
     assert done.returncode == 1 and done.stderr.endswith("; still needed: %d\n" % len(parts))
