@@ -101,7 +101,7 @@ import uuid
 import zlib
 from typing import (
     Any, BinaryIO, Callable, ContextManager, Dict, Iterable, Iterator, List, NamedTuple,
-    Optional, Sequence, Set, Tuple, Type, Union,
+    Optional, Pattern, Sequence, Set, Tuple, Type, Union,
 )
 
 __version__ = "0.1"
@@ -5152,42 +5152,43 @@ def as_json(exchange):
     return to_json(dict(exchange._asdict(), time=timestamp(), seconds=round(exchange.seconds, 6))).decode().rstrip()
 
 
-MOUNT = re.compile("[?&]mount=")  # in the target of start_upload
+MOUNT = re.compile("[?&]mount=")  # in the target of a POST that begins an upload
 
-# The protocol in words: what a client asks of a handler (by HEAD, if that is another question), and
-# what it means to the client if it succeeds. ANSWERS and MEANINGS are for other statuses.
-EXPLANATIONS = {
-    "get_base": ("are you a registry?", "yes, and you may go on"),
-    "get_catalog": ("which repositories are there?", "here are their names"),
-    "get_tags": ("which tags has {name}?", "here they are"),
-    "get_referrers": ("is anything about {reference}: a signature, an SBOM?", "here is the list; it may be empty"),
-    "HEAD get_manifest": ("which manifest is {image} at the moment?", "{digest}; a client that has it stops here"),
-    "get_manifest": ("the manifest {image}, please: the list of what the image consists of",
-                     "here it is ({sent}); next come the blobs on it that the client lacks"),
-    "put_manifest": ("here is the manifest of {image}; from now on let it be pulled", ""),
-    "delete_manifest": ("delete {image}", "done; the blobs stay until garbage is collected"),
-    "HEAD get_blob": ("has {name} the blob {reference}?", "yes, so it need not be sent"),
-    "get_blob": ("the blob {reference} of {name}, please", "here it is ({sent})"),
-    "delete_blob": ("take the blob {reference} from {name}", "done"),
-    "start_upload": ("a blob for {name} is coming", "send its bytes to the address in Location"),
-    "get_upload": ("how far is my upload to {name}?", "so far as Range says; go on from there"),
-    "append_to_upload": ("here are bytes of a blob for {name} ({received})", "taken; more, or is that all?"),
-    "finish_upload": ("that was all of the blob for {name}", ""),
-    "cancel_upload": ("forget my upload to {name}", "forgotten"),
-    "mount": ("may {name} have a blob that another repository has?",
-              "it is not to be had so; send its bytes to the address in Location"),
-    "- ": ("something that is no HTTP request", ""),
-    "HTTPS ": ("do you speak HTTPS? (the client tries HTTPS first; that is normal)", ""),
+
+class Words(NamedTuple):
+    """How `--log explain` tells of an endpoint: what its client asks, what a success means to that
+    client, and what other statuses mean, where MEANINGS does not say it well. What is in braces is
+    replaced by fields of the Exchange."""
+
+    question: str = "{method} {target}"
+    success: str = "here it is"
+    by_status: Dict[int, str] = {}
+
+
+# By method and route, for what is no route.
+OTHER_WORDS = {
+    ("-", ""): Words("something that is no HTTP request"),
+    ("HTTPS", ""): Words("do you speak HTTPS? (the client tries HTTPS first; that is normal)",
+                         by_status={400: "no, only HTTP; the client goes on with that, if it may"}),
 }
-ANSWERS = {("HEAD get_blob", 404): "no, so the client sends it",
-           ("mount", 201): "yes; {digest} is in both now, and no byte of it was sent",
-           ("HTTPS ", 400): "no, only HTTP; the client goes on with that, if it may"}
-MEANINGS = {201: "right: it is here now as {digest}", 206: "here is the part you asked for ({sent})",
-            304: "you have it already", 400: "that is refused, for something is wrong with it",
-            401: "who are you? Come back with a user and a password", 403: "you may not do that",
-            404: "that is not here", 405: "that can't be done", 416: "that does not follow what is here",
-            429: "not so fast", CLIENT_LEFT: "the client left before that was said",
-            503: "not at the moment; try again", 507: "the disk is full"}
+MOUNT_WORDS = Words("may {name} have a blob that another repository has?",
+                    "it is not to be had so; send its bytes to the address in Location",
+                    {201: "yes; {digest} is in both now, and no byte of it was sent"})
+MEANINGS = {  # of statuses, whatever was asked
+    201: "right: it is here now as {digest}",
+    206: "here is the part you asked for ({sent})",
+    304: "you have it already",
+    400: "that is refused, for something is wrong with it",
+    401: "who are you? Come back with a user and a password",
+    403: "you may not do that",
+    404: "that is not here",
+    405: "that can't be done",
+    416: "that does not follow what is here",
+    429: "not so fast",
+    CLIENT_LEFT: "the client left before that was said",
+    503: "not at the moment; try again",
+    507: "the disk is full",
+}
 
 
 def in_units(size):
@@ -5203,22 +5204,22 @@ def shorten(digest):
     return digest[:19] + "…" if ":" in digest else digest
 
 
-def explain(exchange):
-    """The exchange in words: who asks what, and what the answer tells them."""
-    mounts = exchange.route == "start_upload" and MOUNT.search(exchange.target)
-    key = "mount" if mounts else "%s %s" % (exchange.method, exchange.route)
-    question, success = (EXPLANATIONS.get(key) or EXPLANATIONS.get(exchange.route)
-                         or ("{method} {target}", "here it is"))
-    answer = ANSWERS.get((key, exchange.status)) or MEANINGS.get(exchange.status)
-    answer = answer or (success if exchange.status < 400 else "that went wrong")
+def explain(exchange: Exchange, words: Words) -> str:
+    """The exchange in words: who asks what, and what the response tells them."""
+    if exchange.method == "POST" and MOUNT.search(exchange.target):
+        words = MOUNT_WORDS
+    answer = words.by_status.get(exchange.status) or MEANINGS.get(exchange.status)
+    answer = answer or (words.success if exchange.status < 400 else "that went wrong")
     reference = shorten(exchange.reference)
-    values = dict(exchange._asdict(), sent=in_units(exchange.sent), received=in_units(exchange.received),
+    values = dict(exchange._asdict(), sent=in_units(exchange.sent),
+                  received=in_units(exchange.received),
                   reference=reference, digest=shorten(exchange.digest),
                   image=exchange.name + ("@" if ":" in reference else ":") + reference)
     who = exchange.agent.split(" ")[0] or "someone"
     who += " (%s)" % exchange.user if exchange.user else ""
-    return "%s %s at %s: %s -> %d: %s" % (time.strftime("%H:%M:%S"), who, exchange.client, question.format(**values),
-                                          exchange.status, answer.format(**values))
+    return "%s %s at %s: %s -> %d: %s" % (
+        time.strftime("%H:%M:%S"), who, exchange.client, words.question.format(**values),
+        exchange.status, answer.format(**values))
 
 
 def without_names(exchange: Exchange) -> Exchange:
@@ -5230,7 +5231,7 @@ def without_names(exchange: Exchange) -> Exchange:
     return exchange._replace(target=path + ("?mount=" if MOUNT.search(exchange.target) else ""))
 
 
-LOG_FORMATS = {"text": as_text, "json": as_json, "explain": explain}
+LOG_FORMATS = {"text": as_text, "json": as_json}
 
 
 def write_log(line):
@@ -5268,8 +5269,8 @@ class LogHandler(logging.Handler):
 
 
 def start_logging(style: str) -> None:
-    """Send warnings and errors to the log, in one of LOG_FORMATS' styles, or as "command". A later
-    call changes that."""
+    """Send warnings and errors to the log, in the style "text", "json", "explain" or "command". A
+    later call changes that."""
     logger.handlers[:] = [LogHandler(style)]
 
 
@@ -5492,11 +5493,15 @@ class Notifications:
 
 class Observation:
     """What a server reports its exchanges to. Made before the fork, in ROOT/tinyreg; started in each process. Without
-    a folder (archives have none) there is nothing to look at live, and nobody is notified."""
+    a folder (archives have none) there is nothing to look at live, and nobody is notified. `routes` has the Words of
+    each route, by (method, name of the route)."""
 
     def __init__(self, folder, style, routes, endpoints=(), processes=1):
         self.style = style
         self.folder = folder
+        self.words = dict(OTHER_WORDS)
+        self.words.update(routes)
+        self.format = LOG_FORMATS.get(style, self.explain)
         self.metrics = Metrics(routes, processes)
         # Hosts that share the folder would write over each other's lines.
         self.live = os.path.join(folder, "live." + socket.gethostname()) if folder else None
@@ -5508,6 +5513,10 @@ class Observation:
         if self.notifications:
             self.notifications.start()
 
+    def explain(self, exchange: Exchange) -> str:
+        """The exchange in words, as --log explain and /live show it."""
+        return explain(exchange, self.words.get((exchange.method, exchange.route), Words()))
+
     def record(self, exchange, cached=False):
         """Tell all who want to know of an exchange."""
         self.metrics.count(exchange, cached)
@@ -5517,7 +5526,7 @@ class Observation:
                     file.truncate(0)
                 file.write(to_json(exchange))
         if self.style != "off":
-            write_log(LOG_FORMATS[self.style](exchange))
+            write_log(self.format(exchange))
 
     def watch(self):
         """Yield the Exchanges of all processes as they happen, for /live, and None every now and then; never ends. They
@@ -5581,8 +5590,8 @@ class Request:
         self.certificate = certificate
         self.ca = ca
         self.who = None
-        self.route = ""          # the name of the handler …
-        self.found = {}          # … and what it is given from the path
+        self.route: Optional[Route] = None        # what dispatch chose, …
+        self.path_values: Dict[str, Any] = {}     # … and what the path names: name, digest, …
         self.observation = None  # the server's
         self.go_on = lambda: None  # raises ClientLeft once nobody waits for the response
 
@@ -5914,46 +5923,89 @@ PARSERS: Dict[str, Callable[[str], Any]] = {
 }
 
 
-def compile_routes(rows):
-    """[(pattern, {method: (action, handler)})], in the order in which they are tried."""
-    paths = collections.OrderedDict()
-    for methods, path, action, handler in rows:
-        pattern = re.sub(r"{(\w+)}", r"(?P<\1>[^/]+)", path.replace("{name}", "(?P<name>.+?)"))
-        paths.setdefault(re.compile(pattern), {}).update(dict.fromkeys(methods.split(), (action, handler)))
-    return list(paths.items())
+class Route(NamedTuple):
+    """One endpoint, and all that the rest of the program knows about it.
 
+    `methods` are separated by spaces. In `path`, {name} may contain slashes; any other
+    {placeholder} is one component, and PARSERS checks it. `action` is what Access must allow.
+    `words` are for `--log explain`; `events` names the event that notifications tell of, by the
+    status of the response."""
+
+    methods: str
+    path: str
+    action: str
+    handler: Callable[..., Response]
+    words: Words = Words()
+    events: Dict[int, str] = {}
+
+    @property
+    def name(self) -> str:
+        """What logs and metrics call it."""
+        return self.handler.__name__
+
+
+def compile_routes(routes: Iterable[Route]) -> List[Tuple[Pattern, Dict[str, Route]]]:
+    """The routes of each path, by method, with a pattern for that path; in the order in which
+    dispatch tries them."""
+    paths: Dict[str, Dict[str, Route]] = collections.OrderedDict()
+    for route in routes:
+        pattern = route.path.replace("{name}", "(?P<name>.+?)")
+        pattern = re.sub(r"{(\w+)}", r"(?P<\1>[^/]+)", pattern)
+        paths.setdefault(pattern, {}).update(dict.fromkeys(route.methods.split(), route))
+    return [(re.compile(pattern), by_method) for pattern, by_method in paths.items()]
+
+
+# The events of notifications. HEAD makes none: its client has the content, or asks for it again.
+PULL, PUSH, DELETE = {200: "pull", 206: "pull"}, {201: "push"}, {202: "delete"}
 
 ROUTES = compile_routes([
-    # methods    path                                 action    handler                      in distribution-spec
-    ("GET HEAD", "/v2/?",                             "login",  get_base),                 # end-1
-    ("GET HEAD", "/v2/_catalog",                      "pull",   get_catalog),
-    ("GET HEAD", "/token",                            "pull",   get_token),
-    ("GET HEAD", "/v2/{name}/tags/list",              "pull",   get_tags),                 # end-8
-    ("GET HEAD", "/v2/{name}/referrers/{digest}",     "pull",   get_referrers),            # end-12
-    ("GET HEAD", "/v2/{name}/manifests/{reference}",  "pull",   get_manifest),             # end-3
-    ("PUT",      "/v2/{name}/manifests/{reference}",  "push",   put_manifest),             # end-7
-    ("DELETE",   "/v2/{name}/manifests/{reference}",  "delete", delete_manifest),          # end-9
-    ("POST",     "/v2/{name}/blobs/uploads/?",        "push",   start_upload),             # end-4, end-11
-    ("GET HEAD", "/v2/{name}/blobs/uploads/{session}", "push",  get_upload),               # end-13
-    ("PATCH",    "/v2/{name}/blobs/uploads/{session}", "push",  append_to_upload),         # end-5
-    ("PUT",      "/v2/{name}/blobs/uploads/{session}", "push",  finish_upload),            # end-6
-    ("DELETE",   "/v2/{name}/blobs/uploads/{session}", "push",  cancel_upload),            # end-14
-    ("GET HEAD", "/v2/{name}/blobs/{digest}",         "pull",   get_blob),                 # end-2
-    ("DELETE",   "/v2/{name}/blobs/{digest}",         "delete", delete_blob),              # end-10
+    Route("GET HEAD", "/v2/?", "login", get_base,  # end-1 in distribution-spec
+          Words("are you a registry?", "yes, and you may go on")),
+    Route("GET HEAD", "/v2/_catalog", "pull", get_catalog,
+          Words("which repositories are there?", "here are their names")),
+    Route("GET HEAD", "/token", "pull", get_token),
+    Route("GET HEAD", "/v2/{name}/tags/list", "pull", get_tags,  # end-8
+          Words("which tags has {name}?", "here they are")),
+    Route("GET HEAD", "/v2/{name}/referrers/{digest}", "pull", get_referrers,  # end-12
+          Words("is anything about {reference}: a signature, an SBOM?",
+                "here is the list; it may be empty")),
+    Route("GET", "/v2/{name}/manifests/{reference}", "pull", get_manifest,  # end-3
+          Words("the manifest {image}, please: the list of what the image consists of",
+                "here it is ({sent}); next come the blobs on it that the client lacks"), PULL),
+    Route("HEAD", "/v2/{name}/manifests/{reference}", "pull", get_manifest,  # end-3
+          Words("which manifest is {image} at the moment?",
+                "{digest}; a client that has it stops here")),
+    Route("PUT", "/v2/{name}/manifests/{reference}", "push", put_manifest,  # end-7
+          Words("here is the manifest of {image}; from now on let it be pulled"), PUSH),
+    Route("DELETE", "/v2/{name}/manifests/{reference}", "delete", delete_manifest,  # end-9
+          Words("delete {image}", "done; the blobs stay until garbage is collected"), DELETE),
+    Route("POST", "/v2/{name}/blobs/uploads/?", "push", start_upload,  # end-4, end-11
+          Words("a blob for {name} is coming", "send its bytes to the address in Location"), PUSH),
+    Route("GET HEAD", "/v2/{name}/blobs/uploads/{session}", "push", get_upload,  # end-13
+          Words("how far is my upload to {name}?", "so far as Range says; go on from there")),
+    Route("PATCH", "/v2/{name}/blobs/uploads/{session}", "push", append_to_upload,  # end-5
+          Words("here are bytes of a blob for {name} ({received})", "taken; more, or is that all?")),
+    Route("PUT", "/v2/{name}/blobs/uploads/{session}", "push", finish_upload,  # end-6
+          Words("that was all of the blob for {name}"), PUSH),
+    Route("DELETE", "/v2/{name}/blobs/uploads/{session}", "push", cancel_upload,  # end-14
+          Words("forget my upload to {name}", "forgotten")),
+    Route("GET", "/v2/{name}/blobs/{digest}", "pull", get_blob,  # end-2
+          Words("the blob {reference} of {name}, please", "here it is ({sent})"), PULL),
+    Route("HEAD", "/v2/{name}/blobs/{digest}", "pull", get_blob,  # end-2
+          Words("has {name} the blob {reference}?", "yes, so it need not be sent",
+                {404: "no, so the client sends it"})),
+    Route("DELETE", "/v2/{name}/blobs/{digest}", "delete", delete_blob,  # end-10
+          Words("take the blob {reference} from {name}", "done"), DELETE),
 ])
 
 
-# What notifications tell of, by handler and status. A HEAD is no pull to us: the client has it, or comes again.
-EVENTS = {("get_manifest", 200): "pull", ("get_blob", 200): "pull", ("get_blob", 206): "pull",
-          ("put_manifest", 201): "push", ("start_upload", 201): "push", ("finish_upload", 201): "push",
-          ("delete_manifest", 202): "delete", ("delete_blob", 202): "delete"}
-
-
-def describe_target(registry, request, action, name, digest):
+def describe_target(registry: Registry, request: Request, action: str, digest: str) -> dict:
     """What an event tells of the manifest or blob that it is about."""
+    name = request.path_values["name"]
     target = {"mediaType": "", "digest": digest, "size": 0, "repository": name}
-    kind = "manifests" if "manifest" in request.route else "blobs"
-    with contextlib.suppress(RegistryError):  # deleted since
+    kind = "manifests" if "reference" in request.path_values else "blobs"
+    # It may have been deleted since.
+    with contextlib.suppress(Unknown):
         if action != "delete" and kind == "manifests":
             manifest = registry.manifest(name, Digest(digest))
             target.update(mediaType=manifest.media_type, size=len(manifest.content))
@@ -5961,42 +6013,52 @@ def describe_target(registry, request, action, name, digest):
             with registry.open_blob(name, Digest(digest)) as blob:
                 target.update(mediaType=OCTET_STREAM, size=blob.length)
     if digest:
-        target["url"] = "%s://%s/v2/%s/%s/%s" % (request.outer_scheme(), request.host(), name, kind, digest)
+        target["url"] = "%s://%s/v2/%s/%s/%s" % (
+            request.outer_scheme(), request.host(), name, kind, digest)
     if action == "mount" and request.get("from"):
         target["fromRepository"] = request.get("from")
     return dict(target, length=target["size"])
 
 
-def notify(registry, request, response):
-    """Queue the events of a request that has been carried out, as Distribution writes them, for the endpoints that want
-    them; whether there are any. Raises OSError where a change can't be told: then it is not acknowledged either, and
-    the client makes it again."""
-    action, headers = EVENTS.get((request.route, response.status)), dict(response.headers)
+def notify(registry: Registry, request: Request, response: Response) -> bool:
+    """Queue the events of a request that has been carried out, as Distribution writes them, for the
+    endpoints that want them. Returns whether there are any.
+
+    Raises OSError where a change can't be queued: then the client is not told of a success, and
+    makes its request again."""
+    notifications = request.observation and request.observation.notifications
+    action = request.route.events.get(response.status)
+    if not notifications or not action:
+        return False
     if action == "push" and request.get("mount"):
         action = "mount"
-    notifications, name = request.observation and request.observation.notifications, request.found.get("name")
-    endpoints = notifications.endpoints if notifications else ()
-    wanting = [endpoint for endpoint in endpoints if endpoint.wants(action, name)]
+    name, headers = request.path_values["name"], dict(response.headers)
+    wanting = [endpoint for endpoint in notifications.endpoints if endpoint.wants(action, name)]
     # A part of a blob that is not its first is no further pull.
-    if not wanting or request.method == "HEAD" or not headers.get("Content-Range", "bytes 0-").startswith("bytes 0-"):
+    if not wanting or not headers.get("Content-Range", "bytes 0-").startswith("bytes 0-"):
         return False
-    reference = request.found.get("reference") or request.found.get("digest", "")
-    by_tag = "reference" in request.found and not isinstance(reference, Digest)
-    target = describe_target(registry, request, action, name, headers.get("Docker-Content-Digest",
-                                                                          "" if by_tag else reference))
-    tags = [reference] if by_tag else request.query.get("tag") if request.route == "put_manifest" else None
-    for tag in tags or [None]:
+    reference = request.path_values.get("reference") or request.path_values.get("digest", "")
+    tags: List[Optional[str]] = [None]
+    if "reference" not in request.path_values or isinstance(reference, Digest):
+        digest = headers.get("Docker-Content-Digest", reference)
+        if action == "push" and reference:
+            tags = request.query.get("tag") or [None]
+    else:
+        digest, tags = headers.get("Docker-Content-Digest", ""), [reference]
+    target = describe_target(registry, request, action, digest)
+    for tag in tags:
         event = {
             "id": str(uuid.uuid4()), "timestamp": timestamp(), "action": action,
             "target": dict(target, tag=tag) if tag else target,
-            "request": {"id": str(uuid.uuid4()), "addr": request.client, "host": request.header("host"),
-                        "method": request.method, "useragent": request.header("user-agent")},
+            "request": {"id": str(uuid.uuid4()), "addr": request.client,
+                        "host": request.header("host"), "method": request.method,
+                        "useragent": request.header("user-agent")},
             "actor": {"name": request.who.user} if request.who.user else {}}
         for endpoint in wanting:
             try:
                 notifications.queue(endpoint, event)
             except OSError as error:
-                if action != "pull":  # which no full disk stops
+                if action != "pull":  # a full disk must not stop a pull
                     raise
                 logger.error("can't queue a notification: %s", error)
     return True
@@ -6016,7 +6078,7 @@ def answer_read(registry, access, request, handler, name, **found):
     access.check(request, "pull", names[0])
     names = [other for other in names if access.allows(request, "pull", other)]
     chosen = next(filter(registry.has_repository, names), names[0])
-    request.found["name"] = chosen
+    request.path_values["name"] = chosen
     response = handler(registry, access, request, name=chosen, **found)
     if origin and chosen != name:
         response.headers.append(("OCI-Namespace", origin))
@@ -6035,16 +6097,16 @@ def answer(registry, access, request):
         return Response.of_text("404: nothing here; the registry is at /v2/\n", 404)
     if request.method not in handlers:
         raise RegistryError("UNSUPPORTED", request.method, headers=[("Allow", ", ".join(handlers))])
-    action, handler = handlers[request.method]
-    request.route = handler.__name__
-    request.found = {key: PARSERS[key](value) for key, value in match.groupdict().items()}
+    request.route = handlers[request.method]
+    action, handler = request.route.action, request.route.handler
+    request.path_values = {key: PARSERS[key](value) for key, value in match.groupdict().items()}
     if registry.read_only and action in ("push", "delete"):
         raise RegistryError("DENIED", message="this registry is read-only at present")
-    if action == "pull" and "name" in request.found:
-        response = answer_read(registry, access, request, handler, **request.found)
+    if action == "pull" and "name" in request.path_values:
+        response = answer_read(registry, access, request, handler, **request.path_values)
     else:
-        access.check(request, action, request.found.get("name"))
-        response = handler(registry, access, request, **request.found)
+        access.check(request, action, request.path_values.get("name"))
+        response = handler(registry, access, request, **request.path_values)
     response.kept = (not notify(registry, request, response) and action in ("login", "pull")
                      and request.path.startswith("/v2/"))
     return response
@@ -6720,7 +6782,7 @@ def live_events(registry, access, request):
                 exchange = without_names(exchange)
             allowed = not exchange.name or access.allows(request, "pull", exchange.name)
             if allowed and exchange.route != "live_events":
-                send(("data: %s\n\n" % harmless(explain(exchange))).encode("utf-8", "replace"))
+                send(("data: %s\n\n" % harmless(request.observation.explain(exchange))).encode("utf-8", "replace"))
 
     return Response(200, [("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"),
                           ("X-Accel-Buffering", "no")], Stream(write_to))
@@ -6776,19 +6838,19 @@ def handle_plain_http(request):
 
 
 ROUTES += compile_routes([
-    ("GET HEAD", "/",            "pull",   get_page),
-    ("GET HEAD", "/disk",        "pull",   disk_page),
-    ("GET HEAD", "/use",         "look",   use_page),
-    ("GET HEAD", "/use/{client}[.]sh", "look", use_script),
-    ("GET HEAD", "/login",       "login",  log_in),
-    ("GET HEAD", "/archive/(?P<name>[^:@]+)[:@]{reference}[.]tar", "pull", get_archive),
-    ("GET HEAD", "/tinyreg.py",  "look",   get_own_source),
-    ("GET HEAD", "/live",        "pull",   live_page),
-    ("GET HEAD", "/live/events", "pull",   live_events),
-    ("GET HEAD", "/metrics",     "pull",   get_metrics),
-    ("GET HEAD", "/healthz",     "look",   get_health),
-    ("GET HEAD", "/readyz",      "look",   get_readiness),
-    ("GET HEAD", "/ca.crt",      "look",   get_ca),
+    Route("GET HEAD", "/", "pull", get_page),
+    Route("GET HEAD", "/disk", "pull", disk_page),
+    Route("GET HEAD", "/use", "look", use_page),
+    Route("GET HEAD", "/use/{client}[.]sh", "look", use_script),
+    Route("GET HEAD", "/login", "login", log_in),
+    Route("GET HEAD", "/archive/(?P<name>[^:@]+)[:@]{reference}[.]tar", "pull", get_archive),
+    Route("GET HEAD", "/tinyreg.py", "look", get_own_source),
+    Route("GET HEAD", "/live", "pull", live_page),
+    Route("GET HEAD", "/live/events", "pull", live_events),
+    Route("GET HEAD", "/metrics", "pull", get_metrics),
+    Route("GET HEAD", "/healthz", "look", get_health),
+    Route("GET HEAD", "/readyz", "look", get_readiness),
+    Route("GET HEAD", "/ca.crt", "look", get_ca),
 ])
 
 # -------------------------------------------------------------------------------------------------
@@ -7538,9 +7600,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
         user = request.who.user if request.who else None
         return Exchange(
             client=request.client, user=user or "", method=self.command,
-            target=without_secrets(self.path), route=request.route,
-            name=request.found.get("name", ""),
-            reference=request.found.get("reference") or request.found.get("digest", ""),
+            target=without_secrets(self.path),
+            route=request.route.name if request.route else "",
+            name=request.path_values.get("name", ""),
+            reference=request.path_values.get("reference") or request.path_values.get("digest", ""),
             status=response.status, received=body.received, sent=self.sent,
             seconds=time.monotonic() - self.started,
             digest=dict(response.headers).get("Docker-Content-Digest", ""),
@@ -8291,7 +8354,8 @@ def serve(options):
     home = Directory(options.root) if options.archives and (options.users or options.tls) else store
     access = open_access(options, home, local)
     tls = open_tls(options, home)
-    routes = {(method, row[1].__name__) for _, handlers in ROUTES for method, row in handlers.items()}
+    routes = {(method, route.name): route.words
+              for _, routes in ROUTES for method, route in routes.items()}
     observation = Observation(store.layout.own if isinstance(store, Directory) else None, style, routes, options.notify, options.workers)
     if options.log_file:
         open_log_file(options.log_file)
@@ -9356,7 +9420,7 @@ def add_serve_command(commands):
                          help="POST events to this URL, in Distribution's format; may be repeated; settings follow a "
                          "#: actions=push,mount,delete,pull & repositories=GLOB,... & secret=FILE & headers=FILE "
                          "(default: none)")
-    command.add_argument("--log", metavar="STYLE", choices=list(LOG_FORMATS) + ["off"], default="text",
+    command.add_argument("--log", metavar="STYLE", choices=list(LOG_FORMATS) + ["explain", "off"], default="text",
                          help="text, json, off, or explain, which says in words what happens")
     command.add_argument("--log-file", metavar="FILE", help="log there; SIGHUP opens it anew (default: stderr)")
     command.add_argument("--workers", metavar="N", type=positive, default=min(4, cores()), help="processes that serve")

@@ -336,13 +336,6 @@ RULES = [private_names_of_other_rooms, strings_that_name_functions_of_other_room
 NOT_YET = {
     private_names_of_other_rooms: {
         "Remote: _session_of", "Upkeep"},
-    strings_that_name_functions_of_other_rooms: {
-        "Observation: 'get_base'", "Observation: 'get_catalog'", "Observation: 'get_tags'",
-        "Observation: 'get_referrers'", "Observation: 'get_manifest'",
-        "Observation: 'put_manifest'", "Observation: 'delete_manifest'",
-        "Observation: 'get_blob'", "Observation: 'delete_blob'", "Observation: 'start_upload'",
-        "Observation: 'get_upload'", "Observation: 'append_to_upload'",
-        "Observation: 'finish_upload'", "Observation: 'cancel_upload'"},
     uses_of_rooms_below: {
         "Registry: manifest", "Registry: tags", "Registry: resolve", "Access: who",
         "Access: certificate", "Access: forwarded", "Access: outer_scheme", "Access: method"},
