@@ -4837,6 +4837,51 @@ def parse_rules(content):
 Who = collections.namedtuple("Who", "user grants")
 
 
+class RequestHead:
+    """The head of a request: the method, the decoded path, the query, and the headers by their
+    names in lower case.
+
+    The values of a header that is repeated are joined by commas: docker sends its Accept in six
+    lines. `client` is the address that the request came from, through proxies that we believe.
+    `certificate` is the user whom the client's TLS certificate names, if it has one. `version` is
+    HTTP's. `who` is None until Access has identified the client."""
+
+    def __init__(self, method: str, target: str, headers: Optional[Dict[str, str]] = None,
+                 client: str = "", scheme: str = "http", certificate: Optional[str] = None,
+                 version: str = "1.1") -> None:
+        path, _, query = re.sub(r"^https?://[^/]*", "", target).partition("?")
+        self.method = method
+        self.path = urllib.parse.unquote(path)
+        self.query = urllib.parse.parse_qs(query, keep_blank_values=True)
+        self.headers = headers or {}
+        self.client = client
+        self.scheme = scheme
+        self.certificate = certificate
+        self.version = version
+        self.who: Optional[Who] = None
+
+    def get(self, parameter: str, default: Any = None) -> Any:
+        """The last value of a query parameter, or the default without one."""
+        return self.query.get(parameter, [default])[-1]
+
+    def header(self, name: str, default: str = "") -> str:
+        return self.headers.get(name, default)
+
+    def forwarded(self, name: str, default: str) -> str:
+        """What a proxy says that its client sent: the first value of X-Forwarded-NAME, or the
+        default without that header; "" if it does not look like a host or a scheme."""
+        value = self.header("x-forwarded-" + name, default).split(",")[0].strip()
+        return value if re.fullmatch(r"[0-9A-Za-z.:_\[\]-]{1,255}", value) else ""
+
+    def host(self) -> str:
+        """HOST[:PORT] of this registry, as its client knows it."""
+        return self.forwarded("host", self.header("host")) or "HOST"
+
+    def outer_scheme(self) -> str:
+        """https or http, as the client knows it."""
+        return "https" if self.forwarded("proto", self.scheme) == "https" else "http"
+
+
 class WrongPasswords:
     """Counts the wrong passwords of each client, for all processes of a server together.
 
@@ -5568,53 +5613,24 @@ class Observation:
 # -------------------------------------------------------------------------------------------------
 
 
-class Request:
-    """One request: the method, the decoded path, the query, the headers (names in lower case, values of repeated
-    ones joined by commas: docker sends its Accept in six lines) and the body, a file to read from once.
+class Request(RequestHead):
+    """One request: its head, and its body, a file to read from once.
 
-    `client` is the address it came from, through proxies that we believe; `certificate` the user whom the client's
-    TLS certificate names, if it has one; `ca` the certificate of the CA that made the server's. `who` is filled in by
-    Access."""
+    `ca` is the certificate of the CA that made the server's."""
 
-    def __init__(self, method, target, headers=None, body=None, client="", scheme="http", certificate=None, ca=None,
-                 version="1.1"):
-        path, _, query = re.sub(r"^https?://[^/]*", "", target).partition("?")
-        self.method = method
-        self.path = urllib.parse.unquote(path)
-        self.query = urllib.parse.parse_qs(query, keep_blank_values=True)
-        self.headers = headers or {}
+    def __init__(self, method: str, target: str, headers: Optional[Dict[str, str]] = None,
+                 body: Any = None, client: str = "", scheme: str = "http",
+                 certificate: Optional[str] = None, ca: Optional[bytes] = None,
+                 version: str = "1.1") -> None:
+        super().__init__(method, target, headers, client, scheme, certificate, version)
         self.body = body or io.BytesIO()
-        self.client = client
-        self.scheme = scheme
-        self.version = version   # of HTTP
-        self.certificate = certificate
         self.ca = ca
-        self.who = None
         self.route: Optional[Route] = None        # what dispatch chose, …
         self.path_values: Dict[str, Any] = {}     # … and what the path names: name, digest, …
         self.observation = None  # the server's
         self.go_on = lambda: None  # raises ClientLeft once nobody waits for the response
 
-    def get(self, parameter, default=None):
-        """The (last) value of a query parameter."""
-        return self.query.get(parameter, [default])[-1]
-
-    def header(self, name, default=""):
-        return self.headers.get(name, default)
-
-    def forwarded(self, name, default):
-        """What a proxy says that its client asked it: the first of X-Forwarded-…, if it looks like one."""
-        value = self.header("x-forwarded-" + name, default).split(",")[0].strip()
-        return value if re.fullmatch(r"[0-9A-Za-z.:_\[\]-]{1,255}", value) else ""
-
-    def host(self):
-        """HOST[:PORT] of this registry, as its client knows it."""
-        return self.forwarded("host", self.header("host")) or "HOST"
-
-    def outer_scheme(self):
-        return "https" if self.forwarded("proto", self.scheme) == "https" else "http"
-
-    def read_body(self, limit):
+    def read_body(self, limit: int) -> bytes:
         """The whole body, or more than `limit` bytes from its begin if it is longer."""
         content, block = bytearray(), memoryview(bytearray(COPY_BUFFER))
         for count in iter(lambda: self.body.readinto(block), 0):

@@ -337,8 +337,7 @@ NOT_YET = {
     private_names_of_other_rooms: {
         "Remote: _session_of", "Upkeep"},
     uses_of_rooms_below: {
-        "Registry: manifest", "Registry: tags", "Registry: resolve", "Access: who",
-        "Access: certificate", "Access: forwarded", "Access: outer_scheme", "Access: method"},
+        "Registry: manifest", "Registry: tags", "Registry: resolve"},
     untyped_public_functions: {
         "Values", "Registry", "Directory", "Upkeep", "Archive", "Remote", "Copy", "Access", "Observation",
         "API", "Page", "Server", "Commands"},
