@@ -100,8 +100,8 @@ import urllib.request
 import uuid
 import zlib
 from typing import (
-    Any, BinaryIO, Callable, ContextManager, Dict, Iterable, Iterator, List, NamedTuple,
-    Optional, Pattern, Sequence, Set, Tuple, Type, Union,
+    Any, BinaryIO, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping,
+    NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
 )
 
 __version__ = "0.1"
@@ -140,27 +140,27 @@ MAX_CHUNK_LINE = 1 << 10     # bytes; a chunk's size line with its extensions, w
 MAX_DRAIN = 256 << 10        # bytes of a refused body that are read, to keep the connection
 MAX_LINGER = 64 << 20        # bytes read off a connection that is to be closed, so that the answer arrives
 COPY_BUFFER = 256 << 10      # bytes moved at once from file to file; an upload is written whenever so many have come
-MOST_AT_ONCE = 640 << 10     # bytes of an upload that are taken with one call, where the network is that fast
+MAX_UPLOAD_READ = 640 << 10     # bytes of an upload that are taken with one call, where the network is that fast
 SMALL_BLOB = 64 << 10        # bytes; a blob up to this goes out in one write with its headers, and may be cached
 MAX_CACHED = 16 << 20        # bytes of answers that one worker keeps
 INDEXED_REPOSITORIES = 64    # whose referrers a process keeps in memory
-SETTLED = 2.0                # seconds; folders that changed in the same tick of the clock may look alike
+SETTLING_TIME = 2.0                # seconds; folders that changed in the same tick of the clock may look alike
 HASHED_SESSIONS = 1024       # upload sessions whose hash is kept in memory; others are read again at their end
 MAX_LIVE = 1 << 20           # bytes of the file that /live follows, then a new one begins
 MAX_EVENTS = 10000           # notifications that are kept for an endpoint that takes none
-MIN_ROOM = 64 << 20          # bytes that must be free for a server to call itself ready
+MIN_FREE_SPACE = 64 << 20          # bytes that must be free for a server to call itself ready
 ROWS = 100                   # entries in one table of the page
 MAX_DESCRIBED = 1000         # manifests that are read to say how large an index is
-MAX_LOOKED_AT = 2 << 20      # bytes of manifests that a page reads to find those without a tag
+MAX_PAGE_READ = 2 << 20      # bytes of manifests that a page reads to find those without a tag
 MAX_TYPES = 10000            # media types of manifests that one process remembers
-COLLECTED_AT_ONCE = 64       # folders that gc takes away while it holds the lock alone: some milliseconds
+SWEEP_BATCH = 64       # folders that gc takes away while it holds the lock alone: some milliseconds
 PAGE_SIZE = 1000             # entries in one page of the catalog or of referrers, and the most that n may ask for
 
 TICK = 5.0                   # seconds; how often a waiting connection looks at its time limits
-CACHED_FOR = 1.0             # seconds that an answer may be repeated; so a token's end or a new rule counts by then
+CACHE_LIFE = 1.0             # seconds that an answer may be repeated; so a token's end or a new rule counts by then
 MAX_CONNECTIONS = 256        # of one client, in one worker: so that one laptop can't starve a room …
 MAX_UPLOADS = 1000           # … and upload sessions. What comes from this machine, so from a proxy, is not limited
-MOST_CONNECTIONS = 4096      # of one worker: each has a thread; fewer where the host allows few open files
+MAX_ALL_CONNECTIONS = 4096      # of one worker: each has a thread; fewer where the host allows few open files
 SPARE_THREADS = 16           # threads that wait for a connection, per listening socket; more end with theirs
 CLIENT_LEFT = 499            # what logs have as the status, as nginx's do, where the client did not wait for one
 IDLE_LIMIT = 60.0            # seconds that a kept connection may wait for its next request
@@ -171,12 +171,12 @@ NOTIFY_LIMIT = 15.0          # seconds that an endpoint may take for one notific
 NOTIFY_POLL = 0.2            # seconds between two looks for events that another process has queued
 USAGE_LIFE = 60.0            # seconds that a measurement of the store is used for, or 50 times what it took
 CLOCK_SLACK = 60.0           # seconds by which clocks may differ: those of hosts that share a store
-IMPLAUSIBLE = 180 * 86400.0  # seconds; if the newest tag is older, gc asks whether the clock is right
-TOLD_AGAIN = 60.0            # seconds; a link that is younger is not touched again when a client is told of it
+IMPLAUSIBLE_AGE = 180 * 86400.0  # seconds; if the newest tag is older, gc asks whether the clock is right
+TOUCH_AGAIN_AFTER = 60.0            # seconds; a link that is younger is not touched again when a client is told of it
 UPLOAD_IDLE = 24 * 3600.0    # seconds after which an upload session that nobody writes to is forgotten
 GRACE_HOURS = 1              # hours for which gc leaves what was pushed or asked for, unless told otherwise
-ROOT_LOOK = 1.0              # seconds between two looks whether the store is still there
-UPKEEP = 3600.0              # seconds between two looks for such sessions
+ROOT_CHECK_PERIOD = 1.0              # seconds between two looks whether the store is still there
+UPKEEP_PERIOD = 3600.0              # seconds between two looks for such sessions
 PACE_WINDOW = 30.0           # seconds in which a body, in or out, must move …
 PACE_BYTES = 30 << 10        # … so many bytes: 1 KiB a second
 
@@ -426,7 +426,7 @@ def image_text(name: str, reference: Union[str, Digest]) -> str:
     return "%s%s@%s" % (name, ":" + reference.tag if reference.tag else "", reference)
 
 
-TAG_ABOUT = re.compile(r"(sha256|sha512)-([0-9a-f]{64})(?:\..*)?")  # such a tag, or cosign's: that and .sig, .att …
+FALLBACK_TAG = re.compile(r"(sha256|sha512)-([0-9a-f]{64})(?:\..*)?")  # such a tag, or cosign's: that and .sig, .att …
 
 
 def fallback_tag(subject):
@@ -457,7 +457,7 @@ def is_this_machine(text: str) -> bool:
     return address.is_loopback if address else without_port(text).lower() == "localhost"
 
 
-def whole_client(text: str) -> str:
+def client_key(text: str) -> str:
     """What limits count as one client: an IPv4 address, or the IPv6 network of 64 bits, which a
     host may have whole."""
     address = find_address(text)
@@ -543,7 +543,7 @@ def origin_name(host, path):
     return parse_name("%s/%s" % (origin_of(host), path))
 
 
-def usual_host(host):
+def canonical_host(host):
     """The host of a registry; Docker Hub has several, and docker.io is what people write."""
     return "docker.io" if host in ("index.docker.io", "registry-1.docker.io") else host
 
@@ -556,7 +556,7 @@ def parse_image(text):
         first, path = "docker.io", text
     elif not HOST.fullmatch(first):
         raise RegistryError("NAME_INVALID", text[:MAX_NAME], message="invalid host; write HOST[:PORT]/NAME[:TAG]")
-    host = usual_host(first)
+    host = canonical_host(first)
     path, reference = split_reference(path)
     if host == "docker.io" and "/" not in path:
         if re.fullmatch("[0-9a-f]{64}", path):
@@ -583,7 +583,7 @@ def names_to_try(name: str, origin: Optional[str] = None) -> List[str]:
         if not HOST.fullmatch(origin):
             raise RegistryError("NAME_INVALID", origin[:MAX_NAME],
                                 message="ns must be the host of a registry: HOST[:PORT]")
-        host = usual_host(origin.lower())
+        host = canonical_host(origin.lower())
         return [origin_name(host, short if host == "docker.io" else name)]
     at_docker = "docker.io/" + short
     return [name] if has_origin(name) or len(at_docker) > MAX_NAME else [name, at_docker]
@@ -1532,7 +1532,7 @@ class Directory(Registry):
         leaves it, and the blob behind it, for as long as its grace period."""
         link = os.path.join(folder, "link")
         try:
-            if time.time() - os.stat(link).st_mtime > TOLD_AGAIN and self.renew:
+            if time.time() - os.stat(link).st_mtime > TOUCH_AGAIN_AFTER and self.renew:
                 os.utime(link)
         except FileNotFoundError:
             return False
@@ -1732,7 +1732,7 @@ class Directory(Registry):
         if self.read_only:
             return
         self.files.probe()
-        if self.free_space() < MIN_ROOM:
+        if self.free_space() < MIN_FREE_SPACE:
             raise RegistryError("UNAVAILABLE", message="less than 64 MiB are free on the store's disk")
 
     # Referrers
@@ -1794,7 +1794,7 @@ class Directory(Registry):
         show: after another one of the last seconds, or where nothing may be kept."""
         folders = [look_at(os.path.join(self.layout.repository_path(name), "_manifests", "revisions", algorithm))
                    for algorithm in ALGORITHMS]
-        is_settled = max(folder.mtime for folder in folders) < time.time() - SETTLED
+        is_settled = max(folder.mtime for folder in folders) < time.time() - SETTLING_TIME
         version = self.version()
         return (version, folders) if version and is_settled else None
 
@@ -2087,7 +2087,7 @@ class DirectoryUpload:
             if start not in (None, self.offset):
                 raise self._misplaced()
             hasher = self.store.hashers.pop((self.id, self.offset), None if self.offset else hashlib.sha256())
-            buffer, more = memoryview(bytearray(MOST_AT_ONCE)), True
+            buffer, more = memoryview(bytearray(MAX_UPLOAD_READ)), True
             while more:
                 filled = 0
                 try:
@@ -2245,7 +2245,7 @@ class Collection:
                  among=None, force=False):
         self.store = store
         self.now = time.time()
-        self.grace = grace + TOLD_AGAIN if grace else 0.0  # clients are told of links that are not touched again yet
+        self.grace = grace + TOUCH_AGAIN_AFTER if grace else 0.0  # clients are told of links that are not touched again yet
         self.untagged = untagged
         self.keep, self.older_than, self.among = keep, older_than, among
         self.force, self.doubt = force, None  # a sentence on a clock that seems to be wrong
@@ -2294,7 +2294,7 @@ class Collection:
                   for name in repository_folders(self.store)
                   for tag in list_directory(self.store.layout.tag_path(name, ""))]
         newest, name, tag = max(pushed, default=(self.now, "", ""))
-        least = 0.0 if self.keep is None else IMPLAUSIBLE
+        least = 0.0 if self.keep is None else IMPLAUSIBLE_AGE
         if self.keep is not None and newest > self.now + CLOCK_SLACK:
             consequence = "would count as the newest from now on"
         elif self.older_than is not None and self.now - newest > max(self.older_than, least):
@@ -2407,7 +2407,7 @@ class Collection:
         moved, targets = {}, {}
         for tag in list_directory(self.store.layout.tag_path(name, "")):
             current = self.store.layout.current_path(name, tag)
-            digest = None if TAG_ABOUT.fullmatch(tag) else self.store.layout.read_link(current)
+            digest = None if FALLBACK_TAG.fullmatch(tag) else self.store.layout.read_link(current)
             if digest:
                 moved[tag], targets[tag] = look_at(os.path.join(current, "link"))[0], digest
         limit = min(self.young, self.now - (self.older_than or 0.0))
@@ -2429,7 +2429,7 @@ class Collection:
         notes = []
         for tag in list_directory(self.store.layout.tag_path(name, "")):
             digest = self.store.layout.read_link(self.store.layout.current_path(name, tag))
-            if digest and expired and TAG_ABOUT.fullmatch(tag) and key_of(tag) in mentions:
+            if digest and expired and FALLBACK_TAG.fullmatch(tag) and key_of(tag) in mentions:
                 about.setdefault(key_of(tag), []).append(key_of(digest))
                 notes.append(tag)
             elif digest and tag not in expired:
@@ -2447,7 +2447,7 @@ class Collection:
         """Take away the folders of the (digest or tag, folder) entries whose file is not young, in
         a repository or among the blobs. Returns the other entries."""
         stay, entries = [], iter(entries)
-        for batch in iter(lambda: list(itertools.islice(entries, COLLECTED_AT_ONCE)), []):
+        for batch in iter(lambda: list(itertools.islice(entries, SWEEP_BATCH)), []):
             looks = {entry: self._look(os.path.join(entry[1], file)) for entry in batch}
             old = [entry for entry in batch if looks[entry][0] < self.young]
             if old and not self.dry_run:
@@ -2548,7 +2548,7 @@ def freed_bytes(store, name, grace):
                        tell=lambda kind, what, size: digests.add(what.partition("@")[2]))
     later.collect_repository(name)
     size = sum(look_at(store.layout.blob_path(Digest(digest))).size for digest in digests if digest)
-    return size, later.newest + grace + TOLD_AGAIN
+    return size, later.newest + grace + TOUCH_AGAIN_AFTER
 
 
 # Upkeep: verification
@@ -3407,7 +3407,7 @@ class ArchiveWriter(Registry):
             manifest, annotations = self.manifests[digest], {}
             if isinstance(reference, Digest) and digest in children:
                 continue
-            about = TAG_ABOUT.fullmatch(reference)
+            about = FALLBACK_TAG.fullmatch(reference)
             subject = manifest.subject or about and about.group(1) == "sha256" and "%s:%s" % about.groups()
             if subject:
                 annotations[SUBJECT] = subject
@@ -3630,7 +3630,7 @@ def login_key(name):
     """A host, or host and path, as we compare it: https://index.docker.io/v1/ is docker.io."""
     scheme, found, rest = name.partition("://")
     name = rest.partition("/")[0] if found else re.sub("/v[12]/?$", "", name)
-    return usual_host(name)
+    return canonical_host(name)
 
 
 def read_login(entry, file):
@@ -4989,7 +4989,7 @@ class Access:
     def _verify(self, request, user, password, stored):
         """Raises UNAUTHORIZED unless a password is right; TOOMANYREQUESTS if its client has sent many wrong ones (for
         this user, if it is this machine: behind a proxy here nobody is to lock out all others)."""
-        client = whole_client(request.client)
+        client = client_key(request.client)
         if is_this_machine(request.client):
             client += " " + user
         count, wait = self.failures.add(client, 1)  # first: others of this client are under way
@@ -5138,7 +5138,7 @@ class Access:
         client has too many open; but never for what comes from this machine, and so from a proxy."""
         if is_this_machine(request.client):
             return
-        begun = self.uploads.setdefault(whole_client(request.client), [])
+        begun = self.uploads.setdefault(client_key(request.client), [])
         if len(begun) >= MAX_UPLOADS or len(begun) % 100 == 99:
             begun[:] = [found for found in begun if registry.has_upload(*found)]
         if len(begun) >= MAX_UPLOADS:
@@ -6363,7 +6363,7 @@ def image_page(registry, access, request, name, reference):
 def tags_page(registry, request, name):
     """The tags of a repository, a page of them at a time; after the last the manifests without."""
     tags, more = take_page(registry.tags(name, request.get("last", "")), ROWS)
-    digests = [] if more else untagged(registry, name, MAX_LOOKED_AT)
+    digests = [] if more else untagged(registry, name, MAX_PAGE_READ)
     images = tags or digests
     return page(name, pull_commands(request, image_text(name, images[0])) if images else None,
                 table("Tags", IMAGE_ROW, [image_row(registry, name, tag) for tag in tags])
@@ -7403,7 +7403,7 @@ class ResponseCache:
         """The mark to keep a response under that is made from now on; None if nothing may be
         kept."""
         version = self.registry.version()
-        return (version, int(time.monotonic() / CACHED_FOR)) if version is not None else None
+        return (version, int(time.monotonic() / CACHE_LIFE)) if version is not None else None
 
     def find(self, asker: Any, head: bytes) -> Optional[CachedResponse]:
         """The response to this head of a request, if the same asker has sent it before."""
@@ -7908,7 +7908,7 @@ class Worker:
         self.tls = tls  # for a server that speaks HTTPS
         self.proxies = proxies  # networks whose X-Forwarded-For is believed
         # A connection may open two files beside itself.
-        self.room = min(MOST_CONNECTIONS, raise_file_limit() // 3)
+        self.room = min(MAX_ALL_CONNECTIONS, raise_file_limit() // 3)
         self.stopping = False
         self.cache = ResponseCache(registry)
         self.connections: Set[Connection] = set()
@@ -7948,7 +7948,7 @@ class Worker:
             self._uncount(connection)
             connection.counts_for = client
             self.connections.add(connection)
-            self.crowds[whole_client(client)] += 1
+            self.crowds[client_key(client)] += 1
             left = self.room - len(self.connections)
             if left < self.room // 4:
                 idle = [other for other in self.connections - {connection} if other.idle_since]
@@ -7959,11 +7959,11 @@ class Worker:
                     self.closing.add(oldest)
             if is_this_machine(client):
                 return -left
-            return self.crowds[whole_client(client)] - min(MAX_CONNECTIONS, left)
+            return self.crowds[client_key(client)] - min(MAX_CONNECTIONS, left)
 
     def _uncount(self, connection: Connection) -> None:
         if connection in self.connections:
-            client = whole_client(connection.counts_for)
+            client = client_key(connection.counts_for)
             self.connections.discard(connection)
             self.crowds[client] -= 1
             if not self.crowds[client]:
@@ -8299,7 +8299,7 @@ def keep_up(store, every, grace):
         return every - passed if passed >= -every else 0
 
     while True:
-        pause = UPKEEP
+        pause = UPKEEP_PERIOD
         try:
             if every and left() <= 0:
                 collect_garbage(store, grace=grace)
@@ -8327,7 +8327,7 @@ def watch_root(store: Directory, gone: threading.Event) -> None:
                 logger.error("%s is gone: deleted, or its disk was unmounted; the server ends", store.layout.tree)
                 gone.set()
                 return os.kill(os.getppid(), signal.SIGTERM)
-        time.sleep(ROOT_LOOK)
+        time.sleep(ROOT_CHECK_PERIOD)
 
 
 def check_writable(store):
@@ -8978,44 +8978,6 @@ def push(options):
     return run_copies(options, work, remote, progress)
 
 
-def positive(text):
-    """A number from 1 on the command line. Raises CommandError."""
-    if not re.fullmatch("[1-9][0-9]{0,3}", text):
-        raise CommandError("%r is no number from 1 to 9999" % text)
-    return int(text)
-
-
-def add_transfer_options(command, to=None, images=True, remote=True, strip=True):
-    """The options that pull, push, save and load have in common; `to` is the help of --to, where it
-    is needed, `images` whether images are named, `remote` whether another registry may be at work,
-    and `strip` whether an index may be changed."""
-    if images:
-        command.add_argument("-f", "--file", metavar="FILE", action="append", help="read images from FILE as well, one "
-                             "a line, # begins a comment; - is stdin")
-    command.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", action="append",
-                         help="copy images for this platform only; may be repeated; the index keeps its digest "
-                         "(default: all)")
-    if strip:
-        command.add_argument("--strip", action="store_true", help="take out of an index what does not "
-                             "go along (--platform), for registries that refuse it otherwise; its "
-                             "digest changes, those of its images and their signatures don't; where "
-                             "one image is left, the tag points to that")
-    command.add_argument("--no-referrers", action="store_true", help="leave signatures, SBOMs and the like behind")
-    command.add_argument("--dry-run", action="store_true", help="say what would be copied, and copy nothing")
-    if not remote:
-        return
-    if to:
-        command.add_argument("--to", metavar="HOST[:PORT][/PREFIX]", required=True, help=to)
-    command.add_argument("--jobs", metavar="N", type=positive, default=4, help="blobs that are copied at once")
-    command.add_argument("--retries", metavar="N", type=int, default=5, help="how often a request is tried again, with "
-                         "longer and longer pauses")
-    command.add_argument("--ca", metavar="FILE", help="trust the certificates of this CA (PEM) as well")
-    command.add_argument("--insecure", action="store_true", help="don't check certificates, and take plain HTTP where "
-                         "there is no TLS: whoever is on the way can read passwords and change tags")
-    command.add_argument("--plain-http", action="store_true", help="use HTTP: whoever is on the way can read passwords "
-                         "and change tags")
-
-
 def collect(options):
     """Delete what nothing refers to; or say what that would be."""
     if options.repositories and options.keep is None and options.older_than is None:
@@ -9299,36 +9261,322 @@ def load(options):
     return 1 if problems else status
 
 
-# options that take several values
-REPEATED = ("--listen", "--tls-name", "--trusted-proxy", "--immutable-tags", "--notify", "--upstream")
+# The command line
 
 
-def variable_of(option):
-    """The environment's variable for an option of serve."""
+def parse_positive(text: str) -> int:
+    """A number from 1. Raises CommandError, as the other functions that read an option's value."""
+    if not re.fullmatch("[1-9][0-9]{0,3}", text):
+        raise CommandError("%r is no number from 1 to 9999" % text)
+    return int(text)
+
+
+def parse_seconds(text: str) -> float:
+    """A time, such as 30, 30s, 5m, 24h or 7d, in seconds."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text)
+    if not match:
+        raise CommandError("%r is no time: write for example 30s, 5m or 24h" % text)
+    return float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
+
+
+def parse_age(text: str) -> float:
+    """A time that has a unit, in seconds: 90 alone means seconds, and who types it means days."""
+    if re.fullmatch("[0-9.]+", text):
+        raise CommandError("%r has no unit: write for example %sd" % (text, text))
+    return parse_seconds(text)
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes, such as 4096, 700M or 3.9G; the units are powers of 1024."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kKMGT]?)(?:i?B)?", text)
+    if not match:
+        raise CommandError("%r is no size: write for example 700M or 3.9G" % text)
+    return int(float(match.group(1)) * 1024 ** " KMGT".index(match.group(2).upper() or " "))
+
+
+def parse_upstream(text: str) -> Tuple[str, str, bool, str]:
+    """NS=URL as (NS, host, whether it speaks plain HTTP, prefix of the names there)."""
+    match = re.fullmatch(r"([^=/]+)=(?:(https?)://)?([^/@]+)(?:/(.*?))?/*", text)
+    if not match or not HOST.fullmatch(match.group(1)) or not HOST.fullmatch(match.group(3)):
+        raise CommandError("%r is no upstream: write for example docker.io=https://registry-1.docker.io"
+                           % text)
+    space, scheme, host, prefix = match.groups()
+    return origin_of(space), canonical_host(host), scheme == "http", prefix + "/" if prefix else ""
+
+
+class Option(NamedTuple):
+    """An option of a command, or a word that it takes: what add_argument of argparse is called with."""
+
+    names: List[str]
+    settings: Dict[str, Any]
+
+
+def flag(name: str, text: str) -> Option:
+    """An option without a value; `text` is its help."""
+    return Option([name], {"action": "store_true", "help": text})
+
+
+def value(names: str, metavar: str, text: str, parse: Callable = str, default: Any = None,
+          **settings: Any) -> Option:
+    """An option with one value, or a word without dashes. `parse` reads the text of the value, and
+    that of the default."""
+    return Option(names.split(), dict(settings, metavar=metavar, help=text, type=parse,
+                                      default=default))
+
+
+def repeated(names: str, metavar: str, text: str, parse: Callable = str, **settings: Any) -> Option:
+    """An option that may be given several times; its values make a list."""
+    return value(names, metavar, text, parse, [], action="append", **settings)
+
+
+QUIET = flag("--quiet", "say nothing but errors")
+JSON = flag("--json", "print JSON")
+DRY_RUN = flag("--dry-run", "say what would be copied, and copy nothing")
+
+# Each of these is a variable of the environment as well.
+SERVE_OPTIONS = [
+    QUIET,
+    value("archives", "ARCHIVE", "serve the images in these archives instead of the store, "
+          "read-only", nargs="*"),
+    repeated("--listen", "[HOST]:PORT", "address to listen on; :5000 is every address; may be "
+             "repeated (default: 127.0.0.1:5000, which Docker trusts without TLS)", parse_listen),
+    value("--anonymous", "LEVEL", "what clients without a password may do: none, pull, push or "
+          "admin, which deletes (default: none with --users or --tls-client-ca; else admin if "
+          "only this machine can reach it, and pull if others can)", choices=LEVELS),
+    value("--users", "FILE", "htpasswd file of those who may log in; see tinyreg.py passwd"),
+    value("--rules", "FILE", "lines REPOSITORY-GLOB USER|*|@anonymous pull|push|admin|none; the "
+          "last that matches counts; * stays within one component of a name, ** does not; the "
+          "user * is everyone who has logged in (without rules users may do everything)"),
+    flag("--tls", "serve HTTPS, with a CA and a certificate for this host that are made and "
+         "renewed as needed (with the openssl command); clients get the CA at /ca.crt; see "
+         "tinyreg.py clients"),
+    repeated("--tls-name", "NAME", "one more name or address to make the certificate for; may be "
+             "repeated"),
+    value("--tls-cert", "FILE", "serve HTTPS with this certificate (and its chain, PEM)"),
+    value("--tls-key", "FILE", "its key, unless that is in the same file"),
+    value("--tls-client-ca", "FILE", "take only clients with a certificate from this CA; its "
+          "subject's CN is the user"),
+    repeated("--trusted-proxy", "NET", "address or network of a proxy or load balancer whose "
+             "X-Forwarded-For tells who the client is; may be repeated (default: this machine's "
+             "alone)", parse_network),
+    flag("--sparse", "take image manifests whose blobs are missing (pulls of such an image fail)"),
+    flag("--read-only", "refuse pushes and deletions"),
+    flag("--shared", "servers on other hosts have this directory too: keep no answers in memory; "
+         "the README says what the file system must promise, and how to mount NFS"),
+    repeated("--immutable-tags", "GLOB", "tags (v*) or images (prod/**:*) that clients can't move "
+             "or delete; may be repeated (default: none)", parse_glob),
+    repeated("--notify", "URL", "POST events to this URL, in Distribution's format; may be "
+             "repeated; settings follow a #: actions=push,mount,delete,pull & "
+             "repositories=GLOB,... & secret=FILE & headers=FILE (default: none)", Endpoint),
+    value("--log", "STYLE", "text, json, off, or explain, which says in words what happens",
+          default="text", choices=list(LOG_FORMATS) + ["explain", "off"]),
+    value("--log-file", "FILE", "log there; SIGHUP opens it anew (default: stderr)"),
+    value("--workers", "N", "processes that serve", parse_positive, min(4, cores())),
+    repeated("--upstream", "NS=URL", "fetch what is missing below NS/ from URL, and keep it; may "
+             "be repeated; logins are those of docker login; pushes below NS/ are refused "
+             "(example: docker.io=https://registry-1.docker.io)", parse_upstream),
+    value("--upstream-ttl", "TIME", "how long a tag is taken as right before the upstream is "
+          "asked again", parse_seconds, "5m"),
+    value("--drain", "TIME", "how long running transfers may take to end after SIGTERM",
+          parse_seconds, "30s"),
+    value("--min-free", "SIZE", "refuse uploads that would leave less than this free on the disk, "
+          "for example 10G", parse_size, "0"),
+    value("--max-blob", "SIZE", "refuse blobs that are larger; 0 is no limit", parse_size, "0"),
+    value("--gc-every", "TIME", "delete what nothing refers to this often, for example 24h; 0 is "
+          "never", parse_seconds, "0"),
+    value("--grace", "TIME", "how long --gc-every leaves what a client was told about",
+          parse_seconds, "%dh" % GRACE_HOURS),
+]
+
+IMAGE_LIST = repeated("-f --file", "FILE", "read images from FILE as well, one a line, # begins a "
+                      "comment; - is stdin")
+PLATFORM = repeated("--platform", "OS/ARCH[/VARIANT]", "copy images for this platform only; may "
+                    "be repeated; the index keeps its digest (default: all)")
+STRIP = flag("--strip", "take out of an index what does not go along (--platform), for registries "
+             "that refuse it otherwise; its digest changes, those of its images and their "
+             "signatures don't; where one image is left, the tag points to that")
+NO_REFERRERS = flag("--no-referrers", "leave signatures, SBOMs and the like behind")
+REMOTE_OPTIONS = [
+    value("--jobs", "N", "blobs that are copied at once", parse_positive, 4),
+    value("--retries", "N", "how often a request is tried again, with longer and longer pauses",
+          int, 5),
+    value("--ca", "FILE", "trust the certificates of this CA (PEM) as well"),
+    flag("--insecure", "don't check certificates, and take plain HTTP where there is no TLS: "
+         "whoever is on the way can read passwords and change tags"),
+    flag("--plain-http", "use HTTP: whoever is on the way can read passwords and change tags"),
+]
+
+
+class Command(NamedTuple):
+    """A subcommand, and what its --help says."""
+
+    name: str
+    run: Callable[[argparse.Namespace], int]
+    purpose: str
+    examples: str
+    options: List[Option]
+    notes: str = ""
+
+
+COMMANDS = [
+    Command(
+        "serve", serve,
+        "Serve the store to clients that push and pull (what tinyreg.py does without a command).",
+        "  tinyreg.py serve\n"
+        "  tinyreg.py serve --root /srv/registry --listen :5000 --anonymous push\n"
+        "  tinyreg.py serve --listen :5000 --tls --users users --rules rules\n"
+        "  tinyreg.py serve /media/usb/images.tar\n",
+        SERVE_OPTIONS,
+        "\nEach option is a variable in the environment, too: --log-file is TINYREG_LOG_FILE.\n"
+        "Where an option may be repeated, spaces separate the values."),
+    Command(
+        "pull", pull, "Copy images from their registries into the store.",
+        "  tinyreg.py pull alpine:3.19 quay.io/prometheus/prometheus:v2.53.0\n"
+        "  tinyreg.py pull -f images.txt --platform linux/amd64 --dry-run\n",
+        [QUIET, JSON, value("images", "IMAGE", "as docker pull takes it", nargs="*"),
+         IMAGE_LIST, PLATFORM, NO_REFERRERS, DRY_RUN] + REMOTE_OPTIONS),
+    Command(
+        "push", push, "Copy images from the store to another registry.",
+        "  tinyreg.py push alpine:3.19 --to lab.example:5000\n"
+        "  tinyreg.py push -f images.txt --to lab.example/mirror\n"
+        "  tinyreg.py push alpine:3.19 --to harbor.lab/mirror --platform linux/amd64 --strip\n",
+        [QUIET, JSON, value("images", "IMAGE", "as pull took it, or as ls shows it", nargs="*"),
+         IMAGE_LIST, PLATFORM, STRIP, NO_REFERRERS, DRY_RUN,
+         value("--to", "HOST[:PORT][/PREFIX]", "the registry, and what its repositories' names "
+               "begin with", required=True)] + REMOTE_OPTIONS),
+    Command(
+        "save", save, "Write images of the store into an archive.",
+        "  tinyreg.py save alpine nginx:1.25 -o images.tar\n"
+        "  tinyreg.py save -f images.txt -o images.tar --have have.txt --split 3900M\n"
+        "  tinyreg.py save alpine -o - | ssh HOST docker load\n",
+        [QUIET, JSON, value("images", "IMAGE", "NAME[:TAG] or NAME@DIGEST", nargs="*"),
+         value("-o --output", "FILE", "the archive; - is stdout", required=True),
+         flag("--no-self", "leave out tinyreg.py itself"),
+         repeated("--have", "FILE", "leave out the blobs that are in these lists (`ls --digests` "
+                  "of the far side) or archives; images are named before it; may be repeated",
+                  nargs="+"),
+         value("--split", "SIZE", "write parts of at most this size, for example 3900M for a "
+               "FAT32 stick (default: one file)", parse_size),
+         IMAGE_LIST, PLATFORM, STRIP, NO_REFERRERS, DRY_RUN]),
+    Command(
+        "load", load, "Put the images of archives into the store.",
+        "  tinyreg.py load images.tar\n"
+        "  tinyreg.py load images-*.tar --want want.txt\n"
+        "  tinyreg.py load images.tar --to registry.lab:5000\n"
+        "  docker save alpine | tinyreg.py load -\n",
+        [QUIET, JSON,
+         value("archives", "FILE", "an OCI image layout or what docker save wrote, as tar, .tar.gz "
+               "or directory; a registry's data directory; - is stdin", nargs="+"),
+         value("--want", "FILE", "write the digests that are missing into this file"),
+         value("--to", "HOST[:PORT][/PREFIX]", "put them into this registry, not into the store"),
+         PLATFORM, STRIP, NO_REFERRERS, DRY_RUN] + REMOTE_OPTIONS),
+    Command(
+        "ls", list_store, "List repositories, images, or what archives hold.",
+        "  tinyreg.py ls\n"
+        "  tinyreg.py ls alpine quay.io/a/b:1.0\n"
+        "  tinyreg.py ls images.tar\n"
+        "  tinyreg.py ls --digests > have.txt\n",
+        [QUIET, JSON,
+         value("images", "IMAGE", "list the tags of NAME, or NAME:TAG, or what is in an archive, "
+               "with sizes and platforms", nargs="*"),
+         flag("--digests", "list every blob held instead")]),
+    Command(
+        "rm", remove, "Delete tags and manifests.",
+        "  tinyreg.py rm alpine:3.19\n"
+        "  tinyreg.py rm alpine@sha256:0123...\n",
+        [QUIET, JSON,
+         value("images", "IMAGE", "NAME:TAG deletes the tag; NAME@DIGEST deletes the manifest and "
+               "every tag that points to it", nargs="+")]),
+    Command(
+        "gc", collect, "Delete what nothing refers to; safe beside a running server.",
+        "  tinyreg.py gc --dry-run\n"
+        "  tinyreg.py gc\n"
+        "  tinyreg.py gc --untagged --grace 7d\n"
+        "  tinyreg.py gc --keep 10 --older-than 90d --repositories 'team/**' --dry-run\n",
+        [QUIET, JSON,
+         flag("--untagged", "also delete manifests that no tag leads to, itself or over an index "
+              "or a subject"),
+         value("--keep", "N", "delete the tags of each repository except the N that were last "
+               "pushed (load and pull count as well), and the manifests to which no other tag "
+               "leads, with their signatures; it does not know of a server's --immutable-tags "
+               "(default: all are kept)", parse_positive),
+         value("--older-than", "TIME", "delete the tags that were last pushed longer ago, for "
+               "example 90d, likewise; with --keep only what both would delete (default: any age "
+               "is kept)", parse_age),
+         value("--repositories", "GLOB", "in which repositories --keep and --older-than delete "
+               "tags; * stays within one component, ** does not (default: all)", parse_glob),
+         flag("--force", "let tags expire also where their times and this machine's clock don't "
+              "go together"),
+         value("--grace", "TIME", "leave what was pushed, or a client was told about, this short "
+               "ago", parse_seconds, "%dh" % GRACE_HOURS),
+         flag("--dry-run", "only list what would go, with its size")]),
+    Command(
+        "verify", verify, "Read everything again; name what is damaged, and what it harms.",
+        "  tinyreg.py verify --rate 50M\n"
+        "  tinyreg.py verify --repair\n"
+        "  tinyreg.py verify /media/stick/images-*.tar\n",
+        [QUIET, JSON,
+         value("archives", "FILE", "re-read these archives instead of the store", nargs="*"),
+         value("--rate", "SIZE", "read so much a second; 0 is no limit", parse_size, "0"),
+         flag("--repair", "move what is damaged into ROOT/tinyreg/damaged, so that pushing the "
+              "image again mends it")]),
+    Command(
+        "passwd", passwd, "Set the password of a user of a registry that has --users.",
+        "  tinyreg.py passwd alice --users /etc/tinyreg/users\n"
+        "  tinyreg.py passwd ci --users /etc/tinyreg/users --stdin < ci-password\n"
+        "  tinyreg.py passwd alice --users /etc/tinyreg/users --delete\n",
+        [QUIET, value("user", "USER", "letters, digits and most else, but no colon and no space"),
+         value("--users", "FILE", "the htpasswd file; made if it is not there", required=True),
+         flag("--stdin", "read the password from a line on standard input"),
+         flag("--delete", "remove the user")]),
+    Command(
+        "clients", clients, "Print shell scripts that make clients trust the registry.",
+        "  tinyreg.py clients docker --host registry.lab:5000\n"
+        "  tinyreg.py clients containerd --mirror | ssh root@node sh\n"
+        "  tinyreg.py clients containerd --mirror --user node < password > setup.sh\n"
+        "  tinyreg.py clients docker --install\n",
+        [QUIET, value("client", "CLIENT", "one of %(choices)s", nargs="?", choices=CLIENTS),
+         value("--host", "HOST:PORT", "what clients call the registry (default: this host's name, "
+               "and port 5000)"),
+         flag("--mirror", "let them take images of every origin from it, too"),
+         flag("--known-origins", "with --mirror: only of the origins that the store has images of"),
+         value("--user", "NAME", "who pulls from the mirror, if it wants a password, which is read "
+               "from standard input and gets into the script (docker, containerd)"),
+         flag("--install", "run the script here instead of printing it"),
+         value("--ca", "FILE", "the CA of the registry's certificate (default: the one that serve "
+               "--tls has made)"),
+         flag("--plain-http", "the registry has no TLS")]),
+]
+
+
+def variable_of(option: str) -> str:
+    """The variable of the environment for an option of serve: --log-file is TINYREG_LOG_FILE."""
     return "TINYREG_" + option.lstrip("-").replace("-", "_").upper()
 
 
-def with_environment(parser, given):
-    """The arguments of serve, after what the environment's variables say of those options that are not among them."""
-    found = []
-    for option, action in parser._option_string_actions.items():
-        value = os.environ.get(variable_of(option))
-        named = any(argument.partition("=")[0] == option for argument in given)
-        if not option.startswith("--") or option in ("--root", "--help") or named or not value:
+def with_environment(words: List[str]) -> List[str]:
+    """The arguments of serve, after those that the environment's variables make for options that
+    are not among them."""
+    named = {word.partition("=")[0] for word in words}
+    added = []
+    for (name, *_), settings in SERVE_OPTIONS:
+        text = os.environ.get(variable_of(name))
+        if not text or name in named or not name.startswith("--"):
             continue
-        if action.nargs != 0:
-            found += ["%s=%s" % (option, word) for word in (value.split() if option in REPEATED else [value])]
-        elif value.lower() not in ("0", "no", "false"):
-            found.append(option)
-    return found + given
+        if settings.get("action") != "store_true":
+            values = text.split() if settings.get("action") == "append" else [text]
+            added += ["%s=%s" % (name, value) for value in values]
+        elif text.lower() not in ("0", "no", "false"):
+            added.append(name)
+    return added + words
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line, with exit status 2."""
+    """Tells an error in one line; the exit status is 2."""
 
-    commands = {}  # name: its parser
+    commands: Mapping[str, argparse.ArgumentParser] = {}  # by their names
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         option = re.match("argument (--[a-z-]+)", message)
         if option and os.environ.get(variable_of(option.group(1))):
             message += "; %s is set" % variable_of(option.group(1))
@@ -9343,257 +9591,50 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action) if action.default else action.help
 
 
-def seconds(text):
-    """A time on the command line: 30, 30s, 5m, 24h, 7d. In seconds. Raises CommandError."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text)
-    if not match:
-        raise CommandError("%r is no time: write for example 30s, 5m or 24h" % text)
-    return float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
-
-
-def age_limit(text):
-    """A time with its unit, for --older-than: 90 alone would mean seconds, and who types that means days."""
-    if re.fullmatch("[0-9.]+", text):
-        raise CommandError("%r has no unit: write for example %sd" % (text, text))
-    return seconds(text)
-
-
-def byte_count(text):
-    """A number of bytes on the command line: 4096, 700M, 3.9G (powers of 1024). Raises CommandError."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kKMGT]?)(?:i?B)?", text)
-    if not match:
-        raise CommandError("%r is no size: write for example 700M or 3.9G" % text)
-    return int(float(match.group(1)) * 1024 ** " KMGT".index(match.group(2).upper() or " "))
-
-
-def upstream(text):
-    """NS=URL on the command line as (NS, host, whether it is plain HTTP, prefix). Raises CommandError."""
-    match = re.fullmatch(r"([^=/]+)=(?:(https?)://)?([^/@]+)(?:/(.*?))?/*", text)
-    if not match or not HOST.fullmatch(match.group(1)) or not HOST.fullmatch(match.group(3)):
-        raise CommandError("%r is no upstream: write for example docker.io=https://registry-1.docker.io"
-                                         % text)
-    space, scheme, host, prefix = match.groups()
-    return origin_of(space), usual_host(host), scheme == "http", prefix + "/" if prefix else ""
-
-
-def add_command(commands, function, name, purpose, examples, reports=True):
-    """A subcommand with the options that all of them have, or all that report something."""
-    parser = commands.add_parser(name, description=purpose, help=purpose[0].lower() + purpose[1:].rstrip("."),
-                                 epilog="examples:\n" + examples, formatter_class=HelpFormatter)
-    parser.set_defaults(function=function)
-    parser.add_argument("--root", metavar="DIR", default=default_root(),
-                        help="directory of the store (TINYREG_ROOT)")
-    parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
-    if reports:
-        parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
-
-
-def add_serve_command(commands):
-    command = add_command(commands, serve, "serve",
-                          "Serve the store to clients that push and pull (what tinyreg.py does without a command).",
-                          "  tinyreg.py serve\n"
-                          "  tinyreg.py serve --root /srv/registry --listen :5000 --anonymous push\n"
-                          "  tinyreg.py serve --listen :5000 --tls --users users --rules rules\n"
-                          "  tinyreg.py serve /media/usb/images.tar\n", reports=False)
-    command.description += ("\nEach option is a variable in the environment, too: --log-file is TINYREG_LOG_FILE.\n"
-                            "Where an option may be repeated, spaces separate the values.")
-    command.add_argument("archives", metavar="ARCHIVE", nargs="*", help="serve the images in these archives instead of "
-                         "the store, read-only")
-    command.add_argument("--listen", metavar="[HOST]:PORT", type=parse_listen, action="append",
-                         help="address to listen on; :5000 is every address; may be repeated (default: 127.0.0.1:5000, "
-                         "which Docker trusts without TLS)")
-    command.add_argument("--anonymous", metavar="LEVEL", choices=LEVELS, help="what clients without a password may do: "
-                         "none, pull, push or admin, which deletes (default: none with --users or --tls-client-ca; "
-                         "else admin if only this machine can reach it, and pull if others can)")
-    command.add_argument("--users", metavar="FILE", help="htpasswd file of those who may log in; see tinyreg.py passwd")
-    command.add_argument("--rules", metavar="FILE", help="lines REPOSITORY-GLOB USER|*|@anonymous "
-                         "pull|push|admin|none; the last that matches counts; * stays within one component of a name, "
-                         "** does not; the user * is everyone who has logged in (without rules users may do "
-                         "everything)")
-    command.add_argument("--tls", action="store_true", help="serve HTTPS, with a CA and a certificate for this host "
-                         "that are made and renewed as needed (with the openssl command); clients get the CA at "
-                         "/ca.crt; see tinyreg.py clients")
-    command.add_argument("--tls-name", metavar="NAME", action="append", help="one more name or address to make the "
-                         "certificate for; may be repeated")
-    command.add_argument("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate (and its chain, PEM)")
-    command.add_argument("--tls-key", metavar="FILE", help="its key, unless that is in the same file")
-    command.add_argument("--tls-client-ca", metavar="FILE", help="take only clients with a certificate from this CA; "
-                         "its subject's CN is the user")
-    command.add_argument("--trusted-proxy", metavar="NET", type=parse_network, action="append", default=[],
-                         help="address or network of a proxy or load balancer whose X-Forwarded-For tells who the "
-                         "client is; may be repeated (default: this machine's alone)")
-    command.add_argument("--sparse", action="store_true", help="take image manifests whose blobs are missing (pulls of "
-                         "such an image fail)")
-    command.add_argument("--read-only", action="store_true", help="refuse pushes and deletions")
-    command.add_argument("--shared", action="store_true", help="servers on other hosts have this directory too: keep "
-                         "no answers in memory; the README says what the file system must promise, and how to mount "
-                         "NFS")
-    command.add_argument("--immutable-tags", metavar="GLOB", type=parse_glob, action="append", default=[],
-                         help="tags (v*) or images (prod/**:*) that clients can't move or delete; may be repeated "
-                         "(default: none)")
-    command.add_argument("--notify", metavar="URL", type=Endpoint, action="append", default=[],
-                         help="POST events to this URL, in Distribution's format; may be repeated; settings follow a "
-                         "#: actions=push,mount,delete,pull & repositories=GLOB,... & secret=FILE & headers=FILE "
-                         "(default: none)")
-    command.add_argument("--log", metavar="STYLE", choices=list(LOG_FORMATS) + ["explain", "off"], default="text",
-                         help="text, json, off, or explain, which says in words what happens")
-    command.add_argument("--log-file", metavar="FILE", help="log there; SIGHUP opens it anew (default: stderr)")
-    command.add_argument("--workers", metavar="N", type=positive, default=min(4, cores()), help="processes that serve")
-    command.add_argument("--upstream", metavar="NS=URL", type=upstream, action="append",
-                         help="fetch what is missing below NS/ from URL, and keep it; may be repeated; logins are "
-                         "those of docker login; pushes below NS/ are refused (example: "
-                         "docker.io=https://registry-1.docker.io)")
-    command.add_argument("--upstream-ttl", metavar="TIME", type=seconds, default="5m",
-                         help="how long a tag is taken as right before the upstream is asked again")
-    command.add_argument("--drain", metavar="TIME", type=seconds, default="30s", help="how long running transfers may "
-                         "take to end after SIGTERM")
-    command.add_argument("--min-free", metavar="SIZE", type=byte_count, default="0",
-                         help="refuse uploads that would leave less than this free on the disk, for example 10G")
-    command.add_argument("--max-blob", metavar="SIZE", type=byte_count, default="0",
-                         help="refuse blobs that are larger; 0 is no limit")
-    command.add_argument("--gc-every", metavar="TIME", type=seconds, default="0", help="delete what nothing refers to "
-                         "this often, for example 24h; 0 is never")
-    command.add_argument("--grace", metavar="TIME", type=seconds, default="%dh" % GRACE_HOURS,
-                         help="how long --gc-every leaves "
-                         "what a client was told about")
-
-
-def add_transfer_commands(commands):
-    command = add_command(commands, pull, "pull", "Copy images from their registries into the store.",
-                          "  tinyreg.py pull alpine:3.19 quay.io/prometheus/prometheus:v2.53.0\n"
-                          "  tinyreg.py pull -f images.txt --platform linux/amd64 --dry-run\n")
-    command.add_argument("images", metavar="IMAGE", nargs="*", help="as docker pull takes it")
-    add_transfer_options(command, strip=False)
-    command = add_command(commands, push, "push", "Copy images from the store to another registry.",
-                          "  tinyreg.py push alpine:3.19 --to lab.example:5000\n"
-                          "  tinyreg.py push -f images.txt --to lab.example/mirror\n"
-                          "  tinyreg.py push alpine:3.19 --to harbor.lab/mirror --platform linux/amd64 --strip\n")
-    command.add_argument("images", metavar="IMAGE", nargs="*", help="as pull took it, or as ls shows it")
-    add_transfer_options(command, to="the registry, and what its repositories' names begin with")
-    command = add_command(commands, save, "save", "Write images of the store into an archive.",
-                          "  tinyreg.py save alpine nginx:1.25 -o images.tar\n"
-                          "  tinyreg.py save -f images.txt -o images.tar --have have.txt --split 3900M\n"
-                          "  tinyreg.py save alpine -o - | ssh HOST docker load\n")
-    command.add_argument("images", metavar="IMAGE", nargs="*", help="NAME[:TAG] or NAME@DIGEST")
-    command.add_argument("-o", "--output", metavar="FILE", required=True, help="the archive; - is stdout")
-    command.add_argument("--no-self", action="store_true", help="leave out tinyreg.py itself")
-    command.add_argument("--have", metavar="FILE", nargs="+", action="append", default=[],
-                         help="leave out the blobs that are in these lists (`ls --digests` of the "
-                         "far side) or archives; images are named before it; may be repeated")
-    command.add_argument("--split", metavar="SIZE", type=byte_count, help="write parts of at most this size, for "
-                         "example 3900M for a FAT32 stick (default: one file)")
-    add_transfer_options(command, remote=False)
-    command = add_command(commands, load, "load", "Put the images of archives into the store.",
-                          "  tinyreg.py load images.tar\n  tinyreg.py load images-*.tar --want want.txt\n"
-                          "  tinyreg.py load images.tar --to registry.lab:5000\n"
-                          "  docker save alpine | tinyreg.py load -\n")
-    command.add_argument("archives", metavar="FILE", nargs="+", help="an OCI image layout or what docker save wrote, "
-                         "as tar, .tar.gz or directory; a registry's data directory; - is stdin")
-    command.add_argument("--want", metavar="FILE", help="write the digests that are missing into this file")
-    command.add_argument("--to", metavar="HOST[:PORT][/PREFIX]", help="put them into this registry, not into the store")
-    add_transfer_options(command, images=False)
-
-
-def add_store_commands(commands):
-    command = add_command(commands, list_store, "ls",
-                          "List repositories, images, or what archives hold.",
-                          "  tinyreg.py ls\n  tinyreg.py ls alpine quay.io/a/b:1.0\n"
-                          "  tinyreg.py ls images.tar\n  tinyreg.py ls --digests > have.txt\n")
-    command.add_argument("images", metavar="IMAGE", nargs="*", help="list the tags of NAME, or "
-                         "NAME:TAG, or what is in an archive, with sizes and platforms")
-    command.add_argument("--digests", action="store_true", help="list every blob held instead")
-    command = add_command(commands, remove, "rm", "Delete tags and manifests.",
-                          "  tinyreg.py rm alpine:3.19\n  tinyreg.py rm alpine@sha256:0123...\n")
-    command.add_argument("images", metavar="IMAGE", nargs="+", help="NAME:TAG deletes the tag; NAME@DIGEST deletes the "
-                         "manifest and every tag that points to it")
-    command = add_command(commands, collect, "gc", "Delete what nothing refers to; safe beside a running server.",
-                          "  tinyreg.py gc --dry-run\n  tinyreg.py gc\n  tinyreg.py gc --untagged --grace 7d\n"
-                          "  tinyreg.py gc --keep 10 --older-than 90d --repositories 'team/**' --dry-run\n")
-    command.add_argument("--untagged", action="store_true", help="also delete manifests that no tag leads to, itself "
-                         "or over an index or a subject")
-    command.add_argument("--keep", metavar="N", type=positive, help="delete the tags of each repository except the N "
-                         "that were last pushed (load and pull count as well), and the manifests to which no other tag "
-                         "leads, with their signatures; it does not know of a server's --immutable-tags "
-                         "(default: all are kept)")
-    command.add_argument("--older-than", metavar="TIME", type=age_limit, help="delete the tags that were last pushed "
-                         "longer ago, for example 90d, likewise; with --keep only what both would delete "
-                         "(default: any age is kept)")
-    command.add_argument("--repositories", metavar="GLOB", type=parse_glob, help="in which repositories --keep and "
-                         "--older-than delete tags; * stays within one component, ** does not (default: all)")
-    command.add_argument("--force", action="store_true", help="let tags expire also where their "
-                         "times and this machine's clock don't go together")
-    command.add_argument("--grace", metavar="TIME", type=seconds, default="%dh" % GRACE_HOURS,
-                         help="leave what was pushed, or a "
-                         "client was told about, this short ago")
-    command.add_argument("--dry-run", action="store_true", help="only list what would go, with its size")
-    command = add_command(commands, verify, "verify", "Read everything again; name what is damaged, and what it harms.",
-                          "  tinyreg.py verify --rate 50M\n  tinyreg.py verify --repair\n"
-                          "  tinyreg.py verify /media/stick/images-*.tar\n")
-    command.add_argument("archives", metavar="FILE", nargs="*", help="re-read these archives instead of the store")
-    command.add_argument("--rate", metavar="SIZE", type=byte_count, default="0", help="read so much a second; 0 is no "
-                         "limit")
-    command.add_argument("--repair", action="store_true", help="move what is damaged into ROOT/tinyreg/damaged, so "
-                         "that pushing the image again mends it")
-
-
-def add_client_commands(commands):
-    command = add_command(commands, passwd, "passwd", "Set the password of a user of a registry that has --users.",
-                          "  tinyreg.py passwd alice --users /etc/tinyreg/users\n"
-                          "  tinyreg.py passwd ci --users /etc/tinyreg/users --stdin < ci-password\n"
-                          "  tinyreg.py passwd alice --users /etc/tinyreg/users --delete\n", reports=False)
-    command.add_argument("user", metavar="USER", help="letters, digits and most else, but no colon and no space")
-    command.add_argument("--users", metavar="FILE", required=True, help="the htpasswd file; made if it is not there")
-    command.add_argument("--stdin", action="store_true", help="read the password from a line on standard input")
-    command.add_argument("--delete", action="store_true", help="remove the user")
-    command = add_command(commands, clients, "clients", "Print shell scripts that make clients trust the registry.",
-                          "  tinyreg.py clients docker --host registry.lab:5000\n"
-                          "  tinyreg.py clients containerd --mirror | ssh root@node sh\n"
-                          "  tinyreg.py clients containerd --mirror --user node < password > setup.sh\n"
-                          "  tinyreg.py clients docker --install\n", reports=False)
-    command.add_argument("client", metavar="CLIENT", nargs="?", choices=CLIENTS, help="one of %(choices)s")
-    command.add_argument("--host", metavar="HOST:PORT", help="what clients call the registry (default: this host's "
-                         "name, and port 5000)")
-    command.add_argument("--mirror", action="store_true", help="let them take images of every origin from it, too")
-    command.add_argument("--known-origins", action="store_true", help="with --mirror: only of the origins that "
-                         "the store has images of")
-    command.add_argument("--user", metavar="NAME", help="who pulls from the mirror, if it wants a password, which "
-                         "is read from standard input and gets into the script (docker, containerd)")
-    command.add_argument("--install", action="store_true", help="run the script here instead of printing it")
-    command.add_argument("--ca", metavar="FILE", help="the CA of the registry's certificate (default: the one that "
-                         "serve --tls has made)")
-    command.add_argument("--plain-http", action="store_true", help="the registry has no TLS")
-
-
-def build_parser():
-    parser = Parser(prog="tinyreg.py", formatter_class=HelpFormatter, description="A container registry in one file.",
-                    epilog="examples:\n  python3 tinyreg.py                        serve ./registry on 127.0.0.1:5000\n"
-                    "  python3 tinyreg.py serve --listen :5000   serve it to the network\n"
-                    "  python3 tinyreg.py serve --help           the options of a command\n")
+def build_parser() -> Parser:
+    """The parser of the whole command line, from COMMANDS."""
+    parser = Parser(
+        prog="tinyreg.py", formatter_class=HelpFormatter,
+        description="A container registry in one file.",
+        epilog="examples:\n"
+               "  python3 tinyreg.py                        serve ./registry on 127.0.0.1:5000\n"
+               "  python3 tinyreg.py serve --listen :5000   serve it to the network\n"
+               "  python3 tinyreg.py serve --help           the options of a command\n")
     parser.add_argument("--version", action="version", version="tinyreg " + __version__)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
     parser.commands = commands.choices
-    add_serve_command(commands)
-    add_transfer_commands(commands)
-    add_store_commands(commands)
-    add_client_commands(commands)
+    root = value("--root", "DIR", "directory of the store (TINYREG_ROOT)", default=default_root())
+    for name, function, purpose, examples, options, notes in COMMANDS:
+        command = commands.add_parser(
+            name, help=purpose[0].lower() + purpose[1:].rstrip("."), description=purpose + notes,
+            epilog="examples:\n" + examples, formatter_class=HelpFormatter)
+        command.set_defaults(function=function)
+        for names, settings in [root] + options:
+            command.add_argument(*names, **settings)
     return parser
 
 
-def main(argv=None):
+def with_command(words: List[str], parser: Parser) -> List[str]:
+    """The arguments with the command first: serve, if none is named. Ends the program where a
+    command stands behind options."""
+    if not words or words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
+        words = ["serve"] + words
+    if words[0] != "serve":
+        return words
+    for before, word in zip(words, words[1:]):
+        if word in parser.commands and not before.startswith("-") and not os.path.exists(word):
+            parser.error("write the command first: tinyreg.py %s ..." % word)
+    if {"-h", "--help"} & set(words):  # errors about variables send people here
+        return words
+    return ["serve"] + with_environment(words[1:])
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command; returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version"):
-        arguments.insert(0, "serve")
     parser = build_parser()
-    late = [word for before, word in zip(arguments, arguments[1:])
-            if word in parser.commands and not before.startswith("-") and not os.path.exists(word)]
-    if arguments[0] == "serve" and late:
-        parser.error("write the command first: tinyreg.py %s ..." % late[0])
-    if arguments[0] == "serve" and not {"-h", "--help"} & set(arguments):  # where errors about variables send people
-        arguments[1:] = with_environment(parser.commands["serve"], arguments[1:])
-    options = parser.parse_args(arguments)
-    options.arguments = arguments
+    words = with_command(list(sys.argv[1:] if argv is None else argv), parser)
+    options = parser.parse_args(words)
+    options.arguments = words
     if options.command == "serve":
         options.listen = options.listen or [("127.0.0.1", 5000)]
     start_logging("command")

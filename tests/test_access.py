@@ -513,7 +513,7 @@ def test_uploads_that_have_ended_are_forgotten(world):
     ("10.0.0.1", "10.0.0.1", True), ("10.0.0.1", "10.0.0.2", False), ("2001:db8::1", "2001:db8:0:0:ffff::", True),
     ("2001:db8:1:2::", "2001:db8:1:3::", False), ("fe80::1%eth0", "fe80::2", True), ("::ffff:10.0.0.1", "::1", False)])
 def test_an_ipv6_network_of_64_bits_is_one_client(one, other, same):
-    assert (tinyreg.whole_client(one) == tinyreg.whole_client(other)) == same
+    assert (tinyreg.client_key(one) == tinyreg.client_key(other)) == same
 
 
 @pytest.mark.parametrize("peer, forwarded, client", [

@@ -758,7 +758,7 @@ def test_referrers_that_others_wrote_are_found(store, root):
 
 def test_referrers_of_a_large_repository_are_not_read_again_for_each_question(store, root, monkeypatch):
     """Twenty thousand manifests would cost half a second each time; but whatever comes is seen at once."""
-    monkeypatch.setattr(tinyreg, "SETTLED", -1.0)
+    monkeypatch.setattr(tinyreg, "SETTLING_TIME", -1.0)
     about = make_image(store, "a")
     for number in range(20):
         make_image(store, "a", "t%d" % number, annotations={"number": str(number)})

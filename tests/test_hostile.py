@@ -482,7 +482,7 @@ ATTACKS = {
     "DIGEST": [("sha256:", "a", ""), ("", "sha256:", "")],
     "HOST": [("", "a", "!"), ("", "a-", ""), ("", "a.", "!"), ("", "-", ""), ("", "a.a-", ".")],
     "UNSAFE": [("", "\x1b", ""), ("", "a", "\x1b")],
-    "TAG_ABOUT": [("sha256-" + HEX, ".", "\n"), ("", "sha256-", "")],
+    "FALLBACK_TAG": [("sha256-" + HEX, ".", "\n"), ("", "sha256-", "")],
     "REFERRER_LINE": [("", "sha256:" + HEX + " ", ""), ("", "\n", ""), ("", "sha256:" + HEX + " -", "")],
     "MENTIONED": [(b"", b"sha256:", b""), (b"sha256:", b"a", b""), (b"", b"sha256:" + HEX[:63].encode(), b"")],
     "LAYER_TYPES": [("", "application/vnd.", ""), ("application/vnd.oci.image.layer", ".", "")],

@@ -80,7 +80,7 @@ def test_a_manifest_without_a_tag_is_listed(store, monkeypatch):
     shown = dispatch(store, Access("pull"), Request("GET", "/?repository=a")).body.decode()
     assert "Without a tag" in shown and alone.digest[:19] in shown
     assert image.digest[:19] not in shown.partition("Without a tag")[2]
-    monkeypatch.setattr(tinyreg, "MAX_LOOKED_AT", 100)  # where it would take long
+    monkeypatch.setattr(tinyreg, "MAX_PAGE_READ", 100)  # where it would take long
     shown = dispatch(store, Access("pull"), Request("GET", "/?repository=a")).body.decode()
     assert "Without a tag" not in shown and "tinyreg.py ls a lists it" in shown
 
