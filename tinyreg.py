@@ -9330,7 +9330,7 @@ def repeated(names: str, metavar: str, text: str, parse: Callable = str, **setti
 
 
 QUIET = flag("--quiet", "say nothing but errors")
-JSON = flag("--json", "print JSON")
+AS_JSON = flag("--json", "print JSON")
 DRY_RUN = flag("--dry-run", "say what would be copied, and copy nothing")
 
 # Each of these is a variable of the environment as well.
@@ -9433,14 +9433,14 @@ COMMANDS = [
         "pull", pull, "Copy images from their registries into the store.",
         "  tinyreg.py pull alpine:3.19 quay.io/prometheus/prometheus:v2.53.0\n"
         "  tinyreg.py pull -f images.txt --platform linux/amd64 --dry-run\n",
-        [QUIET, JSON, value("images", "IMAGE", "as docker pull takes it", nargs="*"),
+        [QUIET, AS_JSON, value("images", "IMAGE", "as docker pull takes it", nargs="*"),
          IMAGE_LIST, PLATFORM, NO_REFERRERS, DRY_RUN] + REMOTE_OPTIONS),
     Command(
         "push", push, "Copy images from the store to another registry.",
         "  tinyreg.py push alpine:3.19 --to lab.example:5000\n"
         "  tinyreg.py push -f images.txt --to lab.example/mirror\n"
         "  tinyreg.py push alpine:3.19 --to harbor.lab/mirror --platform linux/amd64 --strip\n",
-        [QUIET, JSON, value("images", "IMAGE", "as pull took it, or as ls shows it", nargs="*"),
+        [QUIET, AS_JSON, value("images", "IMAGE", "as pull took it, or as ls shows it", nargs="*"),
          IMAGE_LIST, PLATFORM, STRIP, NO_REFERRERS, DRY_RUN,
          value("--to", "HOST[:PORT][/PREFIX]", "the registry, and what its repositories' names "
                "begin with", required=True)] + REMOTE_OPTIONS),
@@ -9449,7 +9449,7 @@ COMMANDS = [
         "  tinyreg.py save alpine nginx:1.25 -o images.tar\n"
         "  tinyreg.py save -f images.txt -o images.tar --have have.txt --split 3900M\n"
         "  tinyreg.py save alpine -o - | ssh HOST docker load\n",
-        [QUIET, JSON, value("images", "IMAGE", "NAME[:TAG] or NAME@DIGEST", nargs="*"),
+        [QUIET, AS_JSON, value("images", "IMAGE", "NAME[:TAG] or NAME@DIGEST", nargs="*"),
          value("-o --output", "FILE", "the archive; - is stdout", required=True),
          flag("--no-self", "leave out tinyreg.py itself"),
          repeated("--have", "FILE", "leave out the blobs that are in these lists (`ls --digests` "
@@ -9464,7 +9464,7 @@ COMMANDS = [
         "  tinyreg.py load images-*.tar --want want.txt\n"
         "  tinyreg.py load images.tar --to registry.lab:5000\n"
         "  docker save alpine | tinyreg.py load -\n",
-        [QUIET, JSON,
+        [QUIET, AS_JSON,
          value("archives", "FILE", "an OCI image layout or what docker save wrote, as tar, .tar.gz "
                "or directory; a registry's data directory; - is stdin", nargs="+"),
          value("--want", "FILE", "write the digests that are missing into this file"),
@@ -9476,7 +9476,7 @@ COMMANDS = [
         "  tinyreg.py ls alpine quay.io/a/b:1.0\n"
         "  tinyreg.py ls images.tar\n"
         "  tinyreg.py ls --digests > have.txt\n",
-        [QUIET, JSON,
+        [QUIET, AS_JSON,
          value("images", "IMAGE", "list the tags of NAME, or NAME:TAG, or what is in an archive, "
                "with sizes and platforms", nargs="*"),
          flag("--digests", "list every blob held instead")]),
@@ -9484,7 +9484,7 @@ COMMANDS = [
         "rm", remove, "Delete tags and manifests.",
         "  tinyreg.py rm alpine:3.19\n"
         "  tinyreg.py rm alpine@sha256:0123...\n",
-        [QUIET, JSON,
+        [QUIET, AS_JSON,
          value("images", "IMAGE", "NAME:TAG deletes the tag; NAME@DIGEST deletes the manifest and "
                "every tag that points to it", nargs="+")]),
     Command(
@@ -9493,7 +9493,7 @@ COMMANDS = [
         "  tinyreg.py gc\n"
         "  tinyreg.py gc --untagged --grace 7d\n"
         "  tinyreg.py gc --keep 10 --older-than 90d --repositories 'team/**' --dry-run\n",
-        [QUIET, JSON,
+        [QUIET, AS_JSON,
          flag("--untagged", "also delete manifests that no tag leads to, itself or over an index "
               "or a subject"),
          value("--keep", "N", "delete the tags of each repository except the N that were last "
@@ -9515,7 +9515,7 @@ COMMANDS = [
         "  tinyreg.py verify --rate 50M\n"
         "  tinyreg.py verify --repair\n"
         "  tinyreg.py verify /media/stick/images-*.tar\n",
-        [QUIET, JSON,
+        [QUIET, AS_JSON,
          value("archives", "FILE", "re-read these archives instead of the store", nargs="*"),
          value("--rate", "SIZE", "read so much a second; 0 is no limit", parse_size, "0"),
          flag("--repair", "move what is damaged into ROOT/tinyreg/damaged, so that pushing the "
