@@ -1213,6 +1213,10 @@ class Blob:
         """The same open file, narrowed to a part of this slice."""
         return Blob(self.file, self.offset + offset, length)
 
+    def rest(self, offset):
+        """The same open file, from this byte of the slice on."""
+        return self.part(offset, max(self.length - offset, 0))
+
     def readinto(self, view):
         """The next bytes of the slice, 0 at its end: what an upload's append wants. Raises OSError."""
         count = min(len(view), self.length - self.position)
@@ -1242,101 +1246,359 @@ class Blob:
         self.close()
 
 
-class Registry:
-    """Repositories of manifests and blobs. Names, tags and digests that come in are parsed values; what iterates does
-    so in ASCII order, from after `last`. All but referrers raise NAME_UNKNOWN for a repository that is not there.
+def do_nothing(*arguments: Any) -> None:
+    """For a callback that nobody needs."""
 
-        repositories(last="")               iterates over the names of those that have held a manifest
-        tags(name, last="")                 iterates over the tags; raises before the first one
-        resolve(name, tag)                  the Digest that a tag points to. Raises MANIFEST_UNKNOWN
-        manifest(name, digest)              the Manifest, checked against the digest. Raises MANIFEST_UNKNOWN
-        open_blob(name, digest)             an open Blob. Raises BLOB_UNKNOWN
-        referrers(name, subject, last="")   iterates over the Manifests whose subject is this digest, in the order of
-                                            their digests; none is no error
-        manifests(name)                     iterates over the Manifests that can be read, in no
-                                            order; not of another registry
-        digests(name=None)                  iterates over all that is held, of one repository or altogether; not of
-                                            another registry
 
-    A registry that can be written to also has these, and one that is served and can't refuses them:
+def unsupported(action: str) -> RegistryError:
+    """The error for what this kind of registry can't do."""
+    return RegistryError("UNSUPPORTED", message="this registry can't %s" % action)
 
-        start_upload(name, algorithm)       a new upload session: `id`, `offset`, append, commit or cancel. `algorithm`
-                                            is what its digest will be of, if the client has said so
-        put_blob(name, digest, open_from)   store the blob that `open_from(offset)` opens, as a Blob from that byte on;
-                                            goes on where an earlier attempt ended, also in another process. Raises
-                                            DIGEST_INVALID, and what `open_from` raises
-        mount(name, digest, source=None)    give a repository a blob that `source` has (or any, if None). False where
-                                            there is no such blob
-        put_manifest(name, manifest, tags=())   let the tags point to it, too; its own digest among
-                                            them pins it: it stays as if it had a tag. A store calls
-                                            `go_on` while that takes long, and ends if it raises.
-                                            Raises MANIFEST_BLOB_UNKNOWN
-        delete_tag(name, tag)               Raises MANIFEST_UNKNOWN
-        delete_manifest(name, digest)       and all tags that point to it. Raises MANIFEST_UNKNOWN
-        delete_blob(name, digest)           Raises BLOB_UNKNOWN
-    """
 
-    read_only = False  # whether clients are to be refused what writes
-    distant = False  # whether reading it takes a network: what is known nearer is then not read from it
+class Reader:
+    """The reading half of a registry.
 
-    def retry(self, action, *arguments):
-        """Call something that reads from here, again where that may help (Remote does), and return what it returns."""
+    Names, tags and digests that come in are parsed values. What iterates does so in ASCII order,
+    from after `last`. Except for referrers, each method raises NAME_UNKNOWN for a repository that
+    is not there."""
+
+    is_read_only = False  # clients that want to change something are refused
+    is_distant = False    # reading takes a network: what is known nearer is not read from here
+
+    def retry(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function that reads from here; return what it returns. Remote tries again."""
         return action(*arguments)
 
-    def version(self):
-        """A value that differs after every change, for answers that are kept; None if nothing may be kept."""
+    def version(self) -> Optional[bytes]:
+        """Another value after each change, for cached answers; None if none may be cached."""
         return None
 
-    def open_blob(self, name, digest):
-        raise NotImplementedError
-
-    def referrers(self, name, subject, last=""):
-        raise NotImplementedError
-
-    def open_blob_from(self, name, digest, offset):
-        """The blob from this byte on, an empty rest included. Raises NAME_UNKNOWN, BLOB_UNKNOWN."""
-        blob = self.open_blob(name, digest)
-        return blob.part(offset, max(blob.length - offset, 0))
-
-    def referrer_digests(self, name, subject):
-        """A list of their digests only, where reading each of them has a price."""
-        return [manifest.digest for manifest in self.referrers(name, subject)]
+    def check_ready(self, to_write: bool = True) -> None:
+        """Raises OSError or UNAVAILABLE if reads (and writes, `to_write`) would fail now."""
 
     def repositories(self, last: str = "") -> Iterator[str]:
-        raise NotImplementedError
+        """The names of the repositories that have held a manifest."""
+        raise unsupported("list repositories")
 
     def has_repository(self, name: str) -> bool:
         """Whether anything has been stored under this name."""
         return name in self.repositories()
 
-    def usage(self):
-        """What takes the space, as Directory.measure has it, not quite of this moment; None if nobody knows."""
+    def tags(self, name: str, last: str = "") -> Iterator[str]:
+        """Raises NAME_UNKNOWN at once, not at the first tag."""
+        raise unsupported("list tags")
+
+    def resolve(self, name: str, tag: str) -> Digest:
+        """The digest that a tag points to. Raises MANIFEST_UNKNOWN."""
+        raise unsupported("resolve tags")
+
+    def manifest(self, name: str, digest: Digest) -> Manifest:
+        """The manifest, whose bytes are checked against the digest. Raises MANIFEST_UNKNOWN."""
+        raise unsupported("give manifests")
+
+    def manifests(self, name: str) -> Iterator[Manifest]:
+        """All manifests of a repository that can be read, in no order."""
+        raise unsupported("list manifests")
+
+    def open_blob(self, name: str, digest: Digest, offset: int = 0) -> Blob:
+        """The open blob from this byte on; it is empty if no byte is left. Raises BLOB_UNKNOWN."""
+        raise unsupported("give blobs")
+
+    def referrers(self, name: str, subject: Digest, last: str = "") -> Iterator[Manifest]:
+        """The manifests whose subject this is, in the order of their digests. Raises nothing."""
+        raise unsupported("list referrers")
+
+    def referrer_digests(self, name: str, subject: Digest) -> List[Digest]:
+        """The digests of the referrers, where to read each of these would cost too much."""
+        return [manifest.digest for manifest in self.referrers(name, subject)]
+
+    def digests(self, name: Optional[str] = None) -> Iterator[Digest]:
+        """The digests of all that is here, in one repository or altogether."""
+        raise unsupported("list digests")
+
+    def usage(self) -> Optional[Dict[str, Any]]:
+        """What takes the space, as Directory.measure() has it, some time ago; None if unknown."""
         return None
 
-    def check_ready(self):
-        """Raises OSError, UNAVAILABLE unless all that is offered can be done now."""
+    def is_meant(self, name: str, digest: Digest) -> bool:
+        """Whether to copy a manifest by its digest alone means to keep it.
 
-    def find_upload(self, name, session_id):
+        False in a copy of a registry where it is only left over since its tag has moved on."""
+        return True
+
+    def find_damage(self, digest: Digest) -> bool:
+        """Whether a blob that arrived damaged is damaged here, too; False if that is unknown."""
+        return False
+
+
+class UploadSession:
+    """An upload that is under way. The bytes before `offset` have come.
+
+    `state` is a secret text that the client carries from one request to the next."""
+
+    id = ""
+    name = ""
+    offset = 0
+    state = ""
+
+    def append(self, body: Any, start: Optional[int] = None) -> None:
+        """Add all that `body.readinto()` gives. Raises RANGE_INVALID unless `start`, if given, is
+        the offset."""
+        raise NotImplementedError
+
+    def commit(self, digest: Digest) -> None:
+        """Make it a blob of the repository; the session ends. Raises DIGEST_INVALID."""
+        raise NotImplementedError
+
+    def cancel(self) -> None:
+        """Forget the session and its bytes."""
+        raise NotImplementedError
+
+
+class Writer:
+    """The writing half of a registry. What a registry can't do raises UNSUPPORTED."""
+
+    def start_upload(self, name: str, algorithm: str = "sha256") -> UploadSession:
+        """A new upload session; `algorithm` is the one that the client will name a digest of."""
+        raise unsupported("take uploads")
+
+    def find_upload(self, name: str, session_id: str) -> UploadSession:
         """The upload session of this id. Raises BLOB_UPLOAD_UNKNOWN."""
         raise RegistryError("BLOB_UPLOAD_UNKNOWN", session_id)
 
-    def held(self, name, descriptor):
-        """How many bytes of a blob need not be sent, since they are here; a mount or put_blob finds them."""
+    def has_upload(self, name: str, session_id: str) -> bool:
+        """Whether there is such an upload session."""
+        return False
+
+    def put_blob(self, name: str, digest: Digest, open_from: Callable[[int], Blob]) -> None:
+        """Store the blob that `open_from(offset)` opens from this byte on.
+
+        Goes on where an earlier attempt ended, also one of another process. Raises DIGEST_INVALID,
+        and what `open_from` raises."""
+        raise unsupported("take blobs")
+
+    def mount(self, name: str, digest: Digest, source: Optional[str] = None) -> bool:
+        """Give a repository a blob that `source` has (any repository, if None); False if that has
+        no such blob."""
+        raise unsupported("take blobs")
+
+    def put_manifest(self, name: str, manifest: Manifest, tags: Iterable[str] = (),
+                     check_wanted: Callable[[], None] = do_nothing) -> None:
+        """Store a manifest and let these tags point to it. Raises MANIFEST_BLOB_UNKNOWN.
+
+        Its own digest among the tags pins it: it stays as if it had a tag. A store that has to
+        read blobs for it calls `check_wanted` now and then; what that raises ends the work."""
+        raise unsupported("take manifests")
+
+    def delete_tag(self, name: str, tag: str) -> None:
+        """Raises MANIFEST_UNKNOWN."""
+        raise unsupported("delete tags")
+
+    def delete_manifest(self, name: str, digest: Digest) -> None:
+        """Delete a manifest and all tags that point to it. Raises MANIFEST_UNKNOWN."""
+        raise unsupported("delete manifests")
+
+    def delete_blob(self, name: str, digest: Digest) -> None:
+        """Raises BLOB_UNKNOWN."""
+        raise unsupported("delete blobs")
+
+    def present_bytes(self, name: str, blob: Descriptor) -> int:
+        """How many bytes of a blob need not be sent, since mount() or put_blob() find them here."""
         return 0
 
-    def is_meant(self, name, digest):
-        """Whether who names a manifest by its digest alone means it; not if it is in a copy of a
-        registry only because a tag has moved on."""
-        return True
-
-    def free_space(self):
-        """Bytes that can be stored, or None where that can't be known."""
+    def free_space(self) -> Optional[int]:
+        """How many bytes can still be stored; None if that can't be known."""
         return None
 
-    def find_damage(self, digest: Digest) -> bool:
-        """Whether a blob that was copied from here, and was not what its digest says, is so here:
-        False where that can't be told."""
-        return False
+
+class Registry(Reader, Writer):
+    """A registry that can be read and written."""
+
+
+class Wrapper(Registry):
+    """A registry in front of another one, `inner`, to which it passes each call. A subclass
+    overrides the methods for which it has a rule of its own."""
+
+    def __init__(self, inner: Registry) -> None:
+        self.inner = inner
+        self.is_read_only = inner.is_read_only
+        self.is_distant = inner.is_distant
+
+
+def _passed_on(method: str) -> Callable[..., Any]:
+    def pass_on(self: Wrapper, *arguments: Any, **named: Any) -> Any:
+        return getattr(self.inner, method)(*arguments, **named)
+    return pass_on
+
+
+for _method, _function in list(vars(Reader).items()) + list(vars(Writer).items()):
+    if callable(_function):
+        setattr(Wrapper, _method, _passed_on(_method))
+
+
+class ReadOnly(Wrapper):
+    """Refuses whatever writes."""
+
+    def __init__(self, inner: Registry) -> None:
+        super().__init__(inner)
+        self.is_read_only = True
+
+    def check_ready(self, to_write: bool = True) -> None:
+        self.inner.check_ready(to_write=False)
+
+
+def _refused(self: ReadOnly, *arguments: Any, **named: Any) -> Any:
+    raise RegistryError("DENIED", message="this registry is read-only at present")
+
+
+for _method, _function in vars(Writer).items():
+    if callable(_function):
+        setattr(ReadOnly, _method, _refused)
+
+
+MAX_NESTING = 100  # indexes in indexes, and referrers of referrers; two or three are seen
+
+
+def walk(roots: Iterable[Digest], read: Callable[[Digest], Optional[Manifest]],
+         leads_to: Callable[[Manifest], Iterable[Digest]]) -> Iterator[Manifest]:
+    """Yield each manifest that the roots lead to once, after all that it leads to itself.
+
+    `read(digest)` may return None for a manifest that is not there and may be left out. Raises
+    MANIFEST_INVALID for manifests that are nested too deeply, and what `read` and `leads_to`
+    raise."""
+    seen: Set[Digest] = set()
+
+    def visit(digest: Digest, depth: int) -> Iterator[Manifest]:
+        if digest in seen:
+            return
+        if depth > MAX_NESTING:
+            raise RegistryError("MANIFEST_INVALID", digest,
+                                message="indexes in indexes without end")
+        seen.add(digest)
+        manifest = read(digest)
+        if manifest:
+            for reached in leads_to(manifest):
+                yield from visit(reached, depth + 1)
+            yield manifest
+
+    for root in roots:
+        yield from visit(root, 0)
+
+
+def child_digests(manifest: Manifest) -> List[Digest]:
+    """What an index leads to."""
+    return [child.digest for child in manifest.manifests]
+
+
+class ImmutableTags(Wrapper):
+    """Tags that match a pattern can be pushed once, and neither moved nor deleted; what they lead
+    to can't be deleted, either. The patterns match TAG or NAME:TAG.
+
+    `lock(name)` locks a repository between processes: of two first pushes of a tag at the same
+    time, one must be the second, and no deletion may come between the check and the push."""
+
+    def __init__(self, inner: Registry, patterns: Sequence[Any],
+                 lock: Callable[[str], ContextManager[None]]) -> None:
+        super().__init__(inner)
+        self.patterns = patterns
+        self.lock = lock
+
+    def is_immutable(self, name: str, tag: str) -> bool:
+        image = image_text(name, tag)
+        return any(pattern.fullmatch(tag) or pattern.fullmatch(image) for pattern in self.patterns)
+
+    def _check_movable(self, name: str, tag: str, digest: Optional[Digest] = None) -> None:
+        """Raises DENIED if the tag points to anything but this digest."""
+        with contextlib.suppress(Unknown):
+            if self.inner.resolve(name, tag) != digest:
+                raise RegistryError("DENIED", message="the tag %s can't be moved or deleted "
+                                    "(--immutable-tags)" % tag)
+
+    def put_manifest(self, name: str, manifest: Manifest, tags: Iterable[str] = (),
+                     check_wanted: Callable[[], None] = do_nothing) -> None:
+        tags = list(tags)
+        immutable = [tag for tag in tags if self.is_immutable(name, tag)]
+        if not immutable:
+            return self.inner.put_manifest(name, manifest, tags, check_wanted)
+        with self.lock(name):
+            for tag in immutable:
+                self._check_movable(name, tag, manifest.digest)
+            self.inner.put_manifest(name, manifest, tags, check_wanted)
+
+    def delete_tag(self, name: str, tag: str) -> None:
+        if self.is_immutable(name, tag):
+            self.inner.resolve(name, tag)  # raises if there is nothing to delete
+            self._check_movable(name, tag)
+        else:
+            self.inner.delete_tag(name, tag)
+
+    def _find_manifest(self, name: str, digest: Digest) -> Optional[Manifest]:
+        with contextlib.suppress(Unknown):  # a child that was left out, or is damaged
+            return self.inner.manifest(name, digest)
+        return None
+
+    def _check_unneeded(self, name: str, digest: Digest) -> None:
+        """Raises DENIED if an immutable tag leads to this manifest or blob."""
+        read = functools.partial(self._find_manifest, name)
+        for tag in self.inner.tags(name):
+            if self.is_immutable(name, tag):
+                with contextlib.suppress(Unknown):  # the tag was deleted since
+                    root = self.inner.resolve(name, tag)
+                    needed = {root}
+                    for manifest in walk([root], read, child_digests):
+                        needed.update(child_digests(manifest))
+                        needed.update(blob.digest for blob in manifest.blobs)
+                    if digest in needed:
+                        raise RegistryError("DENIED", message="the tag %s needs it, and is not to "
+                                            "change (--immutable-tags)" % tag)
+
+    def delete_manifest(self, name: str, digest: Digest) -> None:
+        with self.lock(name):
+            self._check_unneeded(name, digest)
+            self.inner.delete_manifest(name, digest)
+
+    def delete_blob(self, name: str, digest: Digest) -> None:
+        with self.lock(name):
+            self._check_unneeded(name, digest)
+            self.inner.delete_blob(name, digest)
+
+
+class Mirrored(Wrapper):
+    """Reads of a repository go to the first of names_to_try() that exists; a tag that this one
+    lacks is not looked for under the others.
+
+    `origin` is the host that a mirror's client thinks of (`ns`). `may_read(name)` tells which
+    repositories count at all."""
+
+    def __init__(self, inner: Registry, origin: Optional[str] = None,
+                 may_read: Callable[[str], bool] = bool) -> None:
+        super().__init__(inner)
+        self.origin = origin
+        self.may_read = may_read
+        self.stored_name = functools.lru_cache(maxsize=None)(self._stored_name)
+
+    def _stored_name(self, name: str) -> str:
+        """The repository that a read of this name means. Raises NAME_INVALID."""
+        names = [other for other in names_to_try(name, self.origin) if self.may_read(other)]
+        return next(filter(self.inner.has_repository, names), names[0] if names else name)
+
+    def has_repository(self, name: str) -> bool:
+        return self.inner.has_repository(self.stored_name(name))
+
+    def tags(self, name: str, last: str = "") -> Iterator[str]:
+        return self.inner.tags(self.stored_name(name), last)
+
+    def resolve(self, name: str, tag: str) -> Digest:
+        return self.inner.resolve(self.stored_name(name), tag)
+
+    def manifest(self, name: str, digest: Digest) -> Manifest:
+        return self.inner.manifest(self.stored_name(name), digest)
+
+    def open_blob(self, name: str, digest: Digest, offset: int = 0) -> Blob:
+        return self.inner.open_blob(self.stored_name(name), digest, offset)
+
+    def referrers(self, name: str, subject: Digest, last: str = "") -> Iterator[Manifest]:
+        return self.inner.referrers(self.stored_name(name), subject, last)
 
 
 def read_config(registry, name, manifest):
@@ -1517,7 +1779,6 @@ class Directory(Registry):
                 make_directories(scratch)
         self.files = Files(scratch)
         self.lock = SharedLock(os.path.join(self.layout.own, "lock"), marked=not shared)
-        self.immutable = []  # patterns of TAG or NAME:TAG
         self.hashers = collections.OrderedDict()  # {(session id, offset): what has hashed all before it}
         self.subjects = collections.OrderedDict()  # {name: (state, {subject: digests of its referrers})}
         self.key = os.urandom(32)  # signs the states of upload sessions; worker processes inherit it
@@ -1640,13 +1901,13 @@ class Directory(Registry):
         except RegistryError:
             return [], []
 
-    def open_blob(self, name, digest):
+    def open_blob(self, name, digest, offset=0):
         layer = self.layout.layer_path(name, digest)
         target = self.layout.read_link(layer)
         file = self._open_data(target) if target and self._told(layer) else None
         if file is None:
             raise self._unknown(name, "BLOB_UNKNOWN", digest)
-        return Blob(file, 0, os.fstat(file.fileno()).st_size)
+        return Blob(file, offset, max(os.fstat(file.fileno()).st_size - offset, 0))
 
     def digests(self, name=None):
         if name is None:
@@ -1727,9 +1988,9 @@ class Directory(Registry):
                 "repositories": bytes_of,
                 "shared": {digest: names[:5] for digest, names in holders.items() if len(names) > 1}}
 
-    def check_ready(self):
+    def check_ready(self, to_write=True):
         os.stat(self.layout.tree)
-        if self.read_only:
+        if not to_write:
             return
         self.files.probe()
         if self.free_space() < MIN_FREE_SPACE:
@@ -1872,12 +2133,16 @@ class Directory(Registry):
                     if error.code != "DIGEST_INVALID" or not resumed:
                         raise
 
-    def held(self, name, descriptor):
+    def present_bytes(self, name, descriptor):
         upload = DirectoryUpload(self, name, self._session_of(name, descriptor.digest))
         for path in (self.layout.blob_path(descriptor.digest), upload.path):
             with contextlib.suppress(OSError):
                 return os.stat(path).st_size
         return 0
+
+    def lock_repository(self, name):
+        """Hold a lock on a repository, for wrappers; the store itself needs none."""
+        return alone(os.path.join(self.files.scratch, str(uuid.uuid5(uuid.NAMESPACE_URL, name))))
 
     def free_space(self):
         found = os.statvfs(self.root)
@@ -1916,44 +2181,14 @@ class Directory(Registry):
             self._write_link(self.layout.layer_path(name, digest), target)
         return True
 
-    def _is_immutable(self, name, tag):
-        image = "%s:%s" % (name, tag)
-        return any(glob.fullmatch(tag) or glob.fullmatch(image) for glob in self.immutable)
-
-    def _check_movable(self, name, tag, digest=None):
-        """Raises DENIED if an immutable tag points to something else."""
-        if self._is_immutable(name, tag):
-            if self.layout.read_link(self.layout.current_path(name, tag)) not in (None, digest):
-                raise RegistryError("DENIED", message="the tag %s can't be moved or deleted (--immutable-tags)" % tag)
-
-    def _check_deletable(self, name, digest):
-        """Raises DENIED if an immutable tag leads to this manifest or blob."""
-        seen = set()
-        for tag in list_directory(self.layout.tag_path(name, "")) if self.immutable else ():
-            target = self._is_immutable(name, tag) and self.layout.read_link(self.layout.current_path(name, tag))
-            todo = [target] if target else []
-            while todo:
-                target = todo.pop()
-                if target not in seen:
-                    seen.add(target)
-                    blobs, children = self.needs(target)
-                    seen.update(blobs)
-                    todo += children
-            if digest in seen:
-                raise RegistryError("DENIED", message="the tag %s needs it, and is not to change "
-                                    "(--immutable-tags)" % tag)
-
-    def put_manifest(self, name, manifest, tags=(), go_on=lambda: None):
+    def put_manifest(self, name, manifest, tags=(), check_wanted=do_nothing):
         tags = list(tags)
         wanted = {}  # {digest: the sizes that descriptors give it}
         for blob in () if self.sparse else manifest.blobs:
             if not blob.foreign:
                 wanted.setdefault(blob.digest, set()).add(blob.size)
-        missing = {digest for digest, sizes in wanted.items() if not self._has(name, digest, sizes, go_on)}
-        # Of two first pushes of an immutable tag at once, one must be the second.
-        with self.lock.alone() if self.immutable and tags else self.lock.shared():
-            for tag in tags:
-                self._check_movable(name, tag, manifest.digest)
+        missing = {digest for digest, sizes in wanted.items() if not self._has(name, digest, sizes, check_wanted)}
+        with self.lock.shared():
             # Another look, because gc may just have taken one; from here on it sees that they are wanted.
             mentioned = {entry.digest for entry in manifest.blobs + manifest.manifests}
             if manifest.subject:
@@ -1972,7 +2207,7 @@ class Directory(Registry):
                                               manifest.digest.encoded), manifest.digest)
                 self._write_link(self.layout.current_path(name, tag), manifest.digest)
 
-    def _has(self, name, digest, sizes, go_on):
+    def _has(self, name, digest, sizes, check_wanted):
         """Whether the repository has a blob to which a manifest gives these sizes. One that differs
         is either a mistake of the manifest's maker, who may keep it, or a sign of damage, which
         reading the blob tells."""
@@ -1980,7 +2215,7 @@ class Directory(Registry):
             with self.open_blob(name, digest) as blob:
                 if sizes == {blob.length}:
                     return True
-                hasher = hash_of_file(blob.file, digest.algorithm, lambda size: go_on())
+                hasher = hash_of_file(blob.file, digest.algorithm, lambda size: check_wanted())
                 if hasher.hexdigest() == digest.encoded:
                     return True
                 logger.warning("damaged blob, put aside; push it again: %s", blob.file.name)
@@ -2008,14 +2243,12 @@ class Directory(Registry):
     def delete_tag(self, name, tag):
         with self.lock.alone():
             self.resolve(name, tag)
-            self._check_movable(name, tag)
             self.files.remove(self.layout.tag_path(name, tag))
 
     def delete_manifest(self, name, digest):
         with self.lock.alone():
             if self.layout.read_link(self.layout.revision_path(name, digest)) is None:
                 raise self._unknown(name, "MANIFEST_UNKNOWN", digest)
-            self._check_deletable(name, digest)
             pointing = [tag for tag in self.tags(name) if self.layout.read_link(self.layout.current_path(name, tag)) == digest]
             for tag in pointing:
                 self.files.remove(self.layout.tag_path(name, tag))
@@ -2027,11 +2260,10 @@ class Directory(Registry):
         with self.lock.alone():
             if self.layout.read_link(self.layout.layer_path(name, digest)) is None:
                 raise self._unknown(name, "BLOB_UNKNOWN", digest)
-            self._check_deletable(name, digest)
             self.files.remove(self.layout.layer_path(name, digest))
 
 
-class DirectoryUpload:
+class DirectoryUpload(UploadSession):
     """An upload session: the file _uploads/ID/data, whose size is its offset.
 
     Two requests may write to one session, when a client has lost its connection and we have not noticed yet. So
@@ -3289,10 +3521,10 @@ class Archive(Registry):
             raise RegistryError("MANIFEST_UNKNOWN", digest)
         return self._read_manifest(digest)
 
-    def open_blob(self, name, digest):
+    def open_blob(self, name, digest, offset=0):
         if digest not in self._contents(name)[0] or digest not in self.blobs:
             raise RegistryError("BLOB_UNKNOWN", digest)
-        return self.blobs[digest].open()
+        return self.blobs[digest].open().rest(offset)
 
     def referrers(self, name, subject, last=""):
         if name in self.roots:
@@ -3393,7 +3625,7 @@ class ArchiveWriter(Registry):
         with open_from(0) as blob:
             self.blobs[digest] = blob.length, open_from
 
-    def put_manifest(self, name, manifest, tags=()):
+    def put_manifest(self, name, manifest, tags=(), check_wanted=do_nothing):
         self.manifests[manifest.digest] = manifest
         self.names.update((name, tag, manifest.digest) for tag in tags or [manifest.digest])
 
@@ -3833,7 +4065,7 @@ class Remote(Registry):
     `say(line)` hears of waits, none of which is longer than `patience` seconds. Errors of the network are UNAVAILABLE.
     """
 
-    distant = True
+    is_distant = True
 
     def __init__(self, host, ca=None, insecure=False, plain_http=False, retries=5, say=logger.warning,
                  patience=LONGEST_WAIT):
@@ -4084,14 +4316,12 @@ class Remote(Registry):
             found = self.call("HEAD", name, "/blobs/" + digest).header("Content-Length")
             return int(found) if re.fullmatch("[0-9]{1,18}", found) else 0
 
-    def open_blob_from(self, name, digest, offset=0):
+    def open_blob(self, name, digest, offset=0):
         headers = {"Range": "bytes=%d-" % offset} if offset else {}
         reply = self.call("GET", name, "/blobs/" + digest, (200, 206, 416), headers, stream=True)
         if reply.status == 416:  # nothing is left; or what we have is wrong, which its digest will show
             return Blob(None, 0, 0)
         return RemoteBlob(self, reply, offset)
-
-    open_blob = open_blob_from
 
     def referrer_digests(self, name, subject):
         """By the referrers API or, where there is none, from the tag that clients keep instead of it."""
@@ -4116,7 +4346,7 @@ class Remote(Registry):
 
     # Writing
 
-    def held(self, name, descriptor):
+    def present_bytes(self, name, descriptor):
         size = self.size(name, descriptor.digest)
         if size is not None:
             self.held_in[descriptor.digest] = name
@@ -4144,7 +4374,7 @@ class Remote(Registry):
         self.retry(RemoteUpload(self, name, self.sessions.pop((name, digest), None)).put, digest, open_from)
         self.held_in[digest] = name
 
-    def put_manifest(self, name, manifest, tags=()):
+    def put_manifest(self, name, manifest, tags=(), check_wanted=do_nothing):
         """As Registry has it. Where the other side has no referrers API, the tag for them is kept up to date."""
         for reference in tags or [manifest.digest]:
             with contextlib.suppress(RegistryError):
@@ -4363,9 +4593,9 @@ class PullThrough(Directory):
                 self.manifest(name, digest)
         return super().referrers(name, subject, last)
 
-    def open_blob(self, name, digest):
+    def open_blob(self, name, digest, offset=0):
         try:
-            return super().open_blob(name, digest)
+            return super().open_blob(name, digest, offset)
         except RegistryError:
             size = self._ask(name, Remote.size, digest)
             if size is None:
@@ -4373,8 +4603,8 @@ class PullThrough(Directory):
         self.cache.check_room(size)
         if not size:  # or the upstream doesn't say: then all of it first
             self.fetch(name, digest, size).wait()
-            return super().open_blob(name, digest)
-        return ArrivingBlob(self, name, digest, size, 0, size)
+            return super().open_blob(name, digest, offset)
+        return ArrivingBlob(self, name, digest, size, 0, size).rest(offset)
 
     def fetch(self, name, digest, size):
         """Let a blob of this size (0: nobody knows) come into the store, unless it is on its way. Returns an Event that
@@ -4390,7 +4620,7 @@ class PullThrough(Directory):
     def _download(self, name, digest, size, ended):
         remote, path = self._upstream(name)
 
-        open_rest = functools.partial(remote.open_blob_from, path, digest)
+        open_rest = functools.partial(remote.open_blob, path, digest)
 
         def open_from(offset):
             return LimitedBlob(open_rest, size, offset) if size else open_rest(offset)
@@ -4462,7 +4692,6 @@ class ArrivingBlob(Blob):
 
 MAX_MANIFESTS = 8 * MAX_MANIFEST  # bytes of all manifests of one image, with its referrers; they are in memory …
 MANIFEST_COST = 1 << 10           # … and what each of them takes beside its bytes
-MAX_NESTING = 100  # indexes in indexes, and referrers of referrers; two or three are seen
 NO_PLATFORM = "unknown/unknown"  # what BuildKit says that its attestations are for
 COSIGN_SUFFIXES = (".sig", ".att", ".sbom")  # cosign's tags about a manifest: sha256-HEX and one of these
 
@@ -4560,7 +4789,7 @@ class Copy:
     def measure(self, jobs=4):
         """Count what the target lacks of the plan: {digest: bytes}."""
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            held = pool.map(functools.partial(self.target.held, self.target_name), self.blobs.values())
+            held = pool.map(functools.partial(self.target.present_bytes, self.target_name), self.blobs.values())
             lacking = {blob.digest: blob.size - found for blob, found in zip(self.blobs.values(), held)
                        if blob.size > found}
         self.report.needed_blobs, self.report.needed_bytes = len(lacking), sum(lacking.values())
@@ -4568,7 +4797,7 @@ class Copy:
 
     def _manifest(self, digest):
         """A manifest of the plan, from nearby if it is there: Docker Hub counts those that are read from it."""
-        if self.source.distant and not self.target.distant:
+        if self.source.is_distant and not self.target.is_distant:
             with contextlib.suppress(RegistryError):
                 return self.target.manifest(self.target_name, digest)
         return self.source.manifest(self.name, digest)
@@ -4678,7 +4907,7 @@ class Copy:
         """Let the target have a blob; one that the source has not got is noted as missing, and one
         that is damaged there likewise."""
         attempts = []
-        open_rest = functools.partial(self.source.open_blob_from, self.name, blob.digest)
+        open_rest = functools.partial(self.source.open_blob, self.name, blob.digest)
 
         def told(count):
             self.report.add(copied_bytes=count)
@@ -6116,7 +6345,7 @@ def answer(registry, access, request):
     request.route = handlers[request.method]
     action, handler = request.route.action, request.route.handler
     request.path_values = {key: PARSERS[key](value) for key, value in match.groupdict().items()}
-    if registry.read_only and action in ("push", "delete"):
+    if registry.is_read_only and action in ("push", "delete"):
         raise RegistryError("DENIED", message="this registry is read-only at present")
     if action == "pull" and "name" in request.path_values:
         response = answer_read(registry, access, request, handler, **request.path_values)
@@ -8261,7 +8490,7 @@ def example(store, host):
     return "docker pull %s/%s" % (host, image_text(name, reference))
 
 
-def banner(store, listeners, access, local, tls=None):
+def banner(store, read_only, listeners, access, local, tls=None):
     """What serve says first: where it listens and stores, who may do what, and two commands to try."""
     urls, ports = [], []
     for listener in listeners:
@@ -8271,7 +8500,7 @@ def banner(store, listeners, access, local, tls=None):
         urls.append("http%s://%s:%d%s" % ("s" if tls else "", "[%s]" % host if ":" in host else host, port,
                                         " (every address of this machine)" if everywhere else ""))
     reach = "whoever is on this machine" if local else "whoever can reach it"
-    pushed = not store.read_only and (access.users_file or LEVELS[access.anonymous] in ("push", "admin"))
+    pushed = not read_only and (access.users_file or LEVELS[access.anonymous] in ("push", "admin"))
     login = "docker login %s && " % ports[0] if access.users_file else ""
     clear = access.users_file and not tls and not local
     return "\n".join([
@@ -8279,7 +8508,7 @@ def banner(store, listeners, access, local, tls=None):
         "  listens on  " + ", ".join(urls),
         ("  serves      %s (read-only)" if isinstance(store, Archive) else "  stores in   %s") % store.root,
         ] + (["  CA          /ca.crt, SHA-256 " + fingerprint(tls.ca)] if tls and tls.ca else []) + [
-        "  access      " + "\n              ".join(access.in_words(reach, store.read_only)),
+        "  access      " + "\n              ".join(access.in_words(reach, read_only)),
         ] + ["  beware      passwords cross the network in the clear; add --tls"] * bool(clear) + [
         "  try         " + (login + "docker tag alpine %s/alpine && docker push %s/alpine\n"
                             "              docker pull %s/alpine" % (ports[0], ports[0], ports[0]) if pushed else
@@ -8339,31 +8568,33 @@ def check_writable(store):
 
 
 def open_registry(options):
-    """What there is to serve: archives; or the store, with other registries behind it if they are named. Raises
-    CommandError, OSError, UNSUPPORTED for what is no archive."""
+    """What there is to serve: archives; or the store, with other registries behind it if they are named. Returns
+    it as it is, and with the rules that clients meet. Raises CommandError, OSError, UNSUPPORTED for what is no
+    archive."""
     if options.archives and options.upstream:
         raise CommandError("--upstream fills the store, which is not served beside archives; load them into it")
     if options.archives:
-        registry = Archive(options.archives)
+        store = registry = Archive(options.archives)
     else:
         kind = Directory
         if options.upstream:
             upstreams = {space: (Remote(host, plain_http=plain, retries=1, patience=5.0), prefix)
                          for space, host, plain, prefix in options.upstream}
             kind = functools.partial(PullThrough, upstreams=upstreams, ttl=options.upstream_ttl)
-        registry = open_store(options, create=not options.read_only, kind=kind)
-        registry.immutable = options.immutable_tags
+        store = open_store(options, create=not options.read_only, kind=kind)
+        registry = store
+        if options.immutable_tags:
+            registry = ImmutableTags(store, options.immutable_tags, store.lock_repository)
         if not options.read_only:
-            check_writable(registry)
-    registry.read_only = options.read_only or bool(options.archives)
-    return registry
+            check_writable(store)
+    return store, ReadOnly(registry) if options.read_only or options.archives else registry
 
 
 def serve(options):
     """Serve the store, or archives, until a signal ends it."""
     style = "off" if options.quiet else options.log
     start_logging(style)
-    store = open_registry(options)
+    store, registry = open_registry(options)
     listeners = inherited_listeners() or listen_everywhere(options.listen)
     local = all(is_this_machine(listener.getsockname()[0]) for listener in listeners)
     # Our keys are in the store, also where archives are served in place of it.
@@ -8388,7 +8619,7 @@ def serve(options):
 
     def work(number):
         hang_up()  # the log may have been moved since the server started
-        server = Worker(listeners, store, access, observation, drain=options.drain, tls=tls,
+        server = Worker(listeners, registry, access, observation, drain=options.drain, tls=tls,
                         proxies=options.trusted_proxy)
         observation.start(number)
         access.failures.process = number
@@ -8409,7 +8640,7 @@ def serve(options):
         return 1 if gone.is_set() else 0
 
     supervisor = Supervisor([functools.partial(work, number) for number in range(options.workers)], listeners, hang_up)
-    for line in banner(store, listeners, access, local, tls).splitlines():
+    for line in banner(store, registry.is_read_only, listeners, access, local, tls).splitlines():
         tell(line)
     flush_output()
     tell_systemd("READY=1")

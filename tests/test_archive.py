@@ -513,7 +513,7 @@ def test_parts_that_are_whole_and_not_the_blob_s_are_damage(parts, tmp_path):
 
 
 def test_the_end_of_a_joined_blob(parts):
-    with Archive(parts).open_blob_from(NAME, Digest.of(LARGE), len(LARGE) + 1) as blob:
+    with Archive(parts).open_blob(NAME, Digest.of(LARGE), len(LARGE) + 1) as blob:
         assert blob.readinto(memoryview(bytearray(10))) == 0
 
 

@@ -20,7 +20,7 @@ from conftest import TINYREG
 from samples import (CONFIG, descriptor, image, index, make_image, make_referrer, push_blob,
                      read_blob, to_bytes, to_manifest)
 from test_files import STEPS, Tracer
-from tinyreg import OCI_ARTIFACT, Digest, Directory, RegistryError
+from tinyreg import OCI_ARTIFACT, Digest, Directory, ReadOnly, RegistryError
 
 ALGORITHMS = ("sha256", "sha512")
 TREE = "docker/registry/v2/"
@@ -204,7 +204,7 @@ def test_a_store_is_ready_without_writing_if_it_is_read_only(store, root):
     (root / "tinyreg" / "scratch").rmdir()
     with pytest.raises(OSError):
         store.check_ready()
-    store.read_only = True
+    store = ReadOnly(store)
     store.check_ready()
     (root / "docker").rename(root / "unmounted")
     with pytest.raises(OSError):

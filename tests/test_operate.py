@@ -17,7 +17,7 @@ from conftest import PATIENCE, TINYREG, ask, free_port, open_url, run_tinyreg, u
 from engines import NGINX_BEGIN, own_address
 from samples import CONFIG, image, index, make_image, read_blob, to_manifest
 
-from tinyreg import Digest, RegistryError, parse_glob
+from tinyreg import Digest, ImmutableTags, RegistryError, parse_glob
 
 
 def test_read_only_refuses_what_writes_and_says_so(start_server, store):
@@ -94,8 +94,8 @@ def test_what_an_immutable_tag_needs_can_not_be_deleted_from_under_it(start_serv
 
 
 def test_of_two_first_pushes_at_once_one_wins(store):
-    store.immutable = [parse_glob("v*")]
     make_image(store, "lab/app", "base")
+    store = ImmutableTags(store, [parse_glob("v*")], store.lock_repository)
     manifests = [to_manifest(image(annotations={"number": str(number)})) for number in range(8)]
     won, start = [], threading.Barrier(8)
 

@@ -738,7 +738,7 @@ def test_the_refusal_of_an_empty_rest_is_not_read(store, distribution, quick):
     """Where nobody has said how large the blob is, it is asked for."""
     blob = make_image(store, "demo", layers=(os.urandom(3 << 20),)).blobs[1]
     copy(store, Remote(distribution), "demo", "latest")
-    with Remote(distribution).open_blob_from("demo", blob.digest, blob.size) as rest:
+    with Remote(distribution).open_blob("demo", blob.digest, blob.size) as rest:
         assert rest.readinto(memoryview(bytearray(10))) == 0
     assert quick == []
 

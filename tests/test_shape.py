@@ -336,8 +336,6 @@ RULES = [private_names_of_other_rooms, strings_that_name_functions_of_other_room
 NOT_YET = {
     private_names_of_other_rooms: {
         "Remote: _session_of", "Upkeep"},
-    uses_of_rooms_below: {
-        "Registry: manifest", "Registry: tags", "Registry: resolve"},
     untyped_public_functions: {
         "Values", "Registry", "Directory", "Upkeep", "Archive", "Remote", "Copy", "Access", "Observation",
         "API", "Page", "Server", "Commands"},
