@@ -1731,6 +1731,31 @@ class Layout:
     def pin_path(self, name, digest):
         return os.path.join(self.pins_path(name), digest.algorithm, digest.encoded)
 
+    def referrers_path(self, name: str) -> str:
+        """The file that remembers which manifest of a repository is about which other."""
+        return os.path.join(self.own, "referrers", name, "_index")
+
+    def iter_blobs(self) -> Iterator[Tuple[Digest, str]]:
+        """Yield (digest, folder) for each blob. Raises OSError."""
+        return digest_folders(self.tree, "blobs", shards=True)
+
+    def iter_layers(self, name: str) -> Iterator[Tuple[Digest, str]]:
+        """Yield (digest, folder) for each link of a repository to a blob. Raises OSError."""
+        return digest_folders(self.repository_path(name), "_layers")
+
+    def iter_revisions(self, name: str) -> Iterator[Tuple[Digest, str]]:
+        """Yield (digest, folder) for each link of a repository to a manifest. Raises OSError."""
+        return digest_folders(self.repository_path(name), "_manifests", "revisions")
+
+    def list_tags(self, name: str) -> List[str]:
+        """The names of a repository's folders of tags, also of those without a link."""
+        return list_directory(self.tag_path(name, ""))
+
+    @staticmethod
+    def link_in(folder: str) -> str:
+        """The path of the link in a folder of a blob, a manifest or a tag."""
+        return os.path.join(folder, "link")
+
     def read_link(self, folder):
         """The Digest that a folder's link names, or None; a damaged link is logged and counts as missing. It may differ
         from the path: for a blob pushed by its sha512, Distribution links to the sha256 it stored."""
@@ -1880,13 +1905,13 @@ class Directory(Registry):
         revision = self.layout.revision_path(name, digest)
         if self.layout.read_link(revision) is None or not self._told(revision):
             raise self._unknown(name, "MANIFEST_UNKNOWN", digest)
-        content = self._manifest_content(digest)
+        content = self.manifest_content(digest)
         if content is None:
             logger.warning("damaged manifest, taken as missing: %s in %s", digest, name)
             raise RegistryError("MANIFEST_UNKNOWN", digest)
         return Manifest(content, digest)
 
-    def _manifest_content(self, digest):
+    def manifest_content(self, digest):
         """The bytes of a manifest; None where they are missing or are not its digest's. Raises OSError."""
         content = read_file(self.layout.blob_path(digest), MAX_MANIFEST + 1)
         return content if content is not None and Digest.of(content, digest.algorithm) == digest else None
@@ -1895,7 +1920,7 @@ class Directory(Registry):
         """The digests of a manifest's blobs, and of its children, which an index may lack; none of
         what is no manifest."""
         try:
-            manifest = Manifest(self._manifest_content(digest) or b"", digest)
+            manifest = Manifest(self.manifest_content(digest) or b"", digest)
             return ([blob.digest for blob in manifest.blobs if not blob.foreign],
                     [child.digest for child in manifest.manifests])
         except RegistryError:
@@ -1923,7 +1948,7 @@ class Directory(Registry):
     def manifests(self, name):
         for digest in self._revisions(name):
             try:
-                manifest = Manifest(self._manifest_content(digest) or b"", digest)
+                manifest = Manifest(self.manifest_content(digest) or b"", digest)
             except RegistryError:
                 continue
             yield manifest
@@ -2061,12 +2086,12 @@ class Directory(Registry):
 
     def _referrers_index(self, name):
         """The path of that index, and what is in it: {digest: subject}."""
-        path = os.path.join(self.layout.own, "referrers", name, "_index")
+        path = self.layout.referrers_path(name)
         return path, dict(REFERRER_LINE.findall((read_file(path, -1) or b"").decode("ascii", "replace")))
 
     def _subject_of(self, digest):
         """The subject of a stored manifest, `-` where it has none, None where the manifest can't be read now."""
-        content = self._manifest_content(digest)
+        content = self.manifest_content(digest)
         try:
             return None if content is None else Manifest(content, digest).subject or "-"
         except RegistryError:
@@ -2608,7 +2633,7 @@ class Collection:
 
     def _mentions(self, name, digest):
         """The keys of all that a manifest mentions, those of an index's children, and that of its subject, or None."""
-        content, children, subject = self.store._manifest_content(digest), [], None
+        content, children, subject = self.store.manifest_content(digest), [], None
         if content is None:
             self.unread.append("%s@%s" % (name, digest))
             return frozenset(), children, subject

@@ -495,7 +495,7 @@ def test_an_expired_tag_takes_along_neither_subject_nor_base_image(aged):
 
 def test_a_tag_that_moves_meanwhile_stays(aged, monkeypatch):
     first, fourth = aged.resolve("app", "1"), aged.resolve("app", "4")
-    manifest, again = [Manifest(aged._manifest_content(digest), digest) for digest in (first, fourth)]
+    manifest, again = [Manifest(aged.manifest_content(digest), digest) for digest in (first, fourth)]
     take = Collection._take
 
     def push_first(collection, kind, file, entries, name=None):
