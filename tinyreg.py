@@ -6401,25 +6401,35 @@ def dispatch(registry, access, request):
 # -------------------------------------------------------------------------------------------------
 # 14  Page
 #
-# What a person sees who opens the registry in a browser: HTML and CSS, nothing from elsewhere, no script but for
-# copying and /live. All links are relative, so it works below any path of a proxy. Whatever comes from an image
-# (names, commands, labels) is hostile until escaped, and fill() escapes all that is not Markup.
+# What a person sees who opens the registry in a browser, and what machines ask beside the API:
+# metrics, health, the CA, scripts that set up clients. Pages are HTML and CSS with nothing from
+# elsewhere; a script only copies text and shows /live. All links are relative, so pages work below
+# any path of a proxy. Whatever an image says (names, commands, labels) may be an attack: fill()
+# escapes all that is not Markup.
 # -------------------------------------------------------------------------------------------------
+
+# The texts of this room. Its code begins below them, at source_hash().
 
 PAGE_STYLE = """
 :root{color-scheme:light dark;font:1rem/1.5 system-ui,sans-serif}
 *{box-sizing:border-box}
-body{max-width:70rem;margin:auto;padding:0 1rem;overflow-wrap:break-word}code{overflow-wrap:anywhere}
+body{max-width:70rem;margin:auto;padding:0 1rem;overflow-wrap:break-word}
+code{overflow-wrap:anywhere}
 header,nav,form,.copy{display:flex;flex-wrap:wrap;gap:.3rem 1rem;align-items:baseline}
 header{padding:.6rem 0;border-bottom:1px solid #8886}footer{margin:2rem 0 1rem}
 h1{font-size:1.5rem;margin:.8rem 0}h2{font-size:1.15rem;margin:1.6rem 0 .4rem}
 a:focus-visible,button:focus-visible,input:focus-visible{outline:3px solid}
-pre{flex:1;min-width:0;margin:.4rem 0;padding:.5rem .7rem;background:#8882;border-radius:.3rem;white-space:pre-wrap}
+pre{flex:1;min-width:0;margin:.4rem 0;padding:.5rem .7rem;white-space:pre-wrap}
+pre{background:#8882;border-radius:.3rem}
 input,button{font:inherit;padding:.3rem .7rem}input{flex:1;min-width:8rem}
-table{border-collapse:collapse;width:100%}caption,th,dt,footer{text-align:left;opacity:.75}caption{padding-top:1rem}
-th,td{text-align:left;vertical-align:top;padding:.35rem .8rem .35rem 0;border-bottom:1px solid #8886}
-dl{display:grid;grid-template-columns:minmax(6rem,max-content) 1fr;gap:.2rem 1rem}dd{margin:0;min-width:0}
-svg{display:block;width:100%;height:1.1rem}.own{fill:#3b82f6}.shared{fill:#a06cf0}.other{fill:#888}.free{fill:#8885}
+table{border-collapse:collapse;width:100%}caption{padding-top:1rem}
+caption,th,dt,footer{text-align:left;opacity:.75}
+th,td{text-align:left;vertical-align:top;padding:.35rem .8rem .35rem 0}
+th,td{border-bottom:1px solid #8886}
+dl{display:grid;grid-template-columns:minmax(6rem,max-content) 1fr;gap:.2rem 1rem}
+dd{margin:0;min-width:0}
+svg{display:block;width:100%;height:1.1rem}
+.own{fill:#3b82f6}.shared{fill:#a06cf0}.other{fill:#888}.free{fill:#8885}
 summary{cursor:pointer;padding:.2rem 0}#live p{margin:.2rem 0;border-bottom:1px solid #8886}
 @media(max-width:40rem){thead{position:absolute;clip-path:inset(50%)}td:empty{display:none}
 tr,td,dl{display:block}tr{padding:.4rem 0;border-bottom:1px solid #8886}td{border:0;padding:.1rem 0}
@@ -6427,7 +6437,8 @@ td[data-label]::before{content:attr(data-label) " ";opacity:.75}}
 """
 PAGE_SCRIPT = """
 for(const b of document.querySelectorAll(".copy button")){b.hidden=false;b.onclick=()=>{
-getSelection().selectAllChildren(b.previousElementSibling);document.execCommand("copy");b.textContent="Copied"}}
+getSelection().selectAllChildren(b.previousElementSibling);document.execCommand("copy");
+b.textContent="Copied"}}
 const live=document.getElementById("live");
 if(live){const e=new EventSource("live/events");e.onmessage=m=>{const p=document.createElement("p");
 p.textContent=m.data;live.prepend(p);while(live.children.length>500)live.lastChild.remove()}}
@@ -6435,282 +6446,47 @@ p.textContent=m.data;live.prepend(p);while(live.children.length>500)live.lastChi
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>%s – tinyreg</title><link rel="icon" href="data:,"><style>%s</style></head>
-<body><header><strong>Container registry</strong><nav aria-label="Pages"><a href="./">Repositories</a>
+<body><header><strong>Container registry</strong>
+<nav aria-label="Pages"><a href="./">Repositories</a>
 <a href="use">How to use it</a> <a href="disk">Disk use</a> <a href="live">Live</a></nav></header>
 <main><h1>%s</h1>
 %s</main>
 <footer>tinyreg %s, a registry in one file: <a href="tinyreg.py">take it with you</a></footer>
 <script>%s</script></body></html>
 """
+USE_PAGE = """<h2>1. Let your client trust it</h2>
+<p>Docker trusts a registry on its own machine as it is. Else, as root (crane, helm, oras, regctl,
+cosign and docker build trust what the system trusts):</p>%s%s%s
+<h2>2. Pull an image</h2><p>Look for one among the <a href="./">repositories</a>, then:</p>%s
+<h2>3. Push your own</h2>%s
+<h2>As a mirror</h2><p>Then docker pull alpine comes from here, if it is here:</p>%s"""
 
+DISK_FACTS = """
+<dl><dt>The disk</dt><dd>%s</dd>
+<dt>Blobs and manifests</dt><dd>%s, %s</dd>
+<dt>In no repository</dt><dd>%s, which garbage collection frees</dd>
+<dt>Uploads under way</dt><dd>%s</dd>
+<dt>Measured</dt><dd>%s</dd></dl>
+<h2>The largest repositories</h2>
+<p>What only this repository has, and what it shares with others, which is stored once.</p>"""
 
-def source_hash(text):
-    """What a Content-Security-Policy calls this inline style or script."""
-    return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+LIVE_PAGE = """\
+<p>What clients ask this registry, and what its answers tell them. The newest is on top.</p>
+<noscript>Without script it is on a terminal: %s</noscript>\
+<div id="live" role="log" aria-live="off" tabindex="0" aria-label="Requests"></div>"""
 
+PLAIN_HTTP_HELP = """
+Its CA is at http://{0}/ca.crt, with the SHA-256 fingerprint
+{1}
+(compare it with what the registry printed when it started). docker and podman look for it in
+/etc/docker/certs.d/{0}/ca.crt
+"""
 
-PAGE_HEADERS = [
-    ("Content-Type", "text/html; charset=utf-8"),
-    ("Content-Security-Policy", "default-src 'none'; style-src %s; script-src %s; connect-src 'self'; img-src data:; "
-     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'" % (source_hash(PAGE_STYLE),
-                                                                      source_hash(PAGE_SCRIPT))),
-    ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-cache"),
-]
-
-
-class Markup(str):
-    """HTML. Any other string that gets into a page is text, and is escaped."""
-
-
-def markup(content):
-    """The Markup of what a page contains: Markup, text, a number, None, or a list of such."""
-    if isinstance(content, Markup):
-        return content
-    try:
-        if isinstance(content, (list, tuple)):
-            return Markup("".join(markup(part) for part in content))
-        return Markup("" if content is None else html.escape(harmless(str(content))))
-    except RecursionError:  # a config's lists can be in each other deeper than Python counts
-        return Markup("…")
-
-
-def fill(template, *contents):
-    """Markup from a template of ours, with contents for each %s in it, escaped unless they are Markup."""
-    return Markup(template % tuple(markup(content) for content in contents))
-
-
-def link(text, **query):
-    """A link to a page about a repository or an image."""
-    return fill('<a href="./?%s">%s</a>', urllib.parse.urlencode(query), text)
-
-
-def table(caption, headings, rows):
-    """A table, which on a phone becomes a list with each heading before its cell; nothing if it has no rows."""
-    if not rows:
-        return None
-    body = []
-    for row in rows:
-        cells = [fill('<td role="cell" data-label="%s">%s</td>', heading, cell) for heading, cell in zip(headings, row)]
-        body.append(fill('<tr role="row">%s</tr>\n', cells))
-    return fill('<table role="table"><caption>%s</caption><thead><tr>%s</tr></thead><tbody>%s</tbody></table>', caption,
-                [fill('<th scope="col">%s</th>', heading) for heading in headings], body)
-
-
-def definitions(heading, pairs):
-    """A list of terms with their values, below a heading if it has one; those without a value are left out. What a list
-    or an object of JSON has stands in lines of its own."""
-    shown = []
-    for term, value in pairs:
-        if isinstance(value, dict):
-            value = [fill("%s=%s", key, part) for key, part in sorted(value.items())]
-        if isinstance(value, list):
-            value = [fill("<code>%s</code><br>", part) for part in value]
-        if value not in (None, "", []):
-            shown.append(fill("<dt>%s</dt><dd>%s</dd>\n", term, value))
-    return [fill("<h2>%s</h2>", heading) if heading else None, fill("<dl>%s</dl>", shown)] if shown else None
-
-
-def command_line(text):
-    """Commands, or a file's lines, to copy; without script the button stays hidden."""
-    lines = Markup("\n".join(markup(line) for line in text.splitlines()))  # each escaped, the line ends kept
-    return fill('<div class="copy"><pre>%s</pre><button type="button" hidden>Copy</button></div>\n', lines)
-
-
-def page(title, *content):
-    """A whole page as a Response."""
-    text = fill(PAGE, title, Markup(PAGE_STYLE), title, content, __version__, Markup(PAGE_SCRIPT))
-    return Response(200, PAGE_HEADERS, text.encode("utf-8", "replace"))
-
-
-def ago(moment):
-    """How long a Unix time is ago, for people, in the largest unit that fits twice."""
-    passed = time.time() - moment
-    if passed < -CLOCK_SLACK:
-        return "in the future: a clock is, or was, wrong"
-    for unit, size in (("years", 31557600), ("months", 2629800), ("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if passed >= 2 * size:
-            return "%d %s ago" % (passed // size, unit)
-    return "a moment ago"
-
-
-def age(created):
-    """The same of an RFC 3339 time; nothing for what is no time, or the year 0 of reproducible builds."""
-    try:
-        moment = calendar.timegm(time.strptime(str(created)[:19], "%Y-%m-%dT%H:%M:%S"))
-    except (ValueError, RecursionError):
-        return None
-    return ago(moment) if moment > 86400 * 3660 else None
-
-
-# Handlers
-
-def image_details(registry, access, request, name, manifest):
-    """The layers of an image with the commands that made them, who else has them, and its config (which nobody has
-    checked); for an artifact, whose config says nothing, its blobs; for an index nothing."""
-    layers = manifest.blobs[1:] if isinstance(manifest.document.get("config"), dict) else manifest.blobs
-    if not manifest.blobs:
-        return None
-    config = read_config(registry, name, manifest)
-    history = config["history"] if isinstance(config.get("history"), list) else []
-    steps = [(entry.get("created_by"), entry.get("empty_layer")) for entry in history if isinstance(entry, dict)]
-    commands = [command for command, empty in steps if not empty]
-    shared = (registry.usage() or {}).get("shared", {})
-    rows = []
-    for number, layer in enumerate(layers):
-        others = [[" ", link(other, repository=other)] for other in shared.get(layer.digest, ())
-                  if other != name and access.allows(request, "pull", other)]
-        command = commands[number] if len(commands) == len(layers) else None
-        rows.append((number + 1, in_units(layer.size), fill("<code>%s</code>", command or layer.media_type), others,
-                     fill('<a href="v2/%s/blobs/%s">%s</a>', name, layer.digest, shorten(layer.digest))))
-    settings = config["config"] if isinstance(config.get("config"), dict) else {}
-    return [table("Layers, the lowest first", ("No.", "Size", "Made by", "Also in", "Digest"), rows),
-            definitions("Config", [("Author", config.get("author"))] + sorted(settings.items())
-                        + [("Steps without a layer", [command for command, empty in steps if empty])])]
-
-
-def pull_commands(request, image):
-    """What to type to get an image, for each client."""
-    where = "%s/%s" % (request.host(), image)
-    plain = request.outer_scheme() == "http"
-    return [fill("<h2>Pull it</h2>"), command_line("docker pull " + where),
-            command_line("podman pull %s%s" % ("--tls-verify=false " if plain else "", where)),
-            command_line("ctr images pull%s %s" % (" --plain-http" if plain else "", where))]
-
-
-def image_row(registry, name, reference):
-    """A table's row about a tag or manifest: with the headings IMAGE_ROW."""
-    try:
-        digest = reference if isinstance(reference, Digest) else registry.resolve(name, reference)
-        found = describe(registry, name, digest)
-    except RegistryError as error:
-        return shorten(reference), "not here: %s" % error.message
-    return (link(shorten(reference), repository=name, reference=reference), ", ".join(found["platforms"]),
-            in_units(found["size"]), age(found["created"]), shorten(digest))
-
-
-def image_page(registry, access, request, name, reference):
-    """All that is known of one manifest. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
-    digest = reference if isinstance(reference, Digest) else registry.resolve(name, reference)
-    manifest, found = registry.manifest(name, digest), describe(registry, name, digest)
-    image, document = image_text(name, reference), manifest.document
-    referrers = [(link(about.artifact_type or about.media_type, repository=name, reference=about.digest),
-                  in_units(len(about.content)), shorten(about.digest))
-                 for about in itertools.islice(registry.referrers(name, digest), ROWS)]
-    annotations = document["annotations"] if isinstance(document.get("annotations"), dict) else {}
-    return page(
-        image, definitions(None, [
-            ("Repository", link(name, repository=name)), ("Digest", digest), ("Type", manifest.media_type),
-            ("Artifact type", document.get("artifactType")), ("Platforms", ", ".join(found["platforms"])),
-            ("Built", age(found["created"])),
-            ("Size", "%s in %s, the manifests included"
-             % (in_units(found["size"]), counted(found["count"], "blob"))),
-            ("Not here", "%d of the platforms" % found["missing"] if found["missing"] else None)]),
-        pull_commands(request, image),
-        table("Manifests", IMAGE_ROW, [image_row(registry, name, child.digest) for child in manifest.manifests[:ROWS]]),
-        image_details(registry, access, request, name, manifest),
-        definitions("Annotations", sorted(annotations.items())),
-        table("About this image: signatures, SBOMs and the like", ("Type", "Size", "Digest"), referrers),
-        fill('<p><a href="archive/%s.tar">Download it as an archive</a>, for docker load; or '
-             '<a href="v2/%s/manifests/%s">the manifest as it is</a>.</p>', image, name, digest))
-
-
-def tags_page(registry, request, name):
-    """The tags of a repository, a page of them at a time; after the last the manifests without."""
-    tags, more = take_page(registry.tags(name, request.get("last", "")), ROWS)
-    digests = [] if more else untagged(registry, name, MAX_PAGE_READ)
-    images = tags or digests
-    return page(name, pull_commands(request, image_text(name, images[0])) if images else None,
-                table("Tags", IMAGE_ROW, [image_row(registry, name, tag) for tag in tags])
-                or fill("<p>No tags.</p>"),
-                table("Without a tag", IMAGE_ROW,
-                      [image_row(registry, name, digest) for digest in (digests or ())[:ROWS]]),
-                fill("<p>What has no tag is not looked for here, among so much; tinyreg.py ls %s "
-                     "lists it.</p>", name) if digests is None else None,
-                link("Next page", repository=name, last=tags[-1]) if more else None)
-
-
-def repositories_page(registry, access, request):
-    """The names, a page of them at a time; the search goes through all of them."""
-    wanted = request.get("q", "").strip().lower()
-    names, more = take_page((name for name in registry.repositories(request.get("last", ""))
-                             if wanted in name and access.lists(request, name)), ROWS)
-    rows = []
-    for name in names:
-        tags, _ = take_page(registry.tags(name), 6)
-        shown = [[" ", link(tag, repository=name, reference=tag)] for tag in tags[:5]]
-        rows.append((link(name, repository=name), shown + [" …"] * (len(tags) > 5)))
-    return page("Repositories", fill(
-        '<form action="./" role="search"><label for="q">Name contains</label>'
-        '<input type="search" name="q" id="q" value="%s"><button>Search</button></form>', wanted),
-        table("in the order of their names", ("Repository", "Tags"), rows)
-        or fill('<p>There is nothing of that kind here. <a href="use">How to push an image</a></p>'),
-        link("Next page", last=names[-1], q=wanted) if more else None)
-
-
-def get_page(registry, access, request):
-    """The repositories, a repository's tags, or one image, as the query says. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
-    registry = getattr(registry, "cache", registry)  # of a PullThrough what is here: to look is not to fetch
-    if request.get("repository") is None:
-        return repositories_page(registry, access, request)
-    name = parse_name(request.get("repository"))
-    if not access.allows(request, "pull", name):  # whoever may not see a repository is not told that it is there
-        raise RegistryError("NAME_UNKNOWN", name)
-    if request.get("reference") is None:
-        return tags_page(registry, request, name)
-    return image_page(registry, access, request, name, parse_reference(request.get("reference")))
-
-
-IMAGE_ROW = ("Name", "Platforms", "Size", "Built", "Digest")
-
-
-def bar(parts, whole, words):
-    """A bar as SVG: `parts` are (class, amount) from the left, `whole` is what would fill it; `words` say the same."""
-    shapes, left = [], 0.0
-    for kind, amount in parts:
-        width = 100.0 * amount / (whole or 1)
-        shapes.append(fill('<rect class="%s" x="%s" width="%s" height="10"/>', kind, left, width))
-        left += width
-    return fill('<svg viewBox="0 0 100 10" preserveAspectRatio="none" role="img" aria-label="%s">%s</svg>',
-                words, shapes)
-
-
-def disk_page(registry, access, request):
-    """What takes the space, what is shared, and what is free: measured every now and then."""
-    usage = registry.usage()
-    if usage is None:
-        return page("Disk use", fill("<p>This registry is served from an archive; it takes no space of its own.</p>"))
-    shown = [(own, shared, name) for name, (own, shared) in usage["repositories"].items()
-             if access.allows(request, "pull", name)]
-    shown = sorted(shown, reverse=True)[:ROWS]
-    most = max([own + shared for own, shared, _ in shown] + [1])
-    rows = [(link(name, repository=name), in_units(own), in_units(shared), bar(
-        [("own", own), ("shared", shared)], most, "%s of its own, %s shared" % (in_units(own), in_units(shared))))
-        for own, shared, name in shown]
-    used, free, total = usage["bytes"], usage["free"], usage["total"]
-    words = "the store takes %s, other files %s, free are %s" % tuple(map(in_units, (used, total - free - used, free)))
-    return page(
-        "Disk use", bar([("own", used), ("other", total - free - used), ("free", free)], total, words),
-        definitions(None, [
-            ("The disk", words), ("Blobs and manifests", "%d, %s" % (usage["blobs"], in_units(used))),
-            ("In no repository", in_units(usage["unlinked"]) + ", which garbage collection frees"),
-            ("Uploads under way", usage["uploads"]), ("Measured", ago(usage["time"]))]),
-        fill("<h2>The largest repositories</h2>"
-             "<p>What only this repository has, and what it shares with others, which is stored once.</p>"),
-        table("at most %d" % ROWS, ("Repository", "Own", "Shared", "Picture"), rows))
-
-
-CLIENTS = {  # where each looks for the CAs of registries, and what to know about that
-    "docker": ("/etc/docker/certs.d", "read at each pull, no restart"),
-    "containerd": ("/etc/containerd/certs.d", "for Kubernetes, for nerdctl, and for ctr with "
-                   "--hosts-dir /etc/containerd/certs.d; no restart"),
-    "podman": ("/etc/containers/certs.d", "for podman, buildah, skopeo, CRI-O"),
-    "k3s": ("/etc/rancher/k3s/certs.d", "on every node"),
-    "system": ("", ""),  # buildx, crane, helm, oras, regctl and cosign trust what the system trusts
-}
-
-# A script may be pasted into a shell: it runs in a subshell, and not before all of it is there. It
-# uses what every sh and a minimal Debian or RHEL have.
-SCRIPT = r"""# This sets up {client} for the registry {host}: run it on the client, as root, once or again.
+# The scripts that set up clients. They may be pasted into a shell, so all commands stand in one
+# subshell: none runs before the last line is there. They use only what every sh and a minimal
+# Debian or RHEL have.
+CLIENT_SCRIPT = r"""# This sets up {client} for the registry {host}:
+# run it on the client, as root, once or again.
 (
 set -eu
 [ "$(id -u)" = 0 ] || {{ echo 'run this as root, for example with sudo sh' >&2; exit 1; }}
@@ -6746,7 +6522,7 @@ again() {{  # reload|restart SERVICE
 RELOAD_DOCKER = """\
 case $wrote in */daemon.json) again reload docker ;; esac
 """
-# containerd looks into certs.d only if config_path says so; where that stands depends on its version.
+# containerd reads certs.d only if config_path says so. Its version decides in which table that is.
 SET_CONFIG_PATH = r"""
 c=/etc/containerd/config.toml d=/etc/containerd/certs.d
 set_config_path() {
@@ -6757,9 +6533,12 @@ set_config_path() {
         2) t='[plugins."io.containerd.grpc.v1.cri".registry]' ;;
         *) return 1 ;;
     esac
-    if grep -Eqs "registry\.(mirrors|configs)|(^|[ .])config_path *= *[\"'][^\"']" $c; then return 1; fi
+    if grep -Eqs "registry\.(mirrors|configs)|(^|[ .])config_path *= *[\"'][^\"']" $c; then
+        return 1
+    fi
     trap 'rm -f $c.new' EXIT
-    { if [ -s $c ]; then cat $c; else echo "version = $v"; fi; } | awk -v t="$t" -v p="  config_path = \"$d\"" '
+    { if [ -s $c ]; then cat $c; else echo "version = $v"; fi; } |
+        awk -v t="$t" -v p="  config_path = \"$d\"" '
         { w = $0; gsub(/[ \t]/, "", w); gsub(/\047/, "\"", w) }
         /^[ \t]*\[/ { inside = (w == t) }
         inside && w ~ /^config_path=/ { next }
@@ -6767,7 +6546,8 @@ set_config_path() {
         w == t { print p; done = 1 }
         END { if (done == 0) { print ""; print t; print p } }' > $c.new
     containerd --config $c.new config dump 2>/dev/null | grep -q "config_path.*$d" || return 1
-    put $c "$(stat -c %a $c 2>/dev/null || echo 644)" 'containerd shall read certs.d' < $c.new || return 1
+    put $c "$(stat -c %a $c 2>/dev/null || echo 644)" 'containerd shall read certs.d' \
+        < $c.new || return 1
     again restart containerd
 }
 if grep -Eqs "^[^#]*config_path *= *.*$d|^ *disabled_plugins.*cri" $c; then :
@@ -6781,7 +6561,9 @@ fi
 TRUST_IN_SYSTEM = """\
 if command -v update-ca-trust > /dev/null; then
     d=/etc/pki/ca-trust/source/anchors u=update-ca-trust
-    if [ -d /etc/ca-certificates/trust-source ]; then d=/etc/ca-certificates/trust-source/anchors; fi
+    if [ -d /etc/ca-certificates/trust-source ]; then
+        d=/etc/ca-certificates/trust-source/anchors
+    fi
 elif [ -d /etc/pki/trust/anchors ]; then d=/etc/pki/trust/anchors u=update-ca-certificates
 else d=/usr/local/share/ca-certificates u=update-ca-certificates; fi
 put "$d/tinyreg-{file}.crt" 644 'for all programs that trust what the system trusts' <<'END'
@@ -6790,15 +6572,357 @@ END
 $u
 """
 
+def source_hash(text: str) -> str:
+    """What a Content-Security-Policy calls this inline style or script."""
+    return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+PAGE_HEADERS = [
+    ("Content-Type", "text/html; charset=utf-8"),
+    ("Content-Security-Policy",
+     "default-src 'none'; style-src %s; script-src %s; connect-src 'self'; img-src data:; "
+     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+     % (source_hash(PAGE_STYLE), source_hash(PAGE_SCRIPT))),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cache-Control", "no-cache"),
+]
+
+# HTML
+
+
+class Markup(str):
+    """HTML. Every other string that gets into a page is text, and is escaped."""
+
+
+# What a page may contain: Markup, text, a number, None, or a list of these.
+Content = Any
+
+
+def markup(content: Content) -> Markup:
+    """The content as HTML; None is nothing."""
+    if isinstance(content, Markup):
+        return content
+    if isinstance(content, (list, tuple)):
+        return Markup("".join(markup(part) for part in content))
+    return Markup("" if content is None else html.escape(harmless(str(content))))
+
+
+def fill(template: str, *contents: Content) -> Markup:
+    """One of our own templates, with contents for each %s, escaped unless they are Markup."""
+    return Markup(template % tuple(markup(content) for content in contents))
+
+
+def link(text: Content, **query: str) -> Markup:
+    """A link to the page of a repository, of an image, or of a search."""
+    return fill('<a href="./?%s">%s</a>', urllib.parse.urlencode(query), text)
+
+
+def table(caption: str, headings: Sequence[str],
+          rows: Sequence[Sequence[Content]]) -> Optional[Markup]:
+    """A table, or None if it has no rows. On a phone it becomes a list: CSS writes each cell's
+    heading, which is in its data-label, before it."""
+    if not rows:
+        return None
+    head = [fill('<th scope="col">%s</th>', heading) for heading in headings]
+    body = []
+    for row in rows:
+        cells = [fill('<td role="cell" data-label="%s">%s</td>', heading, cell)
+                 for heading, cell in zip(headings, row)]
+        body.append(fill('<tr role="row">%s</tr>\n', cells))
+    return fill('<table role="table"><caption>%s</caption><thead><tr>%s</tr></thead>'
+                "<tbody>%s</tbody></table>", caption, head, body)
+
+
+def definitions(heading: Optional[str], pairs: Iterable[Tuple[str, Content]]) -> Optional[Markup]:
+    """A list of terms with their values, below a heading if there is one; None if no term has a
+    value. Each part of a JSON list or object has a line of its own."""
+    items = []
+    for term, value in pairs:
+        if isinstance(value, dict):
+            value = [fill("%s=%s", key, part) for key, part in sorted(value.items())]
+        if isinstance(value, list):
+            value = [fill("<code>%s</code><br>", part) for part in value]
+        if value not in (None, "", []):
+            items.append(fill("<dt>%s</dt><dd>%s</dd>\n", term, value))
+    if not items:
+        return None
+    return fill("%s<dl>%s</dl>", fill("<h2>%s</h2>", heading) if heading else None, items)
+
+
+def command_line(text: str) -> Markup:
+    """Commands, or the lines of a file, and a button to copy them, which only the script shows."""
+    # harmless() would escape the ends of lines, too.
+    lines = Markup("\n".join(markup(line) for line in text.splitlines()))
+    return fill('<div class="copy"><pre>%s</pre><button type="button" hidden>Copy</button></div>\n',
+                lines)
+
+
+def page(title: str, *content: Content) -> Response:
+    """A whole page."""
+    text = fill(PAGE, title, Markup(PAGE_STYLE), title, content, __version__, Markup(PAGE_SCRIPT))
+    return Response(200, PAGE_HEADERS, text.encode("utf-8", "replace"))
+
+
+UNITS_OF_TIME = (("years", 31557600), ("months", 2629800), ("days", 86400), ("hours", 3600),
+                 ("minutes", 60))  # in seconds
+
+
+def ago(moment: float) -> str:
+    """How long ago a Unix time is, for people, in the largest unit of which two fit."""
+    passed = time.time() - moment
+    if passed < -CLOCK_SLACK:
+        return "in the future: a clock is, or was, wrong"
+    for unit, size in UNITS_OF_TIME:
+        if passed >= 2 * size:
+            return "%d %s ago" % (passed // size, unit)
+    return "a moment ago"
+
+
+def age(created: Any) -> Optional[str]:
+    """How long ago an RFC 3339 time is. None for what is no time, and for the first ten years of
+    Unix time and before: builds that shall be reproducible set such dates."""
+    try:
+        moment = calendar.timegm(time.strptime(str(created)[:19], "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
+    return ago(moment) if moment > 86400 * 3660 else None
+
+
+# Pages of repositories and images
+
+Reference = Union[str, Digest]
+IMAGE_ROW = ("Name", "Platforms", "Size", "Built", "Digest")
+
+
+def member(document: Dict[str, Any], key: str, kind: Type[Any]) -> Any:
+    """The list or dict under a key of unchecked JSON; an empty one if there is none."""
+    value = document.get(key)
+    return value if isinstance(value, kind) else kind()
+
+
+def layer_table(registry: Registry, access: Access, request: Request, name: str,
+                layers: Sequence[Descriptor], commands: Sequence[Any]) -> Optional[Markup]:
+    """The layers with the commands that made them, and with the other repositories that have them,
+    as far as the client may pull those. Unless there is one command for each layer, nobody can
+    tell which made which."""
+    if len(commands) != len(layers):
+        commands = [None] * len(layers)
+    usage = registry.usage()
+    sharers = usage["shared"] if usage else {}
+    rows = []
+    for number, (layer, command) in enumerate(zip(layers, commands), 1):
+        others = [[" ", link(other, repository=other)] for other in sharers.get(layer.digest, ())
+                  if other != name and access.allows(request, "pull", other)]
+        blob = fill('<a href="v2/%s/blobs/%s">%s</a>', name, layer.digest, shorten(layer.digest))
+        made_by = fill("<code>%s</code>", command or layer.media_type)
+        rows.append((number, in_units(layer.size), made_by, others, blob))
+    return table("Layers, the lowest first", ("No.", "Size", "Made by", "Also in", "Digest"), rows)
+
+
+def image_details(registry: Registry, access: Access, request: Request, name: str,
+                  manifest: Manifest) -> Content:
+    """The layers and the config of an image; the blobs of an artifact; None of an index. The config
+    may contain any JSON: it was not checked when it was pushed."""
+    if not manifest.blobs:
+        return None
+    config = read_config(registry, name, manifest)
+    history = [entry for entry in member(config, "history", list) if isinstance(entry, dict)]
+    commands = [step.get("created_by") for step in history if not step.get("empty_layer")]
+    others = [step.get("created_by") for step in history if step.get("empty_layer")]
+    layers = manifest.blobs[1:] if manifest.document.get("config") else manifest.blobs
+    settings = sorted(member(config, "config", dict).items())
+    return [layer_table(registry, access, request, name, layers, commands),
+            definitions("Config", [("Author", config.get("author"))] + settings
+                        + [("Steps without a layer", others)])]
+
+
+def pull_commands(request: Request, image: str) -> Content:
+    """What to type to get an image, for each client."""
+    image = "%s/%s" % (request.host(), image)
+    plain = request.outer_scheme() == "http"
+    return [fill("<h2>Pull it</h2>"), command_line("docker pull " + image),
+            command_line("podman pull %s%s" % ("--tls-verify=false " if plain else "", image)),
+            command_line("ctr images pull%s %s" % (" --plain-http" if plain else "", image))]
+
+
+def find_digest(registry: Registry, name: str, reference: Reference) -> Digest:
+    """The digest that a reference is or points to. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+    return reference if isinstance(reference, Digest) else registry.resolve(name, reference)
+
+
+def image_row(registry: Registry, name: str, reference: Reference) -> Sequence[Content]:
+    """The row of a tag or manifest in a table with the headings IMAGE_ROW."""
+    try:
+        digest = find_digest(registry, name, reference)
+        image = describe(registry, name, digest)
+    except RegistryError as error:  # one that is missing or damaged must not hide the others
+        return shorten(reference), "not here: %s" % error.message
+    return (link(shorten(reference), repository=name, reference=reference),
+            ", ".join(image["platforms"]), in_units(image["size"]), age(image["created"]),
+            shorten(digest))
+
+
+def image_table(caption: str, registry: Registry, name: str,
+                references: Iterable[Reference]) -> Optional[Markup]:
+    """A table of the images that these references point to."""
+    rows = [image_row(registry, name, reference) for reference in references]
+    return table(caption, IMAGE_ROW, rows)
+
+
+def image_facts(registry: Registry, name: str, manifest: Manifest) -> Optional[Markup]:
+    """What the top of an image's page says."""
+    image = describe(registry, name, manifest.digest)
+    size = "%s in %s, the manifests included" % (in_units(image["size"]),
+                                                 counted(image["count"], "blob"))
+    missing = "%d of the platforms" % image["missing"] if image["missing"] else None
+    return definitions(None, [
+        ("Repository", link(name, repository=name)), ("Digest", manifest.digest),
+        ("Type", manifest.media_type), ("Artifact type", manifest.document.get("artifactType")),
+        ("Platforms", ", ".join(image["platforms"])), ("Built", age(image["created"])),
+        ("Size", size), ("Not here", missing)])
+
+
+def image_page(registry: Registry, access: Access, request: Request, name: str,
+               reference: Reference) -> Response:
+    """All that is known of one manifest. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+    manifest = registry.manifest(name, find_digest(registry, name, reference))
+    image = image_text(name, reference)
+    referrers = [(link(referrer.artifact_type or referrer.media_type, repository=name,
+                       reference=referrer.digest),
+                  in_units(len(referrer.content)), shorten(referrer.digest))
+                 for referrer in itertools.islice(registry.referrers(name, manifest.digest), ROWS)]
+    return page(
+        image, image_facts(registry, name, manifest),
+        pull_commands(request, image),
+        image_table("Manifests", registry, name,
+                    [child.digest for child in manifest.manifests[:ROWS]]),
+        image_details(registry, access, request, name, manifest),
+        definitions("Annotations", sorted(member(manifest.document, "annotations", dict).items())),
+        table("About this image: signatures, SBOMs and the like", ("Type", "Size", "Digest"),
+              referrers),
+        fill('<p><a href="archive/%s.tar">Download it as an archive</a>, for docker load; or '
+             '<a href="v2/%s/manifests/%s">the manifest as it is</a>.</p>',
+             image, name, manifest.digest))
+
+
+def tags_page(registry: Registry, request: Request, name: str) -> Response:
+    """One page of a repository's tags. The last one has the manifests without a tag, too, unless
+    there is too much to look for them. Raises NAME_UNKNOWN."""
+    tags, more = take_page(registry.tags(name, request.get("last", "")), ROWS)
+    digests = [] if more else untagged(registry, name, MAX_PAGE_READ)
+    references: Sequence[Reference] = tags or digests or ()
+    return page(
+        name,
+        pull_commands(request, image_text(name, references[0])) if references else None,
+        image_table("Tags", registry, name, tags) or fill("<p>No tags.</p>"),
+        image_table("Without a tag", registry, name, (digests or [])[:ROWS]),
+        fill("<p>What has no tag is not looked for here, among so much; tinyreg.py ls %s lists it."
+             "</p>", name) if digests is None else None,
+        link("Next page", repository=name, last=tags[-1]) if more else None)
+
+
+def repositories_page(registry: Registry, access: Access, request: Request) -> Response:
+    """One page of the repositories, each with its first tags. A search looks at all names."""
+    wanted = request.get("q", "").strip().lower()
+    names, more = take_page((name for name in registry.repositories(request.get("last", ""))
+                             if wanted in name and access.lists(request, name)), ROWS)
+    rows = []
+    for name in names:
+        tags, more_tags = take_page(registry.tags(name), 5)
+        links = [[" ", link(tag, repository=name, reference=tag)] for tag in tags]
+        rows.append((link(name, repository=name), [links, " …" if more_tags else None]))
+    return page("Repositories", fill(
+        '<form action="./" role="search"><label for="q">Name contains</label>'
+        '<input type="search" name="q" id="q" value="%s"><button>Search</button></form>', wanted),
+        table("in the order of their names", ("Repository", "Tags"), rows)
+        or fill("<p>There is nothing of that kind here. "
+                '<a href="use">How to push an image</a></p>'),
+        link("Next page", last=names[-1], q=wanted) if more else None)
+
+
+def get_page(registry: Registry, access: Access, request: Request) -> Response:
+    """The repositories, the tags of a repository, or one image, as the query says. Raises
+    NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+    registry = getattr(registry, "cache", registry)  # of a PullThrough: to look is not to fetch
+    name, reference = request.get("repository"), request.get("reference")
+    if name is None:
+        return repositories_page(registry, access, request)
+    name = parse_name(name)
+    if not access.allows(request, "pull", name):  # nor may the client learn that it exists
+        raise RegistryError("NAME_UNKNOWN", name)
+    if reference is None:
+        return tags_page(registry, request, name)
+    return image_page(registry, access, request, name, parse_reference(reference))
+
+
+# Disk use
+
+def bar(parts: Iterable[Tuple[str, int]], whole: int, words: str) -> Markup:
+    """A bar as SVG. `parts` are (CSS class, amount) from the left, `whole` is the amount that fills
+    the bar, and `words` say the same to those who can't see it."""
+    shapes = []
+    left = 0.0
+    for kind, amount in parts:
+        width = 100.0 * amount / (whole or 1)
+        shapes.append(fill('<rect class="%s" x="%s" width="%s" height="10"/>', kind, left, width))
+        left += width
+    return fill('<svg viewBox="0 0 100 10" preserveAspectRatio="none" role="img" aria-label="%s">'
+                "%s</svg>", words, shapes)
+
+
+def largest_repositories(sizes: Sequence[Tuple[int, int, str]]) -> Optional[Markup]:
+    """A table of repositories, the largest first. `sizes` are (bytes that only it has, bytes that
+    others have, too, name)."""
+    sizes = sorted(sizes, reverse=True)[:ROWS]
+    most = max((own + shared for own, shared, _ in sizes), default=1)
+    rows = []
+    for own, shared, name in sizes:
+        words = "%s of its own, %s shared" % (in_units(own), in_units(shared))
+        rows.append((link(name, repository=name), in_units(own), in_units(shared),
+                     bar([("own", own), ("shared", shared)], most, words)))
+    return table("at most %d" % ROWS, ("Repository", "Own", "Shared", "Picture"), rows)
+
+
+def disk_page(registry: Registry, access: Access, request: Request) -> Response:
+    """What takes the space, what is shared, and what is free; measured every now and then."""
+    usage = registry.usage()
+    if usage is None:
+        return page("Disk use", fill("<p>This registry is served from an archive; it takes no "
+                                     "space of its own.</p>"))
+    used, free = usage["bytes"], usage["free"]
+    other = usage["total"] - free - used
+    words = "the store takes %s, other files %s, free are %s" % (
+        in_units(used), in_units(other), in_units(free))
+    return page(
+        "Disk use",
+        bar([("own", used), ("other", other), ("free", free)], usage["total"], words),
+        fill(DISK_FACTS, words, usage["blobs"], in_units(used), in_units(usage["unlinked"]),
+             usage["uploads"], ago(usage["time"])),
+        largest_repositories([(own, shared, name)
+                              for name, (own, shared) in usage["repositories"].items()
+                              if access.allows(request, "pull", name)]))
+
+
+# Setting up clients
+
+CLIENTS = {  # where each looks for the CAs of registries, and a remark about that
+    "docker": ("/etc/docker/certs.d", "read at each pull, no restart"),
+    "containerd": ("/etc/containerd/certs.d", "for Kubernetes, for nerdctl, and for ctr with "
+                   "--hosts-dir /etc/containerd/certs.d; no restart"),
+    "podman": ("/etc/containers/certs.d", "for podman, buildah, skopeo, CRI-O"),
+    "k3s": ("/etc/rancher/k3s/certs.d", "on every node"),
+    "system": ("", ""),  # buildx, crane, helm, oras, regctl and cosign trust what the system trusts
+}
+
 
 class ClientSetup(NamedTuple):
     """What a client is told about this registry."""
 
     host: str
-    ca: Optional[str]         # the certificate of its CA, "" where the system knows it, None without TLS
+    ca: Optional[str]         # the CA's certificate; "" if the system knows it; None without TLS
     mirror: bool = False      # take the images of other registries from it, too:
-    origins: Sequence[str] = ("docker.io",)  # those that the store has images of
-    only_known: bool = False  # of these alone, where the client could ask for all
+    origins: Sequence[str] = ("docker.io",)  # of these, which the store has images of
+    only_known: bool = False  # of no others, where a client could ask for all
     login: str = ""           # the Authorization header for that
 
     @property
@@ -6807,8 +6931,8 @@ class ClientSetup(NamedTuple):
 
     def hosts_toml(self, ca_file: str, push: bool = False) -> str:
         """The table of this registry for a hosts.toml."""
-        lines = ['[host."%s"]' % self.url,
-                 '  capabilities = ["pull", "resolve"%s]' % (', "push"' if push else "")]
+        capabilities = '"pull", "resolve", "push"' if push else '"pull", "resolve"'
+        lines = ['[host."%s"]' % self.url, "  capabilities = [%s]" % capabilities]
         if self.ca:
             lines.append('  ca = "%s"' % ca_file)
         if self.login and not push:
@@ -6817,7 +6941,7 @@ class ClientSetup(NamedTuple):
 
 
 class ClientFile(NamedTuple):
-    """A file that a client needs, and what its owner should know about it."""
+    """A file that a client needs, with a remark for its owner."""
 
     path: str
     content: str
@@ -6826,36 +6950,38 @@ class ClientFile(NamedTuple):
 
 
 def mirror_files(client: str, setup: ClientSetup, ca_file: str) -> Iterator[ClientFile]:
-    """The hosts.toml files that let containerd and Docker pull from this registry first. There is no
-    `server` in them, so that pushes, and pulls of what is not here, go to where they were meant to."""
+    """The hosts.toml files that let containerd and Docker pull from this registry first. They have
+    no `server`: pushes, and pulls of what is not here, go to the registry that the image names."""
     remark = ("with a password in it" if setup.login else
               "a mirror must let everyone pull: serve --anonymous pull; or say clients --user NAME")
     if client == "docker":
         remark = "for Docker from 29 on with containerd's image store; " + remark
     for folder in setup.origins if setup.only_known else ["_default"]:
-        yield ClientFile("%s/%s/hosts.toml" % (CLIENTS[client][0], folder), setup.hosts_toml(ca_file),
-                         remark, 0o600 if setup.login else 0o644)
+        yield ClientFile("%s/%s/hosts.toml" % (CLIENTS[client][0], folder),
+                         setup.hosts_toml(ca_file), remark, 0o600 if setup.login else 0o644)
 
 
 def daemon_json(setup: ClientSetup) -> Iterator[ClientFile]:
-    """Docker's settings. Its registry-mirrors can't be given a password, and one that wants one
-    would stop all pulls."""
-    settings = {}  # type: Dict[str, List[str]]
+    """Docker's settings. It can't give a password to one of its registry-mirrors, and one that
+    wants a password would stop all pulls."""
+    settings: Dict[str, List[str]] = {}
     if setup.mirror and not setup.login:
         settings["registry-mirrors"] = [setup.url]
     if setup.ca is None:
         settings["insecure-registries"] = [setup.host]
     if settings:
-        remark = "before Docker 29, mirrors are for docker.io only" if setup.mirror else "Docker's settings"
+        remark = ("before Docker 29, mirrors are for docker.io only" if setup.mirror else
+                  "Docker's settings")
         yield ClientFile("/etc/docker/daemon.json", json.dumps(settings) + "\n", remark)
 
 
 def registries_conf(setup: ClientSetup) -> Iterator[ClientFile]:
-    """What podman needs: there is no way to say "all origins", so each has a table."""
+    """Podman's settings. It has no word for "all origins", so each has a table."""
     insecure = "insecure = true\n" if setup.ca is None else ""
-    tables = ['location = "%s"\n' % setup.host] if setup.ca is None else []
+    tables = ['location = "%s"\n' % setup.host] if insecure else []
     for origin in setup.origins if setup.mirror else ():
-        tables.append('prefix = "%s"\nlocation = "%s/%s"\n' % (origin, setup.host, origin_of(origin)))
+        tables.append('prefix = "%s"\nlocation = "%s/%s"\n'
+                      % (origin, setup.host, origin_of(origin)))
     if tables:
         yield ClientFile("/etc/containers/registries.conf.d/50-tinyreg.conf",
                          "".join("[[registry]]\n" + table + insecure for table in tables),
@@ -6863,11 +6989,12 @@ def registries_conf(setup: ClientSetup) -> Iterator[ClientFile]:
 
 
 def registries_yaml(setup: ClientSetup, ca_file: str) -> ClientFile:
-    """What k3s needs."""
-    asked = [setup.host]
+    """The settings of k3s."""
+    hosts = [setup.host]
     if setup.mirror:
-        asked = asked + list(setup.origins) if setup.only_known else ["*"]
-    text = "mirrors:\n" + "".join('  "%s":\n    endpoint: ["%s"]\n' % (host, setup.url) for host in asked)
+        hosts = hosts + list(setup.origins) if setup.only_known else ["*"]
+    text = "mirrors:\n" + "".join('  "%s":\n    endpoint: ["%s"]\n' % (host, setup.url)
+                                  for host in hosts)
     if setup.ca:
         text += 'configs:\n  "%s":\n    tls:\n      ca_file: %s\n' % (setup.host, ca_file)
     return ClientFile("/etc/rancher/k3s/registries.yaml", text,
@@ -6876,26 +7003,26 @@ def registries_yaml(setup: ClientSetup, ca_file: str) -> ClientFile:
 
 def client_files(client: str, setup: ClientSetup) -> Iterator[ClientFile]:
     """The files that a client needs."""
-    folder, usage = CLIENTS[client]
+    folder, remark = CLIENTS[client]
     ca_file = "%s/%s/ca.crt" % (folder, setup.host)
     if setup.ca:
-        yield ClientFile(ca_file, setup.ca, usage)
+        yield ClientFile(ca_file, setup.ca, remark)
     if setup.mirror and client in ("docker", "containerd"):
         yield from mirror_files(client, setup, ca_file)
     if client == "docker":
         yield from daemon_json(setup)
-    if client == "containerd":
-        ca_line = 'ca = "%s"\n' % ca_file if setup.ca else ""  # 1.6 wants to be told it twice
+    elif client == "containerd":
+        ca_line = 'ca = "%s"\n' % ca_file if setup.ca else ""  # 1.6 wants it twice
         yield ClientFile("%s/%s/hosts.toml" % (folder, setup.host), 'server = "%s"\n%s%s' % (
-            setup.url, ca_line, setup.hosts_toml(ca_file, push=True)), usage)
-    if client == "podman":
+            setup.url, ca_line, setup.hosts_toml(ca_file, push=True)), remark)
+    elif client == "podman":
         yield from registries_conf(setup)
-    if client == "k3s":
+    elif client == "k3s":
         yield registries_yaml(setup, ca_file)
 
 
 def client_script(client: str, setup: ClientSetup) -> str:
-    """A script for sh that sets up a client; "" if nothing is needed. What others have set stays."""
+    """A script for sh that sets up a client; "" if nothing is needed. Files of others stay."""
     if client == "system":
         file = setup.host.replace(":", "-").strip("[]")
         steps = TRUST_IN_SYSTEM.format(file=file, ca=setup.ca.strip()) if setup.ca else ""
@@ -6907,27 +7034,31 @@ def client_script(client: str, setup: ClientSetup) -> str:
         steps += RELOAD_DOCKER
     elif client == "containerd" and steps:
         steps += SET_CONFIG_PATH
-    return SCRIPT.format(client=client, host=setup.host, steps=steps) if steps else ""
+    return CLIENT_SCRIPT.format(client=client, host=setup.host, steps=steps) if steps else ""
 
 
 def known_origins(registry: Registry, is_listed: Callable[[str], bool] = bool) -> List[str]:
-    """The registries that images here come from, and docker.io; of those that `is_listed` accepts."""
+    """docker.io, and the registries from which the images of those repositories come that
+    `is_listed` accepts."""
     origins = {"docker.io"}
     names = registry.repositories()
     while True:
         name = next(names, None)
         if name is None:
             return sorted(origins)
-        first, slash, _ = name.partition("/")
-        is_host = slash and re.search(r"\.|_[0-9]+$", first)
+        host, slash, _ = name.partition("/")
+        is_host = slash and re.search(r"\.|_[0-9]+$", host)
         if is_host and is_listed(name):
-            origins.add(re.sub(r"_([0-9]+)$", r":\1", first))
-            if len(origins) < 100:  # each time folders are listed again, so not for ever
-                names = registry.repositories(first + "/~")  # all of its others sort before that
+            origins.add(re.sub(r"_([0-9]+)$", r":\1", host))
+            # Skip all other repositories of this host: their names sort before HOST/~. Each skip
+            # lists folders again, so a client must not cause any number of them.
+            if len(origins) < 100:
+                names = registry.repositories(host + "/~")
 
 
 def outside_host(access: Access, request: Request) -> str:
-    """HOST[:PORT] of this registry for other machines, which know it by no name for the own machine."""
+    """HOST[:PORT] by which other machines know this registry: never localhost, unless the registry
+    serves this machine only."""
     host = request.host()
     if is_this_machine(host) and not access.only_local:
         return os.uname().nodename + host[len(without_port(host)):]
@@ -6935,175 +7066,196 @@ def outside_host(access: Access, request: Request) -> str:
 
 
 def client_setup(registry: Registry, access: Access, request: Request, mirror: bool) -> ClientSetup:
-    """What clients are told over HTTP: of the origins, those that whoever asks may see."""
+    """What a client is told over HTTP; only of origins that it may see."""
     ca = (request.ca or b"").decode() if request.outer_scheme() == "https" else None
     origins = ["docker.io"]
     if mirror and access.allows(request, "pull"):
-        origins = known_origins(registry, lambda name: access.lists(request, name))
+        origins = known_origins(registry, functools.partial(access.lists, request))
     return ClientSetup(outside_host(access, request), ca, mirror, origins)
 
 
-def use_script(registry: Registry, access: Access, request: Request, client: str) -> "Response":
-    """The bare script that sets up a client; with ?mirror in the target, for all origins."""
+def use_script(registry: Registry, access: Access, request: Request, client: str) -> Response:
+    """The script alone that sets up a client; with ?mirror in the target, for all origins."""
     if client not in CLIENTS:
-        return Response.of_text("404: there is a script for each of: %s\n" % ", ".join(CLIENTS), 404)
+        clients = ", ".join(CLIENTS)
+        return Response.of_text("404: there is a script for each of: %s\n" % clients, 404)
     setup = client_setup(registry, access, request, request.get("mirror") is not None)
     return Response.of_text(client_script(client, setup) or "# nothing is needed\n")
 
 
-def client_help(registry: Registry, access: Access, request: Request, mirror: bool) -> List[Markup]:
-    """What `clients` prints, for each client, folded; `mirror` to get what lies elsewhere from here too."""
-    setup, query = client_setup(registry, access, request, mirror), "?mirror" if mirror else ""
-    shown = []
-    for client in CLIENTS:
-        script = client_script(client, setup) or "# nothing is needed"
-        shown.append(fill('<details><summary>%s</summary><p><a href="use/%s.sh%s">The script alone</a></p>'
-                          "%s</details>\n", client, client, query, command_line(script)))
-    return shown
+def client_help(setup: ClientSetup) -> List[Markup]:
+    """The scripts for all clients, each folded."""
+    query = "?mirror" if setup.mirror else ""
+    return [fill('<details><summary>%s</summary><p><a href="use/%s.sh%s">The script alone</a></p>'
+                 "%s</details>\n", client, client, query,
+                 command_line(client_script(client, setup) or "# nothing is needed"))
+            for client in CLIENTS]
 
 
-def fingerprint(certificate):
+def fingerprint(certificate: bytes) -> str:
     """The SHA-256 of a PEM certificate, as openssl x509 -fingerprint and browsers show it."""
     encoded = hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate.decode())).hexdigest().upper()
     return ":".join(re.findall("..", encoded))
 
 
-def use_page(registry, access, request):
-    """How to use this registry, for somebody who was told its address and nothing else."""
-    host, ca, log_in = outside_host(access, request), None, None
+def use_page(registry: Registry, access: Access, request: Request) -> Response:
+    """How to use this registry, for a person who was told its address and nothing else."""
+    host = outside_host(access, request)
+    ca, login = None, None
     if request.ca:
-        ca = fill('<p><a href="ca.crt">The certificate of its CA</a> has the SHA-256 fingerprint <code>%s</code>; '
-                  "compare it with its owner's.</p>", fingerprint(request.ca))
+        ca = fill('<p><a href="ca.crt">The certificate of its CA</a> has the SHA-256 fingerprint '
+                  "<code>%s</code>; compare it with its owner's.</p>", fingerprint(request.ca))
     if access.users_file:
-        log_in = [fill('<p><a href="login">Log in</a> here, to see what only you may see, and there:</p>'),
-                  command_line("docker login " + host)]
+        login = [fill('<p><a href="login">Log in</a> here, to see what only you may see, and there:'
+                      "</p>"),
+                 command_line("docker login " + host)]
+    setup, mirror = [client_help(client_setup(registry, access, request, mirror))
+                     for mirror in (False, True)]
     return page("How to use this registry", fill(
-        """<h2>1. Let your client trust it</h2>
-<p>Docker trusts a registry on its own machine as it is. Else, as root (crane, helm, oras, regctl, cosign and
-docker build trust what the system trusts):</p>%s%s%s
-<h2>2. Pull an image</h2><p>Look for one among the <a href="./">repositories</a>, then:</p>%s
-<h2>3. Push your own</h2>%s
-<h2>As a mirror</h2><p>Then docker pull alpine comes from here, if it is here:</p>%s""",
-        client_help(registry, access, request, mirror=False), ca, log_in,
-        command_line("docker pull %s/NAME:TAG" % host),
-        command_line("docker tag alpine %s/me/alpine\ndocker push %s/me/alpine" % (host, host)),
-        client_help(registry, access, request, mirror=True)))
+        USE_PAGE, setup, ca, login, command_line("docker pull %s/NAME:TAG" % host),
+        command_line("docker tag alpine {0}/me/alpine\ndocker push {0}/me/alpine".format(host)),
+        mirror))
 
 
-def log_in(registry, access, request):
-    """Back to the page, for a browser that has been asked for a password, if there are any. Raises UNAUTHORIZED."""
+def log_in(registry: Registry, access: Access, request: Request) -> Response:
+    """Back to the page. Access has made the browser ask for a password first, if there are any.
+    Raises UNAUTHORIZED."""
     return Response(303, [("Location", "./")])
 
 
-def get_archive(registry, access, request, name, reference):
-    """An image as a tar that docker load, podman load, ctr import and tinyreg.py load read, with its signatures and
-    SBOMs. Blobs are read while they are sent. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
-    writer, report = ArchiveWriter(), Report(name)
+# Downloads
+
+def download_headers(content_type: str, file: str) -> List[Tuple[str, str]]:
+    return [("Content-Type", content_type), ("Content-Disposition", "attachment; filename=" + file)]
+
+
+def get_archive(registry: Registry, access: Access, request: Request, name: str,
+                reference: Reference) -> Response:
+    """An image with its signatures and SBOMs, as a tar that docker load, podman load, ctr import
+    and tinyreg.py load read. Its blobs are read while they are sent. Raises NAME_UNKNOWN,
+    MANIFEST_UNKNOWN, BLOB_UNKNOWN."""
+    writer = ArchiveWriter()
+    report = Report(name)
     copy(registry, writer, name, reference, report=report)
     if report.missing:
         raise RegistryError("BLOB_UNKNOWN", *report.missing)
     writer.plan()
     (_, blobs), = writer.files
     file = re.sub("[^A-Za-z0-9._-]+", "_", "%s_%s" % (name, reference)) + ".tar"
-    return Response(200, [("Content-Type", "application/x-tar"),
-                          ("Content-Disposition", "attachment; filename=" + file)],
+    return Response(200, download_headers("application/x-tar", file),
                     Stream(functools.partial(writer.write, blobs), writer.size(blobs)))
 
 
-def get_own_source(registry, access, request):
-    """This file, unless it was taken away since the start."""
+def get_own_source(registry: Registry, access: Access, request: Request) -> Response:
+    """This file, unless it was moved or deleted since the start."""
     source = read_file(__file__, -1)
     if source is None:
         return Response.of_text("404: tinyreg.py is not where it was started from\n", 404)
-    return Response(200, [("Content-Type", "text/x-python; charset=utf-8"),
-                          ("Content-Disposition", "attachment; filename=tinyreg.py")], source)
+    return Response(200, download_headers("text/x-python; charset=utf-8", "tinyreg.py"), source)
 
 
-def check_live(access, request):
-    """Everybody may watch in a classroom, which is what --log explain is for; else it takes an admin of all that is
-    here. Raises DENIED, UNAUTHORIZED."""
+# Live
+
+def check_live(access: Access, request: Request) -> None:
+    """Raises DENIED or UNAUTHORIZED if the client may not watch what others do. With --log explain,
+    which is meant for a classroom, everybody may; else who may delete in all repositories."""
     if not request.observation.live:
-        raise RegistryError("UNSUPPORTED", message="an archive is served here; there is nothing to see live")
+        raise RegistryError("UNSUPPORTED",
+                            message="an archive is served here; there is nothing to see live")
     if request.observation.style != "explain":
-        access.check(request, "delete", "**")  # no name, but what the rules' ** covers
+        access.check(request, "delete", "**")  # no repository's name: only a rule for ** fits it
 
 
-def live_page(registry, access, request):
-    """The page that shows what clients and registry say to each other, as it happens. Raises DENIED."""
+def live_page(registry: Registry, access: Access, request: Request) -> Response:
+    """The page that shows what clients and registry say to each other, as it happens. Raises
+    DENIED, UNAUTHORIZED, UNSUPPORTED."""
     check_live(access, request)
-    return page("Live", fill(
-        "<p>What clients ask this registry, and what its answers tell them. The newest is on top.</p>"
-        '<noscript>Without script it is on a terminal: %s</noscript>'
-        '<div id="live" role="log" aria-live="off" tabindex="0" aria-label="Requests"></div>',
-        command_line("curl -N %s://%s/live/events" % (request.outer_scheme(), request.host()))))
+    command = "curl -N %s://%s/live/events" % (request.outer_scheme(), request.host())
+    return page("Live", fill(LIVE_PAGE, command_line(command)))
 
 
-def live_events(registry, access, request):
-    """The same as server-sent events, for the page's script, as far as who looks may see it. Raises DENIED."""
+def send_live_events(access: Access, request: Request, send: Callable[[bytes], Any]) -> None:
+    """Send what the client may see of each exchange, as server-sent events, until it leaves.
+
+    While nothing happens, `send` gets an empty block several times a second, by which the server
+    notices that it stops, and a line every few seconds, by which it notices that the client has
+    left."""
+    for number, exchange in enumerate(request.observation.watch()):
+        if exchange is None:
+            send(b"\n" if number % 50 == 49 else b"")
+            continue
+        if not access.pulls_everything(request):
+            exchange = without_names(exchange)
+        allowed = not exchange.name or access.allows(request, "pull", exchange.name)
+        if allowed and exchange.route != "live_events":
+            line = "data: %s\n\n" % harmless(request.observation.explain(exchange))
+            send(line.encode("utf-8", "replace"))
+
+
+def live_events(registry: Registry, access: Access, request: Request) -> Response:
+    """The events for the script of the live page. Raises DENIED, UNAUTHORIZED, UNSUPPORTED."""
     check_live(access, request)
-
-    def write_to(send):
-        for quiet, exchange in enumerate(request.observation.watch()):
-            if exchange is None:
-                # By an empty block the server notices that it stops; by a line every few seconds, that they have left.
-                send(b"\n" if quiet % 50 == 49 else b"")
-                continue
-            if not access.pulls_everything(request):
-                exchange = without_names(exchange)
-            allowed = not exchange.name or access.allows(request, "pull", exchange.name)
-            if allowed and exchange.route != "live_events":
-                send(("data: %s\n\n" % harmless(request.observation.explain(exchange))).encode("utf-8", "replace"))
-
-    return Response(200, [("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"),
-                          ("X-Accel-Buffering", "no")], Stream(write_to))
+    # X-Accel-Buffering makes nginx pass each event on at once.
+    headers = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"),
+               ("X-Accel-Buffering", "no")]
+    return Response(200, headers, Stream(functools.partial(send_live_events, access, request)))
 
 
-# Handlers for machines
+# For machines
 
-def get_metrics(registry, access, request):
+USAGE_GAUGES = (("store_bytes", "bytes"), ("store_blobs", "blobs"),
+                ("store_unlinked_bytes", "unlinked"), ("store_uploads", "uploads"),
+                ("store_measured_seconds", "time"), ("store_free_bytes", "free"))
+
+
+def get_metrics(registry: Registry, access: Access, request: Request) -> Response:
     """Numbers for Prometheus."""
-    gauges, usage = request.observation.gauges(), registry.usage()
+    gauges = request.observation.gauges()
+    usage = registry.usage()
     if usage is not None:
-        gauges += [("store_" + name, usage[key]) for name, key in (
-            ("bytes", "bytes"), ("blobs", "blobs"), ("unlinked_bytes", "unlinked"), ("uploads", "uploads"),
-            ("measured_seconds", "time"), ("free_bytes", "free"))]
+        gauges += [(name, usage[key]) for name, key in USAGE_GAUGES]
         gauges.append(("store_repositories", len(usage["repositories"])))
     return Response(200, [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")],
                     request.observation.metrics.text(gauges).encode())
 
 
-def get_health(registry, access, request):
+def get_health(registry: Registry, access: Access, request: Request) -> Response:
     """That the server is alive."""
     return Response.of_text("ok\n")
 
 
-def get_readiness(registry, access, request):
-    """Whether it can do its work: the store is there, writable unless it is to be read only, and has room.
-    Raises OSError, UNAVAILABLE."""
+def get_readiness(registry: Registry, access: Access, request: Request) -> Response:
+    """That the server can do its work: the store is there, has room, and can be written to unless
+    it is read-only. Raises OSError, UNAVAILABLE."""
     registry.check_ready()
     return Response.of_text("ready\n")
 
 
-def get_ca(registry, access, request):
-    """The certificate of the CA that clients should trust; whoever asks, for nobody can log in before that."""
+def ca_response(request: Request) -> Response:
+    """The certificate of our CA, or 404 if there is none."""
     if not request.ca:
         return Response.of_text("404: this registry has no CA of its own\n", 404)
     return Response(200, [("Content-Type", "application/x-x509-ca-cert")], request.ca)
 
 
-def handle_plain_http(request):
-    """What clients of an HTTPS port get that speak HTTP: how to trust it, and nothing that could need a password."""
+def get_ca(registry: Registry, access: Access, request: Request) -> Response:
+    """The CA's certificate. Everybody gets it: no client can log in before it trusts the CA."""
+    return ca_response(request)
+
+
+def handle_plain_http(request: Request) -> Response:
+    """The response to a client that speaks HTTP at an HTTPS port: how to trust the registry, and
+    nothing that could need a password."""
     host = request.header("host", "HOST")
-    if request.path == "/ca.crt" and request.method in ("GET", "HEAD"):
-        return get_ca(None, None, request)
-    if request.path != "/" or request.method not in ("GET", "HEAD"):
-        return Response.of_error(RegistryError("UNSUPPORTED", status=400, message="Client sent an HTTP request to an "
-                                               "HTTPS server; use https://%s" % host))
+    if request.path not in ("/", "/ca.crt") or request.method not in ("GET", "HEAD"):
+        return Response.of_error(RegistryError(
+            "UNSUPPORTED", status=400,
+            message="Client sent an HTTP request to an HTTPS server; use https://%s" % host))
+    if request.path == "/ca.crt":
+        return ca_response(request)
     text = "This registry speaks HTTPS: https://%s/\n" % host
     if request.ca:
-        text += ("\nIts CA is at http://%s/ca.crt, with the SHA-256 fingerprint\n%s\n(compare it with what the "
-                 "registry printed when it started). docker and podman look for it in\n/etc/docker/certs.d/%s/ca.crt\n"
-                 % (host, fingerprint(request.ca), host))
+        text += PLAIN_HTTP_HELP.format(host, fingerprint(request.ca))
     return Response.of_text(text)
 
 
