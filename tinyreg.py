@@ -100,7 +100,7 @@ import urllib.request
 import uuid
 import zlib
 from typing import (
-    Any, BinaryIO, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping,
+    Any, BinaryIO, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, Match,
     NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
 )
 
@@ -109,7 +109,8 @@ __version__ = "0.1"
 # -------------------------------------------------------------------------------------------------
 # 1  Constants
 #
-# Media types, limits (each with its reason) and the grammar of names. Nothing here does anything.
+# Media types, limits with their reasons, and the grammar of names. Nothing here does anything.
+# A constant that only one room uses may stand in that room.
 # -------------------------------------------------------------------------------------------------
 
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
@@ -117,75 +118,87 @@ DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+prettyjws"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
-OCI_ARTIFACT = "application/vnd.oci.artifact.manifest.v1+json"  # left out of OCI 1.1, but ORAS 0.15 to 1.0 pushed it
+# OCI 1.1 was published without this type, but ORAS 0.15 to 1.0 pushed it.
+OCI_ARTIFACT = "application/vnd.oci.artifact.manifest.v1+json"
 IMAGE_TYPES = (DOCKER_MANIFEST, OCI_MANIFEST)
 INDEX_TYPES = (DOCKER_LIST, OCI_INDEX)
 MANIFEST_TYPES = IMAGE_TYPES + INDEX_TYPES + (OCI_ARTIFACT,)
 OCTET_STREAM = "application/octet-stream"
 JSON = "application/json"
 
-# What clients send as the Content-Type of a manifest when they mean nothing by it (curl, scripts).
+# A Content-Type that says nothing about a manifest: curl and scripts send these by default.
 VAGUE_TYPES = ("", JSON, OCTET_STREAM, "application/x-www-form-urlencoded", "text/plain")
 
-# Layers that may live elsewhere: Windows base layers and others that may not be handed on.
+# Layers that a registry need not have: Windows base layers, and others whose licence forbids to
+# distribute them.
 FOREIGN_LAYER_TYPES = re.compile(
     r"application/vnd\.(docker\.image\.rootfs\.foreign\.|oci\.image\.layer\.nondistributable\.).*")
 
-MAX_MANIFEST = 4 << 20       # bytes; the specification wants 4 MB to pass, Distribution refuses more than 4 MiB
-MAX_DEPTH = 100              # levels of JSON; how many Python reads depends on its version, and on who calls
-MAX_NAME = 255               # characters; what clients accept, and what a file name may have
-MAX_REQUEST_LINE = 8 << 10   # bytes; a PUT of a manifest with ten tags of 128 characters needs 2 KiB
-MAX_HEAD = 64 << 10          # bytes, request line and header block; bearer tokens can take 16 KiB
-MAX_CHUNK_LINE = 1 << 10     # bytes; a chunk's size line with its extensions, which nobody sends
-MAX_DRAIN = 256 << 10        # bytes of a refused body that are read, to keep the connection
-MAX_LINGER = 64 << 20        # bytes read off a connection that is to be closed, so that the answer arrives
-COPY_BUFFER = 256 << 10      # bytes moved at once from file to file; an upload is written whenever so many have come
-MAX_UPLOAD_READ = 640 << 10     # bytes of an upload that are taken with one call, where the network is that fast
-SMALL_BLOB = 64 << 10        # bytes; a blob up to this goes out in one write with its headers, and may be cached
-MAX_CACHED = 16 << 20        # bytes of answers that one worker keeps
-INDEXED_REPOSITORIES = 64    # whose referrers a process keeps in memory
-SETTLING_TIME = 2.0                # seconds; folders that changed in the same tick of the clock may look alike
-HASHED_SESSIONS = 1024       # upload sessions whose hash is kept in memory; others are read again at their end
-MAX_LIVE = 1 << 20           # bytes of the file that /live follows, then a new one begins
-MAX_EVENTS = 10000           # notifications that are kept for an endpoint that takes none
-MIN_FREE_SPACE = 64 << 20          # bytes that must be free for a server to call itself ready
-ROWS = 100                   # entries in one table of the page
-MAX_DESCRIBED = 1000         # manifests that are read to say how large an index is
-MAX_PAGE_READ = 2 << 20      # bytes of manifests that a page reads to find those without a tag
-MAX_TYPES = 10000            # media types of manifests that one process remembers
-SWEEP_BATCH = 64       # folders that gc takes away while it holds the lock alone: some milliseconds
-PAGE_SIZE = 1000             # entries in one page of the catalog or of referrers, and the most that n may ask for
+# Manifests and names
+MAX_MANIFEST = 4 << 20       # bytes; the specification asks for 4 MB, Distribution takes 4 MiB
+MAX_DEPTH = 100              # levels of JSON; Python's own limit differs by version and caller
+MAX_NAME = 255               # characters; clients and file systems take no more
+MAX_DESCRIBED = 1000         # manifests that are read to compute the size of an index
+MAX_TYPES = 10000            # manifests whose media type a process remembers
+INDEXED_REPOSITORIES = 64    # repositories whose referrers a process keeps in memory
 
-TICK = 5.0                   # seconds; how often a waiting connection looks at its time limits
-CACHE_LIFE = 1.0             # seconds that an answer may be repeated; so a token's end or a new rule counts by then
-MAX_CONNECTIONS = 256        # of one client, in one worker: so that one laptop can't starve a room …
-MAX_UPLOADS = 1000           # … and upload sessions. What comes from this machine, so from a proxy, is not limited
-MAX_ALL_CONNECTIONS = 4096      # of one worker: each has a thread; fewer where the host allows few open files
-SPARE_THREADS = 16           # threads that wait for a connection, per listening socket; more end with theirs
-CLIENT_LEFT = 499            # what logs have as the status, as nginx's do, where the client did not wait for one
+# Requests and responses
+MAX_REQUEST_LINE = 8 << 10   # bytes; pushing a manifest with ten tags of 128 characters takes 2 KiB
+MAX_HEAD = 64 << 10          # bytes of request line and headers; a bearer token can take 16 KiB
+MAX_CHUNK_LINE = 1 << 10     # bytes of a chunk's size line, with extensions, which nobody sends
+MAX_DRAIN = 256 << 10        # bytes of a refused body that are read, to keep the connection
+MAX_LINGER = 64 << 20        # bytes that are read before closing, so that the response arrives
+COPY_BUFFER = 256 << 10      # bytes per copy from file to file, and per write of an upload
+MAX_UPLOAD_READ = 640 << 10  # bytes of an upload that one call reads, if the network is that fast
+SMALL_BLOB = 64 << 10        # bytes; up to this, a blob goes out in one write with its headers,
+                             # and the response may be cached
+MAX_CACHED = 16 << 20        # bytes of responses that one worker caches
+CACHE_LIFE = 1.0             # seconds; a token's end or a new rule takes effect within this time
+PAGE_SIZE = 1000             # entries per page of the catalog or of referrers; n may ask for less
+ROWS = 100                   # entries in one table of the web page
+MAX_PAGE_READ = 2 << 20      # bytes of manifests that a web page reads to find those without a tag
+CLIENT_LEFT = 499            # status in logs if the client did not wait for one, as in nginx's
+
+# Connections
+TICK = 5.0                   # seconds between two checks of a waiting connection's time limits
+MAX_CONNECTIONS = 256        # per client and worker, so that one laptop can't starve a room; not
+MAX_UPLOADS = 1000           # for this machine, where a proxy may run. As many upload sessions
+MAX_ALL_CONNECTIONS = 4096   # per worker, as each has a thread; fewer if few files may be open
+SPARE_THREADS = 16           # threads per listening socket that wait; others end after their work
 IDLE_LIMIT = 60.0            # seconds that a kept connection may wait for its next request
-HEAD_LIMIT = 20.0            # seconds from a request's first byte to the end of its header block
+HEAD_LIMIT = 20.0            # seconds from a request's first byte to the end of its headers
 HANDSHAKE_LIMIT = 20.0       # seconds that a TLS handshake may take
 LINGER_LIMIT = 5.0           # seconds to read what a refused client is still sending
-NOTIFY_LIMIT = 15.0          # seconds that an endpoint may take for one notification
-NOTIFY_POLL = 0.2            # seconds between two looks for events that another process has queued
-USAGE_LIFE = 60.0            # seconds that a measurement of the store is used for, or 50 times what it took
-CLOCK_SLACK = 60.0           # seconds by which clocks may differ: those of hosts that share a store
-IMPLAUSIBLE_AGE = 180 * 86400.0  # seconds; if the newest tag is older, gc asks whether the clock is right
-TOUCH_AGAIN_AFTER = 60.0            # seconds; a link that is younger is not touched again when a client is told of it
-UPLOAD_IDLE = 24 * 3600.0    # seconds after which an upload session that nobody writes to is forgotten
-GRACE_HOURS = 1              # hours for which gc leaves what was pushed or asked for, unless told otherwise
-ROOT_CHECK_PERIOD = 1.0              # seconds between two looks whether the store is still there
-UPKEEP_PERIOD = 3600.0              # seconds between two looks for such sessions
 PACE_WINDOW = 30.0           # seconds in which a body, in or out, must move …
 PACE_BYTES = 30 << 10        # … so many bytes: 1 KiB a second
 
-# The grammar of distribution-spec, "Pulling manifests"; the name's is Docker's reference grammar as well.
-NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
+# The store
+SETTLING_TIME = 2.0          # seconds; two changes of a folder in one clock tick look like one
+HASHED_SESSIONS = 1024       # upload sessions whose hash is in memory; others are read again
+TOUCH_AGAIN_AFTER = 60.0     # seconds; a link that is younger is not touched again for a client
+UPLOAD_IDLE = 24 * 3600.0    # seconds without a write after which an upload session is deleted
+GRACE_HOURS = 1              # hours that gc keeps what was pushed or asked for, by default
+SWEEP_BATCH = 64             # folders that gc deletes per exclusive lock: some milliseconds
+CLOCK_SLACK = 60.0           # seconds by which the clocks of hosts that share a store may differ
+IMPLAUSIBLE_AGE = 180 * 86400.0  # seconds; if the newest tag is older, gc doubts the clock
+MIN_FREE_SPACE = 64 << 20    # bytes; with less free space, a server says that it is not ready
+USAGE_LIFE = 60.0            # seconds that a measurement is used, or 50 times what it took
+ROOT_CHECK_PERIOD = 1.0      # seconds between two checks that the store still exists
+UPKEEP_PERIOD = 3600.0       # seconds between two searches for idle upload sessions
+
+# Observation
+MAX_LIVE = 1 << 20           # bytes of the file behind /live; then it begins anew
+MAX_EVENTS = 10000           # notifications that wait for one endpoint
+NOTIFY_LIMIT = 15.0          # seconds that an endpoint may take for one notification
+NOTIFY_POLL = 0.2            # seconds between two searches for events of other processes
+
+# The grammar of distribution-spec, "Pulling manifests"; names are as in Docker's references, too.
+NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+                  r"(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 DIGEST = re.compile(r"(?:sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})")
-HOST = re.compile(r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)*"
-                  r"(?::[0-9]{1,5})?")
+HOST = re.compile(r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
+                  r"(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)*(?::[0-9]{1,5})?")
 ALGORITHMS = ("sha256", "sha512")
 
 logger = logging.getLogger("tinyreg")
@@ -193,16 +206,18 @@ logger = logging.getLogger("tinyreg")
 # -------------------------------------------------------------------------------------------------
 # 2  Errors
 #
-# One type, one table. What a client may be told is raised as RegistryError, from parser and store alike;
-# any other OSError means that the host failed, and the rest are bugs.
+# What a client may be told is raised as RegistryError, by parsers and stores alike; ERRORS has the
+# HTTP status of each code. Any other OSError means that the host failed; other exceptions are bugs.
+# What a person at the command line is told is a CommandError.
 # -------------------------------------------------------------------------------------------------
 
-# What the host may run out of while it stores something, and what the client is told: (status, message).
-# The client may try again later, and docker does so by itself; 507 is "Insufficient Storage".
+# (status, message) for a host that fails while it stores something. The client may try again later,
+# and docker does so by itself; 507 is "Insufficient Storage".
 HOST_FAILURES = {
     errno.ENOSPC: (507, "the store is full: no space left on the registry's disk"),
     errno.EDQUOT: (507, "the store is full: the registry's disk quota is used up"),
-    errno.EFBIG:  (507, "the store is full: the blob is larger than a file may be on the registry's disk"),
+    errno.EFBIG:  (507, "the store is full: the blob is larger than a file may be on the "
+                        "registry's disk"),
     errno.EROFS:  (503, "the registry's disk is read-only"),
     errno.EIO:    (503, "the registry's disk failed"),
     errno.ESTALE: (503, "the registry's network disk lost sight of a file"),
@@ -212,16 +227,16 @@ HOST_FAILURES = {
 
 
 def to_json(value: Any) -> bytes:
-    """The value as one line of JSON. ASCII, so that stray surrogates can't make it invalid UTF-8."""
+    """The value as one line of JSON. It is ASCII, because a stray surrogate has no UTF-8."""
     return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
 
 
 class RegistryError(Exception):
     """A refusal in the client's terms: an OCI error code, its HTTP status, a message and details.
 
-    RegistryError(CODE) makes an instance of the class that ERRORS names for the code, so a caller that
-    goes on where something is missing catches Unknown, and compares no codes. Each detail makes an entry
-    of its own in the response's list of errors, as MANIFEST_BLOB_UNKNOWN wants it."""
+    RegistryError(CODE) makes an instance of the class that ERRORS has for the code. So a caller
+    that goes on if something is missing catches Unknown, and compares no codes. Each detail becomes
+    an entry in the response's list of errors, as MANIFEST_BLOB_UNKNOWN needs it."""
 
     def __new__(cls, code: str, *details: Any, **settings: Any) -> "RegistryError":
         return super().__new__(ERRORS[code].kind if cls is RegistryError else cls)
@@ -239,7 +254,7 @@ class RegistryError(Exception):
 
     @classmethod
     def too_many(cls, wait: int, message: str) -> "RegistryError":
-        """TOOMANYREQUESTS; the client is to come again in `wait` seconds."""
+        """TOOMANYREQUESTS, which asks the client to wait so many seconds."""
         return cls("TOOMANYREQUESTS", message=message, headers=[("Retry-After", str(wait))])
 
     def body(self) -> bytes:
@@ -254,19 +269,20 @@ class Unknown(RegistryError):
 
 
 class Invalid(RegistryError):
-    """What the client sent is malformed, or is not what it says."""
+    """The client sent something malformed, or its content is not what it announced."""
 
 
 class DigestInvalid(Invalid):
-    """A digest is malformed, or is not that of the content."""
+    """A digest is malformed, or is not the content's."""
 
 
 class RangeInvalid(Invalid):
-    """A range is not there, or a chunk does not begin where the upload ends."""
+    """A range does not exist, or a chunk does not begin at the end of the upload."""
 
 
 class BlobsMissing(RegistryError):
-    """A manifest needs blobs or manifests that the repository lacks; the details are their digests."""
+    """A manifest needs blobs or manifests that the repository lacks; the details are their
+    digests."""
 
 
 class Refused(RegistryError):
@@ -282,7 +298,7 @@ class Unavailable(RegistryError):
 
 
 class ErrorKind(NamedTuple):
-    """What an OCI error code means here: the class to catch, the HTTP status and the default message."""
+    """What an OCI error code stands for: the class to catch, the HTTP status, a default message."""
 
     kind: Type[RegistryError]
     status: int
@@ -306,52 +322,54 @@ ERRORS = {  # by the OCI code (distribution-spec, "Error Codes")
     "DENIED": ErrorKind(Refused, 403, "requested access to the resource is denied"),
     "UNSUPPORTED": ErrorKind(Unsupported, 405, "the operation is unsupported"),
     "TOOMANYREQUESTS": ErrorKind(Unavailable, 429, "too many requests"),
-    # Distribution's, for what the specification has no code for.
+    # Codes of Distribution, for errors that the specification does not have.
     "RANGE_INVALID": ErrorKind(RangeInvalid, 416, "the range does not fit what is there"),
     "UNAVAILABLE": ErrorKind(Unavailable, 503, "the registry can't do this at the moment"),
     "UNKNOWN": ErrorKind(Unavailable, 500, "the registry failed; its log says why"),
 }
 
-UNKNOWN_CODES = ("NAME_UNKNOWN", "MANIFEST_UNKNOWN", "BLOB_UNKNOWN")  # it is not there
+UNKNOWN_CODES = ("NAME_UNKNOWN", "MANIFEST_UNKNOWN", "BLOB_UNKNOWN")  # CALLERS: catch Unknown
 
 
 class CommandError(argparse.ArgumentTypeError):
-    """What whoever runs tinyreg is told, in one line that says what to do; also by argparse, about an option."""
+    """A command can't do its work. The message is one line for the person at the command line, and
+    says what to do. argparse shows it for a wrong option."""
 
 
 class ClientLeft(Exception):
-    """The client closed its connection, or moved too slowly, in the middle of a request or an answer."""
+    """The client closed its connection, or moved too slowly, within a request or a response."""
 
 # -------------------------------------------------------------------------------------------------
 # 3  Values
 #
-# Digest, name, tag, reference, byte range, manifest and what it refers to. Most of the rules are here, and
-# no I/O: text goes in, a checked value or a RegistryError comes out.
+# Digest, name, tag, reference, byte range, address, glob; manifests and what they refer to. Most
+# rules of the specification are here. There is no input and output: a parser takes text and
+# returns a checked value or raises RegistryError.
 # -------------------------------------------------------------------------------------------------
 
 
 class Digest(str):
-    """A checked digest. The string is what the wire, the manifests and the link files carry: `sha256:abcd…`."""
+    """A checked digest, as links and manifests have it: `sha256:abcd…`."""
 
     __slots__ = ()
-    tag = None  # type: Optional[str]
+    tag: Optional[str] = None
 
     @property
-    def algorithm(self):
+    def algorithm(self) -> str:
         return self[:6]  # both algorithms have names of six letters
 
     @property
-    def encoded(self):
+    def encoded(self) -> str:
         return self[7:]
 
     @classmethod
-    def of(cls, content, algorithm="sha256"):
+    def of(cls, content: bytes, algorithm: str = "sha256") -> "Digest":
         """The digest of these bytes."""
         return cls("%s:%s" % (algorithm, hashlib.new(algorithm, content).hexdigest()))
 
 
 class TaggedDigest(Digest):
-    """The digest of NAME:TAG@DIGEST: it says what is meant, `tag` under which tag to keep it."""
+    """The digest of NAME:TAG@DIGEST. The digest chooses the manifest; `tag` is stored with it."""
 
     def __new__(cls, digest: Digest, tag: str) -> "TaggedDigest":
         value = super().__new__(cls, digest)
@@ -359,14 +377,14 @@ class TaggedDigest(Digest):
         return value
 
 
-# Control characters, half surrogates, and what is invisible or turns the direction of a line.
+# Control characters, half surrogates, and characters that are invisible or turn a line's direction.
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f"
                     "\ud800-\udfff\ufeff\U000e0000-\U000e007f]")
 
 
 def harmless(text: str) -> str:
-    """A stranger's text for a terminal, a log or the page, with escapes for what would break a line,
-    turn its direction or move the cursor."""
+    """A stranger's text for a terminal, a log or the web page. Escapes replace the characters that
+    break a line, turn its direction or move the cursor."""
     return UNSAFE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
@@ -376,140 +394,87 @@ def counted(number: int, noun: str) -> str:
 
 
 def singular(nouns: str) -> str:
-    """One of them: a repository of repositories, a blob of blobs."""
+    """The noun for one: repository for repositories, blob for blobs."""
     return re.sub("ies$", "ys", nouns)[:-1]
 
 
-def parse_algorithm(text):
-    """Raises DIGEST_INVALID for an algorithm other than sha256 and sha512."""
-    if text not in ALGORITHMS:
-        raise RegistryError("DIGEST_INVALID", text[:200], message="unsupported digest algorithm; use sha256 or sha512")
-    return text
+def _parse(pattern: Union[str, Pattern], text: str, code: str, message: Optional[str] = None,
+           **settings: Any) -> Match:
+    """The match of the whole text. Raises the code, with the begin of the text as its detail."""
+    match = re.fullmatch(pattern, text)
+    if not match:
+        raise RegistryError(code, text[:MAX_NAME], message=message, **settings)
+    return match
 
 
-def parse_digest(text):
+def parse_algorithm(text: str) -> str:
+    """Raises DIGEST_INVALID unless the algorithm is sha256 or sha512."""
+    return _parse("|".join(ALGORITHMS), text, "DIGEST_INVALID",
+                  "unsupported digest algorithm; use sha256 or sha512").group()
+
+
+def parse_digest(text: str) -> Digest:
     """Raises DIGEST_INVALID; the message tells an unknown algorithm from a malformed digest."""
-    if not DIGEST.fullmatch(text):
-        if ":" in text:
-            parse_algorithm(text.partition(":")[0])
-        raise RegistryError("DIGEST_INVALID", text[:200], message="invalid digest")
-    return Digest(text)
+    if ":" in text and not DIGEST.fullmatch(text):
+        parse_algorithm(text.partition(":")[0])
+    return Digest(_parse(DIGEST, text, "DIGEST_INVALID", "invalid digest").group())
 
 
-def parse_name(text):
-    """Raises NAME_INVALID."""
+def parse_name(text: str) -> str:
+    """The name of a repository. Raises NAME_INVALID."""
     if len(text) > MAX_NAME:
-        raise RegistryError("NAME_INVALID", text[:MAX_NAME] + "…", message="repository name longer than 255 characters")
-    if not NAME.fullmatch(text):
-        raise RegistryError("NAME_INVALID", text, message="invalid repository name: components of lower-case letters "
-                            "and digits, joined by single separators . _ __ or -, with / between them")
-    return text
+        raise RegistryError("NAME_INVALID", text[:MAX_NAME] + "…",
+                            message="repository name longer than 255 characters")
+    return _parse(NAME, text, "NAME_INVALID",
+                  "invalid repository name: components of lower-case letters and digits, "
+                  "joined by single separators . _ __ or -, with / between them").group()
 
 
-def parse_tag(text):
-    """Raises MANIFEST_INVALID: the specification has no code of its own for a tag."""
-    if not TAG.fullmatch(text):
-        raise RegistryError("MANIFEST_INVALID", text[:200], message="invalid tag: at most 128 letters, digits, "
-                            "underscores, full stops and hyphens, the first no full stop or hyphen")
-    return text
+def parse_tag(text: str) -> str:
+    """Raises MANIFEST_INVALID, because the specification has no code for tags."""
+    return _parse(TAG, text, "MANIFEST_INVALID",
+                  "invalid tag: at most 128 letters, digits, underscores, full stops and hyphens, "
+                  "the first no full stop or hyphen").group()
 
 
-def parse_reference(text):
-    """A tag (str) or a Digest. Raises DIGEST_INVALID, MANIFEST_INVALID."""
+def parse_reference(text: str) -> Union[str, Digest]:
+    """A tag or a Digest. Raises DIGEST_INVALID, MANIFEST_INVALID."""
     return parse_digest(text) if ":" in text else parse_tag(text)
 
 
+def parse_session_id(text: str) -> str:
+    """The UUID of an upload session; Distribution's are UUIDs too. Raises BLOB_UPLOAD_UNKNOWN."""
+    return _parse(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", text,
+                  "BLOB_UPLOAD_UNKNOWN").group()
+
+
+def parse_count(text: str) -> int:
+    """The `n` of a listing. Raises UNSUPPORTED with status 400."""
+    return int(_parse(r"[0-9]{1,18}", text, "UNSUPPORTED",
+                      "n must be a whole number, 0 or more", status=400).group())
+
+
+# Images
+
 def image_text(name: str, reference: Union[str, Digest]) -> str:
-    """NAME:TAG, NAME@DIGEST or NAME:TAG@DIGEST: what split_image takes apart."""
+    """NAME:TAG, NAME@DIGEST or NAME:TAG@DIGEST, as split_image reads it."""
     if not isinstance(reference, Digest):
         return "%s:%s" % (name, reference)
     return "%s%s@%s" % (name, ":" + reference.tag if reference.tag else "", reference)
 
 
-FALLBACK_TAG = re.compile(r"(sha256|sha512)-([0-9a-f]{64})(?:\..*)?")  # such a tag, or cosign's: that and .sig, .att …
+# The tag that fallback_tag makes, or one of cosign's, which adds .sig, .att or .sbom to it.
+FALLBACK_TAG = re.compile(r"(sha256|sha512)-([0-9a-f]{64})(?:\..*)?")
 
 
-def fallback_tag(subject):
-    """The tag of the index that lists the referrers of a manifest where no API does (distribution-spec, "Referrers Tag
-    Schema"); tags have 128 characters at most."""
+def fallback_tag(subject: Digest) -> str:
+    """The tag of the index that lists the referrers of a manifest where there is no referrers API
+    (distribution-spec, "Referrers Tag Schema"). It is cut, because a tag has 128 characters."""
     return subject.replace(":", "-")[:71]
 
 
-def without_port(text: str) -> str:
-    return re.sub(r":[0-9]+\Z", "", text)
-
-
-@functools.lru_cache(maxsize=256)  # for each connection asks several times
-def find_address(text: str) -> Union[ipaddress.IPv4Address, ipaddress.IPv6Address, None]:
-    """The IP address that ADDRESS or ADDRESS:PORT names; None for what is none, as a host name.
-    IPv4 inside IPv6 is IPv4."""
-    for host in (text, without_port(text)):
-        host = host.strip("[]").partition("%")[0] if ":" in host else host
-        with contextlib.suppress(ValueError):
-            address = ipaddress.ip_address(host)
-            return getattr(address, "ipv4_mapped", None) or address
-    return None
-
-
-def is_this_machine(text: str) -> bool:
-    """Whether a HOST, with or without :PORT, is this machine: localhost, or a loopback address."""
-    address = find_address(text)
-    return address.is_loopback if address else without_port(text).lower() == "localhost"
-
-
-def client_key(text: str) -> str:
-    """What limits count as one client: an IPv4 address, or the IPv6 network of 64 bits, which a
-    host may have whole."""
-    address = find_address(text)
-    if isinstance(address, ipaddress.IPv6Address):
-        return "%x" % (int(address) >> 64)
-    return text
-
-
-Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
-
-
-def parse_network(text: str) -> Network:
-    """An address or a network. Raises CommandError."""
-    try:
-        return ipaddress.ip_network(text, strict=False)
-    except ValueError:
-        raise CommandError("%r is no network: write, for example, 10.0.0.7 or 10.0.0.0/24" % text)
-
-
-def is_proxy(peer: str, networks: Sequence[Network]) -> bool:
-    """Whether we believe an address that it speaks for others: this machine, or in the networks."""
-    address = find_address(peer)
-    return is_this_machine(peer) or any(address in network for network in networks)
-
-
-def client_behind(peer: str, forwarded: str, networks: Sequence[Network]) -> str:
-    """The address for which `peer` speaks. Each proxy adds to X-Forwarded-For whom it serves, so
-    that counts from its end, up to the first address that is no proxy's itself."""
-    for entry in reversed(forwarded.split(",")):
-        address = find_address(entry.strip())
-        if not address or not is_proxy(peer, networks):
-            break
-        peer = str(address)
-    return peer
-
-
-def parse_session_id(text):
-    """Upload sessions have UUIDs, ours and Distribution's. Raises BLOB_UPLOAD_UNKNOWN."""
-    if not re.fullmatch(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", text):
-        raise RegistryError("BLOB_UPLOAD_UNKNOWN", text[:200])
-    return text
-
-
-def parse_count(text):
-    """The `n` of a listing: a whole number, 0 or more. Raises UNSUPPORTED with status 400."""
-    if not re.fullmatch(r"[0-9]{1,18}", text):
-        raise RegistryError("UNSUPPORTED", text[:200], message="n must be a whole number, 0 or more", status=400)
-    return int(text)
-
-
 def split_reference(text: str) -> Tuple[str, Union[None, str, Digest]]:
-    """[:TAG][@DIGEST] behind a name, as (unchecked name, reference); the reference is None where
+    """NAME[:TAG][@DIGEST] as (name, reference). The name is unchecked; the reference is None if
     there is none. Raises MANIFEST_INVALID, DIGEST_INVALID."""
     rest, at, digest = text.partition("@")
     name, colon, tag = rest.partition(":")
@@ -521,107 +486,184 @@ def split_reference(text: str) -> Tuple[str, Union[None, str, Digest]]:
 
 
 def split_image(text: str) -> Tuple[str, Union[None, str, Digest]]:
-    """NAME[:TAG][@DIGEST] as (name, reference). Raises NAME_INVALID, MANIFEST_INVALID,
+    """NAME[:TAG][@DIGEST] as (checked name, reference). Raises NAME_INVALID, MANIFEST_INVALID,
     DIGEST_INVALID."""
     name, reference = split_reference(text)
     return parse_name(name), reference
 
 
-# An image where it comes from: the host of its registry, the repository there, and a tag or Digest; and the repository
-# that has it here.
-Image = collections.namedtuple("Image", "host path reference stored_name")
+class Image(NamedTuple):
+    """An image of another registry: that registry's host, the repository there, and the tag or
+    Digest; `stored_name` is the repository that has the image in our store."""
+
+    host: str
+    path: str
+    reference: Union[str, Digest]
+    stored_name: str
 
 
-def origin_of(host):
-    """What names here begin with for a registry's host: no `:` may be in them, so a port follows a `_`."""
+def origin_of(host: str) -> str:
+    """The first component of names from a registry. A name has no colon, so a port follows a _."""
     return host.lower().replace(":", "_")
 
 
-def origin_name(host, path):
-    """The name of a repository here whose content comes from `path` on `host`: an image keeps its origin. Raises
+def origin_name(host: str, path: str) -> str:
+    """The repository of our store for `path` on `host`: an image keeps its origin. Raises
     NAME_INVALID."""
     return parse_name("%s/%s" % (origin_of(host), path))
 
 
-def canonical_host(host):
-    """The host of a registry; Docker Hub has several, and docker.io is what people write."""
+def canonical_host(host: str) -> str:
+    """The host of a registry. Docker Hub has several; people write docker.io."""
     return "docker.io" if host in ("index.docker.io", "registry-1.docker.io") else host
 
 
-def parse_image(text):
-    """The Image that docker means by this text: `alpine` is library/alpine:latest on docker.io.
+def parse_image(text: str) -> Image:
+    """The Image that docker means by a text: `alpine` is library/alpine:latest on docker.io.
     Raises NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID."""
     first, slash, path = text.partition("/")
     if not slash or not (first == "localhost" or re.search("[.:A-Z]", first)):
         first, path = "docker.io", text
     elif not HOST.fullmatch(first):
-        raise RegistryError("NAME_INVALID", text[:MAX_NAME], message="invalid host; write HOST[:PORT]/NAME[:TAG]")
+        raise RegistryError("NAME_INVALID", text[:MAX_NAME],
+                            message="invalid host; write HOST[:PORT]/NAME[:TAG]")
     host = canonical_host(first)
     path, reference = split_reference(path)
     if host == "docker.io" and "/" not in path:
         if re.fullmatch("[0-9a-f]{64}", path):
-            raise RegistryError("NAME_INVALID", path, message="64 hexadecimal digits are a digest, not a name")
+            raise RegistryError("NAME_INVALID", path,
+                                message="64 hexadecimal digits are a digest, not a name")
         path = "library/" + path
     return Image(host, path, reference or "latest", origin_name(host, parse_name(path)))
 
 
 def has_origin(name: str) -> bool:
-    """Whether the name of a repository here begins with the host that it comes from."""
+    """Whether the name of a repository begins with the host of a registry."""
     host, slash, _ = name.partition("/")
     return bool(slash) and (host == "localhost" or "." in host or "_" in host)
 
 
 def names_to_try(name: str, origin: Optional[str] = None) -> List[str]:
-    """The repositories that a read of `name` may mean: it means the first one that exists.
+    """The repositories that a read of `name` may mean; the first that exists is read.
 
-    `origin` is the host that a mirror's client thinks of (`ns`). It means HOST/NAME and nothing
-    else: who may push NAME here must not answer for another registry. Old Docker's mirror requests
-    come without one, and people write short names; these mean docker.io. Raises NAME_INVALID.
-    """
+    `origin` is the registry that a mirror's client wants to reach (`ns`). With it, only HOST/NAME
+    is meant: a person who may push NAME here must not answer for another registry. Without it the
+    client may be an old Docker, which asks a mirror for docker.io's images, or a person who writes
+    a short name: both may mean docker.io. Raises NAME_INVALID."""
     short = name if "/" in name else "library/" + name
     if origin:
-        if not HOST.fullmatch(origin):
-            raise RegistryError("NAME_INVALID", origin[:MAX_NAME],
-                                message="ns must be the host of a registry: HOST[:PORT]")
+        _parse(HOST, origin, "NAME_INVALID", "ns must be the host of a registry: HOST[:PORT]")
         host = canonical_host(origin.lower())
         return [origin_name(host, short if host == "docker.io" else name)]
     at_docker = "docker.io/" + short
     return [name] if has_origin(name) or len(at_docker) > MAX_NAME else [name, at_docker]
 
 
-def parse_range(header, size):
-    """The one byte range that a GET asks for, as (offset, length), or None for the whole: what is no `bytes` range is
-    ignored, and so are several at once (RFC 9110, 14.2). An empty blob is always sent whole, as Go's servers do.
-    Raises RANGE_INVALID where nothing of the range is there."""
+# Addresses
+
+Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+def without_port(text: str) -> str:
+    return re.sub(r":[0-9]+\Z", "", text)
+
+
+@functools.lru_cache(maxsize=256)  # each connection asks several times
+def find_address(text: str) -> Optional[Address]:
+    """The IP address in ADDRESS or ADDRESS:PORT, or None if it is a host name. An IPv4 address
+    inside an IPv6 address is returned as IPv4."""
+    for host in (text, without_port(text)):
+        host = host.strip("[]").partition("%")[0] if ":" in host else host
+        with contextlib.suppress(ValueError):  # a host name
+            address = ipaddress.ip_address(host)
+            return getattr(address, "ipv4_mapped", None) or address
+    return None
+
+
+def is_this_machine(text: str) -> bool:
+    """Whether HOST or HOST:PORT is this machine: localhost, or a loopback address."""
+    address = find_address(text)
+    return address.is_loopback if address else without_port(text).lower() == "localhost"
+
+
+def client_key(text: str) -> str:
+    """What limits count as one client: an IPv4 address, or an IPv6 network of 64 bits, because one
+    host may use all of its addresses."""
+    address = find_address(text)
+    if isinstance(address, ipaddress.IPv6Address):
+        return "%x" % (int(address) >> 64)
+    return text
+
+
+def parse_network(text: str) -> Network:
+    """An address or a network. Raises CommandError."""
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise CommandError("%r is no network: write, for example, 10.0.0.7 or 10.0.0.0/24" % text)
+
+
+def is_proxy(peer: str, networks: Sequence[Network]) -> bool:
+    """Whether this address may speak for others: this machine's, or one in the networks."""
+    address = find_address(peer)
+    return is_this_machine(peer) or any(address in network for network in networks)
+
+
+def client_behind(peer: str, forwarded: str, networks: Sequence[Network]) -> str:
+    """The address of the client for which `peer` speaks, by X-Forwarded-For. Each proxy adds its
+    own client at the end, so it is read from the end, up to the first address of no proxy."""
+    for entry in reversed(forwarded.split(",")):
+        address = find_address(entry.strip())
+        if not address or not is_proxy(peer, networks):
+            break
+        peer = str(address)
+    return peer
+
+
+# Byte ranges
+
+def parse_range(header: str, size: int) -> Optional[Tuple[int, int]]:
+    """The byte range that a GET asks for, as (offset, length), or None for the whole blob.
+
+    Ranges in other units are ignored, and so are several at once (RFC 9110, 14.2). An empty blob
+    is sent whole, as Go's servers do. Raises RANGE_INVALID if nothing of the range exists."""
     match = re.fullmatch(r"bytes=[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*", header)
-    if not match or match.group(1, 2) == ("", "") or not size:
+    if not match or match.groups() == ("", "") or not size:
         return None
     first, last = match.groups()
-    if not first:
-        length = min(int(last), size)
-        start = size - length
-    else:
+    if first:
         start = int(first)
         length = min(int(last) + 1 if last else size, size) - start
+    else:
+        length = min(int(last), size)
+        start = size - length
     if length <= 0:  # past the end, or FIRST behind LAST, which a server "MAY ignore or reject"
-        raise RegistryError("RANGE_INVALID", header, headers=[("Content-Range", "bytes */%d" % size)])
+        raise RegistryError("RANGE_INVALID", header,
+                            headers=[("Content-Range", "bytes */%d" % size)])
     return start, length
 
 
-def parse_content_range(header):
-    """The (first, last) of an uploaded chunk. Accepts the specification's `0-99` and HTTP's `bytes 0-99/*`, which
-    regclient and older clients send. Raises RANGE_INVALID."""
-    match = re.fullmatch(r"(?:bytes[ =])?[ \t]*([0-9]{1,18})-([0-9]{1,18})(?:/(?:[0-9]{1,18}|\*))?", header)
-    if not match or int(match.group(2)) < int(match.group(1)):
-        raise RegistryError("RANGE_INVALID", header[:200], message="Content-Range must be FIRST-LAST, in bytes")
-    return int(match.group(1)), int(match.group(2))
+def parse_content_range(header: str) -> Tuple[int, int]:
+    """The (first, last) byte of an uploaded chunk: `0-99` as in the specification, or HTTP's
+    `bytes 0-99/*`, which regclient and older clients send. Raises RANGE_INVALID."""
+    message = "Content-Range must be FIRST-LAST, in bytes"
+    match = _parse(r"(?:bytes[ =])?[ \t]*([0-9]{1,18})-([0-9]{1,18})(?:/(?:[0-9]{1,18}|\*))?",
+                   header, "RANGE_INVALID", message)
+    first, last = map(int, match.groups())
+    if last < first:
+        raise RegistryError("RANGE_INVALID", header, message=message)
+    return first, last
 
+
+# Patterns over names
 
 class Glob:
     """A pattern over repository names: `*` stays within a component, `**` does not.
 
-    A regular expression that has several stars tries all ways to share the text among them; this
-    takes one step for each character, however many stars there are."""
+    A regular expression with several stars tries all ways to share the text among them. This class
+    takes one step per character, however many stars there are: it keeps the set of the parts that
+    may come next, as the bits of a number."""
 
     def __init__(self, glob: str) -> None:
         parts = [part[:2] if part[0] == "*" else part for part in re.findall(r"\*+|[^*]", glob)]
@@ -634,7 +676,7 @@ class Glob:
         self.stars = self.places.pop("*", 0) | self.wide
 
     def fullmatch(self, text: str) -> bool:
-        """Whether the whole text fits."""
+        """Whether the pattern matches the whole text."""
         expected = 1 | (self.stars & 1) << 1  # the parts that may come next
         for character in text:
             stay = expected & (self.wide if character == "/" else self.stars)
@@ -644,67 +686,89 @@ class Glob:
 
 
 def parse_glob(glob: str) -> Any:
-    """What has a `fullmatch` for the texts that a glob means: a regular expression is fastest."""
+    """An object whose `fullmatch` tells whether a text fits the glob: a regular expression, which
+    is the fastest, unless it has enough stars to become slow."""
     if glob.count("*") > (2 if "**" in glob else 1):
         return Glob(glob)
     return re.compile("".join({"**": ".*", "*": "[^/]*"}.get(part, re.escape(part))
                               for part in re.split(r"(\*\*|\*)", glob)), re.DOTALL)
 
 
-# What a manifest refers to; `foreign` content may live elsewhere (OCI image-spec, descriptor.md).
-Descriptor = collections.namedtuple("Descriptor", "media_type digest size foreign")
+# Manifests
+
+Document = Dict[str, Any]  # a JSON object
 
 
-def parse_descriptor(value):
+class Descriptor(NamedTuple):
+    """What a manifest says of content that it refers to (OCI image-spec, descriptor.md). A
+    registry need not have `foreign` content."""
+
+    media_type: str
+    digest: Digest
+    size: int
+    foreign: bool
+
+
+def _require(condition: Any, message: str, *details: Any) -> None:
+    """Raises MANIFEST_INVALID unless the condition holds."""
+    if not condition:
+        raise RegistryError("MANIFEST_INVALID", *details, message=message)
+
+
+def parse_descriptor(value: Any) -> Descriptor:
     """Raises MANIFEST_INVALID, DIGEST_INVALID."""
-    if not isinstance(value, dict):
-        raise RegistryError("MANIFEST_INVALID", message="a descriptor must be a JSON object")
+    _require(isinstance(value, dict), "a descriptor must be a JSON object")
     media_type, digest, size = value.get("mediaType", ""), value.get("digest"), value.get("size")
-    if not isinstance(media_type, str) or not isinstance(digest, str):
-        raise RegistryError("MANIFEST_INVALID", message="a descriptor needs a mediaType and a digest, both strings")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise RegistryError("MANIFEST_INVALID", digest, message="a descriptor's size must be a number, 0 or more")
+    _require(isinstance(media_type, str) and isinstance(digest, str),
+             "a descriptor needs a mediaType and a digest, both strings")
+    # A bool is an int to Python.
+    _require(isinstance(size, int) and not isinstance(size, bool) and size >= 0,
+             "a descriptor's size must be a number, 0 or more", digest)
     foreign = bool(value.get("urls")) or FOREIGN_LAYER_TYPES.fullmatch(media_type) is not None
     return Descriptor(media_type, parse_digest(digest), size, foreign)
 
 
-def _parse_json_number(text):
-    """Integers of thousands of digits would take Python minutes: nothing here has more than 18, and they become floats.
-    NaN and 1e999 are no JSON that others read back."""
+def _parse_json_number(text: str) -> Union[int, float]:
+    """Raises ValueError for NaN and 1e999, which other JSON parsers refuse.
+
+    An integer of thousands of digits would take Python minutes. No size here has more than 18
+    digits, so a larger integer becomes a float."""
     value = float(text)
     if not abs(value) < float("inf"):
         raise ValueError("a number out of range")
     return int(text) if abs(value) < 1e20 and text.lstrip("-").isdigit() else value
 
 
-def load_json(content):
-    """The JSON object in these bytes. Raises ValueError with a reason, however deep or odd the text is."""
+def load_json(content: bytes) -> Document:
+    """The JSON object in these bytes. Raises ValueError with a reason, however deep or odd the
+    text is."""
     try:
         number = _parse_json_number
-        value = json.loads(content.decode("utf-8"), parse_int=number, parse_float=number, parse_constant=number)
+        value = json.loads(content.decode("utf-8"), parse_int=number, parse_float=number,
+                           parse_constant=number)
     except RecursionError:
         raise ValueError("nested too deeply")
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
-    level = [value]  # type: List[Any]
+    level: List[Any] = [value]
     for _ in range(MAX_DEPTH):
-        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
-                 if isinstance(inner, (dict, list))]
+        values = [inner for outer in level
+                  for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [inner for inner in values if isinstance(inner, (dict, list))]
         if not level:
             return value
     raise ValueError("nested too deeply")
 
 
-def platform_name(platform):
-    """OS/ARCHITECTURE[/VARIANT] by a config, or by the platform in an index's entry; "" where it
-    says none."""
+def platform_name(platform: Any) -> str:
+    """OS/ARCHITECTURE[/VARIANT] from an image's config, or from the platform in an index's entry;
+    "" if it names none."""
     platform = platform if isinstance(platform, dict) else {}
     words = [platform.get(key) for key in ("os", "architecture", "variant")]
     return "/".join(word for word in words if word and isinstance(word, str))
 
 
-def _media_type(document):
-    """What a manifest declares itself, else what its shape shows; "" where it is no manifest."""
+def _media_type(document: Document) -> str:
     declared = document.get("mediaType")
     if isinstance(declared, str) and declared:
         return sys.intern(declared)
@@ -715,78 +779,82 @@ def _media_type(document):
     return OCI_MANIFEST if "config" in document or "layers" in document else ""
 
 
-def _descriptors(document, field):
+def _descriptors(document: Document, field: str) -> List[Descriptor]:
     values = document.get(field)
-    if values is None:
-        return []
-    if not isinstance(values, list):
-        raise RegistryError("MANIFEST_INVALID", message="%s must be a list" % field)
-    return [parse_descriptor(value) for value in values]
+    _require(values is None or isinstance(values, list), "%s must be a list" % field)
+    return [parse_descriptor(value) for value in values or []]
 
 
-def _blobs(document):
+def _blobs(document: Document) -> List[Descriptor]:
     config = document.get("config")
     blobs = [] if config is None else [parse_descriptor(config)]
     return blobs + _descriptors(document, "layers") + _descriptors(document, "blobs")
 
 
-def _subject(document):
+def _subject(document: Document) -> Optional[Digest]:
     subject = document.get("subject")
     return None if subject is None else parse_descriptor(subject).digest
 
 
-def _artifact_type(document):
+def _artifact_type(document: Document) -> Optional[str]:
     kind, config = document.get("artifactType"), document.get("config")
     if not kind and isinstance(config, dict):
         kind = config.get("mediaType")
     return kind if isinstance(kind, str) and kind else None
 
 
-# {what is asked of a manifest more than once: how it is read from the document}
-FACTS = {"media_type": _media_type, "blobs": _blobs, "subject": _subject,
-         "artifact_type": _artifact_type,
-         "manifests": functools.partial(_descriptors, field="manifests"),
-         }  # type: Dict[str, Callable[..., Any]]
+# The properties of a Manifest that are kept, and how each is read from the document.
+FACTS: Dict[str, Callable[[Document], Any]] = {
+    "media_type": _media_type,
+    "blobs": _blobs,
+    "manifests": functools.partial(_descriptors, field="manifests"),
+    "subject": _subject,
+    "artifact_type": _artifact_type,
+}
+
+
+def _read_fact(read: Callable[[Document], Any], document: Document) -> Any:
+    """What `read` returns for the document, or the error that it raises."""
+    try:
+        return read(document)
+    except Invalid as error:
+        return error.with_traceback(None)  # a traceback would keep the document in memory
 
 
 class Manifest:
-    """The bytes of a manifest, and what they say, which is read when it is first asked for. The
-    parsed document is not kept: it may take thirty times the bytes. Made by parse_manifest, or
-    unchecked by a store that holds it: then what is malformed raises MANIFEST_INVALID or
-    DIGEST_INVALID when it is asked for.
-    """
+    """The bytes of a manifest, and what they say.
 
-    types = {}  # {digest: media type}, so that a HEAD need not parse; of one digest it never changes
+    They are parsed when a property is first read. Only the properties are kept, because the parsed
+    document may take thirty times the bytes. parse_manifest checks a manifest; a store makes one
+    without a check, and then a malformed property raises MANIFEST_INVALID or DIGEST_INVALID when
+    it is read."""
 
-    def __init__(self, content: bytes, digest: Digest):
+    # {digest: media type}, which never changes, so that HEAD need not parse.
+    types: Dict[Digest, str] = {}
+
+    def __init__(self, content: bytes, digest: Digest) -> None:
         self.content = content
         self.digest = digest
-        # {key of FACTS: the value, or the RegistryError that it is}
-        self._facts = None  # type: Dict[str, Any]
+        self._facts: Dict[str, Any] = {}  # empty until the content has been parsed
 
-    def _parse(self):
+    def _parse(self) -> Document:
+        """The content as JSON; the facts are kept. Raises MANIFEST_INVALID."""
         try:
             document = load_json(self.content)
         except ValueError as error:
             raise RegistryError("MANIFEST_INVALID", self.digest,
                                 message="not a manifest: %s" % error)
-        if self._facts is None:
-            facts = {}
-            for key, read in FACTS.items():
-                try:
-                    facts[key] = read(document)
-                except RegistryError as error:
-                    facts[key] = error
-            self._facts = facts
+        self._facts = self._facts or {key: _read_fact(read, document)
+                                      for key, read in FACTS.items()}
         return document
 
     @property
-    def document(self) -> Dict[str, Any]:
+    def document(self) -> Document:
         """The content as JSON, parsed anew each time."""
         return self._parse()
 
-    def _fact(self, key):
-        if self._facts is None:
+    def _fact(self, key: str) -> Any:
+        if not self._facts:
             self._parse()
         value = self._facts[key]
         if isinstance(value, RegistryError):
@@ -795,8 +863,8 @@ class Manifest:
 
     @property
     def media_type(self) -> str:
-        """What the content declares itself, else what its shape shows; "" where it is no manifest.
-        The layout on disk has no place for a Content-Type."""
+        """The type that the content declares, else the one that its fields show; "" if it is no
+        manifest. The layout on disk has no place for a Content-Type."""
         media_type = self.types.get(self.digest)
         if media_type is None:
             media_type = self._fact("media_type")
@@ -813,20 +881,20 @@ class Manifest:
 
     @property
     def manifests(self) -> List[Descriptor]:
-        """An index's children: manifests, but layers in an index that BuildKit exported as cache."""
+        """The manifests of an index. If BuildKit exported it as a cache, they are layers."""
         return self._fact("manifests")
 
     @property
     def subject(self) -> Optional[Digest]:
-        """The manifest that this one is about, or None."""
+        """The manifest that this one refers to, as a signature does to an image; or None."""
         return self._fact("subject")
 
     @property
     def artifact_type(self) -> Optional[str]:
-        """As referrers lists want it: an image's falls back to its config's type."""
+        """As lists of referrers have it: an image without one has the type of its config."""
         return self._fact("artifact_type")
 
-    def referrer(self) -> dict:
+    def referrer(self) -> Document:
         """The descriptor of this manifest in a list of referrers (distribution-spec, "Listing
         Referrers")."""
         annotations = self.document.get("annotations")
@@ -838,45 +906,48 @@ class Manifest:
         return entry
 
 
-def _check_shape(manifest, document):
-    """What else a manifest must be. A document that is an index and an image at once is refused: clients would not
-    agree on what it says (CVE-2021-41190)."""
+def _check_shape(manifest: Manifest, document: Document) -> None:
+    """Raises MANIFEST_INVALID, DIGEST_INVALID unless the document has the fields of its type.
+
+    A document that is an index and an image at once is refused, because clients would not agree
+    on its meaning (CVE-2021-41190)."""
     is_index = manifest.media_type in INDEX_TYPES
-    if "manifests" in document and not is_index or is_index and ("config" in document or "layers" in document):
-        raise RegistryError("MANIFEST_INVALID", message="a manifest can't be an index and an image at once")
-    if manifest.media_type in IMAGE_TYPES and not isinstance(document.get("config"), dict):
-        raise RegistryError("MANIFEST_INVALID", message="an image manifest needs a config")
-    if document.get("schemaVersion", 2) != 2:
-        raise RegistryError("MANIFEST_INVALID", message="schemaVersion must be 2")
+    has_layers = "config" in document or "layers" in document
+    _require(not has_layers if is_index else "manifests" not in document,
+             "a manifest can't be an index and an image at once")
+    _require(manifest.media_type not in IMAGE_TYPES or isinstance(document.get("config"), dict),
+             "an image manifest needs a config")
+    _require(document.get("schemaVersion", 2) == 2, "schemaVersion must be 2")
     annotations = document.get("annotations")
-    if annotations is not None and not (isinstance(annotations, dict)
-                                        and all(isinstance(value, str) for value in annotations.values())):
-        raise RegistryError("MANIFEST_INVALID", message="annotations must be an object whose values are strings")
-    if not isinstance(document.get("artifactType") or "", str):
-        raise RegistryError("MANIFEST_INVALID", message="artifactType must be a string")
-    # Reading them checks them.
-    return manifest.blobs, manifest.manifests, manifest.subject
+    _require(annotations is None or isinstance(annotations, dict)
+             and all(isinstance(text, str) for text in annotations.values()),
+             "annotations must be an object whose values are strings")
+    _require(isinstance(document.get("artifactType") or "", str),
+             "artifactType must be a string")
+    for key in ("blobs", "manifests", "subject"):
+        getattr(manifest, key)  # to read a property is to check it
 
 
-def parse_manifest(content, content_type="", digest=None):
-    """A pushed manifest, checked: JSON, a type that is known and is the one announced, well-formed descriptors;
-    `digest` is the one it was pushed by, if any. Raises MANIFEST_INVALID, DIGEST_INVALID."""
+def parse_manifest(content: bytes, content_type: str = "",
+                   digest: Optional[Digest] = None) -> Manifest:
+    """A pushed manifest, checked: it is JSON, has a known type, which is the announced one, and
+    well-formed descriptors. `digest` is the one that it was pushed by, if any. Raises
+    MANIFEST_INVALID, DIGEST_INVALID."""
     manifest = Manifest(content, Digest.of(content, digest.algorithm if digest else "sha256"))
     if digest and manifest.digest != digest:
         raise RegistryError("DIGEST_INVALID", {"wanted": digest, "got": manifest.digest})
     document = manifest.document
     media_type = manifest.media_type
-    if media_type.startswith("application/vnd.docker.distribution.manifest.v1+"):
-        raise RegistryError("MANIFEST_INVALID", message="Docker image manifest schema 1 is not accepted (Docker gave "
-                            "it up in 2020); push with Docker 1.10 or newer, or convert it with "
-                            "skopeo copy --format v2s2")
-    if media_type not in MANIFEST_TYPES:
-        raise RegistryError("MANIFEST_INVALID", media_type, message="not a manifest type that this registry knows; "
-                            "artifacts go into an OCI image manifest with an artifactType")
+    _require(not media_type.startswith("application/vnd.docker.distribution.manifest.v1+"),
+             "Docker image manifest schema 1 is not accepted (Docker gave it up in 2020); push "
+             "with Docker 1.10 or newer, or convert it with skopeo copy --format v2s2")
+    _require(media_type in MANIFEST_TYPES,
+             "not a manifest type that this registry knows; "
+             "artifacts go into an OCI image manifest with an artifactType", media_type)
     announced = content_type.partition(";")[0].strip().lower()
-    if announced not in VAGUE_TYPES and announced != media_type:
-        raise RegistryError("MANIFEST_INVALID", {"Content-Type": announced, "mediaType": media_type},
-                            message="the Content-Type announces another type than the manifest has")
+    _require(announced in VAGUE_TYPES or announced == media_type,
+             "the Content-Type announces another type than the manifest has",
+             {"Content-Type": announced, "mediaType": media_type})
     _check_shape(manifest, document)
     return manifest
 

@@ -335,20 +335,20 @@ RULES = [private_names_of_other_rooms, strings_that_name_functions_of_other_room
 # What does not keep a rule yet: rooms, or places in them. Whoever mends one takes it off the list.
 NOT_YET = {
     private_names_of_other_rooms: {
-        "Remote: _session_of", "Upkeep"},
+        "Upkeep", "Remote: _session_of"},
     untyped_public_functions: {
-        "Values", "Registry", "Directory", "Upkeep", "Archive", "Remote", "Copy", "Access", "Observation",
+        "Registry", "Directory", "Upkeep", "Archive", "Remote", "Copy", "Access", "Observation",
         "API", "Server", "Commands"},
     long_lines: {
-        "the top", "Constants", "Errors", "Values", "Registry", "Directory", "Upkeep", "Archive",
-        "Remote", "Copy", "Access", "Observation", "API", "Server", "Commands"},
+        "the top", "Registry", "Directory", "Upkeep", "Archive", "Remote", "Copy", "Access",
+        "Observation", "API", "Server", "Commands"},
     long_functions: {
-        "Commands: serve", "Commands: run_copies"},
+        "Commands: run_copies", "Commands: serve"},
     names_that_say_nothing: {
-        "Registry", "Directory", "Upkeep", "Archive", "Remote", "Copy", "Access", "Observation", "API",
-        "Server", "Commands"},
+        "Registry", "Directory", "Upkeep", "Archive", "Remote", "Copy", "Access", "Observation",
+        "API", "Server", "Commands"},
     errors_passed_over_in_silence: {
-        "Values", "Registry", "Directory", "Upkeep", "Archive", "Remote", "Copy", "Observation", "API",
+        "Registry", "Directory", "Upkeep", "Archive", "Remote", "Copy", "Observation", "API",
         "Server", "Commands"},
 }
 
