@@ -2202,12 +2202,12 @@ class Directory(Registry):
         return os.path.exists(DirectoryUpload(self, name, session_id).path)
 
     @staticmethod
-    def _session_of(name, digest):
+    def session_id_of_blob(name, digest):
         """The id of the upload session in which put_blob stores this digest, in whatever process."""
         return str(uuid.uuid5(uuid.NAMESPACE_URL, name + "@" + digest))
 
     def put_blob(self, name, digest, open_from):
-        session_id = self._session_of(name, digest)
+        session_id = self.session_id_of_blob(name, digest)
         with alone(os.path.join(self.files.scratch, session_id)):
             while not self.mount(name, digest):  # another process has just stored it
                 try:
@@ -2230,7 +2230,7 @@ class Directory(Registry):
                         raise
 
     def present_bytes(self, name, descriptor):
-        upload = DirectoryUpload(self, name, self._session_of(name, descriptor.digest))
+        upload = DirectoryUpload(self, name, self.session_id_of_blob(name, descriptor.digest))
         for path in (self.layout.blob_path(descriptor.digest), upload.path):
             with contextlib.suppress(OSError):
                 return os.stat(path).st_size
@@ -4763,7 +4763,7 @@ class ArrivingBlob(Blob):
 
     def readinto(self, view):
         self.ended = self.ended or self.store.fetch(self.name, self.digest, self.size)
-        session = DirectoryUpload(self.store, self.name, self.store._session_of(self.name, self.digest)).path
+        session = DirectoryUpload(self.store, self.name, self.store.session_id_of_blob(self.name, self.digest)).path
         while self.position < self.length:
             ended, start, block = self.ended.is_set(), self.offset + self.position, b""
             left = self.length - self.position if ended else min(self.offset + self.length, self.size - 1) - start
@@ -7622,8 +7622,10 @@ class RequestBody:
             budget -= max(self.readinto(view), 1)
         return self.finished
 
-# TLS, with certificates that the user brings, or with our own: a CA that clients are told to trust, and a certificate
-# of the server that is made anew in time, and when the host gets another name or address.
+
+# TLS. The certificates are the user's own, or ours: then there is a CA, which clients are told to
+# trust, and a certificate of the server, which is made anew in time and when the host gets another
+# name or address. The openssl command makes both.
 
 SERVER_DAYS, RENEW_DAYS = 397, 60  # Apple's clients trust no certificate for longer than 398 days
 EARLY_DAYS = 7                     # of them lie in the past, for clients whose clocks are behind
@@ -7657,49 +7659,61 @@ commonName = supplied
 """
 
 
-def host_names():
-    """The names and addresses by which clients may know this host, without asking the network: DNS may be far."""
+def host_names() -> Set[str]:
+    """The names and addresses by which clients may know this host.
+
+    They come from /etc/hosts and the network interfaces: DNS may be far, or wrong."""
     name = socket.gethostname()
-    found = {"localhost", "127.0.0.1", "::1", name}
-    for line in (read_file("/etc/hosts", 1 << 20) or b"").decode("utf-8", "replace").splitlines():
+    names = {"localhost", "127.0.0.1", "::1", name}
+    hosts = (read_file("/etc/hosts", 1 << 20) or b"").decode("utf-8", "replace")
+    for line in hosts.splitlines():
         words = line.partition("#")[0].split()
         if name in words:
-            found.update(words)
+            names.update(words)
     for command in (["ip", "-o", "addr"], ["ifconfig", "-a"]):
+        # Each system has one of the two.
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            shown = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10).stdout
-            found.update(re.findall(r"inet6? (?:addr:)? ?([0-9a-f.:]+)", shown.decode("utf-8", "replace")))
-    return {text for text in found if re.fullmatch(r"[0-9A-Za-z_.:-]+", text) and not text.startswith("fe80:")}
+            output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                    timeout=10).stdout.decode("utf-8", "replace")
+            names.update(re.findall(r"inet6? (?:addr:)? ?([0-9a-f.:]+)", output))
+    # A link-local address is no use in a certificate: clients add the name of their interface.
+    return {text for text in names
+            if re.fullmatch(r"[0-9A-Za-z_.:-]+", text) and not text.startswith("fe80:")}
 
 
-def alternative_names(names):
-    """These names and addresses as subjectAltName wants them. Raises CommandError."""
-    for name in names:
+def alternative_names(names: Iterable[str]) -> str:
+    """These names and addresses in the form of subjectAltName. Raises CommandError."""
+    entries = []
+    for name in sorted(names):
         if not re.fullmatch(r"[0-9A-Za-z_.:*-]+", name):
             raise CommandError("%r is no name or address to make a certificate for" % name)
-    kinds = {name: "IP:" if ":" in name or re.fullmatch("[0-9.]+", name) else "DNS:" for name in names}
-    return ",".join(kinds[name] + name for name in sorted(names))
+        is_address = ":" in name or re.fullmatch("[0-9.]+", name)
+        entries.append(("IP:" if is_address else "DNS:") + name)
+    return ",".join(entries)
 
 
-def openssl(*arguments, folder=None, check=True):
-    """What the openssl command prints. Raises CommandError where it is missing, or fails; without
-    `check` it may fail, and None is returned."""
+def openssl(*arguments: str, folder: Optional[str] = None, check: bool = True) -> Optional[str]:
+    """Run the openssl command in a folder; returns its output.
+
+    Raises CommandError if the command is missing or fails. Without `check` it may fail, and None is
+    returned."""
     try:
-        done = subprocess.run(("openssl",) + arguments, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT)
+        done = subprocess.run(("openssl",) + arguments, cwd=folder, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except OSError as error:
-        raise CommandError("--tls needs the openssl command, to make certificates (%s); install it, or bring your own "
-                         "certificate with --tls-cert and --tls-key" % error.strerror)
-    shown = done.stdout.decode("utf-8", "replace").strip()
+        raise CommandError(
+            "--tls needs the openssl command, to make certificates (%s); install it, or bring your "
+            "own certificate with --tls-cert and --tls-key" % error.strerror)
+    output = done.stdout.decode("utf-8", "replace").strip()
     if check and done.returncode:
-        raise CommandError("openssl %s failed: %s" % (arguments[0], shown))
-    return None if done.returncode else shown
+        raise CommandError("openssl %s failed: %s" % (arguments[0], output))
+    return None if done.returncode else output
 
 
-def is_valid(path, days):
-    """Whether a certificate is valid by this machine's clock, and for so many days to come."""
-    shown = openssl("x509", "-noout", "-dates", "-in", path, check=False) or ""
-    dates = [ssl.cert_time_to_seconds(date) for date in re.findall("=([^=\n]*GMT)", shown)]
+def is_valid(path: str, days: int) -> bool:
+    """Whether a certificate is valid now, by this machine's clock, and for so many days to come."""
+    output = openssl("x509", "-noout", "-dates", "-in", path, check=False) or ""
+    dates = [ssl.cert_time_to_seconds(date) for date in re.findall("=([^=\n]*GMT)", output)]
     return len(dates) == 2 and dates[0] <= time.time() <= dates[1] - days * 86400
 
 
@@ -7709,41 +7723,61 @@ def certificate_date(moment: float) -> str:
     return date[2:] if date < "2050" else date
 
 
-def sign(folder, extensions, first, last, *signer):
-    """Sign the `request` in a folder; returns the certificate. Raises CommandError, OSError."""
+def sign(folder: str, extensions: str, first: float, last: float, *signer: str) -> bytes:
+    """Sign the `request` in a folder, to be valid between two Unix times; returns the certificate.
+
+    Raises CommandError, OSError."""
     openssl("ca", "-batch", "-notext", "-config", "config", "-name", "authority",
             "-extensions", extensions, "-startdate", certificate_date(first),
             "-enddate", certificate_date(last), "-in", "request", "-out", "crt", *signer,
             folder=folder)
-    return read_file(os.path.join(folder, "crt"))
+    return read_file(os.path.join(folder, "crt")) or b""
 
 
-def make_ca(files, folder, work, new_key):
-    """Put a CA into `folder` that is valid at any time: no wrong clock takes from clients what they
-    trust. One that has dates keeps its key and its name. Raises CommandError, OSError."""
+NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-sha256",
+           "-config", "config")
+
+
+def make_ca(files: Files, folder: str, work: str) -> None:
+    """Put a CA into `folder` that is valid at any time: no wrong clock makes clients distrust it.
+
+    A CA of an earlier version has dates: it keeps its key and its name. Raises CommandError,
+    OSError."""
     key, certificate = os.path.join(folder, "ca.key"), os.path.join(folder, "ca.crt")
     request = ("x509", "-x509toreq", "-in", certificate, "-signkey", key, "-out", "request")
     if openssl(*request, folder=work, check=False) is None:
         for path in (certificate, os.path.join(folder, "server.pem")):  # another key's
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):  # the first start has neither
                 os.unlink(path)
         name = "/CN=tinyreg CA %s" % os.urandom(4).hex()
-        openssl("req", "-new", "-subj", name, "-keyout", "ca.key", "-out", "request", *new_key,
+        openssl("req", "-new", "-subj", name, "-keyout", "ca.key", "-out", "request", *NEW_KEY,
                 folder=work)
         # A crash before the certificate is there: both are made anew.
-        files.write(key, read_file(os.path.join(work, "ca.key")), private=True)
+        files.write(key, read_file(os.path.join(work, "ca.key")) or b"", private=True)
     files.write(certificate, sign(work, "ca", 0, NO_END, "-selfsign", "-keyfile", key))
 
 
-def make_certificates(files, folder, names):
-    """See to it that there are, in `folder`, a CA (ca.key, ca.crt) and a certificate that it has made for these names
-    (server.pem, with its key), both for some time to come. Raises CommandError, OSError."""
+def make_server_certificate(folder: str, work: str, config: bytes) -> bytes:
+    """The content of server.pem: what it is made from, its key, and the certificate."""
+    openssl("req", "-new", "-keyout", "server.key", "-out", "request", *NEW_KEY, folder=work)
+    begin = time.time() - EARLY_DAYS * 86400
+    certificate = sign(work, "server", begin, begin + SERVER_DAYS * 86400,
+                       "-cert", os.path.join(folder, "ca.crt"),
+                       "-keyfile", os.path.join(folder, "ca.key"))
+    return config + (read_file(os.path.join(work, "server.key")) or b"") + certificate
+
+
+def make_certificates(files: Files, folder: str, names: Iterable[str]) -> None:
+    """See to it that `folder` has a CA and a certificate that it made for these names.
+
+    They are ca.key, ca.crt, and server.pem with its key. Each is made if it is missing, or ends
+    soon. Raises CommandError, OSError."""
     folder = os.path.abspath(folder)
     make_directories(folder)
-    key, ca, server = [os.path.join(folder, name) for name in ("ca.key", "ca.crt", "server.pem")]
+    server = os.path.join(folder, "server.pem")
     config = (CERTIFICATES % ("tinyreg", alternative_names(names))).encode()
     with alone(os.path.join(folder, "lock")):
-        has_ca = is_valid(ca, SERVER_DAYS)
+        has_ca = is_valid(os.path.join(folder, "ca.crt"), SERVER_DAYS)
         same_names = (read_file(server) or b"").startswith(config)
         if has_ca and same_names and is_valid(server, RENEW_DAYS):
             return
@@ -7754,26 +7788,22 @@ def make_certificates(files, folder, names):
             for name, content in (("config", config), ("index", b""), ("serial", serial)):
                 with open(os.path.join(work, name), "wb") as file:
                     file.write(content)
-            new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-sha256",
-                       "-config", "config")
             if not has_ca:
-                make_ca(files, folder, work, new_key)
-            openssl("req", "-new", "-keyout", "server.key", "-out", "request", *new_key, folder=work)
-            begin = time.time() - EARLY_DAYS * 86400
-            certificate = sign(work, "server", begin, begin + SERVER_DAYS * 86400,
-                               "-cert", ca, "-keyfile", key)
-            content = config + read_file(os.path.join(work, "server.key")) + certificate
-            files.write(server, content, private=True)
+                make_ca(files, folder, work)
+            files.write(server, make_server_certificate(folder, work, config), private=True)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
 
 class Certificates:
-    """What the TLS of a server goes by. Files that change are read again; `renew`, if given, is called every hour.
+    """The certificates that a server's TLS uses. Files that change are read again.
 
-    `ca` is the content of the CA's certificate, where it is ours to give out. Raises OSError, CommandError."""
+    `renew`, if given, is called every hour. `ca` is the content of the CA's certificate, if it is
+    ours to give out. Raises OSError, CommandError."""
 
-    def __init__(self, certificate, key=None, client_ca=None, ca=None, renew=None):
+    def __init__(self, certificate: str, key: Optional[str] = None,
+                 client_ca: Optional[str] = None, ca: Optional[str] = None,
+                 renew: Optional[Callable[[], None]] = None) -> None:
         self.files = (certificate, key, client_ca)
         self.ca_file = ca
         self.renew = renew
@@ -7781,7 +7811,7 @@ class Certificates:
         self.watch = Watch(certificate, key, client_ca, ca)
         self._load()
 
-    def _load(self):
+    def _load(self) -> None:
         certificate, key, client_ca = self.files
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if hasattr(ssl, "TLSVersion"):  # since 3.7; the other way warns there
@@ -7789,18 +7819,22 @@ class Certificates:
         else:
             context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
         try:
-            context.load_cert_chain(certificate, key, password=lambda: "")  # or it would ask on the terminal
+            # Without the empty password openssl would ask for one on the terminal.
+            context.load_cert_chain(certificate, key, password=lambda: "")
             if client_ca:
                 context.load_verify_locations(client_ca)
                 context.verify_mode = ssl.CERT_REQUIRED
-        except OSError as error:  # SSLError is one, and its strerror is longer than its reason
+        except OSError as error:  # an SSLError is one; its strerror is longer than its reason
             reason = getattr(error, "reason", None) or error.strerror
-            raise CommandError("can't use %s for TLS: %s" % (", ".join(filter(None, self.files)), reason))
+            files = ", ".join(file for file in self.files if file)
+            raise CommandError("can't use %s for TLS: %s" % (files, reason))
         self.ca = read_file(self.ca_file) if self.ca_file else None
         self.context = context
 
-    def current(self):
-        """The SSLContext for one more connection. What can't be renewed or read leaves the former one in force."""
+    def current(self) -> ssl.SSLContext:
+        """The context for one more connection.
+
+        If a certificate can't be renewed or read, the former one stays in use."""
         try:
             if self.renew and time.monotonic() > self.next_renewal:
                 self.next_renewal = time.monotonic() + 3600
@@ -7826,9 +7860,9 @@ class TLSSocket:
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return function(*arguments)
-        except socket.timeout:
+        except socket.timeout:  # what a plain socket calls BlockingIOError
             raise BlockingIOError(errno.EAGAIN, "nothing for some seconds")
-        except ssl.SSLError as error:
+        except ssl.SSLError as error:  # the client's fault, like a connection that breaks
             raise ConnectionAbortedError(errno.ECONNABORTED, "TLS: %s" % (error.reason or error))
 
     def shake_hands(self) -> Optional[str]:
@@ -7931,18 +7965,19 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
         self.rfile = RequestReader(self.connection)
-        # gathers the head of a response, which leaves in one write with a small body
+        # The head of a response gathers here: it leaves in one write with a small body.
         self.wfile = io.BytesIO()
 
     def finish(self) -> None:
-        self.worker.remove(self)
+        self.worker.crowd.remove(self)
         self.connection.close()
 
     def handle(self) -> None:
         """Serve the client until it leaves, as theirs does, behind TLS if the server speaks it."""
-        excess = self.worker.count(self, self.client)
+        excess = self.worker.crowd.count(self, self.client)
         if excess > 0:
-            if not self.worker.tls and excess <= self.worker.room // 16:  # each takes a thread
+            # Each refusal takes a thread, so not all are told.
+            if not self.worker.tls and excess <= self.worker.crowd.room // 16:
                 self._refuse_crowd()
             return
         if self.worker.tls:
@@ -7953,7 +7988,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Say why, but not before the client has asked: Go's clients drop a response that comes
         before that."""
         self.request_version = "HTTP/1.1"
-        # a client that is no better than its neighbours
+        # The client may be no better than its neighbours.
         with contextlib.suppress(ClientLeft, RegistryError):
             if self.rfile.read_head():
                 self.send_refusal(too_many_connections(self.client))
@@ -7962,7 +7997,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Shake hands, unless the client speaks plain HTTP. Raises OSError, ClientLeft."""
         first, began = None, time.monotonic()
         while first is None:
-            with contextlib.suppress(BlockingIOError):
+            with contextlib.suppress(BlockingIOError):  # nothing for TICK seconds
                 first = self.connection.recv(1, socket.MSG_PEEK)
             if first == b"" or time.monotonic() - began > HANDSHAKE_LIMIT:
                 raise ClientLeft("no TLS handshake")
@@ -7984,7 +8019,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.request_version = "HTTP/1.1"
         try:
             head = self.rfile.read_head()
-        except RegistryError as error:
+        except RegistryError as error:  # of a head that is no HTTP, or too slow
             return self.send_refusal(error)
         if head is None:
             return
@@ -8017,7 +8052,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Parse the head, strictly; on an error the client has been told."""
         try:
             self.command, self.path, version, self.headers = parse_head(self.raw_requestline)
-        except RegistryError as error:
+        except RegistryError as error:  # of a malformed head
             self.send_refusal(error)
             return False
         self.request_version = "HTTP/" + version
@@ -8069,8 +8104,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
         head."""
         if self.speaks_plain:
             return handle_plain_http(request)
-        if request.client != self.counts_for and self.worker.count(self, request.client) > 0:
-            return Response.of_error(too_many_connections(request.client))
+        client = request.client
+        if client != self.counts_for and self.worker.crowd.count(self, client) > 0:
+            return Response.of_error(too_many_connections(client))
         response = dispatch(self.worker.registry, self.worker.access, request)
         blob = response.body
         if isinstance(blob, Blob) and blob.file and blob.length <= SMALL_BLOB:
@@ -8110,7 +8146,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.protocol_version = self.request_version
         self.send_response_only(code, message)
         self.send_header("Docker-Distribution-Api-Version", "registry/2.0")
-        # no browser shall take a blob for a page, or for a script of our page
+        # No browser shall take a blob for a page, or for a script of our page.
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Date", self.date_time_string())
 
@@ -8241,25 +8277,26 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 self.connection.shutdown(socket.SHUT_RD)
 
 
-def parse_listen(text):
+def parse_listen(text: str) -> Tuple[str, int]:
     """[HOST]:PORT as (host, port); no host means every address. Raises CommandError."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.%\w]+)\]|([^:\[\]]*)):([0-9]{1,5})", text)
     if not match or int(match.group(3)) > 65535 or ".." in text or text.startswith("."):
-        raise CommandError("%r is no address: write HOST:PORT or :PORT, for example 127.0.0.1:5000 or :5000" % text)
+        raise CommandError("%r is no address: write HOST:PORT or :PORT, for example 127.0.0.1:5000 "
+                           "or :5000" % text)
     return match.group(1) or match.group(2) or "", int(match.group(3))
 
 
-def prepare_listener(sock):
+def prepare_listener(sock: socket.socket) -> socket.socket:
     """Let a bound socket take connections, from several processes."""
     sock.listen(1024)
-    # accept() returns now and then, to see whether the server stops. A time-out of Python's own would let it wait
-    # in poll(), where every connection wakes the threads of all processes.
+    # accept() returns every second, to see whether the server stops. With a time-out of Python's
+    # own it would wait in poll(), where every connection wakes the threads of all processes.
     sock.setblocking(True)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 0))
     return sock
 
 
-def _listen(family, address, dual=False):
+def _listen(family: int, address: Any, dual: bool = False) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -8267,34 +8304,35 @@ def _listen(family, address, dual=False):
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if dual else 1)
         sock.bind(address)
         return prepare_listener(sock)
-    except BaseException:
+    except BaseException:  # whatever it is, the socket must not stay open
         sock.close()
         raise
 
 
-def open_listeners(host, port):
+def open_listeners(host: str, port: int) -> List[socket.socket]:
     """Listening sockets for an address; "" is every IPv4 and IPv6 address. Raises OSError."""
     if not host:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a host without IPv6
             return [_listen(socket.AF_INET6, ("::", port), dual=True)]
         return [_listen(socket.AF_INET, ("0.0.0.0", port))]
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     listeners, failure = [], None
-    for family, address in sorted({(entry[0], entry[4]) for entry in found}):
+    for family, address in sorted({(entry[0], entry[4]) for entry in entries}):
         try:
             listeners.append(_listen(family, address))
         except OSError as error:
             failure = error
+    # localhost may be ::1 as well, on a host without IPv6: that one may fail.
     if failure and (failure.errno != errno.EADDRNOTAVAIL or not listeners):
-        raise failure  # but localhost may be ::1 as well, where there is no IPv6
+        raise failure
     return listeners
 
 
 def raise_file_limit() -> int:
     """Have as many files open as the host allows; returns how many that is."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for limit in (hard, 10240):  # macOS says "no limit", and takes no more than that
-        with contextlib.suppress(OSError, ValueError):
+    for limit in (hard, 10240):  # macOS says "no limit", and takes no more than 10240
+        with contextlib.suppress(OSError, ValueError):  # the former limit stays
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             break
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -8318,7 +8356,7 @@ class Server(http.server.HTTPServer):
         self.mutex = threading.Lock()
 
     def add_thread(self) -> None:
-        """Start one more thread that takes connections. Raises RuntimeError if there can be no more threads."""
+        """Start one more thread that takes connections. Raises RuntimeError if none can be had."""
         with self.mutex:
             self.waiting += 1
         try:
@@ -8329,14 +8367,14 @@ class Server(http.server.HTTPServer):
             raise
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Take connections, one after the other, until the worker stops or enough other threads wait."""
+        """Serve connections, one after the other, until the worker stops or enough threads wait."""
         while not self.worker.stopping:
-            self.worker.await_closing()
+            self.worker.crowd.await_closing()
             try:
                 request, client_address = self.get_request()
             except (BlockingIOError, ConnectionError):
                 continue  # nobody came for a second, or has left already
-            except OSError as error:  # no file descriptor: connections that end will give theirs back
+            except OSError as error:  # out of files: connections that end give theirs back
                 if not self.worker.stopping:
                     logger.error("can't accept a connection: %s", error)
                     time.sleep(0.05)
@@ -8355,8 +8393,8 @@ class Server(http.server.HTTPServer):
         try:
             if is_last:
                 self.add_thread()
-            self.finish_request(request, client_address)  # makes a Connection, which serves the client
-        except Exception:
+            self.finish_request(request, client_address)  # a Connection, which serves the client
+        except Exception:  # of one client's connection; handle_error logs it
             self.handle_error(request, client_address)
         finally:
             self.close_request(request)
@@ -8372,6 +8410,76 @@ class Server(http.server.HTTPServer):
             logger.exception("%s: connection ended", client_address[0])
 
 
+class Crowd:
+    """The connections of one process: how many each client has, and which one makes room.
+
+    A client may have MAX_CONNECTIONS, but no more than are left for all others. This machine may
+    have all that are left, because it may be a proxy. When little is left, the connection that has
+    waited longest for a request is closed."""
+
+    def __init__(self) -> None:
+        # A connection may open two files beside its socket.
+        self.room = min(MAX_ALL_CONNECTIONS, raise_file_limit() // 3)
+        self.connections: Set[Connection] = set()
+        self.closing: Set[Connection] = set()  # to make room; their threads have not ended yet
+        self.sizes: Dict[str, int] = collections.Counter()  # connections, by the client's network
+        self.changed = threading.Condition()
+
+    def count(self, connection: Connection, client: str) -> int:
+        """Count a connection as this client's; returns by how many the client has too many."""
+        with self.changed:
+            self._uncount(connection)
+            connection.counts_for = client
+            self.connections.add(connection)
+            self.sizes[client_key(client)] += 1
+            left = self.room - len(self.connections)
+            if left < self.room // 4:
+                self._close_longest_idle(connection)
+            if is_this_machine(client):
+                return -left
+            return self.sizes[client_key(client)] - min(MAX_CONNECTIONS, left)
+
+    def _close_longest_idle(self, newest: Connection) -> None:
+        idle = [other for other in self.connections - {newest} if other.idle_since]
+        if idle:
+            oldest = min(idle, key=lambda other: other.idle_since or 0)
+            oldest.close_if_idle()
+            self._uncount(oldest)
+            self.closing.add(oldest)
+
+    def _uncount(self, connection: Connection) -> None:
+        if connection in self.connections:
+            client = client_key(connection.counts_for)
+            self.connections.discard(connection)
+            self.sizes[client] -= 1
+            if not self.sizes[client]:
+                del self.sizes[client]
+
+    def remove(self, connection: Connection) -> None:
+        """Forget a connection that has ended."""
+        with self.changed:
+            self._uncount(connection)
+            self.closing.discard(connection)
+            self.changed.notify_all()
+
+    def await_closing(self) -> None:
+        """Wait, a second at most, while many connections that are to close still have files."""
+        few = self.room // 4
+        if len(self.closing) > few:
+            with self.changed:
+                self.changed.wait_for(lambda: len(self.closing) <= few, 1)
+
+    def await_end(self, seconds: float) -> int:
+        """Let running transfers end, for so long; returns how many connections are left."""
+        deadline = time.monotonic() + seconds
+        with self.changed:
+            while self.connections and time.monotonic() < deadline:
+                for connection in self.connections:
+                    connection.close_if_idle()
+                self.changed.wait(0.1)
+            return len(self.connections)
+
+
 class Worker:
     """What one process serves: a Server for each listening socket, and all that they share."""
 
@@ -8384,14 +8492,9 @@ class Worker:
         self.drain = drain  # seconds that running transfers get when the server stops
         self.tls = tls  # for a server that speaks HTTPS
         self.proxies = proxies  # networks whose X-Forwarded-For is believed
-        # A connection may open two files beside itself.
-        self.room = min(MAX_ALL_CONNECTIONS, raise_file_limit() // 3)
         self.stopping = False
         self.cache = ResponseCache(registry)
-        self.connections: Set[Connection] = set()
-        self.closing: Set[Connection] = set()  # to make room; their threads have not ended yet
-        self.crowds: Dict[str, int] = collections.Counter()  # connections, by the client's network
-        self.changed = threading.Condition()
+        self.crowd = Crowd()
         self.date = 0, ""  # the present second, and the Date header that it has
         self.servers = [Server(listener, self) for listener in listeners]
 
@@ -8407,57 +8510,7 @@ class Worker:
         self.stopping = True
         for server in self.servers:
             server.server_close()
-        deadline = time.monotonic() + self.drain
-        with self.changed:
-            while self.connections and time.monotonic() < deadline:
-                for connection in self.connections:
-                    connection.close_if_idle()
-                self.changed.wait(0.1)
-            return len(self.connections)
-
-    def count(self, connection: Connection, client: str) -> int:
-        """Count a connection as this client's; returns by how many the client now has too many.
-
-        It may have MAX_CONNECTIONS, but no more than are left for all others. This machine may have
-        what is left, because it may be a proxy. When little is left, the connection that has waited
-        longest for a request is closed."""
-        with self.changed:
-            self._uncount(connection)
-            connection.counts_for = client
-            self.connections.add(connection)
-            self.crowds[client_key(client)] += 1
-            left = self.room - len(self.connections)
-            if left < self.room // 4:
-                idle = [other for other in self.connections - {connection} if other.idle_since]
-                if idle:
-                    oldest = min(idle, key=lambda other: other.idle_since or 0)
-                    oldest.close_if_idle()
-                    self._uncount(oldest)
-                    self.closing.add(oldest)
-            if is_this_machine(client):
-                return -left
-            return self.crowds[client_key(client)] - min(MAX_CONNECTIONS, left)
-
-    def _uncount(self, connection: Connection) -> None:
-        if connection in self.connections:
-            client = client_key(connection.counts_for)
-            self.connections.discard(connection)
-            self.crowds[client] -= 1
-            if not self.crowds[client]:
-                del self.crowds[client]
-
-    def remove(self, connection: Connection) -> None:
-        with self.changed:
-            self._uncount(connection)
-            self.closing.discard(connection)
-            self.changed.notify_all()
-
-    def await_closing(self) -> None:
-        """Wait while many connections that count no more still have their files, a second at most."""
-        few = self.room // 4
-        if len(self.closing) > few:
-            with self.changed:
-                self.changed.wait_for(lambda: len(self.closing) <= few, 1)
+        return self.crowd.await_end(self.drain)
 
     def current_date(self) -> str:
         """Now, as the Date header has it."""
@@ -8473,26 +8526,30 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}
 
 
 class Supervisor:
-    """Runs each of some functions in a process of its own, and again if it dies, until a signal ends all.
+    """Runs each of some functions in a process of its own, and again if it dies.
 
-    SIGTERM and Ctrl-C reach the processes as SIGTERM, SIGHUP as itself (and this one as a call of `hang_up`); the
-    functions get them from next_signal().
-    A second Ctrl-C kills. The `listeners` are closed when the end begins: as long as one process has them open, the
-    kernel takes connections that nobody will serve. This process has no threads, so that it can fork at any time, and
-    keeps nothing but the processes' ids: it costs little and has nothing to lose."""
+    A signal ends all: SIGTERM and Ctrl-C reach the processes as SIGTERM, SIGHUP as itself; they get
+    them from next_signal(). SIGHUP also calls `hang_up` in this process. A second Ctrl-C kills. The
+    listeners are closed when the end begins: as long as one process has them open, the kernel takes
+    connections that nobody will serve. This process has no threads, so it can fork at any time; and
+    it keeps nothing but the processes' ids, so it has nothing to lose."""
 
-    def __init__(self, functions, listeners=(), hang_up=lambda: None):
+    def __init__(self, functions: Sequence[Callable[[], int]],
+                 listeners: Sequence[socket.socket] = (),
+                 hang_up: Callable[[], None] = lambda: None) -> None:
         self.functions = functions
         self.listeners = listeners
         self.hang_up = hang_up
-        self.running = {}  # process id: its function
+        self.running: Dict[int, Callable[[], int]] = {}  # by process id
         self.stopping = False
-        self.alive, self.lifeline = os.pipe()  # the processes end when nobody holds the other end any more
-        signal.signal(signal.SIGCHLD, lambda *anything: None)  # where it is ignored, it can't be waited for
+        # The processes end when nobody holds the other end of this pipe any more.
+        self.alive, self.lifeline = os.pipe()
+        # Where SIGCHLD is ignored, it can't be waited for.
+        signal.signal(signal.SIGCHLD, lambda *anything: None)
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # from now on they wait for run()
 
-    def run(self):
-        """Returns when all have ended; the highest of their exit statuses."""
+    def run(self) -> int:
+        """Returns when all processes have ended: the highest of their exit statuses."""
         for function in self.functions:
             self._start(function)
         status = 0
@@ -8513,7 +8570,7 @@ class Supervisor:
                 self._tell(signal.SIGTERM)
         return status
 
-    def _start(self, function):
+    def _start(self, function: Callable[[], int]) -> None:
         sys.stdout.flush()
         process = os.fork()
         if process:
@@ -8524,20 +8581,23 @@ class Supervisor:
             os.close(self.lifeline)
             threading.Thread(target=self._watch_parent, daemon=True).start()
             status = function()
-        except Exception:
+        except Exception:  # a bug: the supervisor starts another process
             logger.exception("a worker process failed")
         finally:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # the process ends in any case
                 sys.stdout.flush()
                 logging.shutdown()
             os._exit(status)
 
-    def _watch_parent(self):
+    def _watch_parent(self) -> None:
+        """End this process when its parent has died."""
         os.read(self.alive, 1)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def _reap(self):
-        """Collect those who have ended; returns the highest exit status. One that ends unasked is started again."""
+    def _reap(self) -> int:
+        """Collect the processes that have ended; returns the highest exit status.
+
+        A process that ended by itself is started again."""
         highest = 0
         while self.running:
             process, status = os.waitpid(-1, os.WNOHANG)
@@ -8552,18 +8612,20 @@ class Supervisor:
                 self._start(function)
         return highest
 
-    def _tell(self, number):
+    def _tell(self, number: int) -> None:
         for process in self.running:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.kill(process, number)
 
 
-def next_signal():
-    """Wait in a supervised process for SIGTERM or SIGHUP; returns which."""
-    number = signal.SIGINT
-    while number not in (signal.SIGTERM, signal.SIGHUP):  # Ctrl-C reaches all processes; the supervisor tells
+def next_signal() -> int:
+    """Wait in a supervised process for SIGTERM or SIGHUP; returns which.
+
+    Ctrl-C reaches this process too, and is ignored here: the supervisor acts on it."""
+    while True:
         number = signal.sigwait(SIGNALS)
-    return number
+        if number in (signal.SIGTERM, signal.SIGHUP):
+            return number
 
 # -------------------------------------------------------------------------------------------------
 # 16  Commands

@@ -213,7 +213,7 @@ def test_a_store_is_ready_without_writing_if_it_is_read_only(store, root):
 
 def test_what_an_earlier_upload_with_the_same_id_had_is_no_proof(store):
     """put_blob's have the same id in all processes. One has begun a blob; another forgets that, and begins anew."""
-    digest, other, id = Digest.of(b"right"), Directory(store.root), store._session_of("app", Digest.of(b"right"))
+    digest, other, id = Digest.of(b"right"), Directory(store.root), store.session_id_of_blob("app", Digest.of(b"right"))
     store.start_upload("app", "sha256", id).append(io.BytesIO(b"right"))
     other.find_upload("app", id).cancel()
     other.start_upload("app", "sha256", id).append(io.BytesIO(b"wro"))
