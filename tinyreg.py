@@ -5060,106 +5060,38 @@ def copy(source, target, name, reference, target_name=None, platforms=(), referr
 # -------------------------------------------------------------------------------------------------
 # 11  Access
 #
-# Who asks, and what they may do: users with their hashed passwords, rules, tokens. Each level includes the ones
-# below it. Reads its files again when they change. Of a Request it reads the Authorization header, the client's
-# address and the user that a client certificate names; it knows neither sockets nor what a registry holds.
+# Who sends a request, and what that client may do. Passwords knows the users and checks their
+# passwords, Tokens makes and reads tokens, Rules knows who may do what, UploadLimit counts upload
+# sessions; Access asks them for each request. The users file and the rules file are read again
+# when they change. This room knows the head of a request, but no sockets and no registry.
 # -------------------------------------------------------------------------------------------------
 
+# A level is an index in LEVELS, and includes the levels before it.
 LEVELS = ("none", "pull", "push", "admin")
 IN_WORDS = ("do nothing", "pull", "pull and push", "pull, push and delete")
-NEEDED = {"look": 0, "login": 0, "pull": 1, "push": 2, "delete": 3}  # action of a route: level that may
-SCOPES = {"pull": 1, "push": 2, "delete": 3, "*": 3}  # action of a token's scope: level that it asks for
+# The level that an action of a route needs, and the one that an action in a token's scope means.
+NEEDED = {"look": 0, "login": 0, "pull": 1, "push": 2, "delete": 3}
+SCOPES = {"pull": 1, "push": 2, "delete": 3, "*": 3}
 
-# Not the rules' own words, * and @anonymous; and only what is UTF-8.
+# A user is none of the rules' own words, * and @anonymous, and is valid UTF-8.
 USER = re.compile(r"[^\s:#*@\x00-\x1f\x7f\ud800-\udfff][^\s:#\x00-\x1f\x7f\ud800-\udfff]{0,127}")
 RULE = re.compile(r"([a-z0-9._/*-]+)[ \t]+(\S+)[ \t]+(none|pull|push|admin)")
 SCRYPT = re.compile(r"(\$scrypt\$ln=14,r=8,p=1\$([A-Za-z0-9+/]{24})\$)([A-Za-z0-9+/]{43})?")
 BCRYPT_LETTERS = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 MAX_PASSWORD = 72            # bytes; bcrypt reads no more, and Go's refuses more
-TOKEN_LIFE = 300             # seconds; docker asks for a new one when it needs to
+TOKEN_LIFE = 300             # seconds; docker asks for a new one when it needs it
 MAX_FAILURES = 10            # wrong passwords that a client may send in …
 FAILURE_WINDOW = 60.0        # … so many seconds
-REMEMBERED = 10000           # verified passwords, and clients that sent wrong ones, kept in memory
-PROXY_HEADER = re.compile(r"forwarded|via|x-forwarded.*|x-real-ip")  # what proxies add to a request
+REMEMBERED = 10000           # verified passwords that are kept, and clients whose failures are
+PROXY_HEADER = re.compile(r"forwarded|via|x-forwarded.*|x-real-ip")  # what proxies add
 
 
-@functools.lru_cache(maxsize=None)
-def load_crypt():
-    """The system's crypt(3), or None. It works in a static buffer: Access calls it under a lock."""
-    for library in ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.so", None):  # None: musl, macOS, OpenBSD
-        with contextlib.suppress(ImportError, OSError, AttributeError):
-            import ctypes  # not at the top: a Python built without libffi serves all the same
-            crypt = ctypes.CDLL(library).crypt
-            crypt.argtypes, crypt.restype = [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_char_p
-            return crypt
-    return None
+class Who(NamedTuple):
+    """Who sent a request: a user, or None. If a token says so, `grants` limits it: {repository:
+    level}."""
 
-
-def hash_password(password, setting):
-    """As crypt(3): the hash of a password (str) under a setting, which is the begin of a hash or a whole one, so that
-    a right password gives back its hash. Knows what the system knows, and our scrypt. "" where neither knows it."""
-    match = SCRYPT.fullmatch(setting)
-    if match and hasattr(hashlib, "scrypt"):
-        found = hashlib.scrypt(password.encode(), salt=base64.b64decode(match.group(2)), n=1 << 14, r=8, p=1, dklen=32)
-        return match.group(1) + base64.b64encode(found).decode().rstrip("=")
-    crypt = load_crypt()
-    found = crypt and crypt(password.encode(), setting.encode("utf-8", "surrogateescape"))
-    return (found or b"").decode("latin-1")
-
-
-def is_checkable(stored):
-    """Whether this host can check passwords against a hash (crypt(3) knows its scheme, and its length is right)."""
-    found = hash_password("", stored)
-    return len(found) == len(stored) and found[:2] == stored[:2] and not found.startswith("*")
-
-
-def new_hash(password):
-    """A hash for a users file: bcrypt, which Distribution reads too (as $2y$, which Apache wants, or as $2b$ where the
-    BSDs know no other), or scrypt where crypt(3) has none, as on macOS. Raises UNSUPPORTED."""
-    letters = "".join(random.SystemRandom().choice(BCRYPT_LETTERS) for _ in range(21))
-    salt = base64.b64encode(os.urandom(18)).decode()
-    for setting in ("$2y$10$%s." % letters, "$2b$10$%s." % letters, "$scrypt$ln=14,r=8,p=1$%s$" % salt):
-        found = hash_password(password, setting)
-        if found.startswith(setting[:7]) and is_checkable(found):
-            return found
-    raise RegistryError("UNSUPPORTED", message="neither crypt(3) nor hashlib of this system has bcrypt or scrypt")
-
-
-def parse_users(content):
-    """{user: hash} of an htpasswd file. Passwords that can't be checked here are logged with the user's name."""
-    users, checkable = {}, set()
-    for line in content.decode("utf-8", "surrogateescape").split("\n"):
-        user, colon, stored = line.strip().partition(":")
-        if not colon or line.startswith("#"):
-            continue
-        kind = stored[:3], len(stored)
-        if kind not in checkable and is_checkable(stored):  # once for each scheme, for a slow hash is slow to try
-            checkable.add(kind)
-        if kind in checkable and USER.fullmatch(user) and re.fullmatch("[!-~]+", stored):
-            users[user] = stored
-        else:
-            logger.warning("user %s can't log in: the password's hash is of a kind that can't be checked here; set it "
-                           "again with: tinyreg.py passwd", ascii(user))
-    return users
-
-
-def parse_rules(content):
-    """The [(pattern, user, level)] of a rules file, the last line first, for the last match wins.
-    Raises CommandError."""
-    rules = []
-    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
-        rule = line.partition("#")[0].strip()
-        match = RULE.fullmatch(rule)
-        if match:
-            rules.insert(0, (parse_glob(match.group(1)), match.group(2), LEVELS.index(match.group(3))))
-        elif rule:
-            raise CommandError("--rules: line %d is no rule: %r; write REPOSITORY-GLOB USER|*|@anonymous "
-                               "pull|push|admin|none" % (number, rule))
-    return rules
-
-
-# Who sent a request: a user, or None; and, if a token says so, {repository: level} that it is good for.
-Who = collections.namedtuple("Who", "user grants")
+    user: Optional[str]
+    grants: Optional[Dict[str, int]]
 
 
 class RequestHead:
@@ -5207,279 +5139,509 @@ class RequestHead:
         return "https" if self.forwarded("proto", self.scheme) == "https" else "http"
 
 
+# Passwords
+
+@functools.lru_cache(maxsize=None)
+def load_crypt() -> Any:
+    """The system's crypt(3), or None. It returns a static buffer, so two calls must not overlap."""
+    # None is the program itself: musl, macOS and OpenBSD have crypt in their C library.
+    for library in ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.so", None):
+        # Either there is no such library, or it has no crypt.
+        with contextlib.suppress(ImportError, OSError, AttributeError):
+            import ctypes  # not at the top, because a Python without libffi can serve as well
+            crypt = ctypes.CDLL(library).crypt
+            crypt.argtypes, crypt.restype = [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_char_p
+            return crypt
+    return None
+
+
+def hash_password(password: str, setting: str) -> str:
+    """The hash of a password under a setting, as crypt(3) makes it; "" for an unknown scheme.
+
+    A setting is the begin of a hash, or a whole hash: a right password gives the hash back. The
+    schemes are those of the system, and our scrypt."""
+    match = SCRYPT.fullmatch(setting)
+    if match and hasattr(hashlib, "scrypt"):
+        hashed = hashlib.scrypt(password.encode(), salt=base64.b64decode(match.group(2)),
+                                n=1 << 14, r=8, p=1, dklen=32)
+        return match.group(1) + base64.b64encode(hashed).decode().rstrip("=")
+    crypt = load_crypt()
+    hashed = crypt and crypt(password.encode(), setting.encode("utf-8", "surrogateescape"))
+    return (hashed or b"").decode("latin-1")
+
+
+def is_checkable(stored: str) -> bool:
+    """Whether this host can check passwords against a hash: it knows the scheme, and the hash has
+    the right length."""
+    hashed = hash_password("", stored)
+    return (len(hashed) == len(stored) and hashed[:2] == stored[:2]
+            and not hashed.startswith("*"))
+
+
+def new_hash(password: str) -> str:
+    """A hash for a users file. Raises UNSUPPORTED.
+
+    It is bcrypt, which Distribution reads too: $2y$, because Apache reads no other, or $2b$ on
+    BSDs that have no other. It is scrypt if crypt(3) has no bcrypt, as on macOS."""
+    letters = "".join(random.SystemRandom().choice(BCRYPT_LETTERS) for _ in range(21))
+    salt = base64.b64encode(os.urandom(18)).decode()
+    for setting in ("$2y$10$%s." % letters, "$2b$10$%s." % letters,
+                    "$scrypt$ln=14,r=8,p=1$%s$" % salt):
+        hashed = hash_password(password, setting)
+        if hashed.startswith(setting[:7]) and is_checkable(hashed):
+            return hashed
+    raise RegistryError("UNSUPPORTED", message="neither crypt(3) nor hashlib of this system has "
+                        "bcrypt or scrypt")
+
+
+def parse_users(content: bytes) -> Dict[str, str]:
+    """{user: hash} of an htpasswd file. A user whose hash can't be checked here is logged."""
+    users = {}
+    checkable: Set[Tuple[str, int]] = set()  # a slow hash is slow to try: once per scheme
+    for line in content.decode("utf-8", "surrogateescape").split("\n"):
+        user, colon, stored = line.strip().partition(":")
+        if not colon or line.startswith("#"):
+            continue
+        scheme = stored[:3], len(stored)
+        if scheme not in checkable and is_checkable(stored):
+            checkable.add(scheme)
+        if scheme in checkable and USER.fullmatch(user) and re.fullmatch("[!-~]+", stored):
+            users[user] = stored
+        else:
+            logger.warning("user %s can't log in: the password's hash is of a kind that can't be "
+                           "checked here; set it again with: tinyreg.py passwd", ascii(user))
+    return users
+
+
+def read_settings(path: Optional[str], hint: str = "") -> bytes:
+    """The content of a file that --users or --rules names; nothing without one. Raises OSError,
+    CommandError."""
+    content = read_file(path, -1) if path else b""
+    if content is None:
+        raise CommandError("there is no %s%s" % (path, hint))
+    return content
+
+
 class WrongPasswords:
-    """Counts the wrong passwords of each client, for all processes of a server together.
+    """Counts the wrong passwords of each client, over all processes of a server.
 
-    Made before the fork, in shared memory. Each process writes a row of its own and reads all, so
-    that none waits for another. A client has the place in a row that its hash says; another one
-    that has the same place takes it over, which forgets a count but locks out nobody else."""
+    It is made in shared memory before the fork. Each process writes its own row and reads all, so
+    that none waits for another. A client's hash is its place in the rows. If another client has
+    the same place it takes it over: that forgets a count, but locks nobody out."""
 
-    def __init__(self, processes: int = 1) -> None:
+    def __init__(self, processes: int) -> None:
         self.key = os.urandom(16)
         self.places = REMEMBERED
-        # of each place: whose it is, since when, how many
+        # Three numbers for each place: whose it is, since when, and how many.
         self.cells = memoryview(mmap.mmap(-1, 24 * self.places * processes)).cast("d")
         self.process = 0
 
     def add(self, client: str, amount: int) -> Tuple[int, int]:
-        """Add to a client's count; returns what it is now, and in how many seconds it ends."""
+        """Add to a client's count. Returns the count, and the seconds until it ends."""
         key = hashlib.blake2b(client.encode(), key=self.key, digest_size=6).digest()
-        whose, now = int.from_bytes(key, "big") + 1, time.monotonic()
-        places = range(whose % self.places * 3, len(self.cells), self.places * 3)
+        owner, now = int.from_bytes(key, "big") + 1, time.monotonic()
+        places = range(owner % self.places * 3, len(self.cells), self.places * 3)
         rows = [self.cells[place:place + 3] for place in places]
         own = rows[self.process]
-        if own[0] != whose or now - own[1] > FAILURE_WINDOW:
-            own[2], own[1], own[0] = 0, now, whose
+        if own[0] != owner or now - own[1] > FAILURE_WINDOW:
+            own[2], own[1], own[0] = 0, now, owner
         own[2] += amount
-        valid = [row for row in rows if row[0] == whose and now - row[1] <= FAILURE_WINDOW]
+        valid = [row for row in rows if row[0] == owner and now - row[1] <= FAILURE_WINDOW]
         wait = max(row[1] for row in valid) + FAILURE_WINDOW - now
         return int(sum(row[2] for row in valid)), int(wait) + 1
 
 
-class Access:
-    """Who may do what in one registry. `key` signs tokens: servers and workers that share one take each other's.
+class Passwords:
+    """The users of an htpasswd file, and the check of their passwords."""
 
-    Where no rule matches, a user may do everything if there is no rules file, else nothing; and clients that are no
-    user what --anonymous says. A user may always do what those may: logging out must not help. Where nobody has said
-    it, and it is so because only this machine can connect (`only_local`), a request must be meant for this machine.
-    Raises OSError, CommandError if the users or rules file can't be read."""
-
-    def __init__(self, anonymous="none", users=None, rules=None, key=None, only_local=False, processes=1):
-        self.anonymous = LEVELS.index(anonymous)
-        self.only_local = only_local
-        self.users_file, self.rules_file = users, rules
-        self.users, self.rules = {}, []
-        self.default = LEVELS.index("none" if rules else "admin")
-        self.key = key or os.urandom(32)
-        self.secret = os.urandom(32)  # of the cache of verified passwords
-        self.verified = set()
+    def __init__(self, path: Optional[str], processes: int) -> None:
+        self.path = path
+        self.users: Dict[str, str] = {}
         self.failures = WrongPasswords(processes)
-        self.uploads = {}             # client: [(name, id)] of upload sessions
-        self.slow = threading.Lock()  # held while a password is hashed: one core is enough for guessers
-        self.watch = Watch(users, rules)
-        self._load()
+        self.verified: Set[bytes] = set()  # digests of users with right passwords …
+        self.secret = os.urandom(32)       # … and the key of these digests
+        # Held while a password is hashed: crypt(3) needs it, and people who guess get one core.
+        self.hashing = threading.Lock()
 
-    def _load(self):
-        users, rules = self.users, self.rules
+    def read(self) -> Dict[str, str]:
+        """{user: hash} of the file. Raises OSError, CommandError."""
+        content = read_settings(self.path, "; make it with: tinyreg.py passwd NAME --users %s"
+                                % self.path)
+        with self.hashing:
+            return parse_users(content)
+
+    def check(self, client: str, credentials: str) -> str:
+        """The user of `USER:PASSWORD` in base64. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
         try:
-            if self.users_file:
-                with open(self.users_file, "rb") as file, self.slow:
-                    users = parse_users(file.read())
-            if self.rules_file:
-                with open(self.rules_file, "rb") as file:
-                    rules = parse_rules(file.read())
-        except FileNotFoundError as error:
-            hint = "; make it with: tinyreg.py passwd NAME --users " + self.users_file
-            raise CommandError("there is no %s%s" % (error.filename, hint if error.filename == self.users_file else ""))
-        self.users, self.rules = users, rules  # both, or none
-
-    # Who
-
-    def identify(self, request):
-        """Who sent a request. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
-        if request.who is not None:
-            return request.who
-        if self.watch.changed():
-            try:
-                self._load()
-            except (OSError, CommandError) as error:
-                logger.error("the former users and rules stay in force: %s", error)
-        scheme, _, value = request.header("authorization").partition(" ")
-        if self.users_file and scheme.lower() == "basic":
-            request.who = Who(self._check_password(request, value.strip()), None)
-        elif self.users_file and scheme.lower() == "bearer":
-            request.who = self._check_token(request, value.strip())
-        else:
-            request.who = Who(request.certificate, None)
-        return request.who
-
-    def _check_password(self, request, credentials):
-        try:
-            user, _, password = base64.b64decode(credentials, validate=True).decode("utf-8").partition(":")
+            text = base64.b64decode(credentials, validate=True).decode("utf-8")
         except ValueError:
-            raise self._unauthorized(request, "the credentials are not USER:PASSWORD in base64")
-        if not user and not password:  # podman and skopeo send that where they are not logged in
-            raise self._unauthorized(request)
-        if "\0" in user + password or len(password) > 1024:
-            password = ""  # crypt(3) would read to the NUL only
+            raise RegistryError("UNAUTHORIZED",
+                                message="the credentials are not USER:PASSWORD in base64")
+        user, _, password = text.partition(":")
+        if not user and not password:  # podman and skopeo send this if they are not logged in
+            raise RegistryError("UNAUTHORIZED")
+        if "\0" in text or len(password) > 1024:
+            password = ""  # crypt(3) would read up to the NUL only
         stored = self.users.get(user, "")
-        seen = hashlib.blake2b("\0".join((user, password, stored)).encode(), key=self.secret).digest()
-        if seen not in self.verified:
-            with self.slow:
-                if seen not in self.verified:  # by the one whom we waited for: docker sends several at once
-                    self._verify(request, user, password, stored)
-                    self.verified.add(seen)
+        login = "\0".join((user, password, stored)).encode()
+        digest = hashlib.blake2b(login, key=self.secret).digest()
+        if digest not in self.verified:
+            with self.hashing:
+                # docker sends several requests at once: another thread may have verified it.
+                if digest not in self.verified:
+                    self._verify(client, user, password, stored)
+                    self.verified.add(digest)
         return user
 
-    def _verify(self, request, user, password, stored):
-        """Raises UNAUTHORIZED unless a password is right; TOOMANYREQUESTS if its client has sent many wrong ones (for
-        this user, if it is this machine: behind a proxy here nobody is to lock out all others)."""
-        client = client_key(request.client)
-        if is_this_machine(request.client):
-            client += " " + user
-        count, wait = self.failures.add(client, 1)  # first: others of this client are under way
+    def _verify(self, client: str, user: str, password: str, stored: str) -> None:
+        """Raises UNAUTHORIZED if the password is wrong, TOOMANYREQUESTS if the client has sent too
+        many wrong ones."""
+        key = client_key(client)
+        if is_this_machine(client):
+            key += " " + user  # the client may be a proxy here: it must not lock out all users
+        # Count before the check, because other requests of this client are under way.
+        count, wait = self.failures.add(key, 1)
         if count > MAX_FAILURES:
-            self.failures.add(client, -1)
+            self.failures.add(key, -1)
             raise RegistryError.too_many(wait, "too many wrong passwords from %s; try again in %s"
-                                         % (request.client, counted(wait, "second")))
-        found = hash_password(password, stored or next(iter(self.users.values()), ""))  # who is not there takes as long
-        if not stored or not password or not hmac.compare_digest(found.encode(), stored.encode()):
-            raise self._unauthorized(request, "wrong user name or password")
-        self.failures.add(client, -1)
+                                         % (client, counted(wait, "second")))
+        # For an unknown user, hash as well: the time must not tell who exists.
+        setting = stored or next(iter(self.users.values()), "")
+        hashed = hash_password(password, setting).encode()
+        if not stored or not password or not hmac.compare_digest(hashed, stored.encode()):
+            raise RegistryError("UNAUTHORIZED", message="wrong user name or password")
+        self.failures.add(key, -1)
         if len(self.verified) >= REMEMBERED:
             self.verified.clear()
 
-    def _unauthorized(self, request, message=None, **problem):
-        """The 401 that makes clients send what they have.
 
-        Where some may come without a password, docker needs Bearer, and alone, to read: logged out, it gives up on
-        Basic instead of trying without. To write Basic is better, unless a client has brought a token: BuildKit has
-        tokens fetched by a process that knows no CA but the system's. (oras-py finds its way to the token by the
-        parameters, whatever the scheme.) Everywhere else Basic, which needs no URL that a proxy could spoil."""
-        host = request.forwarded("host", request.header("host"))
-        challenge = 'Basic realm="tinyreg"'
-        if self._most() and request.path.startswith("/v2") and host:
-            problem = dict(realm="%s://%s/token" % (request.outer_scheme(), host), service="tinyreg", **problem)
-            has_token = request.header("authorization")[:7].lower() == "bearer "
-            scheme = "Bearer" if has_token or request.method in ("GET", "HEAD") else "Basic"
-            challenge = scheme + " " + ",".join('%s="%s"' % item for item in problem.items())
-        return RegistryError("UNAUTHORIZED", message=message, headers=[("WWW-Authenticate", challenge)])
+# Tokens
 
-    # Tokens: payload.signature, both base64url. The user's hash is signed along: a new password ends the tokens.
+class Tokens:
+    """The tokens of clients that have logged in (Distribution's token protocol).
 
-    def _sign(self, payload, user):
-        return hmac.new(self.key, payload + b"." + self.users.get(user, "").encode(), "sha256").digest()
+    A token is PAYLOAD.SIGNATURE, both in base64url; the payload is [user, end, grants] in JSON.
+    The signature is also over the hash of the user's password, so a new password ends the tokens.
+    Servers and workers with the same key accept each other's tokens."""
 
-    def make_token(self, request, scopes):
-        """A token for whoever sent a request with a password (or without, for those who need none), good for the
-        scopes asked for (`repository:NAME:pull,push`) as far as the rules allow. Raises UNAUTHORIZED."""
-        who = self.identify(request)
-        if who.grants is not None:
-            raise self._unauthorized(request, "a token can't be had for a token")
-        grants = {}
+    def __init__(self, key: Optional[bytes], passwords: Passwords) -> None:
+        self.key = key or os.urandom(32)
+        self.passwords = passwords
+
+    def _sign(self, payload: bytes, user: Optional[str]) -> bytes:
+        stored = self.passwords.users.get(user or "", "")
+        return hmac.new(self.key, payload + b"." + stored.encode(), "sha256").digest()
+
+    def make(self, user: Optional[str], scopes: Iterable[str]) -> str:
+        """A token for a user, or for a client without one. It grants what the scopes
+        (`repository:NAME:pull,push`) ask for; the rules have the last word."""
+        grants: Dict[str, int] = {}
         for scope in " ".join(scopes).split()[:100]:
             kind, _, rest = scope.partition(":")
             name, _, actions = rest.rpartition(":")
             if kind.startswith("repository"):
-                grants[name] = max([SCOPES.get(action, 0) for action in actions.split(",")] + [grants.get(name, 0)])
-        payload = base64.urlsafe_b64encode(to_json([who.user, int(time.time()) + TOKEN_LIFE, grants]))
-        return (payload + b"." + base64.urlsafe_b64encode(self._sign(payload, who.user))).decode()
+                levels = [SCOPES.get(action, 0) for action in actions.split(",")]
+                grants[name] = max(levels + [grants.get(name, 0)])
+        payload = base64.urlsafe_b64encode(to_json([user, int(time.time()) + TOKEN_LIFE, grants]))
+        return (payload + b"." + base64.urlsafe_b64encode(self._sign(payload, user))).decode()
 
-    def _check_token(self, request, token):
+    def read(self, token: str) -> Optional[Who]:
+        """Whose token this is; None if it is not valid, or no longer."""
         payload, _, signature = token.encode("latin-1", "replace").partition(b".")
         try:
             text = base64.urlsafe_b64decode(payload).decode()
-            user, expires, grants = json.loads(text, parse_int=float)  # a large int takes long
-            right = hmac.compare_digest(base64.urlsafe_b64decode(signature), self._sign(payload, user))
+            # As floats, because Python takes long for an int of many digits.
+            user, end, grants = json.loads(text, parse_int=float)
+            expected = self._sign(payload, user)
+            if not hmac.compare_digest(base64.urlsafe_b64decode(signature), expected):
+                return None
         except (ValueError, TypeError, RecursionError):
-            right = False
-        # One that ends too late was made while the clock was wrong, and might be good for years.
-        if not right or not 0 <= expires - time.time() <= TOKEN_LIFE + CLOCK_SLACK:
-            raise self._unauthorized(request, "the token is not valid, or no longer", error="invalid_token")
-        return Who(user, grants)
+            return None
+        # A token that ends too late was made while the clock was wrong. It could be good for years.
+        is_valid = 0 <= end - time.time() <= TOKEN_LIFE + CLOCK_SLACK
+        return Who(user, grants) if is_valid else None
 
-    # What; a level is an index in LEVELS.
 
-    def _level(self, user, name):
-        """What the rules let a user, or None, do in a repository."""
-        meant = (user, "*") if user else ("@anonymous",)
-        found = next((level for pattern, user_of_rule, level in self.rules
-                      if user_of_rule in meant and pattern.fullmatch(name)), self.default if user else self.anonymous)
-        return max(found, self._level(None, name)) if user else found
+# Rules
 
-    def _most(self):
-        """What clients that are no user may do in some repository."""
-        return max([self.anonymous] + [level for _, user, level in self.rules if user == "@anonymous"])
+class Rule(NamedTuple):
+    """A line of a rules file: what a user may do in the repositories that fit the pattern."""
 
-    def allows(self, request, action, name=None):
-        """Whether the client may do this in a repository, or, without a name, anywhere. Raises as identify does."""
+    pattern: Any
+    user: str
+    level: int
+
+
+def parse_rules(content: bytes) -> List[Rule]:
+    """The rules in a file; its last line is first, because the last match counts. Raises
+    CommandError."""
+    rules: List[Rule] = []
+    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+        text = line.partition("#")[0].strip()
+        match = RULE.fullmatch(text)
+        if match:
+            glob, user, level = match.groups()
+            rules.insert(0, Rule(parse_glob(glob), user, LEVELS.index(level)))
+        elif text:
+            raise CommandError("--rules: line %d is no rule: %r; write REPOSITORY-GLOB "
+                               "USER|*|@anonymous pull|push|admin|none" % (number, text))
+    return rules
+
+
+class Rules:
+    """Who may do what in which repository.
+
+    If no rule matches, a user may do everything without a rules file, and nothing with one. A
+    client that is no user may do what --anonymous says. A user may always do what such a client
+    may: logging out must not help."""
+
+    def __init__(self, path: Optional[str], anonymous: str) -> None:
+        self.path = path
+        self.rules: List[Rule] = []
+        self.anonymous = LEVELS.index(anonymous)
+        self.default = LEVELS.index("none" if path else "admin")
+
+    def read(self) -> List[Rule]:
+        """The rules in the file. Raises OSError, CommandError."""
+        return parse_rules(read_settings(self.path))
+
+    def level(self, user: Optional[str], name: str) -> int:
+        """What a user, or a client without one, may do in a repository."""
+        names = (user, "*") if user else ("@anonymous",)
+        default = self.default if user else self.anonymous
+        levels = (rule.level for rule in self.rules
+                  if rule.user in names and rule.pattern.fullmatch(name))
+        level = next(levels, default)
+        return max(level, self.level(None, name)) if user else level
+
+    def anonymous_maximum(self) -> int:
+        """What a client without a user may do in some repository."""
+        levels = [rule.level for rule in self.rules if rule.user == "@anonymous"]
+        return max(levels + [self.anonymous])
+
+
+class UploadLimit:
+    """Limits the upload sessions that one client has open in one process. A client on this machine
+    has no limit, because it may be a proxy."""
+
+    def __init__(self) -> None:
+        self.sessions: Dict[str, List[Tuple[str, str]]] = {}  # by client: (name, session id)
+
+    def count(self, client: str, session: Any, is_open: Callable[[str, str], bool]) -> None:
+        """Count a new session. Raises TOOMANYREQUESTS, and cancels the session, if the client has
+        too many; `is_open(name, id)` tells whether an earlier one still counts."""
+        if is_this_machine(client):
+            return
+        sessions = self.sessions.setdefault(client_key(client), [])
+        if len(sessions) >= MAX_UPLOADS or len(sessions) % 100 == 99:
+            sessions[:] = [earlier for earlier in sessions if is_open(*earlier)]
+        if len(sessions) >= MAX_UPLOADS:
+            session.cancel()
+            raise RegistryError.too_many(60, "%s has too many uploads open; finish or cancel some"
+                                         % client)
+        sessions.append((session.name, session.id))
+
+
+class Access:
+    """Who may do what in one registry.
+
+    `only_local` says that only this machine can connect, and that nobody gave --anonymous: then a
+    request must be addressed to this machine. Raises OSError, CommandError if the users file or
+    the rules file can't be read."""
+
+    def __init__(self, anonymous: str = "none", users: Optional[str] = None,
+                 rules: Optional[str] = None, key: Optional[bytes] = None,
+                 only_local: bool = False, processes: int = 1) -> None:
+        self.users_file = users
+        self.only_local = only_local
+        self.passwords = Passwords(users, processes)
+        self.tokens = Tokens(key, self.passwords)
+        self.rules = Rules(rules, anonymous)
+        self.uploads = UploadLimit()
+        self.watch = Watch(users, rules)
+        self._load()
+
+    def _load(self) -> None:
+        users, rules = self.passwords.read(), self.rules.read()
+        self.passwords.users, self.rules.rules = users, rules  # both, or none
+
+    def start(self, process: int) -> None:
+        """Begin in the process of this number, after the fork."""
+        self.passwords.failures.process = process
+
+    # Who sends a request
+
+    def identify(self, request: RequestHead) -> Who:
+        """Who sent a request. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
+        if request.who is None:
+            if self.watch.changed():
+                try:
+                    self._load()
+                except (OSError, CommandError) as error:
+                    logger.error("the former users and rules stay in force: %s", error)
+            request.who = self._identify(request)
+        return request.who
+
+    def _identify(self, request: RequestHead) -> Who:
+        scheme, _, value = request.header("authorization").partition(" ")
+        scheme = scheme.lower() if self.users_file else ""
+        if scheme == "basic":
+            try:
+                return Who(self.passwords.check(request.client, value.strip()), None)
+            except Refused as error:
+                raise self._unauthorized(request, error.message)
+        if scheme == "bearer":
+            who = self.tokens.read(value.strip())
+            if not who:
+                raise self._unauthorized(request, "the token is not valid, or no longer",
+                                         error="invalid_token")
+            return who
+        return Who(request.certificate, None)
+
+    def _unauthorized(self, request: RequestHead, message: Optional[str] = None,
+                      **problem: str) -> RegistryError:
+        """A 401 whose challenge makes the client send what it has.
+
+        The challenge is Basic, which needs no URL that a proxy could spoil, unless some may come
+        without a password. Then a read is answered with Bearer alone: a docker that is logged out
+        gives up at Basic, and at Bearer goes on without a password. A write is answered with Basic,
+        unless the client has sent a token: BuildKit gets tokens in a process that trusts no CA but
+        the system's. The parameters are in both, because oras-py finds the token's URL in them."""
+        host = request.forwarded("host", request.header("host"))
+        challenge = 'Basic realm="tinyreg"'
+        if self.rules.anonymous_maximum() and request.path.startswith("/v2") and host:
+            realm = "%s://%s/token" % (request.outer_scheme(), host)
+            problem = dict(realm=realm, service="tinyreg", **problem)
+            has_token = request.header("authorization")[:7].lower() == "bearer "
+            scheme = "Bearer" if has_token or request.method in ("GET", "HEAD") else "Basic"
+            challenge = scheme + " " + ",".join('%s="%s"' % item for item in problem.items())
+        return RegistryError("UNAUTHORIZED", message=message,
+                             headers=[("WWW-Authenticate", challenge)])
+
+    def make_token(self, request: RequestHead, scopes: Iterable[str]) -> str:
+        """A token for the client that sent a request, with a password or, if it needs none,
+        without. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
         who = self.identify(request)
+        if who.grants is not None:
+            raise self._unauthorized(request, "a token can't be had for a token")
+        return self.tokens.make(who.user, scopes)
+
+    # What it may do
+
+    def allows(self, request: RequestHead, action: str, name: Optional[str] = None) -> bool:
+        """Whether the client may do this in a repository, or in any if there is no name. Raises as
+        identify does."""
+        who, needed = self.identify(request), NEEDED[action]
         if name is None:
-            return who.user is not None or self._most() >= NEEDED[action]
-        # To pull, a token for library/alpine is good in every namespace that a mirror may find it in
-        # (docker.io/library/alpine), for its client can't know; the rules have the last word.
-        parts = name.split("/")
-        granted = who.grants is None or any(who.grants.get("/".join(parts[start:]), 0) >= NEEDED[action]
-                                            for start in range(len(parts) if action == "pull" else 1))
-        return granted and self._level(who.user, name) >= NEEDED[action]
+            return who.user is not None or self.rules.anonymous_maximum() >= needed
+        if who.grants is not None:
+            # A token to pull library/alpine is also good where a mirror keeps it, as in
+            # docker.io/library/alpine: its client can't know that name.
+            parts = name.split("/")
+            starts = range(len(parts) if action == "pull" else 1)
+            if not any(who.grants.get("/".join(parts[start:]), 0) >= needed for start in starts):
+                return False
+        return self.rules.level(who.user, name) >= needed
 
-    def lists(self, request, name):
-        """Whether the catalog shows a repository to the client; a token's scopes don't matter for that."""
-        return self._level(self.identify(request).user, name) > 0
+    def lists(self, request: RequestHead, name: str) -> bool:
+        """Whether the catalog shows a repository to the client, whatever its token grants."""
+        return self.rules.level(self.identify(request).user, name) > 0
 
-    def pulls_everything(self, request):
-        """Whether no repository can be kept from the client."""
-        return not self.rules_file and self.identify(request).grants is None and self.allows(request, "pull")
+    def pulls_everything(self, request: RequestHead) -> bool:
+        """Whether the client may pull from all repositories, and no rule could say otherwise."""
+        return (not self.rules.path and self.identify(request).grants is None
+                and self.allows(request, "pull"))
 
-    def check(self, request, action, name=None):
-        """What each route is asked before its handler. Raises UNAUTHORIZED if a password could help, else DENIED with
-        what would: docker prints the message and stops. Raises TOOMANYREQUESTS."""
+    def check(self, request: RequestHead, action: str, name: Optional[str] = None) -> None:
+        """Raises UNAUTHORIZED if the client may not do this, but may with a password; else DENIED,
+        with a message that docker prints. Raises TOOMANYREQUESTS."""
         who, needed = self.identify(request), NEEDED[action]
         if self.only_local and needed:
             self._check_local(request, needed > NEEDED["pull"])
-        asked_in = action != "login" or not self.users_file or who != (None, None)
-        if asked_in and self.allows(request, action, name):
+        # At /v2/ a client is asked to log in even if anybody may pull: clients that have a password
+        # send it only if they are asked.
+        must_log_in = action == "login" and self.users_file and who == Who(None, None)
+        if not must_log_in and self.allows(request, action, name):
             return
-        level = self._most() if name is None else self._level(who.user, name)
-        if self.users_file and (who.user is None or level >= needed):  # or the token falls short
-            problem = {"error": "insufficient_scope"} if who.grants is not None else {}
-            if name is not None:
-                problem["scope"] = "repository:%s:%s" % (name, {"push": "pull,push", "delete": "*"}.get(action, "pull"))
-                source = request.get("from") or ""
-                problem["scope"] += " repository:%s:pull" % source if NAME.fullmatch(source) else ""
-            raise self._unauthorized(request, **problem)
-        help_with = "with: tinyreg.py serve --anonymous " + LEVELS[needed]
-        if who.user or self.rules_file:
-            help_with = "with a line in its --rules file: %s %s %s" % (name or "**", who.user or "@anonymous",
-                                                                        LEVELS[needed])
-        raise RegistryError("DENIED", message="%s may %s%s; whoever runs this registry can allow more %s" % (
-            who.user or "clients", IN_WORDS[level], " in " + name if name else "", help_with))
+        level = self.rules.anonymous_maximum()
+        if name is not None:
+            level = self.rules.level(who.user, name)
+        # A user whose level is enough has a token that grants too little.
+        if not self.users_file or who.user is not None and level < needed:
+            raise self._denied(who.user, level, needed, name)
+        problem = {} if who.grants is None else {"error": "insufficient_scope"}
+        if name is not None:
+            problem["scope"] = self._scope(request, action, name)
+        raise self._unauthorized(request, **problem)
 
-    def _check_local(self, request: Any, writes: bool) -> None:
-        """Refuse what does not come from this machine. A browser here lets web pages call us, by
-        names of their own (DNS rebinding) and with forms; a proxy here lets others connect.
+    @staticmethod
+    def _scope(request: RequestHead, action: str, name: str) -> str:
+        """The scopes for which the client should get a token."""
+        actions = {"push": "pull,push", "delete": "*"}.get(action, "pull")
+        scope = "repository:%s:%s" % (name, actions)
+        source = request.get("from") or ""  # of a mount
+        return scope + (" repository:%s:pull" % source if NAME.fullmatch(source) else "")
 
-        nginx that is told nothing speaks HTTP/1.0, with a Host that is ours; a proxy that hides
-        better can't be told from a client. Browsers send a Host, so who has none may read.
-        Raises DENIED."""
+    def _denied(self, user: Optional[str], level: int, needed: int,
+                name: Optional[str]) -> RegistryError:
+        """A 403 that says what the client may do, and what whoever runs the registry can change."""
+        option = "with: tinyreg.py serve --anonymous " + LEVELS[needed]
+        if user or self.rules.path:
+            option = "with a line in its --rules file: %s %s %s" % (
+                name or "**", user or "@anonymous", LEVELS[needed])
+        return RegistryError(
+            "DENIED", message="%s may %s%s; whoever runs this registry can allow more %s" % (
+                user or "clients", IN_WORDS[level], " in " + name if name else "", option))
+
+    @staticmethod
+    def _check_local(request: RequestHead, writes: bool) -> None:
+        """Raises DENIED for a request that is not meant for this machine.
+
+        A browser here lets web pages send us requests: under a name of their own (DNS rebinding),
+        and with forms. A proxy here lets other machines connect. By default nginx speaks HTTP/1.0
+        to us and sends our own Host; a proxy that hides better looks like a client. Browsers
+        always send a Host, so a request without one may read."""
         host = request.header("host")
-        local = is_this_machine(host) or not host and not writes
+        is_local = is_this_machine(host) or not host and not writes
+        takes = "requests only from its own machine, as localhost"
         if writes:
-            own = request.header("origin", "http://" + host).partition("://")[2] == host
+            origin = request.header("origin", "http://" + host).partition("://")[2]
             forwarded = any(PROXY_HEADER.fullmatch(name) for name in request.headers)
-            local = local and own and not forwarded and request.version != "1.0"
-        if not local:
-            raise RegistryError("DENIED", message="this registry takes %s; whoever runs it can let "
-                                "others in with: tinyreg.py serve --anonymous push (or pull, or admin), "
-                                "or with --users" % (
-                                    "pushes and deletions only from its own machine, as localhost and "
-                                    "through no proxy" if writes else
-                                    "requests only from its own machine, as localhost"))
+            is_local = (is_local and origin == host and not forwarded
+                        and request.version != "1.0")
+            takes = ("pushes and deletions only from its own machine, as localhost and through "
+                     "no proxy")
+        if not is_local:
+            raise RegistryError(
+                "DENIED", message="this registry takes %s; whoever runs it can let others in with: "
+                "tinyreg.py serve --anonymous push (or pull, or admin), or with --users" % takes)
 
-    # How much
+    def count_upload(self, request: RequestHead, session: Any,
+                     is_open: Callable[[str, str], bool]) -> None:
+        """Count a new upload session of the client (see UploadLimit). Raises TOOMANYREQUESTS."""
+        self.uploads.count(request.client, session, is_open)
 
-    def count_upload(self, registry, request, session):
-        """Count an upload session that a client has begun in this process. Raises TOOMANYREQUESTS, and ends it, if the
-        client has too many open; but never for what comes from this machine, and so from a proxy."""
-        if is_this_machine(request.client):
-            return
-        begun = self.uploads.setdefault(client_key(request.client), [])
-        if len(begun) >= MAX_UPLOADS or len(begun) % 100 == 99:
-            begun[:] = [found for found in begun if registry.has_upload(*found)]
-        if len(begun) >= MAX_UPLOADS:
-            session.cancel()
-            raise RegistryError.too_many(60, "%s has too many uploads open; finish or cancel some" % request.client)
-        begun.append((session.name, session.id))
+    # For the banner
 
-    def in_words(self, reach, read_only):
-        """For the banner, in lines: who may do what. `reach` is who can connect."""
-        may = [IN_WORDS[min(level, 1) if read_only else level] for level in range(len(LEVELS))]
-        lines = ["%s may %s%s" % (reach, may[self.anonymous], " without a password" if self.users_file else
-                                  " (change it with --anonymous)" if self.anonymous < len(LEVELS) - 1 else "")]
+    def takes_pushes(self) -> bool:
+        """Whether somebody may push."""
+        return bool(self.users_file) or self.rules.anonymous >= NEEDED["push"]
+
+    def in_words(self, reach: str, read_only: bool) -> List[str]:
+        """Who may do what, in lines; `reach` names the clients that can connect."""
+        most = LEVELS.index("pull" if read_only else "admin")
+        line = "%s may %s" % (reach, IN_WORDS[min(self.rules.anonymous, most)])
         if self.users_file:
-            allowed = "what the rules in %s say" % self.rules_file if self.rules_file else may[self.default]
+            line += " without a password"
+        elif self.rules.anonymous < LEVELS.index("admin"):
+            line += " (change it with --anonymous)"
+        lines = [line]
+        if self.users_file:
+            allowed = IN_WORDS[min(self.rules.default, most)]
+            if self.rules.path:
+                allowed = "what the rules in %s say" % self.rules.path
             lines.append("those in %s may %s" % (self.users_file, allowed))
-        return lines + (["this registry is read-only"] if read_only else [])
+        return lines + ["this registry is read-only"] * read_only
 
 # -------------------------------------------------------------------------------------------------
 # 12  Observation
@@ -6221,7 +6383,7 @@ def start_upload(registry, access, request, name):
         session.commit(digest)
         return created_blob(name, digest)
     session = registry.start_upload(name, parse_algorithm(request.get("digest-algorithm", "sha256")))
-    access.count_upload(registry, request, session)
+    access.count_upload(request, session, registry.has_upload)
     return Response(202, upload_headers(session))
 
 
@@ -8810,7 +8972,7 @@ def banner(store, read_only, listeners, access, local, tls=None):
         urls.append("http%s://%s:%d%s" % ("s" if tls else "", "[%s]" % host if ":" in host else host, port,
                                         " (every address of this machine)" if everywhere else ""))
     reach = "whoever is on this machine" if local else "whoever can reach it"
-    pushed = not read_only and (access.users_file or LEVELS[access.anonymous] in ("push", "admin"))
+    pushed = not read_only and access.takes_pushes()
     login = "docker login %s && " % ports[0] if access.users_file else ""
     clear = access.users_file and not tls and not local
     return "\n".join([
@@ -8932,7 +9094,7 @@ def serve(options):
         server = Worker(listeners, registry, access, observation, drain=options.drain, tls=tls,
                         proxies=options.trusted_proxy)
         observation.start(number)
-        access.failures.process = number
+        access.start(number)
         server.start()
         if number == 0:
             threading.Thread(target=feed_watchdog, daemon=True).start()

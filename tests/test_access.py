@@ -476,7 +476,7 @@ def test_a_good_password_is_hashed_once(world, monkeypatch):
     assert world.status(access, "GET", "/v2/", "alice") == 200
     monkeypatch.setattr(tinyreg, "hash_password", lambda *anything: pytest.fail("hashed again"))
     assert world.status(access, "GET", "/v2/", "alice") == 200
-    assert "pw-alice" not in repr(access.__dict__)
+    assert "pw-alice" not in repr(vars(access.passwords))
 
 
 def test_many_wrong_passwords_from_one_address_are_slowed_down(world, monkeypatch):
@@ -506,7 +506,7 @@ def test_uploads_that_have_ended_are_forgotten(world):
     for _ in range(120):
         location = dict(world.ask(access, "POST", "/v2/team/a/blobs/uploads/", "alice").headers)["Location"]
         assert world.status(access, "DELETE", location, "alice") == 204
-    assert len(access.uploads["10.0.0.1"]) < 100
+    assert len(access.uploads.sessions["10.0.0.1"]) < 100
 
 
 @pytest.mark.parametrize("one, other, same", [

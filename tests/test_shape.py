@@ -337,16 +337,16 @@ NOT_YET = {
     private_names_of_other_rooms: {
         "Upkeep", "Remote: _session_of"},
     untyped_public_functions: {
-        "Registry", "Directory", "Upkeep", "Archive", "Remote", "Copy", "Access", "Observation",
-        "API", "Server", "Commands"},
+        "Registry", "Directory", "Upkeep", "Archive", "Remote", "Copy", "Observation", "API",
+        "Server", "Commands"},
     long_lines: {
-        "the top", "Registry", "Directory", "Upkeep", "Archive", "Remote", "Copy", "Access",
-        "Observation", "API", "Server", "Commands"},
+        "the top", "Registry", "Directory", "Upkeep", "Archive", "Remote", "Copy", "Observation",
+        "API", "Server", "Commands"},
     long_functions: {
         "Commands: run_copies", "Commands: serve"},
     names_that_say_nothing: {
-        "Registry", "Directory", "Upkeep", "Archive", "Remote", "Copy", "Access", "Observation",
-        "API", "Server", "Commands"},
+        "Registry", "Directory", "Upkeep", "Archive", "Remote", "Copy", "Observation", "API",
+        "Server", "Commands"},
     errors_passed_over_in_silence: {
         "Registry", "Directory", "Upkeep", "Archive", "Remote", "Copy", "Observation", "API",
         "Server", "Commands"},
