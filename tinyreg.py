@@ -9496,189 +9496,241 @@ def clients(options: argparse.Namespace) -> int:
 
 
 class Progress:
-    """How far the copying of several images is: on a terminal a line that moves."""
+    """Shows how far the copying of several images is: on a terminal in a line that moves."""
 
-    def __init__(self, quiet):
+    def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
-        self.moving = sys.stderr.isatty() and not quiet
-        self.total = self.before = 0  # bytes of all images, and of those that are done
-        self.next = 0.0
-        self.mutex = threading.Lock()
+        self.is_moving = sys.stderr.isatty() and not quiet
+        self.total_bytes = 0  # of all images
+        self.done_bytes = 0   # of the images that are done
+        self.next_time = 0.0  # on the monotonic clock, when the line may change again
+        self.mutex = threading.Lock()  # each thread that copies blobs reports here
 
-    def say(self, line):
-        """A line that stays."""
+    def clear(self) -> None:
+        """Remove the line that moves."""
+        if self.is_moving:
+            tell_progress("")
+
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
         if not self.quiet:
             self.clear()
             complain(line)
 
-    def clear(self):
-        if self.moving:
-            tell_progress("")
-
-    def watch(self, report):
-        """Show how far an image is; what Report calls, ten times a second at most."""
+    def watch(self, report: Report) -> None:
+        """Show how far an image is, at most ten times a second. Report calls this."""
         with self.mutex:
-            if not self.moving or time.monotonic() < self.next:
+            if not self.is_moving or time.monotonic() < self.next_time:
                 return
-            self.next = time.monotonic() + 0.1
+            self.next_time = time.monotonic() + 0.1
         done = min(report.copied_bytes + report.present_bytes, report.total_bytes)
         share = done / report.total_bytes if report.total_bytes else 1.0
-        line = "%s [%s] %d %%, in total %s of %s" % (report.image, ("#" * int(share * 20)).ljust(20, "-"), share * 100,
-                                                     in_units(self.before + done), in_units(self.total))
-        tell_progress(line)
+        bar = ("#" * int(share * 20)).ljust(20, "-")
+        tell_progress("%s [%s] %d %%, in total %s of %s" % (
+            report.image, bar, share * 100, in_units(self.done_bytes + done),
+            in_units(self.total_bytes)))
 
 
-def summary(report, planned=False):
-    """One line on what became of an image, or will become."""
-    blobs, size = (report.needed_blobs, report.needed_bytes) if planned else (report.copied_blobs, report.copied_bytes)
+def summary(report: Report, is_planned: bool) -> str:
+    """One line on what became of an image, or what will."""
+    action, blobs, size = "copied", report.copied_blobs, report.copied_bytes
+    if is_planned:
+        action, blobs, size = "to copy:", report.needed_blobs, report.needed_bytes
+    present = report.total_blobs - blobs - len(report.missing)
     line = "%s: %s, %s %s in %s, %d there already" % (
-        report.image, report.digest, "to copy:" if planned else "copied", in_units(size),
-        counted(blobs, "blob"), report.total_blobs - blobs - len(report.missing))
+        report.image, report.digest, action, in_units(size), counted(blobs, "blob"), present)
     if report.absent:
         line += ", %s of the index left out" % counted(len(report.absent), "manifest")
     for old, new in report.stripped.items():
         line += ", --strip put %s in the place of %s" % (new, old)
     kinds = collections.Counter(kind for _, kind in report.referrers)
-    return line + "; referrers: " + (", ".join("%d %s" % (kinds[kind], kind) for kind in sorted(kinds)) or "none found")
+    counts = ["%d %s" % (kinds[kind], kind) for kind in sorted(kinds)]
+    return line + "; referrers: " + (", ".join(counts) or "none found")
 
 
-def tell_moved(report: Report) -> None:
-    """Say that a tag means something else at its source than the digest beside it."""
-    for tag, digest in report.moved.items():
-        complain("tinyreg: %s: the tag %s has moved to %s; the digest was taken, and gets the tag "
-                 "here" % (report.image, tag, digest))
+def what_is_lacking(report: Report) -> str:
+    """What an image needs and its source lacks, or has damaged; "" where there is no such blob."""
+    texts = ["%s in the source: %s" % (state, " ".join(digests)) for state, digests
+             in (("missing", report.missing), ("damaged", report.damaged)) if digests]
+    return "; ".join(["no tag was set"] + texts) if texts else ""
 
 
-def leave_at_once(number, frame):
-    """End on Ctrl-C as kill -9 would; what was copied stays."""
+def is_in_parts(copy: Copy) -> bool:
+    """Whether all that a copy lacks is in other parts of a split archive. load names them."""
+    lacking = copy.report.missing + copy.report.damaged
+    return isinstance(copy.source, Archive) and all(map(copy.source.needed_parts, lacking))
+
+
+def leave_at_once(number: int, frame: Any) -> None:
+    """On Ctrl-C, end as by kill -9. What was copied stays. (An orderly end would take a minute,
+    until the threads stop to wait for the network.)"""
     os.write(2, b"\ntinyreg: interrupted; run it again, and it goes on from here\n")
     os._exit(130)
 
 
-def lacks(report: Report) -> str:
-    """What an image needs and the source has not got as it should; "" where it lacks nothing."""
-    kinds = ("missing", report.missing), ("damaged", report.damaged)
-    texts = ["%s in the source: %s" % (how, " ".join(digests)) for how, digests in kinds if digests]
-    return "; ".join(["no tag was set"] + texts) if texts else ""
+def plan_copy(options: argparse.Namespace, report: Report, source: Reader, target: Writer,
+              name: str, reference: str, target_name: Optional[str] = None) -> Copy:
+    """A Copy that is planned. It is told if the tag beside a digest means something else at the
+    source. Raises RegistryError."""
+    copy = Copy(source, target, name, reference, target_name, options.platform,
+                not options.no_referrers, report, options.strip)
+    copy.plan()
+    for tag, digest in report.moved.items():
+        complain("tinyreg: %s: the tag %s has moved to %s; the digest was taken, and gets the tag "
+                 "here" % (report.image, tag, digest))
+    return copy
 
 
-def run_copies(options, work, target, progress, tells=lambda report: False):
-    """Plan, measure and run copies; `work` yields pairs of an image's text and a function from a Report to a Copy.
-    Where `tells(report)`, whoever calls this says what the image lacks.
+class Transfer:
+    """Copies images to one target: all are planned, then all are copied.
 
-    An image that fails does not stop the others. Returns the exit status. Raises CommandError if they have no room.
-    Ctrl-C ends it at once, as kill -9 might: threads that wait for a network would take a minute to end."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, leave_at_once)
-    plans, failures, lacking = [], [], {}
+    An image that fails does not stop the others. From the start of a transfer on, Ctrl-C ends the
+    program at once."""
 
-    def fail(image, error, quietly=False):
-        progress.clear()
+    def __init__(self, options: argparse.Namespace, target: Writer, progress: Progress) -> None:
+        self.options = options
+        self.target = target
+        self.progress = progress
+        self.copies: List[Copy] = []
+        self.failures: List[Dict[str, str]] = []
+        self.needed: Dict[Digest, int] = {}  # how many bytes of each blob the target lacks
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, leave_at_once)
+
+    def fail(self, image: str, reason: object, quietly: bool = False) -> None:
+        """Note why an image is not copied."""
+        self.failures.append({"image": image, "error": str(reason)})
+        self.progress.clear()
         if not quietly:
-            complain("tinyreg: %s: %s" % (image, error))
-        failures.append({"image": image, "error": str(error)})
+            complain("tinyreg: %s: %s" % (image, reason))
 
-    for image, make in work:
+    def plan(self, image: str, source: Reader, name: str, reference: str,
+             target_name: str) -> Report:
+        """Plan the copy of one image. Messages call it `image`."""
+        report = Report(image, self.progress.watch)
         try:
-            plan = make(Report(image, progress.watch))
-            plan.plan()
-            progress.clear()
-            tell_moved(plan.report)
-            lacking.update(plan.measure(options.jobs))
-            plans.append(plan)
-        except RegistryError as error:
-            fail(image, error)
-    progress.total = sum(plan.report.total_bytes for plan in plans)
-    needed, free = sum(lacking.values()), target.free_space()
-    if free is not None and needed > free and not options.dry_run:
-        raise CommandError("%s are needed, and %s are free; make room, or copy less (--platform, --no-referrers)"
-                           % (in_units(needed), in_units(free)))
-    for plan in plans:
-        report = plan.report
+            copy = plan_copy(self.options, report, source, self.target, name, reference,
+                             target_name)
+            self.needed.update(copy.measure(self.options.jobs))
+            self.copies.append(copy)
+        except RegistryError as error:  # whatever it is, the next image may fare better
+            self.fail(image, error)
+        return report
+
+    def run(self) -> int:
+        """Copy what is planned, unless it is a dry run, and report. Returns the exit status.
+        Raises CommandError if the target has no room."""
+        needed, free = sum(self.needed.values()), self.target.free_space()
+        if free is not None and needed > free and not self.options.dry_run:
+            raise CommandError("%s are needed, and %s are free; make room, or copy less "
+                               "(--platform, --no-referrers)" % (in_units(needed), in_units(free)))
+        self.progress.total_bytes = sum(copy.report.total_bytes for copy in self.copies)
+        for copy in self.copies:
+            self._run_copy(copy)
+            self.progress.done_bytes += copy.report.total_bytes
+        self._report(needed, free)
+        return 1 if self.failures else 0
+
+    def _run_copy(self, copy: Copy) -> None:
+        options, report = self.options, copy.report
         try:
             if not options.dry_run:
-                plan.run(options.jobs)
+                copy.run(options.jobs)
                 report.arrived = timestamp() if report.complete else None
-            progress.clear()
-            if lacks(report):
-                fail(report.image, lacks(report), tells(report))
-            elif not options.quiet and not options.json:
-                tell(summary(report, options.dry_run))
-                flush_output()
-        except RegistryError as error:
-            fail(report.image, error)
-        progress.before += report.total_bytes
-    if options.json:
-        tell_json({"images": [plan.report.as_json() for plan in plans], "failed": failures,
-                   "needed_bytes": needed})
-    elif options.dry_run:
-        room = "" if free is None else "; %s free" % in_units(free)
-        tell("in total: %s, %s to copy%s" % (counted(len(lacking), "blob"), in_units(needed), room))
-    elif plans and isinstance(target, Directory) and not options.quiet:
-        tell("the store is " + target.root)
-    return 1 if failures else 0
+        except RegistryError as error:  # whatever it is, the next image may fare better
+            return self.fail(report.image, error)
+        self.progress.clear()
+        lacking = what_is_lacking(report)
+        if lacking:
+            self.fail(report.image, lacking, quietly=is_in_parts(copy))
+        elif not options.quiet and not options.json:
+            tell(summary(report, options.dry_run))
+            flush_output()  # who reads it from a pipe sees that the transfer goes on
+
+    def _report(self, needed: int, free: Optional[int]) -> None:
+        options = self.options
+        if options.json:
+            tell_json({"images": [copy.report.as_json() for copy in self.copies],
+                       "failed": self.failures, "needed_bytes": needed})
+        elif options.dry_run:
+            room = "" if free is None else "; %s free" % in_units(free)
+            blobs = counted(len(self.needed), "blob")
+            tell("in total: %s, %s to copy%s" % (blobs, in_units(needed), room))
+        elif self.copies and isinstance(self.target, Directory) and not options.quiet:
+            tell("the store is " + self.target.root)
 
 
-def wanted_images(options):
-    """What the command line and -f name. Raises CommandError."""
+def named_images(options: argparse.Namespace) -> List[str]:
+    """The images that the command line and the lists of -f name. Raises CommandError for none."""
     images = list(options.images)
-    for path in options.file or ():
+    for path in options.file:
         with sys.stdin if path == "-" else open(path, encoding="utf-8", errors="replace") as lines:
             images += [line.partition("#")[0].strip() for line in lines]
     images = [image for image in images if image]
     if not images:
-        raise CommandError("no image is named; write for example alpine:3.19, or name a list of images with -f FILE")
+        raise CommandError("no image is named; write for example alpine:3.19, or name a list of "
+                           "images with -f FILE")
     return images
 
 
-def open_remote(options, host, progress):
-    """The Remote for a host, with the options of add_transfer_options. Raises CommandError."""
+def open_remote(options: argparse.Namespace, host: str, progress: Progress) -> Remote:
+    """The registry at a host, with REMOTE_OPTIONS. Raises CommandError for a wrong --ca."""
     try:
-        return Remote(host, options.ca, options.insecure, options.plain_http, options.retries, say=progress.say)
+        return Remote(host, options.ca, options.insecure, options.plain_http, options.retries,
+                      say=progress.say)
     except OSError as error:
-        raise CommandError("can't use %s as the CA: %s" % (options.ca, error.strerror or error))
+        raise CommandError("can't use %s as the CA: %s"
+                           % (options.ca, error.strerror or error))
 
 
-def pull(options):
+def pull(options: argparse.Namespace) -> int:
     """Copy images from their registries into the store."""
+    options.strip = False  # the store takes an index without its children
     store, progress = open_store(options, create=True), Progress(options.quiet or options.json)
-    images = [parse_image(text) for text in wanted_images(options)]
-    remotes = {host: open_remote(options, host, progress) for host in {image.host for image in images}}
-    work = [("%s/%s" % (image.host, image_text(image.path, image.reference)),
-             functools.partial(Copy, remotes[image.host], store, image.path, image.reference, image.stored_name,
-                               options.platform, not options.no_referrers))
-            for image in images]
-    return run_copies(options, work, store, progress)
+    images = [parse_image(text) for text in named_images(options)]
+    remotes = {host: open_remote(options, host, progress)
+               for host in {image.host for image in images}}
+    transfer = Transfer(options, store, progress)
+    for image in images:
+        text = "%s/%s" % (image.host, image_text(image.path, image.reference))
+        transfer.plan(text, remotes[image.host], image.path, image.reference, image.stored_name)
+    return transfer.run()
 
 
-def target_of(text):
-    """HOST[:PORT][/PREFIX] as (host, prefix with its slash, or ""). Raises CommandError."""
-    host, slash, prefix = text.partition("/")
+class Destination(NamedTuple):
+    """Where --to leads: a registry, and what the names of its repositories begin with."""
+
+    host: str
+    prefix: str  # ends in a slash, or is ""
+
+    def name_for(self, name: str) -> str:
+        """What a repository of the store is called there. What once came from that registry goes
+        back to its own name, unless there is a prefix."""
+        own = origin_of(self.host) + "/"
+        return name[len(own):] if not self.prefix and name.startswith(own) else self.prefix + name
+
+
+def parse_destination(text: str) -> Destination:
+    """HOST[:PORT][/PREFIX]. Raises CommandError, NAME_INVALID."""
+    host, _, prefix = text.partition("/")
     if not HOST.fullmatch(host):
         raise CommandError("--to %s: write HOST[:PORT] or HOST[:PORT]/PREFIX" % text)
-    return host, parse_name(prefix) + "/" if prefix else ""
+    return Destination(host, parse_name(prefix) + "/" if prefix else "")
 
 
-def push_name(host, prefix, name):
-    """What a repository of the store is called on another registry: the same below the prefix; but what came from
-    that registry goes back to its own name."""
-    own = origin_of(host) + "/"
-    return prefix + (name[len(own):] if not prefix and name.startswith(own) else name)
-
-
-def push(options):
+def push(options: argparse.Namespace) -> int:
     """Copy images from the store to another registry."""
     store, progress = open_store(options), Progress(options.quiet or options.json)
-    host, prefix = target_of(options.to)
-    remote = open_remote(options, host, progress)
-
-    def planned(text, report):
-        name, reference = find_image(store, text)
-        return Copy(store, remote, name, reference, push_name(host, prefix, name), options.platform,
-                    not options.no_referrers, report, options.strip)
-
-    work = [(image, functools.partial(planned, image)) for image in wanted_images(options)]
-    return run_copies(options, work, remote, progress)
+    destination = parse_destination(options.to)
+    transfer = Transfer(options, open_remote(options, destination.host, progress), progress)
+    for text in named_images(options):
+        try:
+            name, reference = find_image(store, text)
+        except (Unknown, Invalid) as error:
+            transfer.fail(text, error)
+        else:
+            transfer.plan(text, store, name, reference, destination.name_for(name))
+    return transfer.run()
 
 
 def collect(options):
@@ -9830,8 +9882,9 @@ def verify(options):
 
 # Archives
 
-def digests_in(path):
-    """The digests that a file lists, as `ls --digests` prints them, or that an archive holds.
+
+def digests_in(path: str) -> Iterable[str]:
+    """The digests that a file lists, as `ls --digests` prints them, or those of an archive.
     Raises UNSUPPORTED, CommandError, OSError."""
     if not os.path.exists(path):
         raise CommandError("--have %s: there is no such file (images are named before --have)"
@@ -9843,58 +9896,65 @@ def digests_in(path):
     return Archive([path]).digests()
 
 
-def save(options):
+def add_to_archive(options: argparse.Namespace, store: Directory, writer: ArchiveWriter,
+                   text: str) -> Report:
+    """Copy one image of the store into what becomes an archive. Raises CommandError: an archive
+    that lacks an image would only be noticed on the far side."""
+    report = Report(text)
+    try:
+        name, reference = find_image(store, text)
+        plan_copy(options, report, store, writer, name, reference).run()
+    except RegistryError as error:  # whatever it is, the message names the image
+        raise CommandError("%s: %s" % (text, error))
+    if report.missing:
+        raise CommandError("%s: the store lacks %s; pull or push it again"
+                           % (text, ", ".join(report.missing)))
+    return report
+
+
+def save(options: argparse.Namespace) -> int:
     """Write images of the store into an archive."""
-    if options.output == "-" and (options.split or sys.stdout.isatty()):
-        raise CommandError("parts, or a terminal, can't take an archive from stdout: name a file with -o")
+    to_stdout = options.output == "-"
+    if to_stdout and (options.split or sys.stdout.isatty()):
+        raise CommandError("parts, or a terminal, can't take an archive from stdout: name a file "
+                           "with -o")
     if os.path.isdir(options.output):
         raise CommandError("-o %s is a folder; name a file in it" % options.output)
-    store, reports, files = open_store(options), [], []
-    writer = ArchiveWriter(digest for path in itertools.chain.from_iterable(options.have)
+    store = open_store(options)
+    writer = ArchiveWriter(digest for paths in options.have for path in paths
                            for digest in digests_in(path))
-    for text in wanted_images(options):
-        try:
-            name, reference = find_image(store, text)
-            report = copy(store, writer, name, reference, platforms=options.platform,
-                          referrers=not options.no_referrers, report=Report(text),
-                          strip=options.strip)
-        except RegistryError as error:
-            raise CommandError("%s: %s" % (text, error))
-        tell_moved(report)
-        if report.missing:
-            raise CommandError("%s: the store lacks %s; pull or push it again" % (text, ", ".join(report.missing)))
-        reports.append(report)
-    writer.plan(options.output, None if options.no_self else read_file(__file__, -1), options.split)
+    reports = [add_to_archive(options, store, writer, text) for text in named_images(options)]
+    writer.plan(options.output, None if options.no_self else read_file(__file__, -1),
+                options.split)
     needed = sum(writer.size(digests) for _, digests in writer.files)
-    if options.output == "-" and not options.dry_run:
-        writer.write(writer.files[0][1], sys.stdout.buffer.write)
-        return 0
+    files = []
     if not options.dry_run:
+        if to_stdout:
+            writer.write(writer.files[0][1], sys.stdout.buffer.write)
+            return 0
         folder = os.path.dirname(os.path.abspath(options.output))
         free = shutil.disk_usage(folder).free
         if needed > free:
-            raise CommandError("%s has room for %s, and %s are needed" % (folder, in_units(free), in_units(needed)))
+            raise CommandError("%s has room for %s, and %s are needed"
+                               % (folder, in_units(free), in_units(needed)))
         files = writer.save()
-    if options.json:
-        tell_json({"images": [report.as_json() for report in reports], "bytes": needed,
-                   "files": files})
-    elif not options.quiet:
-        tell("%s: %s, %s in %s" % (options.output, counted(len(reports), "image"),
-                                   in_units(needed), counted(len(writer.files), "file")))
-        for entry in files:
-            tell("  %(file)s  %(size)d bytes  sha256:%(sha256)s" % entry)
+    lines = ["%s: %s, %s in %s" % (options.output, counted(len(reports), "image"),
+                                   in_units(needed), counted(len(writer.files), "file"))]
+    lines += ["  %(file)s  %(size)d bytes  sha256:%(sha256)s" % file for file in files]
+    show(options, {"images": [report.as_json() for report in reports], "bytes": needed,
+                   "files": files}, [] if options.quiet else lines)
     return 0
 
 
-def keep_ranges(store, archive):
-    """Keep the ranges of blobs that are not whole yet, until their other parts come; forget the
-    others, and those that are damaged. Raises OSError."""
-    lacking = [parts for whole, parts in archive.joined.items() if not os.path.exists(store.layout.blob_path(whole))]
-    wanted = set().union(*lacking)
-    for digest in wanted.union(*archive.joined.values()):
+def keep_ranges(store: Directory, archive: Archive) -> None:
+    """Keep the ranges of blobs that are not whole yet until the other parts come. Forget the
+    ranges that nobody needs any more, and those that are damaged. Raises OSError."""
+    needed = set().union(*[ranges for blob, ranges in archive.joined.items()
+                           if not os.path.exists(store.layout.blob_path(blob))])
+    for digest in needed.union(*archive.joined.values()):
         path = os.path.join(store.layout.own, "ranges", digest.encoded)
-        if digest not in wanted or archive.damaged.get(digest) == path:
-            with contextlib.suppress(FileNotFoundError):
+        if digest not in needed or archive.damaged.get(digest) == path:
+            with contextlib.suppress(FileNotFoundError):  # it was never kept
                 store.files.remove(path)
         elif (digest in archive.blobs and not os.path.exists(path)
               and not archive.find_damage(digest)):
@@ -9903,62 +9963,69 @@ def keep_ranges(store, archive):
                 store.files.fill(path, functools.partial(pour, blob, member.length))
 
 
-def tell_of_parts(archive: Archive, reports: List[Report], kept: bool) -> Iterator[str]:
-    """Yield a line for each split archive of which more parts are needed."""
-    lacking = {digest for report in reports for digest in report.missing + report.damaged}
-    needed = set().union(*[archive.needed_parts(digest, kept) for digest in lacking])
+def lacking_digests(reports: Iterable[Report]) -> Set[Digest]:
+    """The digests of what images need, and of what is damaged."""
+    return {digest for report in reports for digest in report.missing + report.damaged}
+
+
+def iter_part_lines(archive: Archive, reports: List[Report], are_kept: bool) -> Iterator[str]:
+    """Yield a line for each split archive of which more parts are needed. `are_kept` is whether
+    the ranges of its blobs are kept until the next load."""
+    needed = set().union(*[archive.needed_parts(digest, are_kept)
+                           for digest in lacking_digests(reports)])
     complete = sum(report.complete for report in reports)
-    for key, names in archive.parts.items():
-        numbers = [str(number) for split, number in sorted(needed) if split == key]
-        taken = [str(number) for split, number in sorted(archive.given - needed) if split == key]
-        which = ("parts " if len(taken) > 1 else "part ") + ", ".join(taken) if taken else "no part"
-        advice = "" if kept else " (load all at once: another registry keeps no pieces of a blob)"
-        if numbers:
+    advice = "" if are_kept else " (load all at once: another registry keeps no pieces of a blob)"
+    for archive_key, names in archive.parts.items():
+        missing, taken = [[str(number) for key, number in sorted(parts) if key == archive_key]
+                          for parts in (needed, archive.given - needed)]
+        label = "no part"
+        if taken:
+            label = ("parts " if taken[1:] else "part ") + ", ".join(taken)
+        if missing:
             yield "%s of %d taken; %d of %d images complete; still needed: %s%s" % (
-                which, len(names), complete, len(reports), ", ".join(numbers), advice)
+                label, len(names), complete, len(reports), ", ".join(missing), advice)
 
 
-def load(options):
+def iter_archive_problems(archive: Archive, reports: List[Report]) -> Iterator[str]:
+    """Yield a line for each file of an archive that is damaged, and what to do about it."""
+    for entry in sorted(archive.unreadable.items()):
+        yield "%s: %s" % entry
+    for path in sorted(set(archive.damaged.values())):
+        yield "%s is damaged: copy it again; what is intact in it was taken" % path
+    if lacking_digests(reports) & archive.left_out:
+        yield ("what --have said is here was left out on purpose, and is not here: save again "
+               "with --have of what `ls --digests` says now")
+
+
+def load(options: argparse.Namespace) -> int:
     """Copy the images of archives into the store, or to another registry."""
-    progress, reports = Progress(options.quiet or options.json), []
-    host, prefix = target_of(options.to) if options.to else ("", "")
-    if host:
-        target = open_remote(options, host, progress)
-        archive = Archive(options.archives, tempfile.gettempdir(), partly=True)
+    progress = Progress(options.quiet or options.json)
+    destination, scratch, ranges = Destination("", ""), tempfile.gettempdir(), None
+    if options.to:
+        destination = parse_destination(options.to)
+        target: Writer = open_remote(options, destination.host, progress)
     else:
-        target = open_store(options, create=True)
-        ranges = os.path.join(target.layout.own, "ranges")
-        archive = Archive(options.archives, target.files.scratch, ranges, partly=True)
-    held = set(archive.digests())
-
-    def planned(name, reference, digest, report):
-        report.missing += {digest} - held
+        store = target = open_store(options, create=True)
+        scratch, ranges = store.files.scratch, os.path.join(store.layout.own, "ranges")
+    archive = Archive(options.archives, scratch, ranges, partly=True)
+    present = set(archive.digests())
+    transfer, reports = Transfer(options, target, progress), []
+    for name, reference, digest in archive.images():
+        report = transfer.plan(image_text(name, reference), archive, name, reference,
+                               destination.name_for(name))
+        report.missing += {digest} - present
         reports.append(report)
-        return Copy(archive, target, name, reference, push_name(host, prefix, name), options.platform,
-                    not options.no_referrers, report, options.strip)
-
-    def is_in_parts(report):
-        return all(archive.needed_parts(digest) for digest in report.missing + report.damaged)
-
-    work = [(image_text(name, reference), functools.partial(planned, name, reference, digest))
-            for name, reference, digest in archive.images()]
-    if not work:
+    if not reports:
         raise CommandError("no images in " + archive.root)
-    status = run_copies(options, work, target, progress, is_in_parts)
-    lacking = {digest for report in reports for digest in report.missing + report.damaged}
+    status = transfer.run()
     if options.want:
         with open(options.want, "w") as file:
-            file.write("".join(digest + "\n" for digest in sorted(lacking)))
-    if not host and not options.dry_run:
+            file.writelines(digest + "\n" for digest in sorted(lacking_digests(reports)))
+    if not options.dry_run and isinstance(target, Directory):
         keep_ranges(target, archive)
-    problems = ["%s: %s" % entry for entry in sorted(archive.unreadable.items())]
-    problems += ["%s is damaged: copy it again; what is intact in it was taken" % path
-                 for path in sorted(set(archive.damaged.values()))]
-    if lacking & archive.left_out:
-        problems.append("what --have said is here was left out on purpose, and is not here: save "
-                        "again with --have of what `ls --digests` says now")
+    problems = list(iter_archive_problems(archive, reports))
     if not options.dry_run:
-        problems += tell_of_parts(archive, reports, kept=not host)
+        problems += iter_part_lines(archive, reports, are_kept=not options.to)
     for line in problems:
         complain("tinyreg: " + line)
     return 1 if problems else status

@@ -343,7 +343,7 @@ NOT_YET = {
         "the top", "Registry", "Directory", "Upkeep", "Archive", "Remote", "Copy", "Observation",
         "API", "Server", "Commands"},
     long_functions: {
-        "Commands: run_copies", "Commands: serve"},
+        "Commands: serve"},
     names_that_say_nothing: {
         "Registry", "Directory", "Upkeep", "Archive", "Remote", "Copy", "Observation", "API",
         "Server", "Commands"},
