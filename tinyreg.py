@@ -100,8 +100,8 @@ import urllib.request
 import uuid
 import zlib
 from typing import (
-    Any, BinaryIO, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, Match,
-    NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
+    Any, BinaryIO, Callable, ContextManager, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
+    Match, NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
 )
 
 __version__ = "0.1"
@@ -1256,7 +1256,7 @@ class SharedLock:
 # -------------------------------------------------------------------------------------------------
 
 
-def pour(blob, length, *takers):
+def copy_bytes(blob, length, *takers):
     """Hand the next bytes of a Blob to functions, such as a file's write and a hasher's update. Raises OSError."""
     view = memoryview(bytearray(min(COPY_BUFFER, length)))
     while length:
@@ -1303,7 +1303,7 @@ class Blob:
         if self.file:
             return os.pread(self.file.fileno(), min(self.length, limit), self.offset)
         content = bytearray()
-        pour(self.part(0, self.length), min(limit, self.length), content.extend)
+        copy_bytes(self.part(0, self.length), min(limit, self.length), content.extend)
         return bytes(content)
 
     def close(self):
@@ -1391,7 +1391,7 @@ class Reader:
         """What takes the space, as Directory.measure() has it, some time ago; None if unknown."""
         return None
 
-    def is_meant(self, name: str, digest: Digest) -> bool:
+    def is_named(self, name: str, digest: Digest) -> bool:
         """Whether to copy a manifest by its digest alone means to keep it.
 
         False in a copy of a registry where it is only left over since its tag has moved on."""
@@ -2317,12 +2317,12 @@ class Directory(Registry):
                 logger.warning("damaged blob, put aside; push it again: %s", blob.file.name)
                 with self.lock.alone():
                     if is_at(blob.file, blob.file.name):  # else a whole one has been pushed meanwhile
-                        self.put_aside(blob.file.name)
+                        self.quarantine(blob.file.name)
         except RegistryError:
             return self.layout.read_link(self.layout.revision_path(name, digest)) is not None
         return False
 
-    def put_aside(self, path):
+    def quarantine(self, path):
         """Move a damaged file to ROOT/tinyreg/damaged, under the path it had; returns where it is. Clients don't push
         a blob that is there, so it would never be mended. The lock is held, alone. Raises OSError."""
         aside = os.path.join(self.layout.own, "damaged", os.path.relpath(path, self.root))
@@ -2491,528 +2491,701 @@ class DirectoryUpload(UploadSession):
 # -------------------------------------------------------------------------------------------------
 # 7  Upkeep
 #
-# What is done to a store now and then: garbage collection (mark, then sweep), the expiry of tags,
-# and the reading of everything to find damage. All of it runs beside pushes. Knows nothing of HTTP.
+# What is done to a store now and then, beside pushes: garbage collection (gc), the expiry of tags,
+# and verification. It builds on the store's order of writes. It knows nothing of HTTP.
+#
+# Why gc deletes nothing that is needed:
+# - A run begins with the lock held alone, and reads the clock then. A push shares the lock while it
+#   writes. So the links of earlier pushes are in place, and later ones touch theirs: to be young is
+#   to have been touched after that moment, or in the grace period before it.
+# - The marking takes no lock. It reads what each manifest mentions, which never changes. If one of
+#   them, or a tag, can't be read, everything in its repository stays.
+# - A thing is deleted only with the lock held alone, and only if it is still old then. Putting a
+#   manifest touches the links of all that it mentions. If that comes first, these are young and
+#   stay; if gc comes first, the push is refused, and the client sends again what is missing.
+# - The order is tags, manifests, links, blobs, and of manifests the parents first. Each step is
+#   durable before the next one begins, so a crash leaves at worst content for the next run.
+# - A manifest that turns out to be young keeps all that it leads to: that is not deleted yet.
+# - Blobs come last, when the links of all repositories are known. A blob that has got its first
+#   link since is young: an upload and a mount touch the blob, too.
 # -------------------------------------------------------------------------------------------------
 
-# Upkeep: garbage collection
+# What a repository consists of
 
 MENTIONED = re.compile(rb"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
-CURRENT = os.path.join("current", "link")
 
 
-def key_of(digest):
-    """128 bits of a digest, or of the one in a TAG_ABOUT, in 44 bytes of memory; two digests that share fewer bits can
-    be made on purpose."""
+def key_of(digest: str) -> int:
+    """128 bits of a digest, or of the one in a FALLBACK_TAG: gc remembers a million digests as
+    numbers of 44 bytes each. Digests that share fewer bits could be made on purpose."""
     return int(digest[7:39], 16)
 
 
-def keys_mentioned(content):
-    """The keys of all digests in a manifest. That is more than what it refers to, and so on the safe side: it takes
-    no knowledge of types, be they older than Docker's schema 2 or newer than this file."""
+def keys_mentioned(content: bytes) -> FrozenSet[int]:
+    """The keys of all digests in a manifest's text.
+
+    These are more than it refers to, and so on the safe side. And no media type has to be known:
+    neither one older than Docker's schema 2, nor one newer than this file."""
     if b"\\" in content:
+        # What is no JSON hides no digest from anybody.
         with contextlib.suppress(ValueError):
-            content += to_json(load_json(content))  # where no digest hides behind \u0061
+            content += to_json(load_json(content))  # without escapes such as \u0061
     return frozenset(map(key_of, MENTIONED.findall(content)))
 
 
-def follow(todo, *ways):
-    """The set of these keys, and of all to which the ways ({key: keys}) lead from them."""
-    reached = set()
+class Node(NamedTuple):
+    """A manifest of a repository, as gc sees it; all but its own digest are keys (`key_of`)."""
+
+    digest: Digest
+    folder: str  # has the repository's link to it
+    mentions: FrozenSet[int]
+    children: List[int]
+    subject: Optional[int]
+
+
+def reachable(roots: Iterable[Any], *edges: Mapping[Any, Iterable[Any]]) -> Set[Any]:
+    """The roots, and all that {from: [to, ...]} edges lead to from there."""
+    reached: Set[Any] = set()
+    todo = list(roots)
     while todo:
         key = todo.pop()
         if key not in reached:
             reached.add(key)
-            for way in ways:
-                todo += way.get(key, ())
+            for edge in edges:
+                todo += edge.get(key, ())
     return reached
 
 
-def fail(error):
-    """For os.walk, which would take a folder that it can't read for an empty one."""
-    if not isinstance(error, FileNotFoundError):  # taken away meanwhile
+def raise_unless_gone(error: OSError) -> None:
+    """For os.walk(), which would take a folder that can't be read for an empty one."""
+    if not isinstance(error, FileNotFoundError):  # another process has deleted the folder
         raise error
 
 
-def repository_folders(store):
-    """Yield the name of every folder that is a repository, also if it never held a manifest. Raises OSError."""
+def repository_folders(store: Directory) -> Iterator[str]:
+    """The names of all folders that are repositories, also those without manifests. Raises
+    OSError."""
     top = os.path.join(store.layout.tree, "repositories")
     os.stat(top)  # a disk that is not mounted must not look like a store without repositories
-    for folder, children, _ in os.walk(top, onerror=fail, followlinks=True):
+    for folder, children, _ in os.walk(top, onerror=raise_unless_gone, followlinks=True):
         if any(child.startswith("_") for child in children):
             yield os.path.relpath(folder, top)
         children[:] = [child for child in children if not child.startswith("_")]
 
 
-def note_result(store, what, **numbers):
-    """Leave behind what came of something, for /metrics; the file's mtime says when. A full disk does not matter."""
-    with contextlib.suppress(OSError), open(os.path.join(store.layout.own, what), "wb", buffering=0) as file:
+def batches(entries: Iterable[Any], size: int) -> Iterator[List[Any]]:
+    """The entries in lists of at most this size."""
+    rest = iter(entries)
+    return iter(lambda: list(itertools.islice(rest, size)), [])
+
+
+def note_result(store: Directory, task: str, **numbers: int) -> None:
+    """Keep the result of a task for /metrics; the file's mtime says when."""
+    # The work is done all the same if the disk is full.
+    with contextlib.suppress(OSError), open(os.path.join(store.layout.own, task), "wb") as file:
         file.write(to_json(numbers))
 
 
-class Collection:
-    """One run of garbage collection, beside pushes.
+# Expiry of tags
 
-    It finds out without a lock what is referred to. The rest goes in small batches, with the lock alone, after one
-    more look: whoever links to a blob, or puts a manifest that needs one, makes the link young (a new link's blob
-    too), and what is younger than the grace period, or than this run, stays. Links go before content, so a crash
-    leaves at worst content for the next run. All manifests of a repository stay, unless `untagged`
-    drops those that no tag or pin leads to: over an index to its children, between a manifest and
-    its subject in both directions.
+class Expiry(NamedTuple):
+    """Which tags go: those that are none of the `keep` that were moved last in their repository,
+    and were last moved more than `older_than` seconds ago. `repositories` is a pattern of the
+    names that are meant."""
 
-    With `keep` or `older_than` tags expire: those in a repository that are none of the `keep` that were moved last, and
-    were last moved more than `older_than` seconds ago; `among` is a pattern of the repositories that are meant. With
-    them go the manifests to which no other tag leads. A tag that is about a manifest (cosign's
-    sha256-HEX.sig) is none of the `keep`, and goes when its manifest goes.
+    keep: Optional[int] = None
+    older_than: Optional[float] = None
+    repositories: Any = None
 
-    Times may come from a wrong clock. One that lies in the future becomes now, but for a tag's; and
-    where the tags' times and the clock don't go together, no tag expires without `force`.
-    """
+    @property
+    def is_on(self) -> bool:
+        """Whether any tag may expire."""
+        return self.keep is not None or self.older_than is not None
 
-    def __init__(self, store, grace=0.0, untagged=False, dry_run=False, tell=None, keep=None, older_than=None,
-                 among=None, force=False):
-        self.store = store
-        self.now = time.time()
-        self.grace = grace + TOUCH_AGAIN_AFTER if grace else 0.0  # clients are told of links that are not touched again yet
-        self.untagged = untagged
-        self.keep, self.older_than, self.among = keep, older_than, among
-        self.force, self.doubt = force, None  # a sentence on a clock that seems to be wrong
-        self.dry_run = dry_run
-        self.tell = tell or (lambda kind, what, size: None)  # is called for each thing that goes
-        self.wanted = set()                                  # the keys of what stays
-        self.unsynced = set()                                # folders from which links went
-        self.counts = collections.Counter()                  # of what goes, by kind; and its "bytes"
-        self.unread = []                                     # manifests and tags that can't be read
-        self.young = self.now - self.grace
-        self.spared = False  # whether something stays because it is young
-        self.newest = 0.0    # when what goes was last pushed or asked for
+    def applies_to(self, name: str) -> bool:
+        """Whether tags of this repository may expire."""
+        is_meant = not self.repositories or self.repositories.fullmatch(name)
+        return self.is_on and bool(is_meant)
 
-    def run(self):
-        """Raises OSError, and has then deleted less than it could."""
-        with self.store.lock.alone():  # so pushes that began before have their links in place
-            os.utime(self.store.lock.path)  # asks the clock of the file system, which may be another host's
-            self.now = os.stat(self.store.lock.path).st_mtime
-        self.young = self.now - self.grace
-        self._check_clock()
-        self.purge()
-        for name in repository_folders(self.store):
-            self.collect_repository(name)
-            self._collect_empty(name)
-        self._sync()
-        blobs = digest_folders(self.store.layout.tree, "blobs", shards=True)
-        self._take("blobs", "data", (entry for entry in blobs if key_of(entry[0]) not in self.wanted))
+    def choose(self, moved: Dict[str, float], latest: float) -> Set[str]:
+        """The tags that go, of those that were last moved at these times; none that was moved after
+        `latest`."""
+        newest_first = sorted(moved, key=lambda tag: moved[tag], reverse=True)
+        return {tag for tag in newest_first[self.keep or 0:] if moved[tag] < latest}
 
-    def _look(self, path, opened=False):
-        """As look_at. But a time in the future, which a wrong clock left behind, becomes now: else
-        it would hold for years what it should hold for an hour."""
-        state, now = look_at(path, opened), max(self.now, time.time())
-        if state.mtime > now + CLOCK_SLACK:
-            state = state._replace(mtime=now)
-            with contextlib.suppress(FileNotFoundError):  # taken away meanwhile
-                if not self.dry_run:
-                    os.utime(path)
-        self.spared = self.spared or state.mtime >= self.young
-        return state
-
-    def _check_clock(self):
-        """Raises CommandError if tags are to expire and, by their times, the clock seems wrong."""
-        if self.keep is None and self.older_than is None:
-            return
-        pushed = [(look_at(os.path.join(self.store.layout.tag_path(name, tag), CURRENT)).mtime, name, tag)
-                  for name in repository_folders(self.store)
-                  for tag in list_directory(self.store.layout.tag_path(name, ""))]
-        newest, name, tag = max(pushed, default=(self.now, "", ""))
-        least = 0.0 if self.keep is None else IMPLAUSIBLE_AGE
-        if self.keep is not None and newest > self.now + CLOCK_SLACK:
+    def doubt_about_clock(self, store: Directory, now: float) -> Optional[str]:
+        """A sentence, if the times of the tags and the clock don't fit together."""
+        pushed = [(store.pushed(name, tag), name, tag)
+                  for name in repository_folders(store)
+                  for tag in store.layout.list_tags(name)]
+        newest, name, tag = max(pushed, default=(now, "", ""))
+        # Where a number of tags stays, a quiet month is no reason to ask.
+        longest = IMPLAUSIBLE_AGE if self.keep is not None else 0.0
+        if self.keep is not None and newest > now + CLOCK_SLACK:
             consequence = "would count as the newest from now on"
-        elif self.older_than is not None and self.now - newest > max(self.older_than, least):
+        elif self.older_than is not None and now - newest > max(self.older_than, longest):
             consequence = "was the last that was pushed, so all tags are older than --older-than"
         else:
-            return
-        self.doubt = ("%s, of %s, %s. This machine's clock says %s: if that is right, say --force"
-                      % (image_text(name, tag), local_time(newest), consequence,
-                         local_time(self.now)))
-        if not self.force and not self.dry_run:
-            raise CommandError(self.doubt)
+            return None
+        return ("%s, of %s, %s. This machine's clock says %s: if that is right, say --force"
+                % (image_text(name, tag), local_time(newest), consequence, local_time(now)))
 
-    def _sync(self):
-        """Make it durable that links are gone, before what they led to goes."""
-        while self.unsynced:
-            with contextlib.suppress(FileNotFoundError):  # of a repository that went whole
-                sync_directory(self.unsynced.pop())
 
-    def purge(self):
-        """Take away upload sessions that nobody has written to for a day, and what crashes left in scratch."""
-        limit = self.now - UPLOAD_IDLE
-        for name in repository_folders(self.store):
-            for session_id in list_directory(os.path.join(self.store.layout.repository_path(name), "_uploads")):
-                session = DirectoryUpload(self.store, name, session_id)
-                age, size, _ = self._look(session.path)
-                idle = (age or self._look(session.folder).mtime) < limit
-                if idle and (self.dry_run or session.expire(limit)):
-                    self._count("uploads", "%s %s" % (name, session_id), size)
-        for entry in list_directory(self.store.files.scratch):
-            path = os.path.join(self.store.files.scratch, entry)
-            with contextlib.suppress(FileNotFoundError):
-                # What has no such name may be a file that is about to get its own; a `-` is in the names of put_blob's
-                # locks, which may be held for days.
-                idle = "-" not in entry and self._look(path).mtime < limit
-                old = idle or entry.endswith(".grave")
-                if old and not self.dry_run:
-                    self.store.files.dispose(path)
+NO_EXPIRY = Expiry()
 
-    def _count(self, kind, what, size=0):
+
+# Garbage collection
+
+# {kind of thing: the file in its folder whose mtime says when a client last pushed it or was told
+# of it}
+DATED_BY = {"tags": os.path.join("current", "link"), "manifests": "link", "links": "link",
+            "blobs": "data"}
+
+Entry = Tuple[Any, str]  # a tag or digest, and the folder that goes if it is deleted
+
+
+class Sweep:
+    """How gc deletes: in small batches, what is old, with the lock held alone for a moment.
+
+    A time that lies in the future, as a wrong clock leaves it behind, becomes now: else it would
+    protect for years what it should protect for an hour."""
+
+    def __init__(self, store: Directory, grace: float, dry_run: bool,
+                 tell: Optional[Callable[[str, str, int], None]]) -> None:
+        self.store = store
+        self.layout = store.layout
+        # Clients may have been told of a link TOUCH_AGAIN_AFTER seconds after its mtime.
+        self.grace = grace + TOUCH_AGAIN_AFTER if grace else 0.0
+        self.dry_run = dry_run
+        self.tell = tell                      # is called with kind, name, and bytes that get free
+        self.counts: Dict[str, int] = collections.Counter()  # of what goes, by kind; and "bytes"
+        self.has_spared = False               # something stays only because it is young
+        self.newest = 0.0                     # when the youngest of what goes was touched
+        self.begin(time.time())
+
+    def begin(self, now: float) -> None:
+        """What was touched at `now`, in the grace period before it, or later, is young."""
+        self.now = now
+        self.young_since = now - self.grace
+
+    def _look(self, path: str, opened: bool = False) -> FileState:
+        """As look_at(), with a time in the future mended."""
+        state = look_at(path, opened)
+        now = max(self.now, time.time())
+        if state.mtime > now + CLOCK_SLACK:
+            state = state._replace(mtime=now)
+            if not self.dry_run:
+                # Another process may have deleted it.
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(path)
+        self.has_spared = self.has_spared or state.mtime >= self.young_since
+        return state
+
+    def is_young(self, folder: str) -> bool:
+        """Whether the link in a folder must stay. (One that is missing is old.)"""
+        return self._look(self.layout.link_in(folder)).mtime >= self.young_since
+
+    def _count(self, kind: str, name: str, size: int = 0) -> None:
         self.counts[kind] += 1
         self.counts["bytes"] += size
-        self.tell(kind, what, size)
+        if self.tell:
+            self.tell(kind, name, size)
 
-    def collect_repository(self, name):
-        """Note what the manifests of a repository mention, and take away its links to anything else."""
-        folder = self.store.layout.repository_path(name)
-        revisions, mentions, children, about, unread = {}, {}, {}, {}, len(self.unread)
-        for digest, revision in digest_folders(folder, "_manifests", "revisions"):
-            if os.path.exists(os.path.join(revision, "link")):
-                key, revisions[digest] = key_of(digest), revision
-                mentions[key], children[key], subject = self._mentions(name, digest)
-                about.setdefault(subject, []).append(key)
-        expired, reached, tags = self._expired(name), mentions, []
-        if self.untagged or expired:
-            reached, tags = self._reached(name, revisions, mentions, children, about, expired)
-        sound = len(self.unread) == unread  # else nobody knows what is referred to, and everything stays
-        if sound and tags:
-            folders = [(tag, self.store.layout.tag_path(name, tag)) for tag in tags]
-            self._take("tags", CURRENT, folders, name)
-        self._take_manifests([entry for entry in revisions.items() if sound and key_of(entry[0]) not in reached],
-                             mentions, name)
-        kept = set(mentions).union(*mentions.values())
+    def _old(self, kind: str, batch: List[Entry], opened: bool = False) -> Dict[Entry, FileState]:
+        """The entries that are old, with the states of the files that say so."""
+        states = {(reference, folder): self._look(os.path.join(folder, DATED_BY[kind]), opened)
+                  for reference, folder in batch}
+        return {entry: state for entry, state in states.items() if state.mtime < self.young_since}
 
-        def idle_layers():
-            for digest, layer in digest_folders(folder, "_layers"):
-                if sound and key_of(digest) not in kept:
-                    yield digest, layer
-                else:
-                    self._want(digest, layer)
-
-        for digest, layer in self._take("links", "link", idle_layers(), name):
-            self._want(digest, layer)
-        self.wanted |= kept
-
-    def _want(self, digest, layer):
-        self.wanted.add(key_of(digest))
-        if digest.algorithm != "sha256":  # Distribution stored what such a link names by its sha256
-            self.wanted.add(key_of(self.store.layout.read_link(layer) or digest))
-
-    def _mentions(self, name, digest):
-        """The keys of all that a manifest mentions, those of an index's children, and that of its subject, or None."""
-        content, children, subject = self.store.manifest_content(digest), [], None
-        if content is None:
-            self.unread.append("%s@%s" % (name, digest))
-            return frozenset(), children, subject
-        with contextlib.suppress(RegistryError):  # of a type that we don't know
-            manifest = Manifest(content, digest)
-            subject = manifest.subject and key_of(manifest.subject)
-            children = [key_of(child.digest) for child in manifest.manifests]
-        return keys_mentioned(content), children, subject
-
-    def _take_manifests(self, idle, mentions, name):
-        """Take away manifests, and what they mention, parents first: a push beside us touches what it needs, but not
-        what that needs. So what stays of the parents after all keeps all that it leads to."""
-        while idle:
-            inner = set().union(*(mentions[key_of(digest)] for digest, _ in idle))
-            level = [entry for entry in idle if key_of(entry[0]) not in inner] or idle
-            stay = self._take("manifests", "link", level, name)
-            for digest, _ in set(level).difference(stay):
-                del mentions[key_of(digest)]
-            self._sync()
-            left = mentions.keys() - follow([key_of(digest) for digest, _ in stay], mentions)
-            idle = [entry for entry in idle if key_of(entry[0]) in left]
-
-    def _expired(self, name):
-        """{tag: digest} of the tags of a repository that are to go. One stays if it is young, or if a client was just
-        told of its manifest: that stays then, and without its tag no later run would know that it was to go."""
-        if self.keep is None and self.older_than is None or self.among and not self.among.fullmatch(name):
-            return {}
-        moved, targets = {}, {}
-        for tag in list_directory(self.store.layout.tag_path(name, "")):
-            current = self.store.layout.current_path(name, tag)
-            digest = None if FALLBACK_TAG.fullmatch(tag) else self.store.layout.read_link(current)
-            if digest:
-                moved[tag], targets[tag] = look_at(os.path.join(current, "link"))[0], digest
-        limit = min(self.young, self.now - (self.older_than or 0.0))
-        expired = [tag for tag in sorted(moved, key=moved.get, reverse=True)[self.keep or 0:] if moved[tag] < limit]
-        kept = {targets[tag] for tag in set(targets).difference(expired)}
-        return {tag: targets[tag] for tag in expired if targets[tag] in kept or self._look(
-            os.path.join(self.store.layout.revision_path(name, targets[tag]), "link"))[0] < self.young}
-
-    def _reached(self, name, revisions, mentions, children, about, expired):
-        """The keys of the manifests that stay, with what they mention, and the tags that go.
-
-        A manifest stays if it is young, or a pin leads to it, or a tag that stays. Others go with
-        `untagged`; without it only those go that belonged to an expired tag: its manifest, that
-        one's children, and what is about these. (What else a manifest mentions, its base image for
-        one, is kept by that, but does not go along.)"""
-        todo = [key_of(digest) for digest, revision in revisions.items()
-                if self._look(os.path.join(revision, "link")).mtime >= self.young]
-        todo += map(key_of, self.store.pinned(name))
-        notes = []
-        for tag in list_directory(self.store.layout.tag_path(name, "")):
-            digest = self.store.layout.read_link(self.store.layout.current_path(name, tag))
-            if digest and expired and FALLBACK_TAG.fullmatch(tag) and key_of(tag) in mentions:
-                about.setdefault(key_of(tag), []).append(key_of(digest))
-                notes.append(tag)
-            elif digest and tag not in expired:
-                todo.append(key_of(digest))
-            elif not digest and os.path.exists(os.path.join(self.store.layout.tag_path(name, tag), CURRENT)):
-                self.unread.append("%s:%s" % (name, tag))
-        reached = follow(todo, mentions, about)
-        if not self.untagged:
-            doomed = follow([key_of(digest) for digest in expired.values()], children, about)
-            # What is about something that never was to go is not kept by that: its own tag has expired.
-            reached |= follow(list(set(mentions) - doomed), mentions, {key: about.get(key, ()) for key in doomed})
-        return reached, list(expired) + [tag for tag in notes if key_of(tag) not in reached]
-
-    def _take(self, kind, file, entries, name=None):
-        """Take away the folders of the (digest or tag, folder) entries whose file is not young, in
-        a repository or among the blobs. Returns the other entries."""
-        stay, entries = [], iter(entries)
-        for batch in iter(lambda: list(itertools.islice(entries, SWEEP_BATCH)), []):
-            looks = {entry: self._look(os.path.join(entry[1], file)) for entry in batch}
-            old = [entry for entry in batch if looks[entry][0] < self.young]
+    def sweep(self, kind: str, entries: Iterable[Entry], name: Optional[str] = None) -> List[Entry]:
+        """Delete the old ones of these entries, of a repository or among the blobs; returns the
+        young ones."""
+        young: List[Entry] = []
+        for batch in batches(entries, SWEEP_BATCH):
+            old = self._old(kind, batch)
             if old and not self.dry_run:
-                old = self._bury(file, old)
-            for entry in old:
-                self._count(kind, image_text(name, entry[0]) if name else entry[0],
-                            looks[entry][1] if kind == "blobs" else 0)
-                self.newest = max(self.newest, looks[entry].mtime)
-            stay += set(batch).difference(old)
-        return stay
+                old = self._delete(kind, list(old))
+            for (reference, _), state in old.items():
+                self._count(kind, image_text(name, reference) if name else reference,
+                            state.size if kind == "blobs" else 0)
+                self.newest = max(self.newest, state.mtime)
+            young += [entry for entry in batch if entry not in old]
+        return young
 
-    def _bury(self, file, entries):
-        """Take away what is still old, with the lock alone; returns that."""
-        began, graves = time.monotonic(), []
+    def _delete(self, kind: str, batch: List[Entry]) -> Dict[Entry, FileState]:
+        """Delete what is still old; returns that."""
+        trash = []
+        began = time.monotonic()
         with self.store.lock.alone():
             waited = time.monotonic() - began
-            looks = {entry: self._look(os.path.join(entry[1], file), opened=True)
-                     for entry in entries}
-            old = [entry for entry in entries if looks[entry][0] < self.young]
-            for entry in old:
-                path = os.path.join(entry[1], file)
-                with contextlib.suppress(FileNotFoundError):  # an empty folder, or someone else has deleted it
-                    if file == CURRENT:
-                        graves.append(self.store.files.bury(entry[1]))  # with what the tag once meant
-                    elif looks[entry][1] <= COPY_BUFFER:
-                        os.unlink(path)
-                    else:  # to free the bytes takes the file system a while, which nobody should wait for
-                        graves.append(self.store.files.bury(path))
-        for _, folder in old:
-            try:
-                if os.path.isdir(folder):
-                    os.rmdir(folder)
-                self.unsynced.add(os.path.dirname(folder))
-            except OSError:  # something else is in it, or again
-                self.unsynced.add(folder)
-        if file == CURRENT:
-            self._sync()  # a tag is gone before what it leads to is, and before its parts are
-        for grave in graves:
-            self.store.files.dispose(grave)
+            old = self._old(kind, batch, opened=True)
+            for _, folder in old:
+                # Another process may have deleted it.
+                with contextlib.suppress(FileNotFoundError):
+                    trash.append(self.store.files.bury(folder))
+        if kind != "blobs":  # nothing depends on it that a blob is gone
+            for parent in {os.path.dirname(folder) for _, folder in old}:
+                with contextlib.suppress(FileNotFoundError):  # the whole repository is gone
+                    sync_directory(parent)
+        for path in trash:
+            self.store.files.dispose(path)
         if waited > 0.001:
             time.sleep(waited)  # those who share the lock get as much time as they had to give
         return old
 
-    def _collect_empty(self, name):
-        """Take away a repository in which no file is left, and the folders above it if they are empty."""
-        path = self.store.layout.repository_path(name)
+    def purge(self) -> None:
+        """Delete upload sessions that nobody has written to for a day, and what crashes have left
+        in the scratch folder. Raises OSError."""
+        limit = self.now - UPLOAD_IDLE
+        for name in repository_folders(self.store):
+            uploads = os.path.join(self.layout.repository_path(name), "_uploads")
+            for session_id in list_directory(uploads):
+                session = DirectoryUpload(self.store, name, session_id)
+                written, size, _ = self._look(session.path)
+                is_idle = (written or self._look(session.folder).mtime) < limit
+                if is_idle and (self.dry_run or session.expire(limit)):
+                    self._count("uploads", "%s %s" % (name, session_id), size)
+        for entry in list_directory(self.store.files.scratch):
+            path = os.path.join(self.store.files.scratch, entry)
+            # What is not trash may be about to get its final name. A `-` is in the names of locks
+            # on blobs that are downloaded, which may be held for days.
+            is_idle = "-" not in entry and self._look(path).mtime < limit
+            if (is_idle or entry.endswith(".grave")) and not self.dry_run:
+                self.store.files.dispose(path)
 
-        def find():
-            folders = [os.path.join(path, entry) for entry in list_directory(path) if entry.startswith("_")]
-            kept = any(files for folder in folders for _, _, files in os.walk(folder, onerror=fail))
-            return [] if kept else folders
 
-        if not find() or self.dry_run:
+class Collection(Sweep):
+    """One run of garbage collection: what goes, and in which order.
+
+    All manifests of a repository stay, unless `untagged` lets those go that no tag or pin leads to:
+    from an index to its children, and between a manifest and its subject in both directions.
+
+    With `expiry`, tags go, and with them the manifests to which no other tag leads. A tag that is
+    about a manifest (cosign's sha256-HEX.sig) is not one of those that are counted, and goes when
+    its manifest goes. If the clock seems wrong, no tag expires without `force`."""
+
+    def __init__(self, store: Directory, grace: float = 0.0, untagged: bool = False,
+                 dry_run: bool = False, tell: Optional[Callable[[str, str, int], None]] = None,
+                 expiry: Expiry = NO_EXPIRY, force: bool = False) -> None:
+        super().__init__(store, grace, dry_run, tell)
+        self.untagged = untagged
+        self.expiry = expiry
+        self.force = force
+        self.doubt: Optional[str] = None  # a sentence, if the clock seems to be wrong
+        self.needed: Set[int] = set()     # the keys of all blobs that stay
+        self.unread: List[str] = []       # manifests and tags that can't be read
+
+    def run(self) -> None:
+        """Raises OSError: then less was deleted than could be. Raises CommandError if the clock
+        seems wrong."""
+        with self.store.lock.alone():
+            # This asks for the time of the file system, which may be another host's.
+            os.utime(self.store.lock.path)
+            self.begin(os.stat(self.store.lock.path).st_mtime)
+        if self.expiry.is_on:
+            self.doubt = self.expiry.doubt_about_clock(self.store, self.now)
+            if self.doubt and not self.force and not self.dry_run:
+                raise CommandError(self.doubt)
+        self.purge()
+        for name in repository_folders(self.store):
+            self.collect_repository(name)
+            self._sweep_empty(name)
+        self.sweep("blobs", ((digest, folder) for digest, folder in self.layout.iter_blobs()
+                             if key_of(digest) not in self.needed))
+
+    def collect_repository(self, name: str) -> None:
+        """Mark and sweep one repository; note which blobs it needs. Raises OSError."""
+        unread = len(self.unread)
+        nodes = self._read_manifests(name)
+        tags = {}
+        if self.untagged or self.expiry.applies_to(name):
+            tags = self._read_tags(name)
+        is_readable = len(self.unread) == unread
+        if is_readable:
+            expired = self._expired_tags(name, tags)
+            about = {tag for tag in tags if FALLBACK_TAG.fullmatch(tag) and key_of(tag) in nodes
+                     and self.expiry.applies_to(name)}
+            staying = self._mark(name, nodes, tags, expired, about)
+            expired.update(tag for tag in about if key_of(tag) not in staying)
+            self.sweep("tags", [(tag, self.layout.tag_path(name, tag))
+                                for tag in sorted(expired)], name)
+            self._sweep_manifests(name, nodes, staying)
+        needed = set(nodes).union(*(node.mentions for node in nodes.values()))
+        self._sweep_links(name, needed, is_readable)
+        self.needed |= needed
+
+    # Marking
+
+    def _read_manifests(self, name: str) -> Dict[int, Node]:
+        """All manifests of a repository, by their keys."""
+        nodes = {}
+        for digest, folder in self.layout.iter_revisions(name):
+            if os.path.exists(self.layout.link_in(folder)):
+                nodes[key_of(digest)] = self._read_manifest(name, digest, folder)
+        return nodes
+
+    def _read_manifest(self, name: str, digest: Digest, folder: str) -> Node:
+        content = self.store.manifest_content(digest)
+        if content is None:
+            self.unread.append("%s@%s" % (name, digest))
+            return Node(digest, folder, frozenset(), [], None)
+        manifest = Manifest(content, digest)
+        children: List[int] = []
+        subject: Optional[int] = None
+        # One of a type that we don't know has neither; what it mentions stays with it.
+        with contextlib.suppress(Invalid):
+            if manifest.subject:
+                subject = key_of(manifest.subject)
+            children = [key_of(child.digest) for child in manifest.manifests]
+        return Node(digest, folder, keys_mentioned(content), children, subject)
+
+    def _read_tags(self, name: str) -> Dict[str, Digest]:
+        tags = {}
+        for tag in self.layout.list_tags(name):
+            folder = self.layout.current_path(name, tag)
+            digest = self.layout.read_link(folder)
+            if digest:
+                tags[tag] = digest
+            elif os.path.exists(self.layout.link_in(folder)):
+                self.unread.append("%s:%s" % (name, tag))
+        return tags
+
+    def _expired_tags(self, name: str, tags: Dict[str, Digest]) -> Set[str]:
+        """The tags that go by the rules of expiry.
+
+        If only expired tags point to a manifest, and a client was just told of it, the tags stay
+        with it: without them no later run would know that it was to go."""
+        if not self.expiry.applies_to(name):
+            return set()
+        moved = {tag: self.store.pushed(name, tag)
+                 for tag in tags if not FALLBACK_TAG.fullmatch(tag)}
+        latest = min(self.young_since, self.now - (self.expiry.older_than or 0.0))
+        expired = self.expiry.choose(moved, latest)
+        kept = {tags[tag] for tag in moved if tag not in expired}
+        return {tag for tag in expired if tags[tag] in kept
+                or not self.is_young(self.layout.revision_path(name, tags[tag]))}
+
+    def _mark(self, name: str, nodes: Dict[int, Node], tags: Dict[str, Digest],
+              expired: Set[str], about: Set[str]) -> Set[int]:
+        """The keys of the manifests that stay, and of all that they mention. `about` are the tags
+        that say of a manifest that it is about another one, and do not keep it by themselves."""
+        mentions = {key: node.mentions for key, node in nodes.items()}
+        referrers: Dict[Optional[int], List[int]] = {}
+        for key, node in nodes.items():
+            referrers.setdefault(node.subject, []).append(key)
+        for tag in about:
+            referrers.setdefault(key_of(tag), []).append(key_of(tags[tag]))
+        roots = [key_of(tags[tag]) for tag in tags.keys() - expired - about]
+        roots += map(key_of, self.store.pinned(name))
+        staying = reachable(roots, mentions, referrers)
+        if not self.untagged:
+            # Only what belongs to an expired tag goes: its manifest, the children of that, and the
+            # referrers of these. What else they mention, such as a base image, does not go along.
+            children = {key: node.children for key, node in nodes.items()}
+            doomed = reachable([key_of(tags[tag]) for tag in expired], children, referrers)
+            # A referrer of an expired tag's own goes with the tag, even if it is about a manifest
+            # that stays here only because nothing has ever pointed to it.
+            staying |= reachable(nodes.keys() - doomed, mentions,
+                                 {key: referrers.get(key, ()) for key in doomed})
+        young = [key for key in nodes.keys() - staying if self.is_young(nodes[key].folder)]
+        return staying | reachable(young, mentions, referrers)
+
+    # Sweeping
+
+    def _sweep_manifests(self, name: str, nodes: Dict[int, Node], staying: Set[int]) -> None:
+        """Delete the manifests that don't stay, from `nodes` as well; parents before what they
+        mention. One that is young by now keeps all that it leads to."""
+        going = {key: node for key, node in nodes.items() if key not in staying}
+        while going:
+            mentioned = set().union(*(node.mentions for node in going.values()))
+            parents = {key: node for key, node in going.items() if key not in mentioned}
+            if not parents:
+                break  # manifests that mention each other, which no hash allows
+            young = {key_of(digest) for digest, _ in self.sweep(
+                "manifests", [(node.digest, node.folder) for node in parents.values()], name)}
+            for key in parents.keys() - young:
+                del nodes[key]
+            kept = reachable(young, {key: node.mentions for key, node in nodes.items()})
+            going = {key: node for key, node in going.items() if key in mentioned - kept}
+
+    def _need_blob(self, digest: Digest, folder: str) -> None:
+        """Keep the blob to which a repository's link leads."""
+        self.needed.add(key_of(digest))
+        if digest.algorithm != "sha256":  # Distribution stored it by its sha256, as the link says
+            self.needed.add(key_of(self.layout.read_link(folder) or digest))
+
+    def _sweep_links(self, name: str, needed: Set[int], is_readable: bool) -> None:
+        """Delete the links that lead to no blob that the repository needs; keep the blobs of all
+        others."""
+        def unneeded() -> Iterator[Entry]:
+            for digest, folder in self.layout.iter_layers(name):
+                if is_readable and key_of(digest) not in needed:
+                    yield digest, folder
+                else:
+                    self._need_blob(digest, folder)
+
+        for digest, folder in self.sweep("links", unneeded(), name):
+            self._need_blob(digest, folder)
+
+    def _empty_folders(self, path: str) -> List[str]:
+        """The folders of a repository; [] if a file is left in one of them. Raises OSError."""
+        folders = [os.path.join(path, entry) for entry in list_directory(path) if entry[0] == "_"]
+        walks = [os.walk(folder, onerror=raise_unless_gone) for folder in folders]
+        return [] if any(files for _, _, files in itertools.chain(*walks)) else folders
+
+    def _sweep_empty(self, name: str) -> None:
+        """Delete a repository in which no file is left, and the folders above it that are empty."""
+        path = self.layout.repository_path(name)
+        if self.dry_run or not self._empty_folders(path):
             return
         with self.store.lock.alone():
-            graves = [self.store.files.bury(folder) for folder in find()]
-            if graves:
-                shutil.rmtree(self.store.layout.pins_path(name), ignore_errors=True)
+            # A push may have come meanwhile, so look again.
+            trash = [self.store.files.bury(folder) for folder in self._empty_folders(path)]
+            if trash:
+                shutil.rmtree(self.layout.pins_path(name), ignore_errors=True)
+            # Another repository may be below.
             with contextlib.suppress(OSError):
-                while graves and path != os.path.join(self.store.layout.tree, "repositories"):
-                    os.rmdir(path)  # not if another repository is below
+                while path != os.path.join(self.layout.tree, "repositories"):
+                    os.rmdir(path)
                     path = os.path.dirname(path)
-        self.unsynced.add(path)
-        for grave in graves:
-            self.store.files.dispose(grave)
-        if graves:
+        sync_directory(path)
+        for folder in trash:
+            self.store.files.dispose(folder)
+        if trash:
+            # The index is made anew when it is needed.
             with contextlib.suppress(OSError):
-                os.unlink(self.store._referrers_index(name)[0])
+                os.unlink(self.layout.referrers_path(name))
             self._count("repositories", name)
 
+    # What more could go
 
-def collect_garbage(store, **how):
-    """Run a Collection, and return it. Raises OSError; BlockingIOError where another process is at it."""
+    def waiting_bytes(self) -> Tuple[int, float]:
+        """After run(): how many bytes have stayed only because they are young, and until when."""
+        if not self.has_spared:
+            return 0, 0.0
+        later = Collection(self.store, untagged=self.untagged, dry_run=True, expiry=self.expiry)
+        later.run()
+        size = later.counts["bytes"] - (self.counts["bytes"] if self.dry_run else 0)
+        return size, later.newest + self.grace
+
+
+def collect_garbage(store: Directory, **settings: Any) -> Collection:
+    """Run a Collection with these settings, and return it. Raises what run() raises, and
+    BlockingIOError if another process collects garbage."""
     with open(os.path.join(store.layout.own, "gc"), "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        collection = Collection(store, **how)
+        collection = Collection(store, **settings)
         collection.run()
         if not collection.dry_run:
             note_result(store, "gc", freed_bytes=collection.counts["bytes"])
     return collection
 
 
-def waiting_bytes(done, **how):
-    """What a Collection has left only because it is young: how many bytes, and until when."""
-    if not done.spared:
-        return 0, 0.0
-    later = Collection(done.store, **dict(how, grace=0.0, dry_run=True, force=True))
-    later.run()
-    size = later.counts["bytes"] - (done.counts["bytes"] if done.dry_run else 0)
-    return size, later.newest + done.grace
-
-
-def freed_bytes(store, name, grace):
-    """How many bytes a Collection of what is untagged would free in one repository, unless another
-    needs them; and from when on."""
-    digests = set()
-    later = Collection(store, untagged=True, dry_run=True,
-                       tell=lambda kind, what, size: digests.add(what.partition("@")[2]))
+def freed_bytes(store: Directory, name: str, grace: float) -> Tuple[int, float]:
+    """How many bytes gc would free in one repository if all that is untagged went, and from when
+    on. That is the most: another repository may need some of them."""
+    later = Collection(store, untagged=True, dry_run=True)
     later.collect_repository(name)
-    size = sum(look_at(store.layout.blob_path(Digest(digest))).size for digest in digests if digest)
+    links = itertools.chain(store.layout.iter_layers(name), store.layout.iter_revisions(name))
+    size = sum(look_at(store.layout.blob_path(digest)).size
+               for digest in {digest for digest, _ in links} if key_of(digest) not in later.needed)
     return size, later.newest + grace + TOUCH_AGAIN_AFTER
 
 
-# Upkeep: verification
+# Verification
+
+DANGLING = "link to a missing blob"
+LEFTOVER = "link that no image needs"
+MOVABLE = ("damaged link", DANGLING, "tag without manifest")
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong."""
+
+    problem: str
+    name: str  # a digest, a tag, or in words what can't be read
+    path: str  # the file, or the archive
 
 
 class Verification:
-    """One reading of everything in the store, beside pushes; afterwards `findings` is {(what, name,
-    path): images that it harms}, and `leftovers` the paths of links that lead nowhere and that no
-    image needs, as Distribution's garbage collection leaves them. `rate` limits the reading to so
-    many bytes a second; `progress(blobs, bytes)` is called now and then."""
+    """One reading of everything, in a store or in archives, and what came of it. `progress(blobs,
+    bytes)` is called now and then; `rate` limits the reading to so many bytes a second."""
 
-    left_out = set()  # type: Set[Digest]  # by whoever made an archive
-    MOVABLE = ("damaged link", "link to a missing blob", "tag without manifest")
-    LEFTOVER = "link that no image needs"
-
-    def __init__(self, store, rate=0, progress=None):
-        self.store = store
+    def __init__(self, progress: Optional[Callable[[int, int], None]] = None,
+                 rate: int = 0) -> None:
+        self.progress = progress
         self.rate = rate
-        self.progress = progress or (lambda blobs, size: None)
         self.blobs = 0
         self.bytes = 0
-        self.damaged = {}   # {digest: (path, its size and inode, in which what a push puts there differs)}
-        self.findings = {}
-        self.leftovers = []
-        self.moved = []
+        self.damaged: Dict[Digest, Finding] = {}
+        self.findings: Dict[Finding, Set[str]] = {}  # with the images that each of them harms
+        self.left_out: Set[Digest] = set()  # blobs that whoever made an archive left out of it
+        self.leftovers: List[str] = []      # links as Distribution's garbage collection leaves them
+        self.moved: List[str] = []          # where damaged files are now
         self.mutex = threading.Lock()
-        self.began = self.told = time.monotonic()
+        self.began = self.last_progress = time.monotonic()
 
-    def run(self, repair=False):
-        """Read it all; with `repair`, put aside what is damaged or leads nowhere, and remove
-        leftovers. Raises OSError."""
-        self._read_blobs()
-        self.findings = {("damaged blob", digest, path): set() for digest, (path, _) in self.damaged.items()}
-        for name in repository_folders(self.store):
-            found = self._check(name)
-            if found:  # a second look, because a deletion may have been under way
-                with self.store.lock.alone() if repair else contextlib.ExitStack():
-                    found = {key: images for key, images in self._check(name).items() if key in found}
-                    leftovers = [path for what, _, path in found if what == self.LEFTOVER]
-                    self.leftovers += leftovers
-                    self.moved += [self.store.put_aside(path) for what, _, path in found
-                                   if repair and what in self.MOVABLE]
-                    for path in leftovers if repair else ():
-                        self.store.files.remove(os.path.dirname(path))
-            found = {key: images for key, images in found.items() if key[0] != self.LEFTOVER}
-            for key, images in found.items():
-                self.findings.setdefault(key, set()).update(images)
-        for path, seen in self.damaged.values() if repair else ():
-            with self.store.lock.alone():
-                if look_at(path)[1:] == seen:
-                    self.moved.append(self.store.put_aside(path))
-        if repair:  # the referrers index is made anew
-            shutil.rmtree(os.path.join(self.store.layout.own, "referrers"), ignore_errors=True)
-        note_result(self.store, "verify", findings=len(self.findings), read_bytes=self.bytes)
-
-    def _read_blobs(self):
-        """Hash every blob, in as many threads as there are processors; hashlib lets them run. Raises OSError."""
-        entries = digest_folders(self.store.layout.tree, "blobs", shards=True)
-        with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
-            for batch in iter(lambda: list(itertools.islice(entries, 1000)), []):
-                list(pool.map(self._read_blob, batch))
-
-    def _read_blob(self, entry):
-        digest, path = entry[0], os.path.join(entry[1], "data")
-        seen, intact = look_at(path)[1:], False
-        try:
-            with open(path, "rb", buffering=0) as file:
-                intact = hash_of_file(file, digest.algorithm, self._count).hexdigest() == digest.encoded
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-        self._count(0, 1)
-        if not intact:
-            self.damaged[digest] = (path, seen)
-
-    def _count(self, size, blobs=0):
+    def count(self, size: int, blobs: int = 0) -> None:
+        """Count what has been read. Any thread may call it; it waits if reading is too fast."""
         with self.mutex:
             self.blobs += blobs
             self.bytes += size
-            if time.monotonic() - self.told > 0.5:
-                self.told = time.monotonic()
+            if self.progress and time.monotonic() - self.last_progress > 0.5:
+                self.last_progress = time.monotonic()
                 self.progress(self.blobs, self.bytes)
         if self.rate:
             time.sleep(max(self.bytes / self.rate - (time.monotonic() - self.began), 0.0))
 
-    def _check(self, name):
-        """The findings in one repository, as {(what, name, path): set of images that it harms}."""
-        folder, found = os.path.join(self.store.layout.repository_path(name), "_manifests"), []
-        layers = self._check_links(found, digest_folders(os.path.dirname(folder), "_layers"))
-        dangling = {path for what, _, path in found if what == "link to a missing blob"}
-        revisions = self._check_links(found, digest_folders(folder, "revisions"))
-        needs = dict(itertools.chain(layers.items(), revisions.items()))  # {digest or tag: what it can't do without}
-        held = set(needs)
+    def add(self, finding: Finding, *images: str) -> None:
+        """Add a finding, or more images that it harms."""
+        self.findings.setdefault(finding, set()).update(images)
+
+    def add_damage(self, digest: Digest, path: str) -> None:
+        """Add a blob that can't be read, or is not what its digest says."""
+        self.damaged[digest] = Finding("damaged blob", digest, path)
+        self.add(self.damaged[digest])
+
+
+class StoreVerification(Verification):
+    """The verification of a store, beside pushes. With `repair` it moves away what is damaged or
+    leads nowhere, and deletes links that no image needs."""
+
+    def __init__(self, store: Directory, progress: Optional[Callable[[int, int], None]] = None,
+                 rate: int = 0, repair: bool = False) -> None:
+        super().__init__(progress, rate)
+        self.store = store
+        self.repair = repair
+        self.layout = store.layout
+        self.states: Dict[str, FileState] = {}  # of the damaged files
+
+    def run(self) -> None:
+        """Raises OSError."""
+        self._read_blobs()
+        for name in repository_folders(self.store):
+            findings = self._check_repository(name)
+            if findings:
+                self._confirm(name, findings)
+        if self.repair:
+            for path, state in self.states.items():
+                self._move_if_same(path, state)
+            # The index of referrers is made anew when it is needed.
+            shutil.rmtree(os.path.join(self.layout.own, "referrers"), ignore_errors=True)
+        note_result(self.store, "verify", findings=len(self.findings), read_bytes=self.bytes)
+
+    def _confirm(self, name: str, findings: Dict[Finding, Set[str]]) -> None:
+        """Look again, because a deletion may have been under way; add and repair what is still
+        so."""
+        with self.store.lock.alone() if self.repair else contextlib.ExitStack():
+            for finding, images in self._check_repository(name).items():
+                if finding in findings and finding.problem == LEFTOVER:
+                    self.leftovers.append(finding.path)
+                    if self.repair:
+                        self.store.files.remove(os.path.dirname(finding.path))
+                elif finding in findings:
+                    self.add(finding, *images)
+                    if self.repair and finding.problem in MOVABLE:
+                        self.moved.append(self.store.put_aside(finding.path))
+
+    def _move_if_same(self, path: str, state: FileState) -> None:
+        """Move a damaged blob away, unless a push has replaced it since it was read."""
+        with self.store.lock.alone():
+            # The mtime does not count: a client's request changes it, too.
+            if look_at(path)._replace(mtime=state.mtime) == state:
+                self.moved.append(self.store.put_aside(path))
+
+    # Reading blobs
+
+    def _read_blobs(self) -> None:
+        """Hash every blob, in as many threads as there are processors; hashlib lets them run at
+        the same time. Raises OSError."""
+        with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
+            for batch in batches(self.layout.iter_blobs(), 1000):
+                list(pool.map(self._read_blob, batch))
+
+    def _read_blob(self, entry: Entry) -> None:
+        digest, folder = entry
+        path = os.path.join(folder, "data")
+        state, is_intact = look_at(path), False
+        try:
+            with open(path, "rb", buffering=0) as file:
+                hasher = hash_of_file(file, digest.algorithm, self.count)
+                is_intact = hasher.hexdigest() == digest.encoded
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno != errno.EIO:  # EIO: the disk can't read it any more
+                raise
+        self.count(0, 1)
+        if not is_intact:
+            self.states[path] = state
+            self.add_damage(digest, path)
+
+    # Following links
+
+    def _check_repository(self, name: str) -> Dict[Finding, Set[str]]:
+        """What is wrong in one repository, and the images that each finding harms."""
+        findings: List[Finding] = []
+        needs = self._check_links(findings, self.layout.iter_layers(name))
+        dangling = {finding for finding in findings if finding.problem == DANGLING}
+        revisions = self._check_links(findings, self.layout.iter_revisions(name))
+        needs.update(revisions)  # {tag or digest: the digests that it can't do without}
+        present = set(needs)
         for digest in revisions:
             blobs, children = self.store.needs(digest)
             needs[digest] = needs[digest] + blobs + children
-            found += [("missing blob", blob, self.store.layout.layer_path(name, blob)) for blob in blobs if blob not in held]
-        tags = [(tag, self.store.layout.current_path(name, tag)) for tag in list_directory(self.store.layout.tag_path(name, ""))]
-        for tag, current in tags:
-            needs[tag] = self._check_link(found, tag, current)
+            findings += [Finding("missing blob", blob, self.layout.layer_path(name, blob))
+                         for blob in blobs if blob not in present]
+        tags = self.layout.list_tags(name)
+        for tag in tags:
+            folder = self.layout.current_path(name, tag)
+            needs[tag] = self._check_link(findings, tag, folder)
             if needs[tag] and needs[tag][0] not in revisions:
-                found.append(("tag without manifest", tag, os.path.join(current, "link")))
-            for digest, entry in digest_folders(os.path.dirname(current), "index"):
-                self._check_link(found, digest, entry)  # what a tag once meant may be gone
-        images, tagged = {what: set() for _, what, _ in found}, set()
-        for image in [tag for tag, _ in tags] + list(revisions):
-            if image not in tagged:
-                reached = follow([image], needs)
-                for what in reached.intersection(images):
-                    images[what].add(image_text(name, image))
-                tagged |= reached if image not in revisions else set()
-        idle = {path for _, what, path in found if path in dangling and not images[what]}
-        return {(self.LEFTOVER if path in idle else what, digest, path): images[digest]
-                for what, digest, path in found}
+                findings.append(Finding("tag without manifest", tag, self.layout.link_in(folder)))
+            # What a tag pointed to earlier may be gone; only the link itself is checked.
+            for digest, earlier in digest_folders(self.layout.tag_path(name, tag), "index"):
+                self._check_link(findings, digest, earlier)
+        harmed = self._harmed_images(name, tags + list(revisions), needs, findings)
+        leftovers = {finding for finding in dangling if not harmed[finding.name]}
+        return {finding._replace(problem=LEFTOVER) if finding in leftovers else finding:
+                harmed[finding.name] for finding in findings}
 
-    def _check_links(self, found, entries):
-        """{digest: [what its link names]} of the (digest, folder) entries that lead to a blob; notes what doesn't."""
-        targets = {}
+    @staticmethod
+    def _harmed_images(name: str, images: List[str], needs: Dict[str, List[Digest]],
+                       findings: List[Finding]) -> Dict[str, Set[str]]:
+        """For the name in each finding, the images that can't do without it. `images` are the tags,
+        then the digests of manifests, of which only those count that no tag leads to."""
+        harmed: Dict[str, Set[str]] = {finding.name: set() for finding in findings}
+        tagged: Set[str] = set()
+        for image in images:
+            if image not in tagged:
+                reached = reachable([image], needs)
+                for needed in reached.intersection(harmed):
+                    harmed[needed].add(image_text(name, image))
+                if not isinstance(image, Digest):
+                    tagged |= reached
+        return harmed
+
+    def _check_links(self, findings: List[Finding], entries: Iterable[Tuple[Digest, str]]
+                     ) -> Dict[str, List[Digest]]:
+        """{digest: [what its link names]} of the (digest, folder) entries whose links lead to a
+        blob; adds what is wrong with the others, and with the blobs."""
+        targets: Dict[str, List[Digest]] = {}
         for digest, folder in entries:
-            for target in self._check_link(found, digest, folder):
-                path = self.store.layout.blob_path(target)
-                if os.path.isfile(path):
+            for target in self._check_link(findings, digest, folder):
+                if os.path.isfile(self.layout.blob_path(target)):
                     targets[digest] = [target]
-                    found += [("damaged blob", target, path)] if target in self.damaged else []
+                    if target in self.damaged:
+                        findings.append(self.damaged[target])
                 else:
-                    found.append(("link to a missing blob", digest, os.path.join(folder, "link")))
+                    findings.append(Finding(DANGLING, digest, self.layout.link_in(folder)))
         return targets
 
-    def _check_link(self, found, name, folder):
-        """[what a link names], or [] where there is no link, or a damaged one."""
-        path = os.path.join(folder, "link")
-        target = self.store.layout.read_link(folder)
+    def _check_link(self, findings: List[Finding], name: str, folder: str) -> List[Digest]:
+        """What a link names, as a list; [] without a link. Adds a finding if it is damaged."""
+        path = self.layout.link_in(folder)
+        target = self.layout.read_link(folder)
         if target is None and os.path.exists(path):
-            found.append(("damaged link", name, path))
+            findings.append(Finding("damaged link", name, path))
         return [target] if target else []
 
 # -------------------------------------------------------------------------------------------------
@@ -3088,7 +3261,7 @@ class Member(collections.namedtuple("Member", "source offset length")):
     def digest(self, algorithm="sha256"):
         hasher = hashlib.new(algorithm)
         with self.open() as blob:
-            pour(blob, self.length, hasher.update)
+            copy_bytes(blob, self.length, hasher.update)
         return Digest("%s:%s" % (algorithm, hasher.hexdigest()))
 
 
@@ -3667,7 +3840,7 @@ class Archive(Registry):
                 if reference != digest or digest not in covered:
                     yield name, reference, digest
 
-    def is_meant(self, name, digest):
+    def is_named(self, name, digest):
         return (name, digest) not in self.untagged
 
     def version(self):
@@ -3824,7 +3997,7 @@ class ArchiveWriter(Registry):
         with open_from(0) as blob:
             for offset in range(0, length, step):
                 size, hasher = min(step, length - offset), hashlib.sha256()
-                pour(blob, size, hasher.update, whole.update)
+                copy_bytes(blob, size, hasher.update, whole.update)
                 parts.append(Digest("sha256:" + hasher.hexdigest()))
                 self.blobs[parts[-1]] = size, lambda _, offset=offset: open_from(offset)
         check_hash(whole, digest)
@@ -3861,7 +4034,7 @@ class ArchiveWriter(Registry):
             hasher = hashlib.new(digest.algorithm)
             give(tar_header(blob_name(digest), length))
             with open_from(0) as blob:
-                pour(blob, length, hasher.update, *takers)
+                copy_bytes(blob, length, hasher.update, *takers)
             check_hash(hasher, digest)
             give(bytes(padded(length) - length))
         give(TAR_END)
@@ -4499,7 +4672,7 @@ class RemoteBlob(Blob):
         if reply.length is not None:
             surplus = min(surplus, reply.length)
             self.length = reply.length - surplus
-        pour(self, surplus)
+        copy_bytes(self, surplus)
 
     def readinto(self, view):
         try:
@@ -4865,7 +5038,7 @@ class Copy:
         else:
             root, tag = self.source.resolve(self.name, self.reference), self.reference
         root = self._add(root)
-        if tag or self.source.is_meant(self.name, root):
+        if tag or self.source.is_named(self.name, root):
             self.tags.setdefault(root, []).append(tag or root)
         planned = set(self.manifests).union(self.blobs)
         self.report.absent = [child for child in collections.OrderedDict.fromkeys(self.children)
@@ -9733,151 +9906,184 @@ def push(options: argparse.Namespace) -> int:
     return transfer.run()
 
 
-def collect(options):
-    """Delete what nothing refers to; or say what that would be."""
-    if options.repositories and options.keep is None and options.older_than is None:
-        raise CommandError("--repositories says where --keep or --older-than delete tags; add one of them")
-    store = open_store(options)
-    gone = []
-
-    def note(kind, what, size):
-        if options.json:
-            gone.append({"kind": singular(kind), "name": what, "size": size})
-        elif options.dry_run:
-            tell("%s  %s%s" % (singular(kind), what, "  " + counted(size, "byte") if size else ""))
-
-    how = {"untagged": options.untagged, "keep": options.keep, "older_than": options.older_than,
-           "among": options.repositories}
-    try:
-        done = collect_garbage(store, grace=options.grace, dry_run=options.dry_run, tell=note,
-                               force=options.force, **how)
-    except BlockingIOError:
-        raise CommandError("another gc is at work in %s; it does the same" % store.root)
-    waiting, until = (0, 0.0) if options.quiet else waiting_bytes(done, **how)
-    if done.doubt:
-        complain("tinyreg: " + done.doubt)
+def report_collection(options: argparse.Namespace, collection: Collection,
+                      removed: List[Dict[str, Any]]) -> None:
+    """Print what a run of gc has deleted, or would delete, and what has to wait."""
+    waiting, until = (0, 0.0) if options.quiet else collection.waiting_bytes()
+    counts = collection.counts
+    if collection.doubt:
+        complain("tinyreg: " + collection.doubt)
     if options.json:
-        tell_json({"dryRun": options.dry_run, "size": done.counts["bytes"], "removed": gone,
+        tell_json({"dryRun": options.dry_run, "size": counts["bytes"], "removed": removed,
                    "waiting": waiting, "waitingUntil": timestamp(until) if waiting else None,
-                   "unreadable": done.unread})
+                   "unreadable": collection.unread})
     elif not options.quiet:
-        kinds = ["tags"] * bool(done.counts["tags"])
-        kinds += ["manifests", "links", "blobs", "uploads", "repositories"]
-        done_to = ", ".join(counted(done.counts[kind], singular(kind)) for kind in kinds)
-        tell("%s %s; %s" % ("would remove" if options.dry_run else "removed", done_to,
-                            in_units(done.counts["bytes"])))
+        kinds = ["manifests", "links", "blobs", "uploads", "repositories"]
+        if counts["tags"]:
+            kinds.insert(0, "tags")
+        tell("%s %s; %s" % ("would remove" if options.dry_run else "removed",
+                            ", ".join(counted(counts[kind], singular(kind)) for kind in kinds),
+                            in_units(counts["bytes"])))
         if waiting:
             tell(WAITING % (in_units(waiting) + " more can't be freed", local_time(until)))
             tell(command_text(*options.arguments, "--grace", "0"))
-    if done.unread:
+    if collection.unread:
         complain("tinyreg: kept all that may belong to what can't be read (see tinyreg.py verify): "
-                 + ", ".join(done.unread[:10]) + (" …" if done.unread[10:] else ""))
+                 + ", ".join(collection.unread[:10]) + (" …" if collection.unread[10:] else ""))
+
+
+def collect(options: argparse.Namespace) -> int:
+    """Delete what nothing refers to; or say what that would be."""
+    expiry = Expiry(options.keep, options.older_than, options.repositories)
+    if options.repositories and not expiry.is_on:
+        raise CommandError("--repositories says where --keep or --older-than delete tags; "
+                           "add one of them")
+    store = open_store(options)
+    removed: List[Dict[str, Any]] = []
+
+    def note(kind: str, name: str, size: int) -> None:
+        if options.json:
+            removed.append({"kind": singular(kind), "name": name, "size": size})
+        elif options.dry_run:
+            bytes_text = "  " + counted(size, "byte") if size else ""
+            tell("%s  %s%s" % (singular(kind), name, bytes_text))
+
+    try:
+        collection = collect_garbage(store, grace=options.grace, untagged=options.untagged,
+                                     dry_run=options.dry_run, tell=note, expiry=expiry,
+                                     force=options.force)
+    except BlockingIOError:
+        raise CommandError("another gc is at work in %s; it does the same" % store.root)
+    report_collection(options, collection, removed)
     return 0
 
 
 class ArchiveVerification(Verification):
-    """The same of archives, given by their paths: every blob is read again, and all that images
-    need is looked for. What was left out on purpose (save --have) is no damage."""
+    """The verification of archives: every blob is read, and all that images need is looked for.
+    What was left out on purpose (save --have) is no damage."""
 
-    def __init__(self, *arguments, **settings):
-        super().__init__(*arguments, **settings)
-        self.left_out = set()
+    def __init__(self, paths: List[str],
+                 progress: Optional[Callable[[int, int], None]] = None) -> None:
+        super().__init__(progress)
+        self.paths = paths
 
-    def run(self, repair=False):
-        """Raises UNSUPPORTED where none is an archive, OSError."""
-        archive = Archive(self.store, partly=True)
+    def run(self) -> None:
+        """Raises UNSUPPORTED if nothing of this can be read, OSError."""
+        archive = Archive(self.paths, partly=True)
         for path, problem in archive.unreadable.items():
-            self.findings["unreadable archive", problem, path] = set()
-        for path in self.store:
-            with contextlib.suppress(Unsupported):  # it is among the unreadable ones
-                self._read_archive(path, Archive([path], partly=True).blobs)
-        # Whether parts that are whole are those of the blob shows only where all are at hand.
-        self._read_archive(archive.root, {
+            self.add(Finding("unreadable archive", problem, path))
+        for path in self.paths:
+            # What can't be opened by itself is among the unreadable ones.
+            with contextlib.suppress(Unsupported):
+                self._read_blobs(path, Archive([path], partly=True).blobs)
+        # Whether whole parts belong to one blob shows only where all of them are at hand.
+        self._read_blobs(archive.root, {
             digest: member for digest, member in archive.blobs.items()
-            if isinstance(member.source, tuple) and not self.damaged.keys() & set(archive.joined[digest])})
+            if isinstance(member.source, tuple)
+            and self.damaged.keys().isdisjoint(archive.joined[digest])})
         for name, reference, _ in archive.images():
-            image, plan = image_text(name, reference), Copy(archive, None, name, reference)
-            try:
-                plan.plan()
-            except RegistryError as error:
-                self.findings.setdefault(("unreadable image", str(error), archive.root), set()).add(image)
-            for digest in plan.blobs:
-                if digest in archive.left_out and digest not in archive.blobs:
-                    self.left_out.add(digest)
-                    continue
-                for finding in self._lacks(archive, digest):
-                    self.findings.setdefault(finding, set()).add(image)
+            self._check_image(archive, name, reference)
 
-    def _lacks(self, archive, digest):
-        """Yield what is wrong with a blob that an image needs: the keys of findings."""
-        for piece in [digest] if digest in self.damaged else archive.joined.get(digest, [digest]):
+    def _read_blobs(self, path: str, blobs: Mapping[Digest, Member]) -> None:
+        # Links give one file many names; it is read once.
+        read = functools.lru_cache(maxsize=None)(Member.digest)
+        for digest, member in blobs.items():
+            try:
+                is_intact = read(member, digest.algorithm) == digest
+            except OSError:  # a medium that can't be read is damaged as well
+                is_intact = False
+            if not is_intact:
+                self.add_damage(digest, path)
+            self.count(member.length, 1)
+
+    def _check_image(self, archive: Archive, name: str, reference: Union[str, Digest]) -> None:
+        image = image_text(name, reference)
+        plan = Copy(archive, None, name, reference)
+        try:
+            plan.plan()
+        except (Unknown, Invalid) as error:  # the plan has got as far as it could
+            self.add(Finding("unreadable image", str(error), archive.root), image)
+        for digest in plan.blobs:
+            if digest in archive.left_out and digest not in archive.blobs:
+                self.left_out.add(digest)
+                continue
+            for finding in self._lacks(archive, digest):
+                self.add(finding, image)
+
+    def _lacks(self, archive: Archive, digest: Digest) -> Iterator[Finding]:
+        """What is wrong with a blob that an image needs."""
+        pieces = [digest] if digest in self.damaged else archive.joined.get(digest, [digest])
+        for piece in pieces:
             if piece in self.damaged:
                 yield self.damaged[piece]
             elif piece not in archive.blobs:
                 parts = archive.needed_parts(piece) - archive.given
                 for key, number in parts:
                     names = archive.parts[key]
-                    yield ("part %d of %d was not given" % (number, len(names)),
-                           names[number - 1], archive.root)
+                    yield Finding("part %d of %d was not given" % (number, len(names)),
+                                  names[number - 1], archive.root)
                 if not parts:
-                    yield "missing blob", piece, archive.root
-
-    def _read_archive(self, path, blobs):
-        read = functools.lru_cache(maxsize=None)(Member.digest)  # links give a file many names
-        for digest, member in blobs.items():
-            found = None
-            with contextlib.suppress(OSError):  # media that can't be read are damaged as well
-                found = read(member, digest.algorithm)
-            if found != digest:
-                self.damaged[digest] = "damaged blob", digest, path
-                self.findings[self.damaged[digest]] = set()
-            self.blobs += 1
-            self.bytes += member.length
-            self.progress(self.blobs, self.bytes)
+                    yield Finding("missing blob", piece, archive.root)
 
 
-def verify(options):
-    """Read everything in the store again; name what is damaged and what that harms. Exit status 1 if anything is."""
+def verdict_on(check: Verification) -> str:
+    """What to do about the findings, in a sentence."""
+    verdict = "all is well"
+    if check.findings:
+        verdict = ("%d damaged or missing; push the images that it harms (or copy the archive) "
+                   "again" % len(check.findings))
+        if all(finding.problem.startswith("part ") for finding in check.findings):
+            verdict = "what was given is well; give all parts to know about the rest"
+    if check.left_out:
+        verdict += "; %s left out: on the far side already" % counted(len(check.left_out), "blob")
+    return verdict
+
+
+def report_verification(options: argparse.Namespace, check: Verification) -> None:
+    """Print what was read, what is wrong, and what that harms."""
+    findings = sorted(check.findings.items())
+    lines = []
+    for finding, images in findings:
+        lines.append("%s: %s (%s)" % finding)
+        lines += ["    harms " + image for image in sorted(images)]
+    lines += ["put aside: " + path for path in check.moved]
+    if not options.quiet:
+        if check.leftovers:
+            lines.append("%s to blobs that are gone and that no image needs: %s" % (
+                counted(len(check.leftovers), "link"),
+                "removed" if options.repair else "no harm; --repair removes that"))
+        lines.append("%s, %s: %s" % (counted(check.blobs, "blob"), in_units(check.bytes),
+                                     verdict_on(check)))
+    damage = [{"what": finding.problem, "name": finding.name, "path": finding.path,
+               "harms": sorted(images)} for finding, images in findings]
+    show(options, {"blobs": check.blobs, "size": check.bytes, "damage": damage,
+                   "left_out": len(check.left_out), "moved": check.moved,
+                   "leftovers": len(check.leftovers)}, lines)
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Read everything again; name what is damaged, and what that harms. The exit status is 1 if
+    anything is."""
     if options.archives and (options.repair or options.rate):
         raise CommandError("--repair and --rate are for the store, not for archives")
     logger.setLevel(logging.ERROR)  # what it would warn of is in the report
     shown = sys.stderr.isatty() and not options.quiet
 
-    def progress(blobs, size):
-        if shown:
-            tell_progress("%s, %s read" % (counted(blobs, "blob"), in_units(size)))
+    def progress(blobs: int, size: int) -> None:
+        tell_progress("%s, %s read" % (counted(blobs, "blob"), in_units(size)))
 
     signal.signal(signal.SIGINT, leave_at_once)  # threads would go on reading
-    check = ArchiveVerification(options.archives, progress=progress) if options.archives else Verification(
-        open_store(options), options.rate, progress)
-    check.run(options.repair)
+    check: Verification
+    if options.archives:
+        check = ArchiveVerification(options.archives, progress if shown else None)
+    else:
+        check = StoreVerification(open_store(options), progress if shown else None,
+                                  options.rate, options.repair)
+    check.run()
     if shown:
         complain("")
-    report = [{"what": what, "name": name, "path": path, "harms": sorted(images)}
-              for (what, name, path), images in sorted(check.findings.items())]
-    lines = []
-    for entry in report:
-        lines.append("%(what)s: %(name)s (%(path)s)" % entry)
-        lines += ["    harms " + image for image in entry["harms"]]
-    lines += ["put aside: " + path for path in check.moved]
-    if check.leftovers and not options.quiet:
-        lines.append("%s to blobs that are gone and that no image needs: %s" % (
-            counted(len(check.leftovers), "link"),
-            "removed" if options.repair else "no harm; --repair removes that"))
-    verdict = "all is well"
-    if report:
-        verdict = ("%d damaged or missing; push the images that it harms (or copy the archive) "
-                   "again" % len(report))
-    if report and all(entry["what"].startswith("part ") for entry in report):
-        verdict = "what was given is well; give all parts to know about the rest"
-    if check.left_out:
-        verdict += "; %s left out: on the far side already" % counted(len(check.left_out), "blob")
-    if not options.quiet:
-        lines.append("%s, %s: %s" % (counted(check.blobs, "blob"), in_units(check.bytes), verdict))
-    show(options, {"blobs": check.blobs, "size": check.bytes, "damage": report,
-                   "left_out": len(check.left_out), "moved": check.moved,
-                   "leftovers": len(check.leftovers)}, lines)
-    return 1 if report else 0
+    report_verification(options, check)
+    return 1 if check.findings else 0
 
 
 # Archives
@@ -9960,7 +10166,7 @@ def keep_ranges(store: Directory, archive: Archive) -> None:
               and not archive.find_damage(digest)):
             member = archive.blobs[digest]
             with member.open() as blob:
-                store.files.fill(path, functools.partial(pour, blob, member.length))
+                store.files.fill(path, functools.partial(copy_bytes, blob, member.length))
 
 
 def lacking_digests(reports: Iterable[Report]) -> Set[Digest]:

@@ -840,7 +840,7 @@ def test_what_a_store_has_put_aside_is_not_served(store, tmp_path):
     with open(store.layout.blob_path(digest), "wb") as file:
         file.write(b"spoiled")
     with store.lock.alone():
-        aside = store.put_aside(store.layout.blob_path(digest))
+        aside = store.quarantine(store.layout.blob_path(digest))
     assert os.path.exists(aside)
     inner, outer = str(tmp_path / "inner.tar"), str(tmp_path / "outer.tar")
     subprocess.run(["tar", "-C", store.root, "-cf", inner, "."], check=True)
@@ -1014,8 +1014,8 @@ def test_a_file_with_many_names_is_read_once(tmp_path, monkeypatch):
     config = {"rootfs": {"diff_ids": []}}
     docker = {"manifest.json": json.dumps([{"Config": "c", "Layers": ["layer"] * 1000}]).encode(),
               "c": json.dumps(config).encode(), "layer": LARGE}
-    read, pour = [], tinyreg.pour
-    monkeypatch.setattr("tinyreg.pour", lambda blob, *rest: read.append(blob.length) or pour(blob, *rest))
+    read, copy_bytes = [], tinyreg.copy_bytes
+    monkeypatch.setattr("tinyreg.pour", lambda blob, *rest: read.append(blob.length) or copy_bytes(blob, *rest))
     check = tinyreg.ArchiveVerification([make_tar(tmp_path / "linked.tar", members)])
     check.run()
     assert read.count(len(LARGE)) == 1 and len(check.damaged) == 1000

@@ -15,7 +15,7 @@ import pytest
 from conftest import PATIENCE, TINYREG, run_tinyreg, until
 from samples import (CONFIG, buildkit_cache, image, index, make_image, make_referrer, push_blob, read_blob,
                      to_manifest)
-from tinyreg import (DOCKER_SCHEMA1, OCI_MANIFEST, Collection, CommandError, Digest, Directory, Manifest,
+from tinyreg import (DOCKER_SCHEMA1, OCI_MANIFEST, Collection, CommandError, Digest, Directory, Expiry, Manifest,
                      RegistryError, collect_garbage, copy, local_time)
 
 HOUR = 3600
@@ -32,10 +32,14 @@ def make_old(store, seconds=10 * HOUR):
         os.utime(path, (then, then))
 
 
+def collect(store, keep=None, older_than=None, repositories=None, **how):
+    return collect_garbage(store, expiry=Expiry(keep, older_than, repositories), **how)
+
+
 def gc(store, **how):
     """Collect garbage in a store where everything is old; returns the set of kinds and names that went."""
     gone = set()
-    collect_garbage(store, tell=lambda kind, what, size: gone.add((kind, what)), **how)
+    collect(store, tell=lambda kind, what, size: gone.add((kind, what)), **how)
     return gone
 
 
@@ -419,7 +423,7 @@ def aged(store):
     ({"keep": 1, "older_than": 3.5 * HOUR}, "123"), ({"keep": 4, "older_than": 1.5 * HOUR}, "1234"),
     ({"keep": 1, "grace": 2.5 * HOUR}, "12"), ({}, "12345")])
 def test_tags_expire_with_what_only_they_led_to(aged, how, left):
-    gone = gc(aged, **dict(how, among=None))
+    gone = gc(aged, **dict(how, repositories=None))
     assert list(aged.tags("app")) == list(left)
     assert {what for kind, what in gone if kind == "tags" and what.startswith("app")} == {
         "app:%s" % tag for tag in "12345" if tag not in left}
@@ -438,11 +442,11 @@ def test_what_had_no_tag_before_stays_unless_untagged_is_said(aged):
     multi = to_manifest(index(child))
     aged.put_manifest("app", multi)
     make_old(aged)
-    gc(aged, keep=1, among=re.compile("app"))
+    gc(aged, keep=1, repositories=re.compile("app"))
     assert len(list(aged.tags("app"))) == 1 and list(aged.tags("other")) == ["old"]
     assert {untagged.digest, child.digest, multi.digest} <= set(aged._revisions("app"))
     assert has_blob(aged, "app", b"by digest") and has_blob(aged, "app", b"child")
-    gc(aged, keep=1, untagged=True, among=re.compile("app"))
+    gc(aged, keep=1, untagged=True, repositories=re.compile("app"))
     assert not {untagged.digest, multi.digest} & set(aged._revisions("app"))
 
 
@@ -496,18 +500,18 @@ def test_an_expired_tag_takes_along_neither_subject_nor_base_image(aged):
 def test_a_tag_that_moves_meanwhile_stays(aged, monkeypatch):
     first, fourth = aged.resolve("app", "1"), aged.resolve("app", "4")
     manifest, again = [Manifest(aged.manifest_content(digest), digest) for digest in (first, fourth)]
-    take = Collection._take
+    sweep = Collection.sweep
 
-    def push_first(collection, kind, file, entries, name=None):
+    def push_first(collection, kind, entries, name=None):
         if kind == "tags" and not aged.lock.pushed:
             aged.lock.pushed = True
             aged.put_manifest("app", manifest, ["5"])
             aged.put_manifest("app", again, ["new"])
-        return take(collection, kind, file, entries, name)
+        return sweep(collection, kind, entries, name)
 
     aged.lock.pushed = False
-    monkeypatch.setattr(Collection, "_take", push_first)
-    collect_garbage(aged, keep=2)
+    monkeypatch.setattr(Collection, "sweep", push_first)
+    collect(aged, keep=2)
     assert list(aged.tags("app")) == ["1", "2", "5", "new"] and aged.resolve("app", "5") == manifest.digest
     assert aged.manifest("app", aged.resolve("app", "new")) and has_blob(aged, "app", b"layer 4")
 
@@ -594,7 +598,7 @@ def test_a_quiet_week_is_no_wrong_clock_where_tags_are_kept_by_their_number(aged
 def test_a_tag_of_the_future_does_not_push_out_what_is_new(aged):
     set_time(aged, time.time() + 100 * HOUR, os.path.join(aged.layout.current_path("app", "5"), "link"))
     with pytest.raises(CommandError, match="^app:5, of .*, would count as the newest from now on.*clock says"):
-        collect_garbage(aged, keep=1)
+        collect(aged, keep=1)
     assert list(aged.tags("app")) == list("12345")
     gc(aged, keep=1, force=True)
     assert list(aged.tags("app")) == ["5"]
@@ -664,9 +668,9 @@ def test_a_push_after_the_marking(store, monkeypatch, when, how):
     if how != "again":
         store.delete_manifest("app", manifest.digest)
     make_old(store)
-    take = Collection._take
+    sweep = Collection.sweep
 
-    def push_first(collection, kind, file, entries, name=None):
+    def push_first(collection, kind, entries, name=None):
         entries = list(entries)
         if kind == when and not store.has_pushed:
             store.has_pushed = True
@@ -679,10 +683,10 @@ def test_a_push_after_the_marking(store, monkeypatch, when, how):
                 make_image(store, "other", layers=(b"layer",))
             else:
                 store.put_manifest("app", manifest, ["latest"])
-        return take(collection, kind, file, entries, name)
+        return sweep(collection, kind, entries, name)
 
     store.has_pushed = False
-    monkeypatch.setattr(Collection, "_take", push_first)
+    monkeypatch.setattr(Collection, "sweep", push_first)
     collect_garbage(store, untagged=True)
     assert store.has_pushed
     name = "app" if how == "again" and when == "manifests" else "other"
@@ -698,9 +702,9 @@ def test_a_push_between_an_index_and_its_children(store, monkeypatch, when, how)
     inner = to_manifest(index(child))
     store.put_manifest("app", inner)
     make_old(store)
-    take, levels = Collection._take, []
+    sweep, levels = Collection.sweep, []
 
-    def push_first(collection, kind, file, entries, name=None):
+    def push_first(collection, kind, entries, name=None):
         entries = list(entries)
         if kind == "manifests":
             levels.append({digest for digest, _ in entries})
@@ -709,9 +713,9 @@ def test_a_push_between_an_index_and_its_children(store, monkeypatch, when, how)
                     make_referrer(store, "app", inner)
                 else:
                     store.put_manifest("app", to_manifest(index(inner)) if how == "outer index" else inner, ["new"])
-        return take(collection, kind, file, entries, name)
+        return sweep(collection, kind, entries, name)
 
-    monkeypatch.setattr(Collection, "_take", push_first)
+    monkeypatch.setattr(Collection, "sweep", push_first)
     collect_garbage(store, untagged=True)
     assert levels == [{inner.digest}, {child.digest}][:when]
     assert store.manifest("app", inner.digest) and store.manifest("app", child.digest)
@@ -723,22 +727,22 @@ def test_gc_does_not_go_by_what_nfs_remembers_of_a_file(store, monkeypatch):
     manifest = make_image(store, "app", "gone", layers=(b"layer",))
     store.delete_tag("app", "gone")
     make_old(store)
-    real, remembered, take = os.stat, {}, Collection._take
+    real, remembered, sweep = os.stat, {}, Collection.sweep
 
     def stat(path, **settings):
         found = real(path, **settings)
         return remembered.setdefault(path, found) if str(path).startswith(store.layout.tree) else found
 
-    def push_first(collection, kind, file, entries, name=None):
+    def push_first(collection, kind, entries, name=None):
         entries = list(entries)
         if kind == "manifests":
             for _, folder in entries:
-                os.stat(os.path.join(folder, file))
+                os.stat(os.path.join(folder, "link"))
             store.put_manifest("app", manifest, ["again"])
-        return take(collection, kind, file, entries, name)
+        return sweep(collection, kind, entries, name)
 
     monkeypatch.setattr(os, "stat", stat)
-    monkeypatch.setattr(Collection, "_take", push_first)
+    monkeypatch.setattr(Collection, "sweep", push_first)
     collect_garbage(store, untagged=True)
     assert store.manifest("app", store.resolve("app", "again")) and has_blob(store, "app", b"layer")
 

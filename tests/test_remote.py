@@ -26,7 +26,7 @@ from conftest import PATIENCE, TINYREG, Client, ask, free_port, get, open_url, r
 from samples import (EVIL, index, is_harmless, make_image, make_referrer, read_blob, to_manifest)
 from test_copy import make_multi
 from tinyreg import (ClientSetup, Digest, Directory, RegistryError, Remote, copy, find_login, mirror_files,
-                     pour)
+                     copy_bytes)
 
 DISTRIBUTION = shutil.which("docker-registry")
 needs_distribution = pytest.mark.skipif(not DISTRIBUTION, reason="docker-registry is not installed")
@@ -230,7 +230,7 @@ def holdings(registry, name):
         for blob in manifest.blobs:
             with registry.open_blob(name, blob.digest) as opened:
                 content = bytearray()
-                pour(opened, blob.size, content.extend)
+                copy_bytes(opened, blob.size, content.extend)
             assert Digest.of(bytes(content), blob.digest.algorithm) == blob.digest
             found.add(blob.digest)
     for digest in tags.values():

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import run_tinyreg
 from samples import CONFIG, descriptor, image, index, make_image, make_referrer, push_blob, read_blob, to_manifest
-from tinyreg import Digest, Verification
+from tinyreg import Digest, StoreVerification
 
 LAYERS = (b"layer one", b"layer two")
 
@@ -22,8 +22,8 @@ def overwrite(path, content):
 
 def verify(store, repair=False):
     """{(what, name): images harmed}"""
-    check = Verification(store)
-    check.run(repair)
+    check = StoreVerification(store, repair=repair)
+    check.run()
     return {(what, name): images for (what, name, _), images in check.findings.items()}
 
 
@@ -126,7 +126,7 @@ def test_a_link_that_leads_nowhere_is_damage_where_an_image_needs_it(store):
     for content in (b"untagged", b"stray"):
         os.unlink(store.layout.blob_path(push_blob(store, "app", content)))
     untagged, = set(store._revisions("app")) - {store.resolve("app", "latest")}
-    check = Verification(store)
+    check = StoreVerification(store)
     check.run()
     assert {(what, name) for what, name, _ in check.findings} == {
         (what, Digest.of(b"untagged")) for what in ("missing blob", "link to a missing blob")}
@@ -148,7 +148,7 @@ def test_repair_lets_the_referrers_index_be_made_anew(store):
     manifest = make_image(store, "app", layers=LAYERS)
     referrer = make_referrer(store, "app", manifest)
     assert [found.digest for found in store.referrers("app", manifest.digest)] == [referrer.digest]
-    overwrite(store._referrers_index("app")[0], ("%s -\n" % referrer.digest).encode())
+    overwrite(store.layout.referrers_path("app"), ("%s -\n" % referrer.digest).encode())
     assert list(store.referrers("app", manifest.digest)) == []
     verify(store, repair=True)
     assert [found.digest for found in store.referrers("app", manifest.digest)] == [referrer.digest]
@@ -189,11 +189,11 @@ def test_the_command(store):
 def test_repair_of_a_blob_that_clients_ask_for_meanwhile(store, monkeypatch):
     """A mount touches it, and changes nothing."""
     flip(store, make_image(store, "app", layers=LAYERS))
-    check = Verification(store)
+    check = StoreVerification(store, repair=True)
     path = store.layout.blob_path(Digest.of(b"layer one"))
     found = check._read_blobs
     monkeypatch.setattr(check, "_read_blobs", lambda: (found(), os.utime(path, (1, 1))))
-    check.run(repair=True)
+    check.run()
     assert len(check.moved) == 1 and not os.path.exists(path)
 
 
@@ -208,10 +208,10 @@ def test_rate(store):
 def test_repair_leaves_what_a_push_has_mended_meanwhile(store, monkeypatch):
     manifest = make_image(store, "app", layers=LAYERS)
     flip(store, manifest)
-    check = Verification(store)
+    check = StoreVerification(store, repair=True)
     found = check._read_blobs
     monkeypatch.setattr(check, "_read_blobs", lambda: (found(), make_image(store, "app", layers=LAYERS)))
-    check.run(repair=True)
+    check.run()
     assert check.moved == []
     assert read_blob(store, "app", Digest.of(b"layer one")) == b"layer one"
 
