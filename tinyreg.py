@@ -1397,6 +1397,10 @@ class Reader:
         False in a copy of a registry where it is only left over since its tag has moved on."""
         return True
 
+    def at_hand(self) -> Any:
+        """The registry that answers without asking others; PullThrough's is its store."""
+        return self
+
     def find_damage(self, digest: Digest) -> bool:
         """Whether a blob that arrived damaged is damaged here, too; False if that is unknown."""
         return False
@@ -2277,10 +2281,11 @@ class Directory(Registry):
             self._write_link(self.layout.layer_path(name, digest), target)
         return True
 
-    def put_manifest(self, name, manifest, tags=(), check_wanted=do_nothing):
+    def put_manifest(self, name, manifest, tags=(), check_wanted=do_nothing, sparse=False):
+        """As Writer has it; `sparse`: also while its blobs are missing."""
         tags = list(tags)
         wanted = {}  # {digest: the sizes that descriptors give it}
-        for blob in () if self.sparse else manifest.blobs:
+        for blob in () if sparse or self.sparse else manifest.blobs:
             if not blob.foreign:
                 wanted.setdefault(blob.digest, set()).add(blob.size)
         missing = {digest for digest, sizes in wanted.items() if not self._has(name, digest, sizes, check_wanted)}
@@ -2604,8 +2609,8 @@ class Expiry(NamedTuple):
 
     def applies_to(self, name: str) -> bool:
         """Whether tags of this repository may expire."""
-        is_meant = not self.repositories or self.repositories.fullmatch(name)
-        return self.is_on and bool(is_meant)
+        is_named = not self.repositories or self.repositories.fullmatch(name)
+        return self.is_on and bool(is_named)
 
     def choose(self, moved: Dict[str, float], latest: float) -> Set[str]:
         """The tags that go, of those that were last moved at these times; none that was moved after
@@ -3084,14 +3089,14 @@ class StoreVerification(Verification):
                 elif finding in findings:
                     self.add(finding, *images)
                     if self.repair and finding.problem in MOVABLE:
-                        self.moved.append(self.store.put_aside(finding.path))
+                        self.moved.append(self.store.quarantine(finding.path))
 
     def _move_if_same(self, path: str, state: FileState) -> None:
         """Move a damaged blob away, unless a push has replaced it since it was read."""
         with self.store.lock.alone():
             # The mtime does not count: a client's request changes it, too.
             if look_at(path)._replace(mtime=state.mtime) == state:
-                self.moved.append(self.store.put_aside(path))
+                self.moved.append(self.store.quarantine(path))
 
     # Reading blobs
 
@@ -4062,112 +4067,138 @@ class ArchiveWriter(Registry):
 # -------------------------------------------------------------------------------------------------
 # 9  Remote
 #
-# Another registry, over HTTP: logins, redirects, retries, and transfers that go on where they were cut. What goes
-# wrong becomes a RegistryError whose one line says what to do. PullThrough puts a store in front of it.
+# The client side of the protocol: another registry over HTTP, with its logins, redirects, retries,
+# and transfers that go on where they were cut. What goes wrong becomes a RegistryError whose one
+# line says what to do. PullThrough puts a store in front of other registries. This room has no
+# sockets of a server; which images are copied, and in which order, is the next room's.
 # -------------------------------------------------------------------------------------------------
 
-ACCEPT = ", ".join(MANIFEST_TYPES)
-RETRIED = (408, 429, 500, 502, 503, 504)
+ACCEPT = {"Accept": ", ".join(MANIFEST_TYPES)}
+RETRIED = (408, 429, 500, 502, 503, 504)  # statuses after which the same request may succeed
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 10
-MAX_ANSWER = 2 * MAX_MANIFEST  # bytes of an answer that is no blob: some registries list all tags at once
+MAX_ANSWER = 2 * MAX_MANIFEST  # bytes of a body that is no blob: some registries list all tags at once
 MAX_MESSAGE = 1000           # characters of another registry's error message that are passed on
-CONNECT_TIMEOUT = 15.0       # seconds to reach another registry
-MAX_REFUSAL = 1 << 20        # bytes of a refusal, which may say why
-REFUSAL_LIMIT = 5.0          # seconds in which they come, or are not waited for
+MAX_REFUSAL = 1 << 20        # bytes of the body of a refusal, which may say why …
+REFUSAL_LIMIT = 5.0          # … and the seconds that we wait for it
 MAX_PAGES = 1000             # pages of a list of tags or referrers …
 MAX_LIST = 64 << 20          # … their bytes …
-LIST_LIMIT = 300.0           # … and the seconds that they may take; the list of a broken registry never ends
-REMOTE_TIMEOUT = 60.0        # seconds without a byte from it (MovingStream) …
-TOKEN_TIMEOUT = 20.0         # … and from its token server, whose answer has …
-MAX_TOKEN = 64 << 10         # … at most so many bytes
-MAX_TOKENS = 1000            # tokens that are kept: a cache is asked for whatever names its clients think of
+LIST_LIMIT = 300.0           # … and seconds for all of them: the list of a broken registry never ends
+CONNECT_TIMEOUT = 15.0       # seconds to reach another registry
+REMOTE_TIMEOUT = 60.0        # seconds to wait for its bytes, as MovingStream counts them …
+TOKEN_TIMEOUT = 20.0         # … and for those of its token server
+CLOSING_TIMEOUT = 600.0      # seconds at the end of an upload: it reads a large blob again and stores it
+MAX_TOKEN = 64 << 10         # characters of one token …
+MAX_TOKENS = 1000            # … and tokens that are kept: clients of a cache may make up any name
+SHORT_LIFE = 60              # seconds that a token lives if its server does not say
 MAX_IDLE = 16                # connections to one host, and hosts, that are kept for the next request
-CLOSING_TIMEOUT = 600.0      # seconds at the end of an upload, while it reads a large blob again and puts it away
-LONGEST_WAIT = 300.0         # seconds; who says Retry-After with more than that means "come back another day"
-UPLOAD_CHUNK = 64 << 20      # bytes; what a dropped connection costs at most, where the other side keeps whole chunks
-SHORT_LIFE = 60              # seconds of a token, where its server does not say
-NETWORK_ERRORS = (OSError, http.client.HTTPException, ValueError)  # for example for a host that is no name
-CHALLENGE = re.compile(r'(?:^|,)\s*(Basic|Bearer)\b((?:[\s,]*\w+\s*=\s*(?:"(?:\\.|[^"\\])*"|[^\s,"]+))*)', re.I)
-NEXT_LINK = re.compile(r'<([^<>]*)>\s*;[^,<]*rel="?next"?')
+LONGEST_WAIT = 300.0         # seconds; a longer Retry-After means "come back another day"
+UPLOAD_CHUNK = 64 << 20      # bytes; a connection that drops costs that much if only whole chunks are kept
+NETWORK_ERRORS = (OSError, http.client.HTTPException, ValueError)  # ValueError: a host that is no name
+REFUSALS = (Unknown, Invalid, Refused, Unsupported)  # a registry was reached, and says no
+
+CHALLENGE = re.compile(r'(?:^|,)\s*(Basic|Bearer)\b'
+                       r'((?:[\s,]*\w+\s*=\s*(?:"(?:\\.|[^"\\])*"|[^\s,"]+))*)', re.I)
 PARAMETER = re.compile(r'\b(\w+)\s*=\s*(?:"((?:\\.|[^"\\])*)"|([^\s,"]+))')
+NEXT_LINK = re.compile(r'<([^<>]*)>\s*;[^,<]*rel="?next"?')
 
-Login = collections.namedtuple("Login", "user secret token where")  # the token, if any, is docker's identity token
+Challenges = Dict[str, Dict[str, str]]  # {scheme: {parameter: value}}
 
 
-class Passing(RegistryError):
-    """A failure that may pass. `wait` is how many seconds the other side wants to be left alone, if it says so."""
+class TemporaryFailure(Unavailable):
+    """A failure after which the same request may succeed. `wait` is how many seconds the registry
+    wants to be left alone, None if it does not say."""
 
-    wait = None  # type: float
+    wait: Optional[float] = None
 
 
 @contextlib.contextmanager
-def if_there():
-    """For a block that ends where a repository, manifest or blob is not there, and after which all goes on."""
-    try:
+def if_there() -> Iterator[None]:  # CALLERS: use contextlib.suppress(Unknown)
+    with contextlib.suppress(Unknown):
         yield
-    except RegistryError as error:
-        if error.code not in UNKNOWN_CODES:
-            raise
 
 
-def parse_challenges(header):
-    """{scheme: {parameter: value}} of a WWW-Authenticate header; schemes and parameters in lower case."""
-    return {scheme.lower(): {name.lower(): re.sub(r"\\(.)", r"\1", quoted) or plain
-                             for name, quoted, plain in PARAMETER.findall(parameters)}
-            for scheme, parameters in CHALLENGE.findall(header)}
+# Logins
 
 
-def login_files():
+class Login(NamedTuple):
+    """What a registry or its token server wants to see. `source` is the file or program that has
+    it, for messages."""
+
+    user: str
+    secret: str
+    identity_token: Optional[str]  # docker's: it is exchanged for other tokens
+    source: str
+
+
+def basic_authorization(user: str, secret: str) -> str:
+    """The Authorization header of RFC 7617."""
+    return "Basic " + base64.b64encode(("%s:%s" % (user, secret)).encode()).decode()
+
+
+def login_files() -> List[str]:
     """Where docker, podman and skopeo keep their logins, in the order in which we look."""
-    home, runtime = os.path.expanduser("~"), os.environ.get("XDG_RUNTIME_DIR")
+    home = os.path.expanduser("~")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
     docker = os.environ.get("DOCKER_CONFIG") or os.path.join(home, ".docker")
-    paths = [os.environ.get("REGISTRY_AUTH_FILE"), runtime and os.path.join(runtime, "containers", "auth.json"),
-             os.path.join(home, ".config", "containers", "auth.json"), os.path.join(docker, "config.json")]
-    return [path for path in paths if path]
+    return list(filter(None, (
+        os.environ.get("REGISTRY_AUTH_FILE"),
+        os.path.join(runtime, "containers", "auth.json") if runtime else None,
+        os.path.join(home, ".config", "containers", "auth.json"),
+        os.path.join(docker, "config.json"))))
 
 
-def login_key(name):
-    """A host, or host and path, as we compare it: https://index.docker.io/v1/ is docker.io."""
-    scheme, found, rest = name.partition("://")
-    name = rest.partition("/")[0] if found else re.sub("/v[12]/?$", "", name)
-    return canonical_host(name)
+def login_key(key: str) -> str:
+    """The key of a login, which is a host or a host with a path, as we compare it. Docker writes
+    docker.io as https://index.docker.io/v1/."""
+    _, scheme, url = key.rpartition("://")
+    return canonical_host(url.partition("/")[0] if scheme else re.sub("/v[12]/?$", "", key))
 
 
-def read_login(entry, file):
-    """The Login of one entry of a file, or None: beside a helper docker leaves them empty. Raises ValueError."""
+def parse_login(entry: Dict[str, Any], file: str) -> Optional[Login]:
+    """The Login in one entry of a file; None where it is empty, as docker leaves it if a helper has
+    the login. Raises ValueError."""
     user, _, secret = base64.b64decode(entry.get("auth", "")).decode().partition(":")
     token = entry.get("identitytoken")
     return Login(user, secret.rstrip("\0"), token, file) if secret or token else None
 
 
-def ask_helper(helper, host):
-    """What a credential helper says; one that fails or is not installed has nothing to say."""
+def ask_helper(helper: str, host: str) -> Optional[Login]:
+    """The Login that a credential helper of docker has for a host. None also where the helper fails
+    or is not installed: then another file may have a login."""
     server = "https://index.docker.io/v1/" if host == "docker.io" else host
     program = "docker-credential-" + helper
     try:
-        answer = subprocess.run([program, "get"], input=server.encode(), stdout=subprocess.PIPE,
-                                stderr=subprocess.DEVNULL, timeout=REMOTE_TIMEOUT, check=True).stdout
-        found = load_json(answer)
-        user, secret = found["Username"], found["Secret"]
+        done = subprocess.run([program, "get"], input=server.encode(), stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, timeout=REMOTE_TIMEOUT, check=True)
+        answer = load_json(done.stdout)
+        user, secret = answer["Username"], answer["Secret"]
     except (OSError, ValueError, KeyError, subprocess.SubprocessError):
         return None
     return Login(user, secret, secret if user == "<token>" else None, program)
 
 
-def find_login(host, path=""):
-    """The Login for a repository, or None. Keys may name a part of its path; the longest counts."""
+def find_login_in(file: str, keys: Sequence[str]) -> Optional[Login]:
+    """The Login that a file, or the helper that it names, has for the first of these keys that has
+    one. The last key is the host alone. Raises what a damaged file leads to."""
+    document = load_json(read_file(file) or b"{}")
+    helpers, entries = [
+        {login_key(key): value for key, value in (document.get(field) or {}).items()}
+        for field in ("credHelpers", "auths")]
+    helper = helpers.get(keys[-1]) or document.get("credsStore")
+    login = ask_helper(helper, keys[-1]) if helper else None
+    for key in keys:
+        login = login or parse_login(entries.get(key) or {}, file)
+    return login
+
+
+def find_login(host: str, path: str = "") -> Optional[Login]:
+    """The Login for a repository. A key may name a part of its path; the longest one counts."""
     parts = [host] + path.split("/")
     keys = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
     for file in login_files():
         try:
-            document = load_json(read_file(file) or b"{}")
-            helpers, entries = [{login_key(name): value for name, value in (document.get(field) or {}).items()}
-                                for field in ("credHelpers", "auths")]
-            helper = helpers.get(host) or document.get("credsStore")
-            login = ask_helper(helper, host) if helper else None
-            for key in keys:
-                login = login or read_login(entries.get(key) or {}, file)
+            login = find_login_in(file, keys)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             logger.warning("no logins read from %s: %s", file, error)
             continue
@@ -4176,30 +4207,52 @@ def find_login(host, path=""):
     return None
 
 
-def basic(user, secret):
-    return "Basic " + base64.b64encode(("%s:%s" % (user, secret)).encode()).decode()
+# Connections
+
+
+class ClientRequest(NamedTuple):
+    """A request to another registry, to its token server, or to where one of these redirects."""
+
+    method: str
+    url: str
+    headers: Dict[str, str] = {}
+    body: Union[None, bytes, Iterator[bytes]] = None
+    is_streamed: bool = False  # the body of the reply is a blob: the caller reads and closes it
+    timeout: Optional[float] = None  # seconds; else REMOTE_TIMEOUT
+
+    @property
+    def origin(self) -> Tuple[str, str]:
+        """The scheme and the HOST[:PORT] of the URL."""
+        return urllib.parse.urlsplit(self.url)[:2]
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the request can be sent again; an iterator can't."""
+        return self.body is None or isinstance(self.body, bytes)
 
 
 class MovingStream(io.RawIOBase):
-    """What a socket receives, which must keep moving: we wait for it as long as the socket's timeout
-    in all, and each KiB that comes earns another second, up to that timeout. Else who sends a byte
-    now and then could keep a thread for days."""
+    """The bytes that a socket receives, as long as they keep moving. In all we wait for them as
+    long as the socket's timeout; each KiB that comes earns another second, up to that timeout.
+    Otherwise a sender of one byte now and then could keep a thread for days."""
 
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket):
-        self.raw, self.sock = raw, sock
-        self.left = self.limit = sock.gettimeout()  # seconds
+    def __init__(self, raw: Any, sock: socket.socket) -> None:
+        self.raw = raw
+        self.sock = sock
+        self.limit = sock.gettimeout() or REMOTE_TIMEOUT  # seconds
+        self.left = self.limit
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, view: Any) -> int:
-        """As RawIOBase has it. Raises socket.timeout, OSError."""
+        """Raises socket.timeout, OSError."""
         if self.left <= 0:
             raise socket.timeout("it sends too slowly")
         self.sock.settimeout(self.left)
-        began = time.monotonic()
+        start = time.monotonic()
         count = self.raw.readinto(view)
-        earned = count * PACE_WINDOW / PACE_BYTES - (time.monotonic() - began)
+        earned = count * PACE_WINDOW / PACE_BYTES - (time.monotonic() - start)
         self.left = min(self.left + earned, self.limit)
         return count
 
@@ -4209,26 +4262,28 @@ class MovingStream(io.RawIOBase):
 
 
 class Reply(http.client.HTTPResponse):
-    """The answer to a request. `content` is its body, unless that is a blob's, which `readinto` reads."""
+    """The reply to a request, from `url`, which is where redirects have led. `content` is its body,
+    unless that is streamed."""
 
     content = b""
 
-    def __init__(self, sock, *arguments, **settings):
+    def __init__(self, sock: socket.socket, *arguments: Any, **settings: Any) -> None:
         super().__init__(sock, *arguments, **settings)
         self.stream = MovingStream(self.fp.detach(), sock)
         self.fp = io.BufferedReader(self.stream)
 
-    def header(self, name):
+    def header(self, name: str) -> str:
         """The value, those of repeated headers joined; "" where there is none."""
         return self.getheader(name, "")
 
-    def read_content(self, limit: int) -> bool:
-        """Read the body into `content`; whether it has ended, so that the connection can be used
-        again. Raises NETWORK_ERRORS where it is longer than `limit`, or cut.
+    def read_content(self) -> bool:
+        """Read the body into `content`; returns whether it has ended, so that the connection can be
+        used again. Raises NETWORK_ERRORS if it is cut, or longer than MAX_ANSWER.
 
-        That of a refusal only says why, and may be nothing like what its header promises
-        (Distribution 2 gives a 416 the length of the blob): what has not come soon is left.
-        """
+        The body of a refusal only says why, so it may be cut, and what does not come soon is left.
+        It may be nothing like what its header promises: Distribution 2 gives a 416 the length of
+        the blob."""
+        limit = MAX_ANSWER
         try:
             if self.status >= 300:
                 self.stream.left, limit = REFUSAL_LIMIT, MAX_REFUSAL
@@ -4247,32 +4302,35 @@ class ProxyError(OSError):
     """The proxy that the environment names can't be reached, or does not let us through."""
 
 
-class Wire:
-    """HTTP connections, made and used again. Knows neither registries nor logins."""
+class ConnectionPool:
+    """HTTP connections to any host, which are used again. Knows neither registries nor logins."""
 
-    def __init__(self, ca=None, insecure=False):
+    def __init__(self, ca: Optional[str], insecure: bool) -> None:
         self.context = ssl.create_default_context()
         if ca:
             self.context.load_verify_locations(ca)
         if insecure:
             self.context.check_hostname = False
             self.context.verify_mode = ssl.CERT_NONE
-        self.idle = {}  # (scheme, netloc): connections
+        self.idle: Dict[Tuple[str, str], List[http.client.HTTPConnection]] = {}  # by origin
 
-    def connect(self, scheme, netloc):
-        """A new connection, through the proxy that the environment (HTTPS_PROXY …) names, if any. Raises OSError."""
+    def connect(self, scheme: str, netloc: str) -> http.client.HTTPConnection:
+        """A new connection, through the proxy that the environment (HTTPS_PROXY, …) names, if any.
+        Raises OSError."""
         proxy = urllib.request.getproxies().get(scheme)
         if proxy and not urllib.request.proxy_bypass(netloc) and not is_this_machine(netloc):
             return self._connect_through(proxy, scheme, netloc)
-        kind = http.client.HTTPConnection
         if scheme == "https":
-            kind = functools.partial(http.client.HTTPSConnection, context=self.context)
-        connection = kind(netloc, timeout=CONNECT_TIMEOUT)
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                netloc, timeout=CONNECT_TIMEOUT, context=self.context)
+        else:
+            connection = http.client.HTTPConnection(netloc, timeout=CONNECT_TIMEOUT)
         connection.response_class = Reply
         connection.connect()
         return connection
 
-    def _connect_through(self, proxy, scheme, netloc):
+    def _connect_through(self, proxy: str, scheme: str,
+                         netloc: str) -> http.client.HTTPConnection:
         """A new connection through a proxy. Raises ProxyError; OSError for what is behind it."""
         via = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
         user, secret = (urllib.parse.unquote(part or "") for part in (via.username, via.password))
@@ -4281,7 +4339,7 @@ class Wire:
             connection = http.client.HTTPConnection(address, timeout=CONNECT_TIMEOUT)
             connection.default_port = 443 if scheme == "https" else 80
             connection.response_class = Reply
-            login = {"Proxy-Authorization": basic(user, secret)} if user else {}
+            login = {"Proxy-Authorization": basic_authorization(user, secret)} if user else {}
             connection.set_tunnel(netloc, headers=login)
             connection.connect()
         except NETWORK_ERRORS as error:
@@ -4293,664 +4351,863 @@ class Wire:
             connection.sock = self.context.wrap_socket(connection.sock, server_hostname=host)
         return connection
 
-    def request(self, method, url, headers, body=None, stream=False, timeout=None, limit=MAX_ANSWER):
-        """The Reply; its content has been read, unless it is a blob to `stream`. Raises NETWORK_ERRORS."""
-        parts = urllib.parse.urlsplit(url)
-        path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+    def send(self, request: ClientRequest) -> Reply:
+        """The reply; its content has been read, unless it is streamed. Raises NETWORK_ERRORS."""
         if len(self.idle) > MAX_IDLE:
-            self.idle = {}  # redirects may lead to ever new hosts; what is dropped is closed
-        idle = self.idle.setdefault(parts[:2], [])
+            self.idle = {}  # redirects may lead to ever new hosts; connections that go are closed
+        idle = self.idle.setdefault(request.origin, [])
         while True:
             try:
-                connection, used = idle.pop(), True
+                connection, is_used = idle.pop(), True
             except IndexError:
-                connection, used = self.connect(*parts[:2]), False
+                connection, is_used = self.connect(*request.origin), False
             try:
-                connection.sock.settimeout(timeout or REMOTE_TIMEOUT)
-                with contextlib.suppress(ConnectionError):  # a refusal, which is there to be read, cuts a body short
-                    connection.request(method, path, body, headers)
-                reply = connection.getresponse()
-                if stream and reply.status < 300:
-                    if connection.sock:
-                        connection.sock.close()  # the reply has it now, and closes it in the end
-                    return reply
-                if reply.read_content(limit) and len(idle) < MAX_IDLE:
-                    idle.append(connection)
-                else:
-                    connection.close()
-                return reply
+                return self._send_over(connection, request, idle)
             except BaseException as error:
                 connection.close()
-                # A kept connection may have been closed by the other side: then a new one is tried, unless the body is
-                # a generator, which can't be sent twice.
-                closed = isinstance(error, (ConnectionError, ssl.SSLError, http.client.BadStatusLine))
-                if not closed or not used or hasattr(body, "__next__"):
+                # The other side may have closed a kept connection: then another one is tried.
+                is_closed = isinstance(error, (ConnectionError, ssl.SSLError,
+                                               http.client.BadStatusLine))
+                if not is_closed or not is_used or not request.is_repeatable:
                     raise
 
+    @staticmethod
+    def _send_over(connection: http.client.HTTPConnection, request: ClientRequest,
+                   idle: List[http.client.HTTPConnection]) -> Reply:
+        """The reply; afterwards the connection is idle, closed or the reply's."""
+        parts = urllib.parse.urlsplit(request.url)
+        path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+        headers = dict(request.headers, **{"User-Agent": "tinyreg/" + __version__})
+        connection.sock.settimeout(request.timeout or REMOTE_TIMEOUT)
+        with contextlib.suppress(ConnectionError):
+            # A refusal may cut the body of the request short; then it is there to be read.
+            connection.request(request.method, path, request.body, headers)
+        reply: Any = connection.getresponse()
+        reply.url = request.url
+        if request.is_streamed and reply.status < 300:
+            if connection.sock:
+                connection.sock.close()  # the reply has it open too, and closes it in the end
+        elif reply.read_content() and len(idle) < MAX_IDLE:
+            idle.append(connection)
+        else:
+            connection.close()
+        return reply
 
-class Remote(Registry):
-    """Another registry. `host` is as in an image's name; its names are those that it uses itself.
 
-    `say(line)` hears of waits, none of which is longer than `patience` seconds. Errors of the network are UNAVAILABLE.
-    """
+def network_advice(error: Exception) -> str:
+    """What is wrong with the network to a registry, and what to do; "" where nobody knows."""
+    text = str(error)
+    outdated = re.search("is not yet valid|has expired", text)
+    if outdated:
+        return "its certificate %s; is the clock of this machine right? It says %s" % (
+            outdated.group(), local_time(time.time()))
+    if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in text:
+        reason = text.rpartition("certificate verify failed")[2].partition("(_ssl")[0]
+        reason = reason.lstrip(":").strip()  # Python 3.6 gives none
+        return "its certificate is not trusted (%s); name its CA with --ca FILE" % (
+            reason or "its CA, its name, or this machine's clock")
+    if isinstance(error, ssl.SSLError):
+        return "it does not speak TLS; if it is meant to speak plain HTTP, add --plain-http"
+    if isinstance(error, socket.gaierror):
+        return "there is no such host; check the name, and this machine's DNS or /etc/hosts"
+    if isinstance(error, ConnectionRefusedError):
+        return "nothing listens there; check the port, and whether the registry runs"
+    return text if isinstance(error, ProxyError) else ""
 
-    is_distant = True
 
-    def __init__(self, host, ca=None, insecure=False, plain_http=False, retries=5, say=logger.warning,
-                 patience=LONGEST_WAIT):
+def login_error(host: str, login: Optional[Login], status: int = 401) -> RegistryError:
+    """The error for a registry that lets us in neither without nor with this login."""
+    if login:
+        why = "does not let %s do this, with the login from %s" % (login.user or "us", login.source)
+    else:
+        why = ("has no such image, or wants a login for it, and there is none in "
+               + ", ".join(login_files()))
+    return RegistryError("UNAUTHORIZED" if status == 401 else "DENIED",
+                         message="%s %s; log in with: docker login %s" % (host, why, host))
+
+
+class HttpClient:
+    """HTTP with one registry, and with the hosts to which it leads: finds out whether the registry
+    speaks TLS, follows redirects, and turns failures into RegistryErrors. Knows no logins."""
+
+    def __init__(self, host: str, ca: Optional[str], insecure: bool, plain_http: bool) -> None:
         self.host = host
         self.address = "registry-1.docker.io" if host == "docker.io" else host
-        self.lenient, self.plain_http = insecure or is_this_machine(host), plain_http  # as docker does
-        self.retries, self.say, self.patience = retries, say, patience
-        self.wire = Wire(ca, self.lenient and not ca)
-        self.base = None        # the URL up to its path, once we know whether it is https
-        self.tokens = {}        # scope: (Authorization, when it ends, the challenges that it answers)
-        self.mutex = threading.Lock()  # of what follows; nobody has it who waits for the network
-        self.fetches = {}       # scope: the Future of the authorization that a thread is asking for
-        self.held_in = {}       # digest: a repository here that is known to have this blob
-        self.sessions = {}      # (name, digest): Location of an upload that a mount began
-        self.no_referrers = set()  # repositories for which the other side has no referrers API …
-        self.no_chunks = False     # … and whether it takes no chunks, as it has turned out
+        self.is_lenient = insecure or is_this_machine(host)  # as docker is
+        self.plain_http = plain_http
+        self.pool = ConnectionPool(ca, self.is_lenient and not ca)
+        self.scheme = ""  # until the first connection
 
-    # Failures
+    def base(self) -> str:
+        """The URL of the registry up to its path. It is https, unless --plain-http is given; on this
+        machine, and with --insecure, http where nobody speaks TLS. Raises UNAVAILABLE."""
+        if not self.scheme:
+            scheme = "http" if self.plain_http else "https"
+            try:
+                self.pool.connect(scheme, self.address).close()
+            except NETWORK_ERRORS as error:
+                is_silent = isinstance(error, (ssl.SSLError, ConnectionResetError))
+                if (not is_silent or "CERTIFICATE" in str(error)
+                        or self.plain_http or not self.is_lenient):
+                    raise RegistryError("UNAVAILABLE", message=self.describe(error))
+                scheme = "http"
+            self.scheme = scheme
+        return "%s://%s" % (self.scheme, self.address)
 
-    def explain(self, error):
-        """What a failure of the network is, and what to do."""
-        text = str(error)
-        if "not yet valid" in text or "has expired" in text:
-            advice = "its certificate %s; is the clock of this machine right? It says %s" % (
-                "is not yet valid" if "not yet valid" in text else "has expired", time.strftime("%Y-%m-%d %H:%M"))
-        elif isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in text:
-            reason = text.rpartition("certificate verify failed")[2].partition("(_ssl")[0]
-            reason = reason.lstrip(":").strip()  # none in Python 3.6
-            advice = "its certificate is not trusted (%s); name its CA with --ca FILE" % (
-                reason or "its CA, its name, or this machine's clock")
-        elif isinstance(error, ssl.SSLError):
-            advice = "it does not speak TLS; if it is meant to speak plain HTTP, add --plain-http"
-        elif isinstance(error, socket.gaierror):
-            advice = "there is no such host; check the name, and this machine's DNS or /etc/hosts"
-        elif isinstance(error, ConnectionRefusedError):
-            advice = "nothing listens there; check the port, and whether the registry runs"
-        elif isinstance(error, ProxyError):
-            advice = text
-        else:
-            advice = getattr(error, "strerror", None) or text or type(error).__name__
+    def is_own(self, url: str) -> bool:
+        """Whether a URL is one of the registry itself."""
+        return url.startswith(self.base() + "/")
+
+    def describe(self, error: Exception) -> str:
+        """One line about a failure of the network, with what to do."""
+        advice = network_advice(error)
+        if not advice:
+            advice = getattr(error, "strerror", None) or str(error) or type(error).__name__
             advice += "; if it speaks HTTPS, leave out --plain-http" if self.plain_http else ""
         return "can't reach %s: %s" % (self.host, advice)
 
-    def refusal(self, reply, what=""):
-        """The RegistryError for an answer that is none, to a question about `what`."""
+    def refusal(self, reply: Reply, image: str = "") -> RegistryError:
+        """The error for a reply whose status nobody wants, to a question about an image (NAME,
+        NAME:TAG or NAME@DIGEST). It is a TemporaryFailure if the status is one of RETRIED."""
         if reply.status in (401, 403):
-            return self._unauthorized(find_login(self.host, what.partition(":")[0]), reply.status)
-        code = {404: "NAME_UNKNOWN", 429: "TOOMANYREQUESTS"}.get(reply.status, "UNSUPPORTED")
+            login = find_login(self.host, re.split("[:@]", image)[0])
+            return login_error(self.host, login, reply.status)
+        code = {404: "NAME_UNKNOWN", 408: "UNAVAILABLE", 429: "TOOMANYREQUESTS"}.get(
+            reply.status, "UNKNOWN" if reply.status >= 500 else "UNSUPPORTED")
         message = http.client.responses.get(reply.status, "")
-        with contextlib.suppress(ValueError, LookupError, TypeError):  # many answer in HTML, or not at all to a HEAD
-            told = load_json(reply.content)["errors"][0]
-            code = told["code"] if told["code"] in ERRORS else code
-            message = str(told.get("message") or message)[:MAX_MESSAGE]
-        code = "UNKNOWN" if reply.status >= 500 else code
-        message = "%s answered %d: %s" % (self.host, reply.status, message)
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            # Many registries answer in HTML, and none says why in the answer to a HEAD.
+            entry = load_json(reply.content)["errors"][0]
+            message = str(entry.get("message") or message)[:MAX_MESSAGE]
+            if entry["code"] in ERRORS and reply.status not in RETRIED:
+                code = entry["code"]
         if reply.status == 404:
-            message = "%s has no %s%s" % (self.host, what, "" if "@" in what else "; check its name and tag")
+            advice = "" if "@" in image else "; check its name and tag"
+            message = "%s has no %s%s" % (self.host, image, advice)
+        else:
+            message = "%s answered %d: %s" % (self.host, reply.status, message)
         if reply.status not in RETRIED:
             return RegistryError(code, message=message)
-        failure = Passing(code, message=message)
+        failure = TemporaryFailure(code, message=message)
         if re.fullmatch("[0-9]{1,9}", reply.header("Retry-After")):
             failure.wait = float(reply.header("Retry-After"))
         return failure
 
-    def _unauthorized(self, login, status=401):
-        why = "has no such image, or wants a login for it, and there is none in " + ", ".join(login_files())
-        if login:
-            why = "does not let %s do this, with the login from %s" % (login.user or "us", login.where)
-        return RegistryError("UNAUTHORIZED" if status == 401 else "DENIED",
-                             message="%s %s; log in with: docker login %s" % (self.host, why, self.host))
+    def send(self, request: ClientRequest) -> Reply:
+        """The reply, after the redirects that it takes. The Authorization header is not sent to
+        another host. Raises TemporaryFailure; UNAVAILABLE for redirects without end."""
+        for _ in range(MAX_REDIRECTS):
+            try:
+                reply = self.pool.send(request)
+                target = urllib.parse.urljoin(request.url, reply.header("Location"))
+            except NETWORK_ERRORS as error:
+                raise TemporaryFailure("UNAVAILABLE", message=self.describe(error))
+            if reply.status in RETRIED:
+                raise self.refusal(reply)
+            if reply.status not in REDIRECTS or request.method not in ("GET", "HEAD"):
+                return reply
+            origin = request.origin
+            request = request._replace(url=target)
+            if request.origin != origin:
+                headers = {key: value for key, value in request.headers.items()
+                           if key != "Authorization"}
+                request = request._replace(headers=headers)
+        raise RegistryError("UNAVAILABLE", message="%s redirects more than %d times"
+                            % (self.host, MAX_REDIRECTS))
 
-    def retry(self, action, *arguments):
-        """As Registry has it: where the failure is Passing, after longer and longer pauses. In the end it is a
-        RegistryError like others, so that no caller tries all of it again."""
+
+class Retries(NamedTuple):
+    """How often a request is repeated, and how many seconds a pause may take. `say` gets a line
+    about each long pause."""
+
+    limit: int
+    longest_wait: float
+    say: Callable[[str], Any]
+
+    def run(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """What `action` returns, called again after longer and longer pauses where its failure is
+        temporary. In the end that becomes an ordinary error, so that no caller repeats it all."""
         for attempt in itertools.count():
             try:
                 return action(*arguments)
-            except Passing as error:
+            except TemporaryFailure as error:
                 wait = error.wait
-                if wait is None:  # not all at the same moment
+                if wait is None:
+                    # At random, so that clients that failed together don't come back together.
                     wait = min(0.5 * 2 ** attempt, 30.0) * random.uniform(0.5, 1.0)
-                if attempt >= self.retries or wait > self.patience:
+                if attempt >= self.limit or wait > self.longest_wait:
                     raise RegistryError(error.code, message=error.message)
                 if wait > 1:
                     self.say("%s; waiting %d s" % (error, wait))
             time.sleep(wait)
 
-    # Requests
 
-    def _find_base(self):
-        """https, unless --plain-http; on this machine, and with --insecure, http where nobody speaks TLS."""
-        if not self.base:
-            scheme = "http" if self.plain_http else "https"
-            try:
-                self.wire.connect(scheme, self.address).close()
-            except NETWORK_ERRORS as error:
-                silent = isinstance(error, (ssl.SSLError, ConnectionResetError)) and "CERTIFICATE" not in str(error)
-                if not silent or not self.lenient or self.plain_http:
-                    raise RegistryError("UNAVAILABLE", message=self.explain(error))
-                scheme = "http"
-            self.base = "%s://%s" % (scheme, self.address)
-        return self.base
+# Authorization
 
-    def exchange(self, method, url, headers=None, body=None, scope=None, stream=False,
-                 timeout=None, limit=MAX_ANSWER):
-        """The Reply to one request, with the redirects and the login that it takes; `url` may be a path. A login is for
-        this registry alone: it is not sent to where a redirect or a Location leads. Raises Passing, RegistryError."""
-        url = urllib.parse.urljoin(self._find_base(), url)
-        headers = dict(headers or {}, **{"User-Agent": "tinyreg/" + __version__})
-        challenged = False
-        for _ in range(MAX_REDIRECTS):
-            ours = scope and url.startswith(self.base + "/")
-            known = self._authorization(scope) if ours else None
-            if known:
-                headers["Authorization"] = known
-            try:
-                reply = self.wire.request(method, url, headers, body, stream, timeout, limit)
-                there = urllib.parse.urljoin(url, reply.header("Location"))
-            except NETWORK_ERRORS as error:
-                raise Passing("UNAVAILABLE", message=self.explain(error))
-            if reply.status in RETRIED:
-                raise self.refusal(reply)
-            if reply.status in REDIRECTS and method in ("GET", "HEAD"):
-                url = there
-                headers.pop("Authorization", None)
-            elif reply.status == 401 and ours and not challenged:
-                challenged = True
-                self._authorization(scope, known, parse_challenges(reply.header("WWW-Authenticate")))
-                if hasattr(body, "__next__"):
-                    raise Passing("UNAVAILABLE", message="the login at %s ended during an upload" % self.host)
-            else:
-                return reply
-        raise RegistryError("UNAVAILABLE", message="%s redirects more than %d times" % (self.host, MAX_REDIRECTS))
 
-    def call(self, method, name, rest, wanted=(200,), headers=None, body=None, action="pull", stream=False):
-        """The Reply to a request about a repository, if its status is wanted. Raises RegistryError."""
-        url = rest if rest.startswith("/v2/") else "/v2/%s%s" % (name, rest)
-        scope = "repository:%s:%s" % (name, action)
-        reply = self.retry(self.exchange, method, url, headers, body, scope, stream)
-        if reply.status in wanted:
-            return reply
-        what = rest.rpartition("/")[2]
-        raise self.refusal(reply, "%s%s%s" % (name, "@" if ":" in what else ":", what))
+def parse_challenges(header: str) -> Challenges:
+    """The challenges of a WWW-Authenticate header; schemes and parameters in lower case."""
+    return {scheme.lower(): {name.lower(): re.sub(r"\\(.)", r"\1", quoted) or plain
+                             for name, quoted, plain in PARAMETER.findall(parameters)}
+            for scheme, parameters in CHALLENGE.findall(header)}
 
-    # Logins
 
-    def _authorization(self, scope, refused=None, challenges=None):
-        """The header for a scope, or None until one is asked for. A token that is about to end is renewed, and a header
-        that was refused replaced, as the challenges want it. Raises UNAUTHORIZED."""
+class Token(NamedTuple):
+    """An Authorization header, how many seconds it lives, and the challenges that it answers."""
+
+    header: str
+    life: float
+    challenges: Challenges
+
+
+class Authenticator:
+    """Answers a registry's challenges, as RFC 7617 and Distribution's token authentication have it,
+    with the login of the user who runs tinyreg, or without one."""
+
+    def __init__(self, client: HttpClient, retries: Retries) -> None:
+        self.client = client
+        self.retries = retries
+
+    def log_in(self, scope: str, refused: Optional[str], challenges: Challenges) -> Token:
+        """A token for a scope, other than the header that was refused. Raises UNAUTHORIZED."""
+        login = find_login(self.client.host, scope.split(":")[1])
+        if "bearer" in challenges:
+            request = self._token_request(challenges["bearer"], scope, login)
+            reply = self.retries.run(self.client.send, request)
+            answer = {}
+            with contextlib.suppress(ValueError):  # no JSON, so no token
+                answer = load_json(reply.content)
+            token, life = answer.get("token") or answer.get("access_token"), answer.get("expires_in")
+            if isinstance(token, str) and len(token) <= MAX_TOKEN:
+                life = life if isinstance(life, int) and life > 0 else SHORT_LIFE
+                return Token("Bearer " + token, life, challenges)
+        elif "basic" in challenges and login:
+            header = basic_authorization(login.user, login.secret)
+            if header != refused:
+                return Token(header, float("inf"), challenges)
+        raise login_error(self.client.host, login)
+
+    def _token_request(self, challenge: Dict[str, str], scope: str,
+                       login: Optional[Login]) -> ClientRequest:
+        """What to ask the token server that a Bearer challenge names. Raises UNAVAILABLE."""
+        realm = challenge.get("realm", "")
+        is_leak = login and realm.startswith("http:") and self.client.base().startswith("https:")
+        if is_leak or not re.match("https?://", realm):
+            raise RegistryError("UNAVAILABLE", message="%s wants the login sent to %r, without TLS; "
+                                "it was not" % (self.client.host, realm))
+        scopes = sorted(set(challenge.get("scope", "").split() + scope.split()))
+        service = {"service": challenge["service"]} if "service" in challenge else {}
+        if login and login.identity_token:
+            form = dict(service, scope=" ".join(scopes), grant_type="refresh_token",
+                        client_id="tinyreg", refresh_token=login.identity_token)
+            headers = {"Content-Type": "application/x-www-form-urlencoded"}
+            body = urllib.parse.urlencode(form).encode()
+            return ClientRequest("POST", realm, headers, body, timeout=TOKEN_TIMEOUT)
+        query = urllib.parse.urlencode(dict(service, scope=scopes), doseq=True)
+        url = realm + ("&" if "?" in realm else "?") + query
+        headers = {"Authorization": basic_authorization(login.user, login.secret)} if login else {}
+        return ClientRequest("GET", url, headers, timeout=TOKEN_TIMEOUT)
+
+
+class TokenCache:
+    """The tokens for one registry by scope, from `log_in`. Of several threads that need the same
+    token one gets it, and the others wait for that."""
+
+    def __init__(self, log_in: Callable[[str, Optional[str], Challenges], Token]) -> None:
+        self.log_in = log_in
+        self.tokens: Dict[str, Tuple[Token, float]] = {}  # with when they end
+        self.fetches: Dict[str, concurrent.futures.Future] = {}  # of tokens that are on their way
+        self.mutex = threading.Lock()  # of both; nobody has it while waiting for the network
+
+    def find(self, scope: str) -> Optional[str]:
+        """The Authorization header for a scope; None until a challenge wants one. A token that is
+        about to end is renewed. Raises UNAUTHORIZED."""
+        token, ends = self.tokens.get(scope, (None, 0.0))
+        if token and time.monotonic() > ends:
+            return self.replace(scope, token.header, token.challenges)
+        return token.header if token else None
+
+    def replace(self, scope: str, refused: Optional[str], challenges: Challenges) -> str:
+        """Another Authorization header in place of one (None: none) that was refused or is about to
+        end. Raises UNAUTHORIZED."""
         with self.mutex:
-            header, ends, known = self.tokens.get(scope, (None, float("inf"), None))
-            if time.monotonic() > ends:
-                refused, challenges = header, known
-            if challenges is None or header != refused:  # another thread was faster
-                return header
+            token, _ = self.tokens.get(scope, (None, 0.0))
+            if token and token.header != refused:
+                return token.header  # another thread was faster
             others = self.fetches.get(scope)
             fetch = others or self.fetches.setdefault(scope, concurrent.futures.Future())
         if not others:
             try:
-                header, life = self._log_in(scope, refused, challenges)
+                token = self.log_in(scope, refused, challenges)
                 if len(self.tokens) >= MAX_TOKENS:
                     self.tokens = {}
-                self.tokens[scope] = header, time.monotonic() + life * 0.9, challenges
-                fetch.set_result(header)
-            except BaseException as error:
+                self.tokens[scope] = token, time.monotonic() + token.life * 0.9
+                fetch.set_result(token.header)
+            except BaseException as error:  # the threads that wait get it, too
                 fetch.set_exception(error)
             finally:
                 del self.fetches[scope]
         return fetch.result()
 
-    def _log_in(self, scope, refused, challenges):
-        """(header, seconds that it lives) that answers the challenges. Raises UNAUTHORIZED."""
-        login = find_login(self.host, scope.split(":")[1])
-        if "bearer" in challenges:
-            return self._fetch_token(challenges["bearer"], scope, login)
-        if "basic" in challenges and login and basic(login.user, login.secret) != refused:
-            return basic(login.user, login.secret), float("inf")
-        raise self._unauthorized(login)
 
-    def _fetch_token(self, challenge, scope, login):
-        """(header, seconds that it lives) from the token server of a Bearer challenge. Raises UNAUTHORIZED."""
-        realm = challenge.get("realm", "")
-        if not re.match("https?://", realm) or login and realm.startswith("http:") and self.base.startswith("https:"):
-            raise RegistryError("UNAVAILABLE", message="%s wants the login sent to %r, without TLS; it was not"
-                                % (self.host, realm))
-        wishes = {"scope": sorted(set(challenge.get("scope", "").split() + scope.split()))}
-        if "service" in challenge:
-            wishes["service"] = challenge["service"]
-        ask = functools.partial(self.exchange, timeout=TOKEN_TIMEOUT, limit=MAX_TOKEN)
-        if login and login.token:
-            form = dict(wishes, scope=" ".join(wishes["scope"]), grant_type="refresh_token", client_id="tinyreg",
-                        refresh_token=login.token)
-            headers = {"Content-Type": "application/x-www-form-urlencoded"}
-            reply = self.retry(ask, "POST", realm, headers, urllib.parse.urlencode(form).encode())
-        else:
-            url = realm + ("&" if "?" in realm else "?") + urllib.parse.urlencode(wishes, doseq=True)
-            headers = {"Authorization": basic(login.user, login.secret)} if login else {}
-            reply = self.retry(ask, "GET", url, headers)
-        answer = {}
-        with contextlib.suppress(ValueError):
-            answer = load_json(reply.content)
-        token, life = answer.get("token") or answer.get("access_token"), answer.get("expires_in")
-        if not isinstance(token, str):
-            raise self._unauthorized(login)
-        return "Bearer " + token, life if isinstance(life, int) and life > 0 else SHORT_LIFE
-
-    # Reading
-
-    def _pages(self, name, path, field):
-        """Yield what a field of each page of a list has; Link names the next one. Raises
-        UNSUPPORTED, and UNKNOWN where the list does not end."""
-        seen, size, ends = set(), 0, time.monotonic() + LIST_LIMIT
-        while path not in seen:
-            if len(seen) >= MAX_PAGES or size > MAX_LIST or time.monotonic() > ends:
-                raise RegistryError("UNKNOWN", message="%s sends a list of the %s of %s that does "
-                                    "not end" % (self.host, field, name))
-            seen.add(path)
-            reply = self.call("GET", name, path)
-            size += len(reply.content)
-            try:
-                yield from expect(list, load_json(reply.content).get(field) or [])
-            except ValueError:
-                raise RegistryError("UNSUPPORTED", message="%s answered with no list of %s" % (self.host, field))
-            link = NEXT_LINK.search(reply.header("Link"))
-            if link:
-                there = urllib.parse.urlsplit(urllib.parse.urljoin(path, link.group(1)))
-                path = "%s?%s" % (there.path, there.query)  # whatever host it names, it is ours
-
-    def tags(self, name, last=""):
-        found = sorted(map(str, self._pages(name, "/v2/%s/tags/list" % name, "tags")))
-        return (tag for tag in found if tag > last)
-
-    def resolve(self, name, tag):
-        path = "/manifests/" + tag
-        reply = self.call("HEAD", name, path, (200, 405), {"Accept": ACCEPT})
-        digest = reply.header("Docker-Content-Digest")
-        if DIGEST.fullmatch(digest):
-            return Digest(digest)
-        return Digest.of(self.call("GET", name, path, headers={"Accept": ACCEPT}).content)
-
-    def manifest(self, name, digest):
-        reply = self.call("GET", name, "/manifests/" + digest, headers={"Accept": ACCEPT})
-        return parse_manifest(reply.content[:MAX_MANIFEST + 1], digest=digest)
-
-    def size(self, name, digest):
-        """The length of a blob, or None where the repository has not got it."""
-        with if_there():
-            found = self.call("HEAD", name, "/blobs/" + digest).header("Content-Length")
-            return int(found) if re.fullmatch("[0-9]{1,18}", found) else 0
-
-    def open_blob(self, name, digest, offset=0):
-        headers = {"Range": "bytes=%d-" % offset} if offset else {}
-        reply = self.call("GET", name, "/blobs/" + digest, (200, 206, 416), headers, stream=True)
-        if reply.status == 416:  # nothing is left; or what we have is wrong, which its digest will show
-            return Blob(None, 0, 0)
-        return RemoteBlob(self, reply, offset)
-
-    def referrer_digests(self, name, subject):
-        """By the referrers API or, where there is none, from the tag that clients keep instead of it."""
-        if name not in self.no_referrers:
-            try:
-                found = list(self._pages(name, "/v2/%s/referrers/%s" % (name, subject), "manifests"))
-                return [parse_descriptor(entry).digest for entry in found]
-            except RegistryError as error:
-                if error.code in ("UNAVAILABLE", "UNKNOWN", "TOOMANYREQUESTS"):
-                    raise
-                # Registries without it say so in every way, with their web page too; but a login that is wanted may
-                # be there next time, and is wanted for the tag as well.
-                if error.code not in ("UNAUTHORIZED", "DENIED"):
-                    self.no_referrers.add(name)
-        return [parse_descriptor(entry).digest for entry in self._fallback(name, subject)]
-
-    def _fallback(self, name, subject):
-        """What the index lists that has referrers where no API does (distribution-spec, "Referrers Tag Schema")."""
-        with if_there():
-            return self.manifest(name, self.resolve(name, fallback_tag(subject))).document.get("manifests") or []
-        return []
-
-    # Writing
-
-    def present_bytes(self, name, descriptor):
-        size = self.size(name, descriptor.digest)
-        if size is not None:
-            self.held_in[descriptor.digest] = name
-        return size or 0
-
-    def mount(self, name, digest, source=None):
-        """Whether the repository has the blob, or can be given it from another one here that is known to have it."""
-        source = source or self.held_in.get(digest)
-        if source != name and self.size(name, digest) is None:
-            if source is None:
-                return False
-            path = "/blobs/uploads/?" + urllib.parse.urlencode({"mount": digest, "from": source})
-            try:
-                reply = self.call("POST", name, path, (201, 202), {"Content-Length": "0"}, b"",
-                                  "pull,push repository:%s:pull" % source)
-            except RegistryError:  # we may push here, and not pull from there; or the upload will say what is wrong
-                return False
-            if reply.status == 202:  # it would rather have the bytes, and has begun an upload
-                self.sessions[name, digest] = reply.header("Location")
-                return False
-        self.held_in[digest] = name
-        return True
-
-    def put_blob(self, name, digest, open_from):
-        self.retry(RemoteUpload(self, name, self.sessions.pop((name, digest), None)).put, digest, open_from)
-        self.held_in[digest] = name
-
-    def put_manifest(self, name, manifest, tags=(), check_wanted=do_nothing):
-        """As Registry has it. Where the other side has no referrers API, the tag for them is kept up to date."""
-        for reference in tags or [manifest.digest]:
-            with contextlib.suppress(RegistryError):
-                if not manifest.subject and self.resolve(name, reference) == manifest.digest:
-                    continue
-            reply = self.call("PUT", name, "/manifests/" + reference, (200, 201, 202),
-                              {"Content-Type": manifest.media_type}, manifest.content, "pull,push")
-            if manifest.subject and not reply.header("OCI-Subject"):
-                self._add_to_fallback(name, manifest)
-
-    def _add_to_fallback(self, name, manifest):
-        entries = self._fallback(name, manifest.subject)
-        if manifest.digest not in [entry.get("digest") for entry in entries]:
-            index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries + [manifest.referrer()]}
-            self.put_manifest(name, parse_manifest(to_json(index)), [fallback_tag(manifest.subject)])
+# Blobs on their way
 
 
 class RemoteBlob(Blob):
-    """The rest of a blob of another registry, from an offset on. When the connection is cut, that is Passing: what came
-    so far is kept by who reads it, and `retry` gets him the rest."""
+    """The rest of a blob of another registry, from an offset on. A connection that is cut raises
+    TemporaryFailure: the reader keeps what came so far, and gets the rest by `retry`."""
 
-    def __init__(self, remote, reply, offset):
-        super().__init__(None, offset, None)
-        self.remote, self.reply = remote, reply
-        surplus = offset if reply.status == 200 else 0  # it knows no ranges: what we have comes again
-        if reply.length is not None:
-            surplus = min(surplus, reply.length)
-            self.length = reply.length - surplus
+    def __init__(self, client: HttpClient, reply: Reply, offset: int) -> None:
+        self.client = client
+        self.reply = reply
+        surplus = offset if reply.status == 200 else 0  # without ranges the blob comes from its start
+        length = reply.length
+        if length is not None:
+            surplus = min(surplus, length)
+            length -= surplus
+        super().__init__(None, offset, length or 0)  # 0 also where the registry does not say it
         copy_bytes(self, surplus)
 
-    def readinto(self, view):
+    def readinto(self, view: Any) -> int:
         try:
             count = self.reply.readinto(view)
             if not count and self.reply.length:
                 raise ConnectionError("the connection was cut")
         except NETWORK_ERRORS as error:
-            raise Passing("UNAVAILABLE", message=self.remote.explain(error))
+            raise TemporaryFailure("UNAVAILABLE", message=self.client.describe(error))
         return count
 
-    def close(self):
+    def close(self) -> None:
         self.reply.close()
 
 
 class LimitedBlob(Blob):
-    """The rest of a blob of `size` bytes, which `open_from` opens. No more than that comes: an
-    endless one would fill the disk. Of an empty rest nothing is asked. `told` hears of what comes."""
+    """The rest of a blob of `size` bytes, which `open_from` opens. More bytes than these raise
+    SIZE_INVALID: an endless blob would fill the disk. For an empty rest nothing is opened, except
+    of an empty blob. `count_bytes` hears of what comes."""
 
     def __init__(self, open_from: Callable[[int], Blob], size: int, offset: int,
-                 told: Callable[[int], None] = lambda count: None):
-        self.left, self.told = max(size - offset, 0), told
+                 count_bytes: Callable[[int], Any] = do_nothing) -> None:
+        self.left = max(size - offset, 0)
+        self.count_bytes = count_bytes
         self.blob = open_from(offset) if self.left or not offset else Blob(None, 0, 0)
         super().__init__(None, 0, self.blob.length)
 
-    def readinto(self, view):
+    def readinto(self, view: Any) -> int:
         count = self.blob.readinto(view)
         self.left -= count
         if self.left < 0:
-            raise RegistryError("SIZE_INVALID", message="the source sends more bytes of a blob than it should have")
-        self.told(count)
+            raise RegistryError("SIZE_INVALID", message="the source sends more bytes of a blob "
+                                                        "than it should have")
+        self.count_bytes(count)
         return count
 
-    def close(self):
+    def close(self) -> None:
         self.blob.close()
 
 
+def iter_blob(blob: Blob, length: int) -> Iterator[bytes]:
+    """Yield the next `length` bytes of a blob, in pieces. Raises RegistryError also where the blob
+    can't be read here: an OSError would be taken for one of the connection."""
+    buffer = memoryview(bytearray(min(length, COPY_BUFFER)))
+    while length:
+        try:
+            count = blob.readinto(buffer[:length])
+        except OSError as error:
+            raise RegistryError("UNKNOWN", message="a blob can't be read here: %s" % error)
+        if not count:
+            raise RegistryError("SIZE_INVALID", message="a blob ended before its end")
+        yield bytes(buffer[:count])
+        length -= count
+
+
+# The protocol
+
+
+class Remote(Registry):
+    """Another registry. `host` is as in an image's name; names of repositories are those that the
+    registry uses. A failure of the network raises UNAVAILABLE.
+
+    `say` gets a line about each wait, none of which is longer than `patience` seconds."""
+
+    is_distant = True
+
+    def __init__(self, host: str, ca: Optional[str] = None, insecure: bool = False,
+                 plain_http: bool = False, retries: int = 5,
+                 say: Callable[[str], Any] = logger.warning,
+                 patience: float = LONGEST_WAIT) -> None:
+        self.host = host
+        self.retries = Retries(retries, patience, say)
+        self.client = HttpClient(host, ca, insecure, plain_http)
+        self.tokens = TokenCache(Authenticator(self.client, self.retries).log_in)
+        self.known_in: Dict[Digest, str] = {}  # a repository there that has the blob
+        self.mounts: Dict[Tuple[str, Digest], str] = {}  # Location of an upload that a mount began
+        self.without_referrers: Set[str] = set()  # repositories for which there is no referrers API
+        self.takes_chunks = True  # until an upload shows otherwise
+
+    def retry(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        return self.retries.run(action, *arguments)
+
+    def exchange(self, request: ClientRequest, scope: str) -> Reply:
+        """The reply to one request, whose URL may be a path. The Authorization for the scope is for
+        this registry alone: it goes to no other host that a Location or a redirect names. Raises
+        TemporaryFailure, RegistryError."""
+        request = request._replace(url=urllib.parse.urljoin(self.client.base(), request.url))
+        is_own = self.client.is_own(request.url)
+
+        def send(header: Optional[str]) -> Reply:
+            headers = dict(request.headers, Authorization=header) if header else request.headers
+            return self.client.send(request._replace(headers=headers))
+
+        header = self.tokens.find(scope) if is_own else None
+        reply = send(header)
+        if reply.status != 401 or not is_own or not self.client.is_own(reply.url):
+            return reply
+        challenges = parse_challenges(reply.header("WWW-Authenticate"))
+        header = self.tokens.replace(scope, header, challenges)
+        if not request.is_repeatable:
+            raise TemporaryFailure("UNAVAILABLE", message="the login at %s ended during an upload"
+                                                          % self.host)
+        return send(header)
+
+    def call(self, method: str, name: str, path: str, statuses: Sequence[int] = (200,),
+             action: str = "pull", **settings: Any) -> Reply:
+        """The reply to a request about a repository, if its status is one of these; the path is
+        below the repository or /v2/. The settings are a ClientRequest's. Raises RegistryError."""
+        url = path if path.startswith("/v2/") else "/v2/%s%s" % (name, path)
+        scope = "repository:%s:%s" % (name, action)
+        reply = self.retry(self.exchange, ClientRequest(method, url, **settings), scope)
+        if reply.status in statuses:
+            return reply
+        reference = path.rpartition("/")[2]
+        separator = "@" if ":" in reference else ":"
+        raise self.client.refusal(reply, name + separator + reference)
+
+    # Reading
+
+    def _iter_list(self, name: str, path: str, field: str) -> Iterator[Any]:
+        """Yield the entries that a list has in a field of its pages; a Link names the next page.
+        Raises UNSUPPORTED where it is no list, and UNKNOWN where it does not end."""
+        pages: Set[str] = set()
+        size, ends = 0, time.monotonic() + LIST_LIMIT
+        while path not in pages:
+            if len(pages) >= MAX_PAGES or size > MAX_LIST or time.monotonic() > ends:
+                raise RegistryError("UNKNOWN", message="%s sends a list of the %s of %s that does "
+                                                       "not end" % (self.host, field, name))
+            pages.add(path)
+            reply = self.call("GET", name, path)
+            size += len(reply.content)
+            entries = None
+            with contextlib.suppress(ValueError):  # no JSON, so no list
+                entries = load_json(reply.content).get(field) or []
+            if not isinstance(entries, list):
+                raise RegistryError("UNSUPPORTED", message="%s answered with no list of %s"
+                                                           % (self.host, field))
+            yield from entries
+            link = NEXT_LINK.search(reply.header("Link"))
+            if link:
+                target = urllib.parse.urlsplit(urllib.parse.urljoin(path, link.group(1)))
+                path = "%s?%s" % (target.path, target.query)  # the host that it names may be a proxy's
+
+    def tags(self, name: str, last: str = "") -> Iterator[str]:
+        tags = map(str, self._iter_list(name, "/v2/%s/tags/list" % name, "tags"))
+        return iter(sorted(tag for tag in tags if tag > last))
+
+    def resolve(self, name: str, tag: str) -> Digest:
+        path = "/manifests/" + tag
+        reply = self.call("HEAD", name, path, (200, 405), headers=ACCEPT)
+        digest = reply.header("Docker-Content-Digest")
+        if DIGEST.fullmatch(digest):
+            return Digest(digest)
+        return Digest.of(self.call("GET", name, path, headers=ACCEPT).content)
+
+    def manifest(self, name: str, digest: Digest) -> Manifest:
+        reply = self.call("GET", name, "/manifests/" + digest, headers=ACCEPT)
+        return parse_manifest(reply.content[:MAX_MANIFEST + 1], digest=digest)
+
+    def find_size(self, name: str, digest: Digest) -> Optional[int]:
+        """The length of a blob in bytes, 0 if the registry does not say; None where the repository
+        does not have the blob."""
+        with contextlib.suppress(Unknown):  # that is the answer
+            length = self.call("HEAD", name, "/blobs/" + digest).header("Content-Length")
+            return int(length) if re.fullmatch("[0-9]{1,18}", length) else 0
+        return None
+
+    def open_blob(self, name: str, digest: Digest, offset: int = 0) -> Blob:
+        headers = {"Range": "bytes=%d-" % offset} if offset else {}
+        reply = self.call("GET", name, "/blobs/" + digest, (200, 206, 416), headers=headers,
+                          is_streamed=True)
+        if reply.status == 416:  # nothing is left; or what we have is wrong, as its digest will show
+            return Blob(None, 0, 0)
+        return RemoteBlob(self.client, reply, offset)
+
+    def referrer_digests(self, name: str, subject: Digest) -> List[Digest]:
+        """From the referrers API or, where there is none, from the tag that clients keep instead."""
+        if name not in self.without_referrers:
+            try:
+                path = "/v2/%s/referrers/%s" % (name, subject)
+                entries = self._iter_list(name, path, "manifests")
+                return [parse_descriptor(entry).digest for entry in entries]
+            except Refused:
+                pass  # a login may be there next time; the tag wants it as well
+            except REFUSALS:
+                # A registry without the API says so in any way, even with a web page.
+                self.without_referrers.add(name)
+        return [parse_descriptor(entry).digest for entry in self._tagged_referrers(name, subject)]
+
+    def _tagged_referrers(self, name: str, subject: Digest) -> List[Any]:
+        """The entries of the index that lists the referrers of a manifest where no API does
+        (distribution-spec, "Referrers Tag Schema")."""
+        with contextlib.suppress(Unknown):  # a manifest without referrers
+            digest = self.resolve(name, fallback_tag(subject))
+            return self.manifest(name, digest).document.get("manifests") or []
+        return []
+
+    # Writing
+
+    def present_bytes(self, name: str, descriptor: Descriptor) -> int:
+        size = self.find_size(name, descriptor.digest)
+        if size is not None:
+            self.known_in[descriptor.digest] = name
+        return size or 0
+
+    def mount(self, name: str, digest: Digest, source: Optional[str] = None) -> bool:
+        """As Writer has it; without a source, from a repository that is known to have the blob."""
+        source = source or self.known_in.get(digest)
+        if source != name and self.find_size(name, digest) is None:
+            if source is None:
+                return False
+            query = urllib.parse.urlencode({"mount": digest, "from": source})
+            try:
+                reply = self.call("POST", name, "/blobs/uploads/?" + query, (201, 202),
+                                  "pull,push repository:%s:pull" % source)
+            except REFUSALS:
+                return False  # we may push here and not pull there; or the upload says what is wrong
+            if reply.status == 202:  # it would rather have the bytes, and has begun an upload
+                self.mounts[name, digest] = reply.header("Location")
+                return False
+        self.known_in[digest] = name
+        return True
+
+    def put_blob(self, name: str, digest: Digest, open_from: Callable[[int], Blob]) -> None:
+        upload = RemoteUpload(self, name, self.mounts.pop((name, digest), ""))
+        self.retry(upload.put, digest, open_from)
+        self.known_in[digest] = name
+
+    def put_manifest(self, name: str, manifest: Manifest, tags: Iterable[str] = (),
+                     check_wanted: Callable[[], None] = do_nothing) -> None:
+        """As Writer has it. Where there is no referrers API, the tag that stands for it is kept up
+        to date."""
+        for reference in list(tags) or [manifest.digest]:
+            if not manifest.subject and self._is_at(name, reference, manifest.digest):
+                continue
+            reply = self.call("PUT", name, "/manifests/" + reference, (200, 201, 202), "pull,push",
+                              headers={"Content-Type": manifest.media_type}, body=manifest.content)
+            if manifest.subject and not reply.header("OCI-Subject"):
+                self._add_to_tagged_referrers(name, manifest)
+
+    def _is_at(self, name: str, reference: str, digest: Digest) -> bool:
+        """Whether a reference means this manifest already."""
+        with contextlib.suppress(*REFUSALS):
+            # It is not there; or we may push it, but not read it.
+            return self.resolve(name, reference) == digest
+        return False
+
+    def _add_to_tagged_referrers(self, name: str, manifest: Manifest) -> None:
+        entries = self._tagged_referrers(name, manifest.subject)
+        if manifest.digest not in [entry.get("digest") for entry in entries]:
+            index = {"schemaVersion": 2, "mediaType": OCI_INDEX,
+                     "manifests": entries + [manifest.referrer()]}
+            self.put_manifest(name, parse_manifest(to_json(index)),
+                              [fallback_tag(manifest.subject)])
+
+
 class RemoteUpload:
-    """A blob on its way to another registry. `location` is where to send to next, once the other side has said so."""
+    """A blob on its way to another registry. `location` is the URL for the next request, as the
+    registry said in its last reply; "" before the first one."""
 
-    def __init__(self, remote, name, location):
-        self.remote, self.name, self.location, self.offset = remote, name, location, 0
+    def __init__(self, remote: Remote, name: str, location: str) -> None:
+        self.remote = remote
+        self.name = name
+        self.location = location
+        self.offset = 0
 
-    def put(self, digest, open_from):
-        """One attempt, from where the one before it came to. Raises Passing, RegistryError, what `open_from` raises."""
+    def put(self, digest: Digest, open_from: Callable[[int], Blob]) -> None:
+        """Try once, and go on where an earlier attempt ended. Raises TemporaryFailure,
+        RegistryError, and what `open_from` raises."""
         if not self._resume():
-            if self.location and self.remote.size(self.name, digest) is not None:
-                return  # all had come, and only the answer that said so was lost
-            self.location = None
-            self._request("POST", "/v2/%s/blobs/uploads/" % self.name, {"Content-Length": "0"}, b"", (202,))
+            if self.location and self.remote.find_size(self.name, digest) is not None:
+                return  # all of the blob had come, and only the reply that said so was lost
+            self.location = ""
+            self._request("POST", "/v2/%s/blobs/uploads/" % self.name, (202,))
         with open_from(self.offset) as blob:
             self._append(blob)
-        end = ("&" if "?" in self.location else "?") + "digest=" + urllib.parse.quote(digest)
-        reply = self._request("PUT", self.location + end, {"Content-Length": "0"}, b"", (201, 204, 404),
-                              CLOSING_TIMEOUT)
-        if reply.status == 404 and self.remote.size(self.name, digest) is None:  # else it was sent twice
-            raise self.remote.refusal(reply, self.name)
+        separator = "&" if "?" in self.location else "?"
+        url = self.location + separator + "digest=" + urllib.parse.quote(digest)
+        reply = self._request("PUT", url, (201, 204, 404), timeout=CLOSING_TIMEOUT)
+        # A 404 is right where the request came twice: the blob is there, and the session is not.
+        if reply.status == 404 and self.remote.find_size(self.name, digest) is None:
+            raise self.remote.client.refusal(reply, self.name)
 
-    def _request(self, method, url, headers=None, body=None, wanted=(201, 202, 204), timeout=None):
-        """The Reply, from which we learn the next location."""
-        scope = "repository:%s:pull,push" % self.name
-        reply = self.remote.exchange(method, url, headers, body, scope, timeout=timeout)
-        if reply.status not in wanted:
-            raise self.remote.refusal(reply, self.name)
+    def _request(self, method: str, url: str, statuses: Sequence[int], **settings: Any) -> Reply:
+        """The reply, which says the next location. Raises RegistryError for another status."""
+        request = ClientRequest(method, url, **settings)
+        reply = self.remote.exchange(request, "repository:%s:pull,push" % self.name)
+        if reply.status not in statuses:
+            raise self.remote.client.refusal(reply, self.name)
         self.location = reply.header("Location") or self.location or url
         return reply
 
-    def _resume(self):
-        """Whether we can go on where the other side is. Else it has forgotten the upload, or takes it for broken
-        (Distribution does, after a chunk was cut)."""
+    def _resume(self) -> bool:
+        """Learn the offset of an upload that has begun; returns False where the registry has
+        forgotten it, or takes it for broken, as Distribution does after a chunk was cut."""
         self.offset = 0
-        reply = self._request("GET", self.location, wanted=range(600)) if self.location else None
-        if not reply or reply.status not in (200, 204):
+        if not self.location:
             return False
-        found = re.fullmatch("(?:bytes=)?0-([0-9]{1,18})", reply.header("Range"))
-        self.offset = int(found.group(1)) + 1 if found and found.group(1) != "0" else 0
-        return True
+        reply = self._request("GET", self.location, range(600))
+        match = re.fullmatch("(?:bytes=)?0-([0-9]{1,18})", reply.header("Range"))
+        if match and match.group(1) != "0":
+            self.offset = int(match.group(1)) + 1
+        return reply.status in (200, 204)
 
-    def _append(self, blob):
-        """Send the rest of the blob in chunks; if one is enough, it goes without a range, as docker sends it."""
+    def _append(self, blob: Blob) -> None:
+        """Send the rest of the blob in chunks. A single chunk goes without a range, as docker sends
+        it. Raises TemporaryFailure where no chunks are taken: then the blob is sent whole."""
         left = blob.length
-        chunk = left if self.remote.no_chunks else UPLOAD_CHUNK
-        alone = self.offset == 0 and left <= chunk
+        limit = UPLOAD_CHUNK if self.remote.takes_chunks else left
+        is_whole = self.offset == 0 and left <= limit
         while left:
-            length = min(left, chunk)
+            length = min(left, limit)
             headers = {"Content-Type": OCTET_STREAM, "Content-Length": str(length)}
-            if not alone:
+            if not is_whole:
                 headers["Content-Range"] = "%d-%d" % (self.offset, self.offset + length - 1)
-            reply = self._request("PATCH", self.location, headers, self._pieces(blob, length), range(600))
+            reply = self._request("PATCH", self.location, range(600), headers=headers,
+                                  body=iter_blob(blob, length))
             if reply.status not in (201, 202, 204):
-                error = self.remote.refusal(reply, self.name)
-                if alone:
+                error = self.remote.client.refusal(reply, self.name)
+                if is_whole:
                     raise error
-                self.remote.no_chunks, self.location = True, None  # Google's Artifact Registry takes blobs whole only
-                raise Passing(error.code, message=error.message)
+                # Google's Artifact Registry takes blobs only whole.
+                self.remote.takes_chunks, self.location = False, ""
+                raise TemporaryFailure(error.code, message=error.message)
             self.offset += length
             left -= length
 
-    @staticmethod
-    def _pieces(blob, length):
-        """Yield the next `length` bytes of a blob. Raises RegistryError: an OSError would be the connection's."""
-        buffer = memoryview(bytearray(min(length, COPY_BUFFER)))
-        while length:
-            try:
-                count = blob.readinto(buffer[:length])
-            except OSError as error:
-                raise RegistryError("UNKNOWN", message="a blob can't be read here: %s" % error)
-            if not count:
-                raise RegistryError("SIZE_INVALID", message="a blob ended before its end")
-            yield bytes(buffer[:count])
-            length -= count
+
+# A store in front of other registries
 
 
-class PullThrough(Directory):
-    """A store in front of other registries: what is missing below NS/ is fetched there, passed on at once and kept.
+class Upstream(NamedTuple):
+    """Another registry behind a store, and what the names of its repositories begin with there."""
 
-    `upstreams` is {NS: (Remote, what its names begin with)}. Tags are compared with the upstream's after `ttl` seconds;
-    when it is away, what is here is served. Pushes of manifests below NS/ are refused: its next tag would undo them.
-    """
+    remote: Remote
+    prefix: str
 
-    AWAY = 30.0  # seconds in which an upstream that could not be reached is not asked again
 
-    def __init__(self, root, upstreams, ttl=300.0, **settings):
-        super().__init__(root, **settings)
-        self.cache = Directory(root, **dict(settings, sparse=True))  # an image comes before its blobs
-        self.upstreams, self.ttl = upstreams, ttl
-        self.ask_again = {}  # Remote that is away: when
-        self.downloads = {}  # (name, digest): the Event of its end
-        self.mutex = threading.Lock()
+class ArrivingBlob(Blob):
+    """A part of a blob of `size` bytes that comes into a store, in whatever process, and is read
+    meanwhile; but its last byte not before its digest has proved right.
 
-    def version(self):
-        return None  # the upstream may have changed, and only a question tells
+    The blob begins to come when somebody reads: `begin` then returns an Event that is set at the
+    end. Until then the bytes are in the file `partial`, afterwards in `whole`."""
 
-    def _upstream(self, name):
-        """(Remote, the name there), or (None, None)."""
-        for space, (remote, prefix) in self.upstreams.items():
+    def __init__(self, begin: Callable[[], threading.Event], partial: str, whole: str, size: int,
+                 offset: int, length: int) -> None:
+        super().__init__(None, offset, length)
+        self.begin = begin
+        self.partial = partial
+        self.whole = whole
+        self.size = size
+        self.ended: Optional[threading.Event] = None
+
+    def part(self, offset: int, length: int) -> Blob:
+        return ArrivingBlob(self.begin, self.partial, self.whole, self.size,
+                            self.offset + offset, length)
+
+    def readinto(self, view: Any) -> int:
+        """Waits for bytes. Raises OSError where the upstream fails."""
+        self.ended = self.ended or self.begin()
+        while self.position < self.length:
+            is_whole = self.ended.is_set()
+            end = self.offset + self.length
+            if not is_whole:
+                end = min(end, self.size - 1)
+            start = self.offset + self.position
+            block = b""
+            with contextlib.suppress(FileNotFoundError):  # nothing has come yet, or nothing will
+                with open(self.whole if is_whole else self.partial, "rb", buffering=0) as file:
+                    block = os.pread(file.fileno(), max(min(len(view), end - start), 0), start)
+            if block:
+                view[:len(block)] = block
+                self.position += len(block)
+                return len(block)
+            if is_whole:
+                raise OSError(errno.EIO, "the upstream did not send all of a blob")
+            self.ended.wait(0.01)
+        return 0
+
+
+class PullThrough(Wrapper):
+    """A store in front of other registries. What is missing below the name NS/ is fetched from the
+    upstream of NS, passed on at once, and kept.
+
+    A tag is compared with the upstream's if that was last done `ttl` seconds ago. While the
+    upstream is away, what is here is served. Pushes below NS/ are refused, because the next
+    comparison of a tag would undo them."""
+
+    AWAY = 30.0  # seconds for which an upstream that could not be reached is left alone
+
+    def __init__(self, store: Directory, upstreams: Dict[str, Upstream],
+                 ttl: float = 300.0) -> None:
+        super().__init__(store)
+        self.store = store
+        self.upstreams = upstreams
+        self.ttl = ttl
+        self.ask_again: Dict[Remote, float] = {}  # when to try one that is away
+        self.downloads: Dict[Tuple[str, Digest], threading.Event] = {}  # that have not ended
+        self.mutex = threading.Lock()  # of the downloads
+
+    def _find_upstream(self, name: str) -> Tuple[Optional[Remote], str]:
+        """The registry behind a repository (None: it is ours), and the name that it has there."""
+        for space, upstream in self.upstreams.items():
             if name.startswith(space + "/"):
-                return remote, prefix + name[len(space) + 1:]
-        return None, None
+                return upstream.remote, upstream.prefix + name[len(space) + 1:]
+        return None, name
 
-    def has_repository(self, name):
-        return super().has_repository(name) or self._upstream(name)[0] is not None
+    def _is_away(self, remote: Remote) -> bool:
+        return time.monotonic() < self.ask_again.get(remote, 0)
 
-    def _ask(self, name, method, *arguments):
-        """What a method of the upstream returns, or None where it can't say. Why, and with which login, is for our log
-        and not for clients."""
-        remote, path = self._upstream(name)
-        if remote is None or time.monotonic() < self.ask_again.get(remote, 0):
+    def _ask(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
+        """What a method of the upstream's Remote returns; None without an upstream, where that
+        does not have it, and where it can't say."""
+        remote, path = self._find_upstream(name)
+        if remote is None or self._is_away(remote):
             return None
         try:
             return method(remote, path, *arguments)
+        except Unknown:
+            return None
         except RegistryError as error:
-            if error.code not in UNKNOWN_CODES:
-                logger.warning("upstream of %s: %s", name, error)
-            if error.code in ("UNAVAILABLE", "TOOMANYREQUESTS"):
+            # Whatever the upstream fails at, what is here is served. Why it fails, and with which
+            # login, is for our log and not for clients.
+            logger.warning("upstream of %s: %s", name, error)
+            # An upstream that was reached and fails at one image (UNKNOWN) may have others.
+            if isinstance(error, Unavailable) and error.code != "UNKNOWN":
                 self.ask_again[remote] = time.monotonic() + self.AWAY
             return None
 
-    def resolve(self, name, tag):
-        link = os.path.join(self.layout.current_path(name, tag), "link")
-        with contextlib.suppress(FileNotFoundError):
-            # It is written anew each time the tag is found right; in the future, by a wrong clock.
-            if -CLOCK_SLACK <= time.time() - os.stat(link).st_mtime < self.ttl:
-                return super().resolve(name, tag)
+    def _check_asked(self, name: str) -> None:
+        """Raises UNAVAILABLE while the upstream is away: what is missing here may be there."""
+        remote, _ = self._find_upstream(name)
+        if remote and self._is_away(remote):
+            raise RegistryError("UNAVAILABLE", message="the registry that %s comes from can't be "
+                                                       "reached at present" % name)
+
+    def version(self) -> None:
+        """None: the upstream may have changed, and only a question tells."""
+        return None
+
+    def has_repository(self, name: str) -> bool:
+        return self._find_upstream(name)[0] is not None or self.store.has_repository(name)
+
+    def resolve(self, name: str, tag: str) -> Digest:
+        # The link of a tag is written again each time the tag proves right. Its time may be in the
+        # future, by a wrong clock; that counts as long ago.
+        age = time.time() - self.store.pushed(name, tag)
+        if -CLOCK_SLACK <= age < self.ttl:
+            return self.store.resolve(name, tag)
         digest = self._ask(name, Remote.resolve, tag)
-        with contextlib.suppress(RegistryError):
-            if digest:
-                self.cache.put_manifest(name, self.manifest(name, digest), [tag])
-        return super().resolve(name, tag)
+        if digest:
+            with contextlib.suppress(Unknown, Unavailable):
+                # The upstream has lost the manifest, or is away now: the tag here still counts.
+                self.store.put_manifest(name, self.manifest(name, digest), [tag], sparse=True)
+        return self.store.resolve(name, tag)
 
-    def manifest(self, name, digest):
+    def manifest(self, name: str, digest: Digest) -> Manifest:
         try:
-            return super().manifest(name, digest)
-        except RegistryError:
-            found = self._ask(name, Remote.manifest, digest)
-            if found is None:
+            return self.store.manifest(name, digest)
+        except Unknown:
+            manifest = self._ask(name, Remote.manifest, digest)
+            if manifest is None:
+                self._check_asked(name)
                 raise
-        self.cache.put_manifest(name, found)
-        return found
+        self.store.put_manifest(name, manifest, sparse=True)
+        return manifest
 
-    def tags(self, name, last=""):
-        return self._ask(name, Remote.tags, last) or super().tags(name, last)
+    def tags(self, name: str, last: str = "") -> Iterator[str]:
+        return self._ask(name, Remote.tags, last) or self.store.tags(name, last)
 
-    def referrers(self, name, subject, last=""):
-        there = self._ask(name, Remote.referrer_digests, subject) or []
-        for digest in there[:PAGE_SIZE]:  # each is fetched and kept
-            with contextlib.suppress(RegistryError):
+    def referrers(self, name: str, subject: Digest, last: str = "") -> Iterator[Manifest]:
+        digests = self._ask(name, Remote.referrer_digests, subject) or []
+        for digest in digests[:PAGE_SIZE]:  # each is fetched and kept
+            with contextlib.suppress(Unknown, Unavailable):  # the others count all the same
                 self.manifest(name, digest)
-        return super().referrers(name, subject, last)
+        return self.store.referrers(name, subject, last)
 
-    def open_blob(self, name, digest, offset=0):
+    def open_blob(self, name: str, digest: Digest, offset: int = 0) -> Blob:
         try:
-            return super().open_blob(name, digest, offset)
-        except RegistryError:
-            size = self._ask(name, Remote.size, digest)
+            return self.store.open_blob(name, digest, offset)
+        except Unknown:
+            size = self._ask(name, Remote.find_size, digest)
             if size is None:
+                self._check_asked(name)
                 raise
-        self.cache.check_room(size)
-        if not size:  # or the upstream doesn't say: then all of it first
-            self.fetch(name, digest, size).wait()
-            return super().open_blob(name, digest, offset)
-        return ArrivingBlob(self, name, digest, size, 0, size).rest(offset)
+        self.store.check_room(size)
+        begin = functools.partial(self._begin_download, name, digest, size)
+        if not size:  # it is empty, or the upstream does not say: then all of it comes first
+            begin().wait()
+            return self.store.open_blob(name, digest, offset)
+        session = DirectoryUpload(self.store, name, self.store.session_id_of_blob(name, digest))
+        whole = self.store.layout.blob_path(digest)
+        return ArrivingBlob(begin, session.path, whole, size, 0, size).rest(offset)
 
-    def fetch(self, name, digest, size):
-        """Let a blob of this size (0: nobody knows) come into the store, unless it is on its way. Returns an Event that
-        is set when that has ended."""
+    def _begin_download(self, name: str, digest: Digest, size: int) -> threading.Event:
+        """Let a blob of this size (0: unknown) come into the store, unless it is on its way.
+        Returns an Event that is set when that has ended, with the blob or without."""
         with self.mutex:
             ended = self.downloads.get((name, digest))
             if ended is None:
                 ended = threading.Event()
-                threading.Thread(target=self._download, args=(name, digest, size, ended), daemon=True).start()
+                threading.Thread(target=self._download, args=(name, digest, size, ended),
+                                 daemon=True).start()
                 self.downloads[name, digest] = ended
             return ended
 
-    def _download(self, name, digest, size, ended):
-        remote, path = self._upstream(name)
-
+    def _download(self, name: str, digest: Digest, size: int, ended: threading.Event) -> None:
+        remote, path = self._find_upstream(name)
         open_rest = functools.partial(remote.open_blob, path, digest)
 
-        def open_from(offset):
+        def open_from(offset: int) -> Blob:
             return LimitedBlob(open_rest, size, offset) if size else open_rest(offset)
 
         try:
-            remote.retry(self.cache.put_blob, name, digest, open_from)
+            remote.retry(self.store.put_blob, name, digest, open_from)
         except (RegistryError, OSError) as error:
+            # Whoever waits for the blob sees that it is not there; why is for our log.
             logger.warning("%s of %s was not fetched: %s", digest, name, error)
         finally:
             with self.mutex:
                 del self.downloads[name, digest]
             ended.set()
 
-    def _check_ours(self, name):
+    def _check_ours(self, name: str) -> None:
         """Raises DENIED below the name of an upstream."""
-        if self._upstream(name)[0]:
-            raise RegistryError("DENIED", name, message="what is below this name is another registry's, and kept here "
-                                "as it is there; push under another name")
+        if self._find_upstream(name)[0]:
+            raise RegistryError("DENIED", name, message="what is below this name is another "
+                                "registry's, and kept here as it is there; push under another name")
 
-    def start_upload(self, name, *arguments):
+    def start_upload(self, name: str, algorithm: str = "sha256") -> UploadSession:
         self._check_ours(name)
-        return super().start_upload(name, *arguments)
+        return self.store.start_upload(name, algorithm)
 
-    def mount(self, name, *arguments):
+    def mount(self, name: str, digest: Digest, source: Optional[str] = None) -> bool:
         self._check_ours(name)
-        return super().mount(name, *arguments)
+        return self.store.mount(name, digest, source)
 
-    def put_manifest(self, name, *arguments):
+    def put_manifest(self, name: str, manifest: Manifest, tags: Iterable[str] = (),
+                     check_wanted: Callable[[], None] = do_nothing) -> None:
         self._check_ours(name)
-        super().put_manifest(name, *arguments)
-
-
-class ArrivingBlob(Blob):
-    """A part of a blob that comes into the store, in whatever process, and is read meanwhile; but its last byte not
-    before its digest is known to be right. It begins to come when somebody reads."""
-
-    def __init__(self, store, name, digest, size, offset, length):
-        super().__init__(None, offset, length)
-        self.store, self.name, self.digest, self.size = store, name, digest, size
-        self.ended = None
-
-    def part(self, offset, length):
-        return ArrivingBlob(self.store, self.name, self.digest, self.size, self.offset + offset, length)
-
-    def readinto(self, view):
-        self.ended = self.ended or self.store.fetch(self.name, self.digest, self.size)
-        session = DirectoryUpload(self.store, self.name, self.store.session_id_of_blob(self.name, self.digest)).path
-        while self.position < self.length:
-            ended, start, block = self.ended.is_set(), self.offset + self.position, b""
-            left = self.length - self.position if ended else min(self.offset + self.length, self.size - 1) - start
-            with contextlib.suppress(FileNotFoundError):
-                with open(self.store.layout.blob_path(self.digest) if ended else session, "rb", buffering=0) as file:
-                    block = os.pread(file.fileno(), max(min(len(view), left), 0), start)
-            if block:
-                view[:len(block)] = block
-                self.position += len(block)
-                return len(block)
-            if ended:
-                raise OSError(errno.EIO, "the upstream did not send all of a blob")
-            self.ended.wait(0.01)
-        return 0
+        self.store.put_manifest(name, manifest, tags, check_wanted)
 
 # -------------------------------------------------------------------------------------------------
 # 10  Copy
@@ -7249,7 +7506,7 @@ def repositories_page(registry: Registry, access: Access, request: Request) -> R
 def get_page(registry: Registry, access: Access, request: Request) -> Response:
     """The repositories, the tags of a repository, or one image, as the query says. Raises
     NAME_UNKNOWN, MANIFEST_UNKNOWN."""
-    registry = getattr(registry, "cache", registry)  # of a PullThrough: to look is not to fetch
+    registry = registry.at_hand()  # to look is not to fetch
     name, reference = request.get("repository"), request.get("reference")
     if name is None:
         return repositories_page(registry, access, request)
@@ -9221,15 +9478,13 @@ def open_registry(options):
     if options.archives:
         store = registry = Archive(options.archives)
     else:
-        kind = Directory
+        store = registry = open_store(options, create=not options.read_only)
         if options.upstream:
-            upstreams = {space: (Remote(host, plain_http=plain, retries=1, patience=5.0), prefix)
+            upstreams = {space: Upstream(Remote(host, plain_http=plain, retries=1, patience=5.0), prefix)
                          for space, host, plain, prefix in options.upstream}
-            kind = functools.partial(PullThrough, upstreams=upstreams, ttl=options.upstream_ttl)
-        store = open_store(options, create=not options.read_only, kind=kind)
-        registry = store
+            registry = PullThrough(store, upstreams, options.upstream_ttl)
         if options.immutable_tags:
-            registry = ImmutableTags(store, options.immutable_tags, store.lock_repository)
+            registry = ImmutableTags(registry, options.immutable_tags, store.lock_repository)
         if not options.read_only:
             check_writable(store)
     return store, ReadOnly(registry) if options.read_only or options.archives else registry

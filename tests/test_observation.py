@@ -240,7 +240,7 @@ def test_live_names_no_repository_that_its_watcher_may_not_see(start_server, tmp
     (tmp_path / "users").write_text("".join("%s:%s\n" % (user, tinyreg.new_hash("pw")) for user in ("alice", "bob")))
     (tmp_path / "rules").write_text("** * pull\nhidden/** * none\nhidden/** bob push\n")
     server = start_server(None, "--log", "explain", "--users", tmp_path / "users", "--rules", tmp_path / "rules")
-    alice, bob = (tinyreg.basic(user, "pw") for user in ("alice", "bob"))
+    alice, bob = (tinyreg.basic_authorization(user, "pw") for user in ("alice", "bob"))
     asked = [("GET", "/token?scope=repository:hidden/a:pull"), ("GET", "/?repository=hidden/a&reference=1"),
              ("GET", "/v2/_catalog?last=hidden/a"), ("GET", "/v2/hidden/a/tags/list"), ("GET", "/hidden/a"),
              ("PUT", "/v2/hidden/a/tags/list"), ("GET", "/v2/hidden/A/tags/list"), ("GET", "/archive/hidden/A:1.tar"),
@@ -262,7 +262,7 @@ def test_who_has_a_password_is_no_admin_for_that(tmp_path, rules, status):
     (tmp_path / "users").write_text("alice:%s\n" % tinyreg.new_hash("secret"))
     (tmp_path / "rules").write_text(rules)
     access = tinyreg.Access("none", str(tmp_path / "users"), str(tmp_path / "rules"))
-    request = tinyreg.Request("GET", "/live", {"authorization": tinyreg.basic("alice", "secret")})
+    request = tinyreg.Request("GET", "/live", {"authorization": tinyreg.basic_authorization("alice", "secret")})
     request.observation = Observation(str(tmp_path), "off", [])
     answer = tinyreg.dispatch(tinyreg.Registry(), access, request)
     assert answer.status == status and (status == 200 or b"** alice admin" in answer.body)

@@ -852,8 +852,8 @@ def test_of_what_clients_ask_for_no_more_is_kept_than_has_room(start_proxy, monk
             client.start()
         for client in clients:
             client.join()
-    assert len(tokens.issued) == 20 and 0 < len(remote.tokens) <= 8
-    assert 0 < sum(map(len, remote.wire.idle.values())) < 5
+    assert len(tokens.issued) == 20 and 0 < len(remote.tokens.tokens) <= 8
+    assert 0 < sum(map(len, remote.client.pool.idle.values())) < 5
 
 
 def test_a_token_server_that_drips_holds_up_its_own_repository_only(start_proxy, monkeypatch, drip):
