@@ -5212,212 +5212,302 @@ class PullThrough(Wrapper):
 # -------------------------------------------------------------------------------------------------
 # 10  Copy
 #
-# One way from any registry to any other. First it is planned, which reads manifests and nothing else; then the
-# blobs go, several at once, then the manifests, children first, and a tag comes last. Bytes are never changed.
+# The one way from any registry to any other. A Plan reads manifests and decides what goes; then a
+# Copy moves the blobs, several at once, and after them the manifests: each after all that it refers
+# to, so that a tag never points to something that is not there yet. Bytes are never changed; only
+# --strip makes new indexes. It assumes nothing about the two registries but Reader and Writer.
 # -------------------------------------------------------------------------------------------------
 
-MAX_MANIFESTS = 8 * MAX_MANIFEST  # bytes of all manifests of one image, with its referrers; they are in memory …
-MANIFEST_COST = 1 << 10           # … and what each of them takes beside its bytes
-NO_PLATFORM = "unknown/unknown"  # what BuildKit says that its attestations are for
-COSIGN_SUFFIXES = (".sig", ".att", ".sbom")  # cosign's tags about a manifest: sha256-HEX and one of these
+MAX_MANIFESTS = 8 * MAX_MANIFEST  # bytes of an image's manifests with its referrers, in memory …
+MANIFEST_COST = 1 << 10           # … and what each of them takes there beside its bytes
+NO_PLATFORM = "unknown/unknown"   # the platform that BuildKit gives its attestations
+COSIGN_SUFFIXES = (".sig", ".att", ".sbom")  # cosign tags what is about a manifest sha256-HEX.sig …
 
 
 class Report:
-    """What became of one image, counted while it is copied. `watch(report)` hears of every change, from any thread."""
+    """What became of one image, counted while it is copied. `watch(report)` is called after every
+    change, from any thread."""
 
-    def __init__(self, image="", watch=None):
-        self.image, self.digest = image, None
-        self.watch = watch or (lambda report: None)
+    def __init__(self, image: str = "", watch: Callable[["Report"], None] = do_nothing) -> None:
+        self.image = image
+        self.digest: Optional[Digest] = None
+        self.watch = watch
         self.mutex = threading.Lock()
-        self.total_blobs = self.total_bytes = 0      # all that the image refers to
-        self.needed_blobs = self.needed_bytes = 0    # what the target had not got, when it was asked
-        self.copied_blobs = self.copied_bytes = 0    # what was moved
-        self.present_bytes = 0                       # what the target had already
-        self.referrers = []  # (digest, what it is): signatures, attestations, SBOMs and the like that went along
-        self.absent = []     # digests of children that the index names and the source has not got, or was not asked for
-        self.stripped = {}   # {digest: the digest that took its place} of the indexes that lost such children
-        self.missing = []    # digests of blobs that the source should have, and has not
-        self.moved = {}      # {tag: digest that it has in the source}, if not that of TAG@DIGEST
-        self.damaged = []    # digests of blobs that are damaged there
-        self.complete = False  # whether all of it has arrived …
-        self.arrived = None  # type: Optional[str]  # … and when, in UTC
+        # All that the image refers to,
+        self.total_blobs = self.total_bytes = 0
+        # what the target lacked when it was asked,
+        self.needed_blobs = self.needed_bytes = 0
+        # what was moved,
+        self.copied_blobs = self.copied_bytes = 0
+        # and what the target had already.
+        self.present_bytes = 0
+        # (digest, type) of signatures, attestations, SBOMs and other referrers that go along
+        self.referrers: List[Tuple[Digest, str]] = []
+        # children of indexes that stay behind: the source lacks them, or they are not wanted
+        self.absent: List[Digest] = []
+        # {digest of an index that lost such children: digest of what took its place}
+        self.stripped: Dict[Digest, Digest] = {}
+        # blobs that the source should have, and lacks
+        self.missing: List[Digest] = []
+        # {tag: its digest in the source}, where that is not the one in TAG@DIGEST
+        self.moved: Dict[str, Digest] = {}
+        # blobs that are damaged in the source
+        self.damaged: List[Digest] = []
+        # whether all of it has arrived, and when, in UTC
+        self.complete = False
+        self.arrived: Optional[str] = None
 
-    def add(self, **counts):
+    def add(self, **counts: int) -> None:
+        """Add to counters."""
         with self.mutex:
             for counter, count in counts.items():
                 setattr(self, counter, getattr(self, counter) + count)
         self.watch(self)
 
-    def as_json(self):
-        """All of it, as a dict for --json."""
-        found = {name: value for name, value in vars(self).items() if name not in ("watch", "mutex")}
-        return dict(found, referrers=[{"digest": digest, "type": kind} for digest, kind in self.referrers])
+    def as_json(self) -> Dict[str, Any]:
+        """All of it, for --json."""
+        fields = {name: value for name, value in vars(self).items()
+                  if name not in ("watch", "mutex")}
+        referrers = [{"digest": digest, "type": kind} for digest, kind in self.referrers]
+        return dict(fields, referrers=referrers)
 
 
-def is_wanted(platform, wishes):
-    """Whether an index's entry for this platform is to be copied: no wish means all, and so does no platform.
-    linux/arm64 is any variant of it."""
+def is_wanted(platform: str, wishes: Sequence[str]) -> bool:
+    """Whether an index's entry for this platform is to be copied. Without wishes all are, and what
+    is for no platform always is. The wish linux/arm64 means all variants of it."""
     if not wishes or platform in ("", NO_PLATFORM):
         return True
     return any((platform + "/").startswith(wish + "/") for wish in wishes)
 
 
-class Copy:
-    """One image on its way from a source to a target: plan() reads manifests, run() moves the bytes.
+def strip_index(index: Manifest, kept: Dict[Digest, Optional[Manifest]],
+                attestations: Set[Digest]) -> Manifest:
+    """The index with its kept children only; if that is a single image, this image. An index of
+    which all is kept stays as it is. Raises MANIFEST_UNKNOWN if no image is kept.
 
-    `platforms` (OS/ARCH[/VARIANT]) leaves the other children of an index behind; the index keeps
-    its bytes, unless `strip` takes these children out of it. Between the two, `manifests` and
-    `blobs` (digest to Manifest and Descriptor) and `tags` (digest to list) say what will be put.
-    """
+    `kept` has the manifest that goes in place of each child, None for a child that is a blob.
+    Attestations are no images."""
+    document, entries, manifests = index.document, [], []
+    for entry in document["manifests"]:
+        if entry["digest"] in kept:
+            manifest = kept[entry["digest"]]
+            if manifest and manifest.digest != entry["digest"]:
+                entry = dict(entry, digest=manifest.digest, size=len(manifest.content),
+                             mediaType=manifest.media_type)
+            entries.append(entry)
+            manifests.append(manifest)
+    if entries == document["manifests"]:
+        return index
+    if attestations.issuperset(entry["digest"] for entry in entries):
+        raise RegistryError("MANIFEST_UNKNOWN", index.digest,
+                            message="none of the images of this index is here")
+    if len(entries) == 1 and manifests[0]:
+        return manifests[0]
+    return parse_manifest(to_json(dict(document, manifests=entries)))
 
-    def __init__(self, source, target, name, reference, target_name=None, platforms=(),
-                 referrers=True, report=None, strip=False):
-        self.source, self.target = source, target
-        self.name, self.target_name, self.reference = name, target_name or name, reference
+
+class Plan:
+    """What there is to copy of one image. plan() reads the manifests of the source, and no blob.
+
+    `platforms` (OS/ARCH[/VARIANT]) leaves the other children of an index behind. The index keeps
+    its bytes and so names children that are absent, unless `strip` takes these out of it.
+
+    `manifests` is in the order in which they are to be put; `blobs` and `tags` are by digest. What
+    plan() had added before it raised an error stays there."""
+
+    def __init__(self, source: Reader, name: str, reference: str, platforms: Sequence[str] = (),
+                 referrers: bool = True, report: Optional[Report] = None,
+                 strip: bool = False) -> None:
+        self.source, self.name, self.reference = source, name, reference
         self.platforms, self.with_referrers, self.strip = platforms, referrers, strip
         self.report = report or Report()
-        self.manifests = collections.OrderedDict()  # in the order in which they are put
-        self.blobs = collections.OrderedDict()
-        self.tags = {}
-        self.seen = set()          # digests of manifests that are planned, or begun
-        self.room = MAX_MANIFESTS  # bytes that the manifests may still take
-        self.children = []         # digests of all that indexes name
-        self.attestations = set()  # digests of manifests that nothing else is about
+        self.root = Digest()  # of the image
+        self.manifests: Dict[Digest, Manifest] = collections.OrderedDict()
+        self.blobs: Dict[Digest, Descriptor] = collections.OrderedDict()
+        self.tags: Dict[Digest, List[str]] = {}
+        # By the digest in the source, what goes to the target in place of a manifest: usually
+        # itself. A manifest that stays behind is not there.
+        self.going: Dict[Digest, Manifest] = {}
+        self.wanted: Dict[Digest, List[Descriptor]] = {}  # children of indexes, until they are read
+        self.children: List[Digest] = []                  # all that indexes name
+        self.attestations: Set[Digest] = set()            # manifests that have no referrers
+        self.free_memory = MAX_MANIFESTS                  # bytes that manifests may still take
 
-    # What there is to copy
-
-    def plan(self):
-        """Returns the Report. Raises NAME_UNKNOWN, and MANIFEST_UNKNOWN also where it is for no wanted platform."""
-        if isinstance(self.reference, Digest):
-            root, tag = Digest(self.reference), self.reference.tag
-            if tag:
-                self._compare_tag(tag)
-        else:
-            root, tag = self.source.resolve(self.name, self.reference), self.reference
-        root = self._add(root)
+    def plan(self) -> Report:
+        """Raises NAME_UNKNOWN, and MANIFEST_UNKNOWN also if there is no image for the platforms."""
+        tag = self._find_root()
+        for manifest in walk([self.root], self._read_needed, self._iter_needed):
+            if manifest.digest in self.going:
+                going = self.going[manifest.digest]
+                self.manifests[going.digest] = going
+        root = self.going[self.root].digest
         if tag or self.source.is_named(self.name, root):
             self.tags.setdefault(root, []).append(tag or root)
-        planned = set(self.manifests).union(self.blobs)
-        self.report.absent = [child for child in collections.OrderedDict.fromkeys(self.children)
-                              if child not in planned]
         self.report.digest = root
+        self.report.absent = [child for child in collections.OrderedDict.fromkeys(self.children)
+                              if child not in self.manifests and child not in self.blobs]
         self.report.total_blobs = len(self.blobs)
         self.report.total_bytes = sum(blob.size for blob in self.blobs.values())
         return self.report
 
-    def _compare_tag(self, tag):
-        """Note if the source has moved the tag beside a digest to another manifest."""
-        with if_there():
-            digest = self.source.resolve(self.name, tag)
-            if digest != self.reference:
-                self.report.moved[tag] = digest
+    def _find_root(self) -> Optional[str]:
+        """Set the root's digest; returns the tag that the image is to have. Notes if the source has
+        moved the tag of TAG@DIGEST to another manifest."""
+        if not isinstance(self.reference, Digest):
+            self.root = self.source.resolve(self.name, self.reference)
+            return self.reference
+        self.root, tag = Digest(self.reference), self.reference.tag
+        if tag:
+            # The digest says which manifest is meant, so the tag may be gone.
+            with contextlib.suppress(Unknown):
+                digest = self.source.resolve(self.name, tag)
+                if digest != self.root:
+                    self.report.moved[tag] = digest
+        return tag
 
-    def measure(self, jobs=4):
-        """Count what the target lacks of the plan: {digest: bytes}."""
+    def read_manifest(self, digest: Digest) -> Manifest:
+        return self.source.manifest(self.name, digest)
+
+    def _read_needed(self, digest: Digest) -> Optional[Manifest]:
+        """The manifest; None if it is not there, or is an index without a wanted platform, unless
+        that is the image itself: an index may be sparse, and a referrer may be deleted meanwhile.
+
+        Raises MANIFEST_UNKNOWN for the image itself, MANIFEST_INVALID."""
+        try:
+            manifest = self.read_manifest(digest)
+            self.free_memory -= len(manifest.content) + MANIFEST_COST
+            if self.free_memory < 0:
+                raise RegistryError(
+                    "MANIFEST_INVALID", digest, message="the manifests of this image and of what "
+                    "is about it take more than %d MiB; copy one child by its digest, or leave the "
+                    "referrers behind" % (MAX_MANIFESTS >> 20))
+            self.wanted[digest] = self._wanted_children(manifest)
+        except Unknown:
+            if digest == self.root:
+                raise
+            return None
+        # From now on, so that a referrer that contains its subject sees that this goes along.
+        self.going[digest] = manifest
+        return manifest
+
+    def _wanted_children(self, manifest: Manifest) -> List[Descriptor]:
+        """The children of an index without those for other platforms. BuildKit's attestations are
+        for no platform; they are small, and go along.
+
+        Raises MANIFEST_UNKNOWN if no child is for a wanted platform."""
+        if not manifest.manifests:
+            return []
+        platforms = [platform_name(entry.get("platform"))
+                     for entry in manifest.document["manifests"]]
+        children = list(zip(manifest.manifests, platforms))
+        self.attestations.update(child.digest for child, platform in children
+                                 if platform == NO_PLATFORM)
+        wanted = [child for child, platform in children if is_wanted(platform, self.platforms)]
+        has_image = not self.attestations.issuperset(child.digest for child in wanted)
+        if len(wanted) < len(children) and not has_image:
+            offered = sorted(set(platforms) - {NO_PLATFORM})
+            raise RegistryError("MANIFEST_UNKNOWN", message="no image for %s; there are %s" % (
+                " or ".join(self.platforms), ", ".join(offered)))
+        return wanted
+
+    def _iter_needed(self, manifest: Manifest) -> Iterator[Digest]:
+        """Yield what goes along with a manifest: its wanted children, then its referrers.
+
+        walk() plans each digest before it asks for the next one. So once it asks for the first
+        referrer all children are planned, and it is known whether the index is stripped."""
+        wanted = self.wanted.pop(manifest.digest)
+        for child in wanted:
+            if child.media_type in MANIFEST_TYPES:
+                yield child.digest
+            else:
+                self.blobs[child.digest] = child  # BuildKit's cache is an index of layers
+        self.children += [child.digest for child in manifest.manifests]
+        self.blobs.update((blob.digest, blob) for blob in manifest.blobs if not blob.foreign)
+        if self.strip and manifest.manifests and self._strip(manifest, wanted):
+            return  # a referrer of an index is not about what is made of it
+        if self.with_referrers and manifest.digest not in self.attestations:
+            yield from self._iter_referrers(manifest.digest)
+
+    def _strip(self, index: Manifest, wanted: List[Descriptor]) -> bool:
+        """Let the index go without its absent children; whether that changes it. One without any
+        image stays behind. Raises MANIFEST_UNKNOWN if that is the image itself."""
+        kept = {child.digest: self.going.get(child.digest) for child in wanted
+                if child.digest in self.going or child.media_type not in MANIFEST_TYPES}
+        try:
+            going = strip_index(index, kept, self.attestations)
+        except Unknown:
+            if index.digest == self.root:
+                raise
+            del self.going[index.digest]
+            return True
+        if going is index:
+            return False
+        self.going[index.digest] = going
+        self.report.stripped[index.digest] = going.digest
+        return True
+
+    def _iter_referrers(self, digest: Digest) -> Iterator[Digest]:
+        """Yield what is about a manifest: its referrers, and what cosign has tagged with its
+        digest."""
+        for referrer in self.source.referrer_digests(self.name, digest):
+            if referrer not in self.going:
+                yield referrer
+                self._note_referrer(referrer)
+        for suffix in COSIGN_SUFFIXES:
+            tag = fallback_tag(digest) + suffix
+            try:
+                referrer = self.source.resolve(self.name, tag)
+            except Unknown:
+                continue
+            self.attestations.add(referrer)
+            yield referrer
+            self._note_referrer(referrer, tag, "cosign's " + suffix)
+
+    def _note_referrer(self, digest: Digest, tag: Optional[str] = None,
+                       kind: Optional[str] = None) -> None:
+        """Report a referrer, unless it stays behind."""
+        if digest in self.going:
+            going = self.going[digest]
+            if tag:
+                self.tags.setdefault(going.digest, []).append(tag)
+            kind = kind or going.artifact_type or "referrer"
+            self.report.referrers.append((going.digest, kind))
+
+
+class Copy(Plan):
+    """The copy of one image to a target: plan() and measure() change nothing, run() moves the
+    bytes."""
+
+    def __init__(self, source: Reader, target: Registry, name: str, reference: str,
+                 target_name: Optional[str] = None, platforms: Sequence[str] = (),
+                 referrers: bool = True, report: Optional[Report] = None,
+                 strip: bool = False) -> None:
+        super().__init__(source, name, reference, platforms, referrers, report, strip)
+        self.target, self.target_name = target, target_name or name
+        self.begun: Set[Digest] = set()  # blobs whose bytes have been asked for
+
+    def read_manifest(self, digest: Digest) -> Manifest:
+        """From the target, if it has the manifest and is nearer: Docker Hub counts reads."""
+        if self.source.is_distant and not self.target.is_distant:
+            # The target lacks it, can't be read (an archive), or its copy is damaged.
+            with contextlib.suppress(Unknown, Unsupported, Invalid):
+                return self.target.manifest(self.target_name, digest)
+        return super().read_manifest(digest)
+
+    def measure(self, jobs: int = 4) -> Dict[Digest, int]:
+        """How many bytes the target lacks of each blob of the plan, without those that it has."""
+        present_bytes = functools.partial(self.target.present_bytes, self.target_name)
+        blobs = self.blobs.values()
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            held = pool.map(functools.partial(self.target.present_bytes, self.target_name), self.blobs.values())
-            lacking = {blob.digest: blob.size - found for blob, found in zip(self.blobs.values(), held)
-                       if blob.size > found}
+            lacking = {blob.digest: blob.size - present
+                       for blob, present in zip(blobs, pool.map(present_bytes, blobs))
+                       if present < blob.size}
         self.report.needed_blobs, self.report.needed_bytes = len(lacking), sum(lacking.values())
         return lacking
 
-    def _manifest(self, digest):
-        """A manifest of the plan, from nearby if it is there: Docker Hub counts those that are read from it."""
-        if self.source.is_distant and not self.target.is_distant:
-            with contextlib.suppress(RegistryError):
-                return self.target.manifest(self.target_name, digest)
-        return self.source.manifest(self.name, digest)
-
-    def _add(self, digest, depth=0):
-        """Plan a manifest, after all that it refers to; returns its digest, or that of what --strip
-        puts in its place. Raises MANIFEST_UNKNOWN, MANIFEST_INVALID."""
-        if digest in self.seen:
-            return self.report.stripped.get(digest, digest)
-        if depth > MAX_NESTING:
-            raise RegistryError("MANIFEST_INVALID", digest, message="indexes in indexes without end")
-        manifest = self._manifest(digest)
-        self.room -= len(manifest.content) + MANIFEST_COST
-        if self.room < 0:
-            raise RegistryError("MANIFEST_INVALID", digest, message="the manifests of this image and of "
-                                "what is about it take more than %d MiB; copy one child by its digest, "
-                                "or leave the referrers behind" % (MAX_MANIFESTS >> 20))
-        wanted = self._wanted_children(manifest)
-        self.seen.add(digest)
-        going = {}  # {digest of a child: the digest under which it goes}
-        for child in wanted:
-            if child.media_type not in MANIFEST_TYPES:
-                self.blobs[child.digest] = child  # BuildKit's cache: an index of layers
-                going[child.digest] = child.digest
-            else:
-                with if_there():
-                    going[child.digest] = self._add(child.digest, depth + 1)
-        self.children += [child.digest for child in manifest.manifests]
-        if self.strip and any(going.get(child.digest) != child.digest for child in manifest.manifests):
-            manifest = self._without_absent(manifest, going)
-            self.report.stripped[digest] = manifest.digest
-        self.blobs.update((blob.digest, blob) for blob in manifest.blobs if not blob.foreign)
-        # What is about an index is not about the one that --strip makes of it.
-        if self.with_referrers and digest not in self.attestations and manifest.digest == digest:
-            self._add_referrers(digest, depth + 1)
-        self.manifests[manifest.digest] = manifest
-        return manifest.digest
-
-    def _without_absent(self, manifest, going):
-        """The index with only those children that go along; or, where it is just one image, that
-        image. Raises MANIFEST_UNKNOWN where it is none."""
-        entries = []
-        for entry in manifest.document["manifests"]:
-            child = self.manifests.get(going.get(entry["digest"]))
-            if child and child.digest != entry["digest"]:
-                entry = dict(entry, digest=child.digest, size=len(child.content),
-                             mediaType=child.media_type)
-            if child or going.get(entry["digest"]):
-                entries.append(entry)
-        images = [entry for entry in entries if entry["digest"] not in self.attestations]
-        if not images:
-            self.seen.discard(manifest.digest)
-            raise RegistryError("MANIFEST_UNKNOWN", manifest.digest,
-                                message="none of the images of this index is here")
-        if len(entries) == 1 and entries[0]["digest"] in self.manifests:
-            return self.manifests[entries[0]["digest"]]
-        return parse_manifest(to_json(dict(manifest.document, manifests=entries)))
-
-    def _wanted_children(self, manifest):
-        """Descriptors of an index's children, without those for other platforms. BuildKit's attestations are for none,
-        are small, and go along. Raises MANIFEST_UNKNOWN where no child is for a wanted platform."""
-        entries = manifest.document["manifests"] if manifest.manifests else ()
-        children = [(child, platform_name(entry.get("platform")))
-                    for child, entry in zip(manifest.manifests, entries)]
-        self.attestations.update(child.digest for child, platform in children if platform == NO_PLATFORM)
-        wanted = [child for child, platform in children if is_wanted(platform, self.platforms)]
-        if len(wanted) < len(children) and self.attestations.issuperset(child.digest for child in wanted):
-            offered = sorted({platform for _, platform in children} - {NO_PLATFORM})
-            raise RegistryError("MANIFEST_UNKNOWN", message="no image for %s; there are %s"
-                                % (" or ".join(self.platforms), ", ".join(offered)))
-        return wanted
-
-    def _add_referrers(self, digest, depth):
-        """Plan what is about a manifest: its referrers, and what cosign has tagged with its digest."""
-        for referrer in self.source.referrer_digests(self.name, digest):
-            if referrer not in self.seen:
-                with if_there():
-                    going = self._add(referrer, depth)
-                    kind = self.manifests[going].artifact_type or "referrer"
-                    self.report.referrers.append((going, kind))
-        for suffix in COSIGN_SUFFIXES:
-            tag = fallback_tag(digest) + suffix
-            with if_there():
-                found = self.source.resolve(self.name, tag)
-                self.attestations.add(found)
-                going = self._add(found, depth)
-                self.tags.setdefault(going, []).append(tag)
-                self.report.referrers.append((going, "cosign's " + suffix))
-
-    # The copying
-
-    def run(self, jobs=4):
-        """Returns the Report. Where a blob is missing in the source, or damaged, the manifests that
-        need it are left out, and so is the tag. Raises RegistryError, OSError."""
+    def run(self, jobs: int = 4) -> Report:
+        """Move what is planned. If a blob is missing or damaged in the source, the manifests that
+        need it are left out, and so are their tags. Raises RegistryError, OSError."""
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             list(pool.map(self._put_blob, self.blobs.values()))
         lost = set(self.report.missing + self.report.damaged)
@@ -5429,60 +5519,74 @@ class Copy:
                 self._put_manifest(manifest)
         return self.report
 
-    def _put_blob(self, blob):
-        """Let the target have a blob; one that the source has not got is noted as missing, and one
-        that is damaged there likewise."""
-        attempts = []
-        open_rest = functools.partial(self.source.open_blob, self.name, blob.digest)
-
-        def told(count):
-            self.report.add(copied_bytes=count)
-
-        def open_from(offset):
-            try:
-                rest = LimitedBlob(open_rest, blob.size, offset, told)
-            except RegistryError as error:
-                if error.code in UNKNOWN_CODES:
-                    self.report.missing.append(blob.digest)
-                raise
-            self.report.add(present_bytes=0 if attempts else offset)  # later ones go on after what this run copied
-            attempts.append(offset)
-            return rest
-
+    def _put_blob(self, blob: Descriptor) -> None:
+        """Copy a blob, unless the target can mount it. One that is missing or damaged in the source
+        is noted in the report."""
         if self.target.mount(self.target_name, blob.digest):
-            return self.report.add(present_bytes=blob.size)
+            self.report.add(present_bytes=blob.size)
+            return
+        open_from = functools.partial(self._open_from, blob)
         try:
             self.source.retry(self.target.put_blob, self.target_name, blob.digest, open_from)
             self.report.add(copied_blobs=1)
-        except RegistryError as error:
-            if blob.digest in self.report.missing:
-                return
-            if not isinstance(error, Invalid) or not self.source.find_damage(blob.digest):
+        except Unknown:
+            if blob.digest not in self.report.missing:
+                raise  # the target's repository or upload session is not there
+        except Invalid:
+            if not self.source.find_damage(blob.digest):
                 raise
             self.report.damaged.append(blob.digest)
 
-    def _put_manifest(self, manifest):
-        """Put it under its tags, if it has any. A blob that the target thought it had, and finds damaged, is sent."""
-        tags = self.tags.get(manifest.digest, ())
+    def _open_from(self, blob: Descriptor, offset: int) -> LimitedBlob:
+        """The rest of a blob of the source, whose bytes the report counts as they are read."""
+        open_rest = functools.partial(self.source.open_blob, self.name, blob.digest)
         try:
-            self.target.put_manifest(self.target_name, manifest, tags)
-        except RegistryError as error:
-            lacks = set(self.report.absent).intersection(child.digest for child in manifest.manifests)
-            if lacks and not error.details and not isinstance(error, (Refused, Unavailable)):
-                raise RegistryError(error.code, message="%s; it seems to take an index with all its "
-                                    "children only, and %d of them are not here: copy them as well; or "
-                                    "add --strip, which takes them out of the index and so changes its "
-                                    "digest (the images in it keep theirs)" % (error.message, len(lacks)))
-            if error.code != "MANIFEST_BLOB_UNKNOWN" or not error.details:
-                raise
+            rest = LimitedBlob(open_rest, blob.size, offset, self._count_copied)
+        except Unknown:
+            self.report.missing.append(blob.digest)
+            raise
+        # A later attempt begins after bytes that this copy has moved, and has counted as such.
+        if blob.digest not in self.begun:
+            self.begun.add(blob.digest)
+            self.report.add(present_bytes=offset)
+        return rest
+
+    def _count_copied(self, count: int) -> None:
+        self.report.add(copied_bytes=count)
+
+    def _put_manifest(self, manifest: Manifest) -> None:
+        """Put a manifest under its tags, if it has any. Blobs that the target took for present, and
+        then finds damaged, are sent again."""
+        put = functools.partial(self.target.put_manifest, self.target_name, manifest,
+                                self.tags.get(manifest.digest, ()))
+        try:
+            put()
+        except BlobsMissing as error:
+            if not error.details:  # only stores of ours say which
+                raise self._explain_refusal(manifest, error)
             for digest in error.details:
                 self._put_blob(self.blobs[digest])
-            self.target.put_manifest(self.target_name, manifest, tags)
+            put()
+        except (Invalid, Unknown, Unsupported) as error:
+            raise self._explain_refusal(manifest, error)
+
+    def _explain_refusal(self, manifest: Manifest, error: RegistryError) -> RegistryError:
+        """The error, with advice if the manifest is an index with absent children, for Distribution
+        and others refuse such a one."""
+        absent = {child.digest for child in manifest.manifests}.intersection(self.report.absent)
+        if not absent or error.details:
+            return error
+        return RegistryError(
+            error.code, message="%s; it seems to take an index with all its children only, and %d "
+            "of them are not here: copy them as well; or add --strip, which takes them out of the "
+            "index and so changes its digest (the images in it keep theirs)"
+            % (error.message, len(absent)))
 
 
-def copy(source, target, name, reference, target_name=None, platforms=(), referrers=True, jobs=4,
-         report=None, strip=False):
-    """Plan and run a Copy; returns its Report."""
+def copy(source: Reader, target: Registry, name: str, reference: str,
+         target_name: Optional[str] = None, platforms: Sequence[str] = (), referrers: bool = True,
+         jobs: int = 4, report: Optional[Report] = None, strip: bool = False) -> Report:
+    """Plan and run a Copy."""
     work = Copy(source, target, name, reference, target_name, platforms, referrers, report, strip)
     work.plan()
     return work.run(jobs)
@@ -9638,7 +9742,7 @@ def list_archives(archive: Archive) -> List[dict]:
     entries, held = [], set(archive.digests())
     for name, reference, digest in archive.images():
         entry = list_image(archive, name, reference)
-        plan = Copy(archive, None, name, reference)
+        plan = Plan(archive, name, reference)
         try:
             plan.plan()
             lacking = set(plan.blobs) - held
@@ -10253,7 +10357,7 @@ class ArchiveVerification(Verification):
 
     def _check_image(self, archive: Archive, name: str, reference: Union[str, Digest]) -> None:
         image = image_text(name, reference)
-        plan = Copy(archive, None, name, reference)
+        plan = Plan(archive, name, reference)
         try:
             plan.plan()
         except (Unknown, Invalid) as error:  # the plan has got as far as it could
