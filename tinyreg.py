@@ -621,7 +621,13 @@ def client_behind(peer: str, forwarded: str, networks: Sequence[Network]) -> str
     return peer
 
 
-# Byte ranges
+# What requests carry
+
+def origin_form(target: str) -> str:
+    """A request's target without the scheme and host that clients of a proxy send (RFC 9112,
+    3.2.2)."""
+    return re.sub(r"^https?://[^/]*", "", target)
+
 
 def parse_range(header: str, size: int) -> Optional[Tuple[int, int]]:
     """The byte range that a GET asks for, as (offset, length), or None for the whole blob.
@@ -5640,7 +5646,7 @@ class RequestHead:
     def __init__(self, method: str, target: str, headers: Optional[Dict[str, str]] = None,
                  client: str = "", scheme: str = "http", certificate: Optional[str] = None,
                  version: str = "1.1") -> None:
-        path, _, query = re.sub(r"^https?://[^/]*", "", target).partition("?")
+        path, _, query = origin_form(target).partition("?")
         self.method = method
         self.path = urllib.parse.unquote(path)
         self.query = urllib.parse.parse_qs(query, keep_blank_values=True)
@@ -6180,58 +6186,84 @@ class Access:
 # -------------------------------------------------------------------------------------------------
 # 12  Observation
 #
-# What those who run a registry see of it: the log, the numbers for Prometheus, /live, and notifications. All of it
-# is fed with Exchanges by the server. What is shared between processes is memory that was mapped before the fork,
-# or a file in ROOT/tinyreg. Observing never fails a request; only a notification that can't be queued does.
+# What the people who run a registry see of it: the log, metrics for Prometheus, /live, and
+# notifications. The server reports each Exchange to Observation. Processes share memory that was
+# mapped before the fork, and files in ROOT/tinyreg. No request fails because it can't be observed,
+# except a change whose notification can't be queued.
 # -------------------------------------------------------------------------------------------------
 
-# One request and its answer, for whoever watches: `target` is what was asked, without_secrets; `route` the handler's
-# name, "" where there was none; `name` and `reference` what the path named; `received` and `sent` are bytes of bodies.
-Exchange = collections.namedtuple("Exchange", "client user method target route name reference status received sent "
-                                  "seconds digest agent")
 
-KNOWN_PARAMETERS = ("artifactType|digest|digest-algorithm|from|last|mount|n|ns|platform|q|reference|repository|scope|"
-                    "service|tag")
+class Exchange(NamedTuple):
+    """One request and its response, as the log and /live show them."""
+
+    client: str      # its address
+    user: str
+    method: str
+    target: str      # without secrets
+    route: str       # the name of the handler; "" without one
+    name: str        # the repository in the path …
+    reference: str   # … and the tag or digest there
+    status: int
+    received: int    # bytes of the request's body
+    sent: int        # bytes of the response's body
+    seconds: float
+    digest: str      # of the blob or manifest in the response
+    agent: str       # the client's User-Agent
+
+
+# Log lines
+
+KNOWN_PARAMETERS = ("artifactType|digest|digest-algorithm|from|last|mount|n|ns|platform|q|reference"
+                    "|repository|scope|service|tag")
 SECRET_PARAMETER = re.compile(r"(?<=[?&])(?!(?:%s)=)([^=&]*=|)[^&]+" % KNOWN_PARAMETERS)
 
 
-def without_secrets(target):
-    """A request's target as logs may have it: a value of a query parameter that we have no use for may be a token."""
-    return SECRET_PARAMETER.sub(r"\1***", re.sub(r"^https?://[^/]*", "", target))
+def without_secrets(target: str) -> str:
+    """A request's target for the log. The value of a query parameter that no handler reads is left
+    out, because it may be a token."""
+    return SECRET_PARAMETER.sub(r"\1***", origin_form(target))
 
 
 def timestamp(moment: Optional[float] = None) -> str:
-    """A Unix time, or now, in UTC, as logs have it."""
+    """A Unix time, or the present, in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
 
-def as_text(exchange):
-    """One line: what there is always, in order, then what there may be, with its name."""
-    line = "%s %s %s %s %d %d %.1fms" % (timestamp(), exchange.client, exchange.method, exchange.target,
-                                         exchange.status, exchange.sent, exchange.seconds * 1000)
-    for key, value in (("in", exchange.received), ("user", exchange.user), ("digest", exchange.digest)):
-        line += " %s=%s" % (key, value) if value else ""
-    return line + (' agent="%s"' % exchange.agent.replace('"', "'") if exchange.agent else "")
+def as_text(exchange: Exchange) -> str:
+    """One line: the fields that each exchange has, then the others with their names."""
+    line = "%s %s %s %s %d %d %.1fms" % (
+        timestamp(), exchange.client, exchange.method, exchange.target, exchange.status,
+        exchange.sent, exchange.seconds * 1000)
+    agent = exchange.agent.replace('"', "'")
+    for form, value in ((" in=%s", exchange.received), (" user=%s", exchange.user),
+                        (" digest=%s", exchange.digest), (' agent="%s"', agent)):
+        if value:
+            line += form % value
+    return line
 
 
-def as_json(exchange):
-    return to_json(dict(exchange._asdict(), time=timestamp(), seconds=round(exchange.seconds, 6))).decode().rstrip()
+def as_json(exchange: Exchange) -> str:
+    """One line with all fields."""
+    entry = dict(exchange._asdict(), time=timestamp(), seconds=round(exchange.seconds, 6))
+    return to_json(entry).decode().rstrip()
 
+
+LOG_FORMATS = {"text": as_text, "json": as_json}
 
 MOUNT = re.compile("[?&]mount=")  # in the target of a POST that begins an upload
 
 
 class Words(NamedTuple):
-    """How `--log explain` tells of an endpoint: what its client asks, what a success means to that
-    client, and what other statuses mean, where MEANINGS does not say it well. What is in braces is
-    replaced by fields of the Exchange."""
+    """What `--log explain` says of a route: what the client asks, what a success means to it, and
+    what other statuses mean, if MEANINGS does not say it well. Fields of the Exchange replace their
+    names in braces."""
 
     question: str = "{method} {target}"
     success: str = "here it is"
     by_status: Dict[int, str] = {}
 
 
-# By method and route, for what is no route.
+# By (method, route), for exchanges that have no route.
 OTHER_WORDS = {
     ("-", ""): Words("something that is no HTTP request"),
     ("HTTPS", ""): Words("do you speak HTTPS? (the client tries HTTPS first; that is normal)",
@@ -6257,7 +6289,7 @@ MEANINGS = {  # of statuses, whatever was asked
 }
 
 
-def in_units(size):
+def in_units(size: float) -> str:
     """A number of bytes for people: 1.5 GiB."""
     if size < 1024:
         return "%d B" % size
@@ -6265,13 +6297,13 @@ def in_units(size):
     return "%.1f %siB" % (size / 1024.0 ** power, " KMGT"[power])
 
 
-def shorten(digest):
-    """A digest as people write it; a tag stays as it is."""
-    return digest[:19] + "…" if ":" in digest else digest
+def shorten(reference: str) -> str:
+    """A digest cut to twelve digits, as people write it; or a tag as it is."""
+    return reference[:19] + "…" if ":" in reference else reference
 
 
 def explain(exchange: Exchange, words: Words) -> str:
-    """The exchange in words: who asks what, and what the response tells them."""
+    """The exchange in words: who asks what, and what the response tells the client."""
     if exchange.method == "POST" and MOUNT.search(exchange.target):
         words = MOUNT_WORDS
     answer = words.by_status.get(exchange.status) or MEANINGS.get(exchange.status)
@@ -6289,54 +6321,58 @@ def explain(exchange: Exchange, words: Words) -> str:
 
 
 def without_names(exchange: Exchange) -> Exchange:
-    """The exchange without a target that may name other repositories than `name`: its query, and
-    the path of a request that was refused before its name was looked at."""
+    """The exchange without the parts of its target that may name other repositories than `name`.
+
+    These are the query, and the path if the request was refused before its name was read."""
     path = exchange.target.partition("?")[0]
     if not exchange.name:
         path = "/%s" % path.split("/")[1] if exchange.route and path.startswith("/") else "…"
-    return exchange._replace(target=path + ("?mount=" if MOUNT.search(exchange.target) else ""))
+    query = "?mount=" if MOUNT.search(exchange.target) else ""
+    return exchange._replace(target=path + query)
 
 
-LOG_FORMATS = {"text": as_text, "json": as_json}
+# The log
 
-
-def write_log(line):
-    """One line to the log, in one write, so that threads and processes don't mix theirs. A log that can't be written
-    stops nobody."""
-    with contextlib.suppress(OSError):
+def write_log(line: str) -> None:
+    """Write one line with one system call, so that the lines of threads and processes don't mix."""
+    with contextlib.suppress(OSError):  # requests are answered even if the log can't be written
         os.write(2, harmless(line).encode("utf-8", "replace") + b"\n")
 
 
-def open_log_file(path):
-    """Let standard error be this file from now on, so that everything goes there, tracebacks too. Called again it
-    opens the path anew, after it was moved away (logrotate). Raises OSError."""
+def open_log_file(path: str) -> None:
+    """Make this file standard error, so that tracebacks go there as well. Raises OSError.
+
+    A second call opens the path anew, after logrotate has renamed the file."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
     os.dup2(descriptor, 2)
     os.close(descriptor)
 
 
 class LogHandler(logging.Handler):
-    """Warnings and errors, each a line like those of the requests; in the style "command" a line
-    like a command's errors. A traceback's lines are indented below it."""
+    """Writes warnings and errors as lines like those of the requests, and a traceback indented
+    below its line. In the style "command" a line looks like a command's errors."""
 
-    def __init__(self, style):
+    def __init__(self, style: str) -> None:
         super().__init__()
         self.style = style
 
-    def emit(self, record):
-        level, message = record.levelname, record.getMessage()
-        trace = logging.Formatter().formatException(record.exc_info).splitlines() if record.exc_info else []
+    def emit(self, record: logging.LogRecord) -> None:
+        level, message, trace = record.levelname, record.getMessage(), []
+        if record.exc_info:
+            trace = logging.Formatter().formatException(record.exc_info).splitlines()
         if self.style == "json":
-            entry = {"time": timestamp(), "level": level.lower(), "message": message, "trace": trace}
+            entry = {"time": timestamp(), "level": level.lower(), "message": message,
+                     "trace": trace}
             return write_log(to_json(entry).decode().rstrip())
         start = "tinyreg:" if self.style == "command" else "%s %s" % (timestamp(), level)
-        for line in ["%s %s" % (start, message)] + ["    " + line for line in trace]:
-            write_log(line)
+        write_log("%s %s" % (start, message))
+        for line in trace:
+            write_log("    " + line)
 
 
 def start_logging(style: str) -> None:
-    """Send warnings and errors to the log, in the style "text", "json", "explain" or "command". A
-    later call changes that."""
+    """Write warnings and errors to the log, in the style "text", "json", "explain" or "command". A
+    later call changes the style."""
     logger.handlers[:] = [LogHandler(style)]
 
 
@@ -6344,13 +6380,14 @@ def start_logging(style: str) -> None:
 
 STATUSES = [status.value for status in http.HTTPStatus if status >= 200] + ["other"]
 LATENCIES = (0.0005, 0.002, 0.01, 0.05, 0.25, 1, 5, 30)  # seconds
-METRICS = {  # name, without tinyreg_: (type, help)
+METRICS = {  # the name without tinyreg_: (type, help)
     "requests_total": ("counter", "Requests, by method, route (the handler's name) and status"),
     "request_seconds": ("histogram", "Time from a request's head to the end of its answer"),
     "received_bytes_total": ("counter", "Bytes of request bodies"),
     "sent_bytes_total": ("counter", "Bytes of answers' bodies"),
     "cache_hits_total": ("counter", "Answers given from memory"),
-    "events_dropped_total": ("counter", "Notifications lost because an endpoint's queue was full"),
+    "events_dropped_total": (
+        "counter", "Notifications lost because an endpoint's queue was full"),
     "watchers": ("gauge", "Browsers that look at /live"),
     "notifications_waiting": ("gauge", "Notifications not yet delivered, by endpoint"),
     "store_bytes": ("gauge", "Bytes of all blobs"),
@@ -6362,75 +6399,89 @@ METRICS = {  # name, without tinyreg_: (type, help)
     "store_free_bytes": ("gauge", "Free space on the store's disk"),
     "last_gc_seconds": ("gauge", "When garbage was collected last, as Unix time"),
     "last_gc_freed_bytes": ("gauge", "Bytes that it freed"),
-    "last_verify_seconds": ("gauge", "When everything was read again last (tinyreg.py verify), as Unix time"),
+    "last_verify_seconds": (
+        "gauge", "When everything was read again last (tinyreg.py verify), as Unix time"),
     "last_verify_findings": ("gauge", "What was damaged or missing then"),
     "last_verify_read_bytes": ("gauge", "Bytes that it read"),
 }
 
 
 class Metrics:
-    """Numbers that several processes count: each in a row of its own of shared memory, so that none waits for another.
+    """Numbers that several processes count, in shared memory that is made before the fork.
 
-    Made before the fork; a worker then begins its row. A cell is named as Prometheus names it, so that printing them is
-    all there is to it. Rows are never cleared: a worker's successor goes on counting where it died."""
+    Each process has a row of cells, so that none waits for another. A cell has the name that
+    Prometheus gives it. Rows are never cleared: a worker that replaces a dead one counts on."""
 
-    def __init__(self, routes, rows=1):
-        names = ["received_bytes_total", "sent_bytes_total", "cache_hits_total", "events_dropped_total", "watchers"]
+    def __init__(self, routes: Iterable[Tuple[str, str]], processes: int = 1) -> None:
+        names = ["received_bytes_total", "sent_bytes_total", "cache_hits_total",
+                 "events_dropped_total", "watchers"]
         self.blocks = {}  # {(method, route): the first of its cells}
         for method, route in sorted(set(routes)) + [("other", "none")]:
             self.blocks[method, route] = len(names)
             labels = 'method="%s",route="%s"' % (method, route)
             names += ['requests_total{%s,status="%s"}' % (labels, status) for status in STATUSES]
-            names += ['request_seconds_bucket{%s,le="%s"}' % (labels, bound) for bound in LATENCIES + ("+Inf",)]
+            names += ['request_seconds_bucket{%s,le="%s"}' % (labels, bound)
+                      for bound in LATENCIES + ("+Inf",)]
             names += ["request_seconds_%s{%s}" % (part, labels) for part in ("count", "sum")]
         self.statuses = {status: cell for cell, status in enumerate(STATUSES)}
         self.cells = {name: cell for cell, name in enumerate(names)}
-        self.numbers = memoryview(mmap.mmap(-1, 8 * len(names) * rows)).cast("d")
-        self.row = 0
+        self.numbers = memoryview(mmap.mmap(-1, 8 * len(names) * processes)).cast("d")
+        self.row = 0  # the first cell of this process
         self.mutex = threading.Lock()
 
-    def begin(self, row):
-        """Count in this row from now on. Who watched there before did so through a worker that is no more."""
-        self.row = row
-        self.numbers[row * len(self.cells) + self.cells["watchers"]] = 0
+    def start(self, process: int) -> None:
+        """Count in the row of this process from now on."""
+        self.row = process * len(self.cells)
+        # Browsers that watched through a worker before us have lost their connections.
+        self.numbers[self.row + self.cells["watchers"]] = 0
 
-    def add(self, name, amount=1):
+    def add(self, name: str, amount: int = 1) -> None:
+        """Add to a cell."""
         with self.mutex:
-            self.numbers[self.row * len(self.cells) + self.cells[name]] += amount
+            self.numbers[self.row + self.cells[name]] += amount
 
-    def total(self, name):
-        """The sum over all processes."""
+    def total(self, name: str) -> float:
+        """The sum of a cell over all processes."""
         return sum(self.numbers[self.cells[name]::len(self.cells)])
 
-    def count(self, exchange, cached=False):
-        """Add one exchange."""
+    def count(self, exchange: Exchange, cached: bool = False) -> None:
+        """Add one exchange; `cached` says that its response came from memory."""
         block = self.blocks.get((exchange.method, exchange.route), self.blocks["other", "none"])
+        block += self.row
+        status = self.statuses.get(exchange.status, len(STATUSES) - 1)
+        buckets = block + len(STATUSES)
+        count = buckets + len(LATENCIES) + 1
         with self.mutex:
-            row = self.row * len(self.cells)
-            seconds = row + block + len(STATUSES)
-            self.numbers[row + 2] += cached
-            self.numbers[row] += exchange.received
-            self.numbers[row + 1] += exchange.sent
-            self.numbers[row + block + self.statuses.get(exchange.status, len(STATUSES) - 1)] += 1
-            self.numbers[seconds + bisect.bisect_left(LATENCIES, exchange.seconds)] += 1
-            self.numbers[seconds + len(LATENCIES) + 1] += 1
-            self.numbers[seconds + len(LATENCIES) + 2] += exchange.seconds
+            self.numbers[self.row] += exchange.received
+            self.numbers[self.row + 1] += exchange.sent
+            self.numbers[self.row + 2] += cached
+            self.numbers[block + status] += 1
+            self.numbers[buckets + bisect.bisect_left(LATENCIES, exchange.seconds)] += 1
+            self.numbers[count] += 1
+            self.numbers[count + 1] += exchange.seconds
 
-    def text(self, gauges):
-        """All of it as Prometheus reads it; `gauges` are further (name, number)."""
-        samples, lines, below = [], [], 0.0
+    def _samples(self) -> Iterator[Tuple[str, float]]:
+        """The (name, number) of each cell, but for routes that have no requests."""
+        below = 0.0
         for name in self.cells:
-            below = below + self.total(name) if "_bucket{" in name else 0.0  # what is faster is in the next bucket too
-            whole = re.sub("_bucket(.*),le=.*", r"_count\1}", name)  # a histogram has all of its buckets, or none
-            if "{" not in name or self.total(whole):
-                samples.append((name, below or self.total(name)))
-        samples += gauges
+            number = self.total(name)
+            # A bucket of Prometheus includes the faster ones before it.
+            below = below + number if "_bucket{" in name else 0.0
+            count = re.sub("_bucket(.*),le=.*", r"_count\1}", name)
+            if "{" not in name or self.total(count):  # all buckets of a histogram, or none
+                yield name, below or number
+
+    def text(self, gauges: List[Tuple[str, float]]) -> str:
+        """All metrics and the further gauges in Prometheus' format."""
+        lines = []
+        samples = list(self._samples()) + gauges
         for metric, (kind, explanation) in METRICS.items():
             own = re.compile(re.escape(metric) + r"(_bucket|_count|_sum)?(\{.*)?")
-            shown = ["tinyreg_%s %.15g" % sample for sample in samples if own.fullmatch(sample[0])]
+            shown = ["tinyreg_%s %.15g" % (name, number) for name, number in samples
+                     if own.fullmatch(name)]
             if shown:
-                lines += ["# HELP tinyreg_%s %s" % (metric, explanation), "# TYPE tinyreg_%s %s" % (metric, kind)]
-                lines += shown
+                lines += ["# HELP tinyreg_%s %s" % (metric, explanation),
+                          "# TYPE tinyreg_%s %s" % (metric, kind)] + shown
         return "\n".join(lines + [""])
 
 
@@ -6440,142 +6491,175 @@ EVENT_TYPE = "application/vnd.docker.distribution.events.v2+json"
 
 
 class Endpoint:
-    """Where notifications go: URL[#SETTING=VALUE&…]; a fragment is never sent, so it has room for our settings:
-    actions=push,delete,mount,pull  repositories=GLOB,GLOB  secret=FILE  headers=FILE. Raises CommandError."""
+    """A URL that takes notifications: URL[#SETTING=VALUE&…], with the settings
+    actions=push,delete,mount,pull  repositories=GLOB,GLOB  secret=FILE  headers=FILE.
 
-    def __init__(self, text):
-        self.url, _, settings = text.partition("#")
-        settings = dict(urllib.parse.parse_qsl(settings, keep_blank_values=True))
+    They stand in the fragment, because no client sends it. Raises CommandError."""
+
+    def __init__(self, text: str) -> None:
+        self.url, _, fragment = text.partition("#")
+        settings = dict(urllib.parse.parse_qsl(fragment, keep_blank_values=True))
         try:
-            self.parts = parts = urllib.parse.urlsplit(self.url)
-            sound = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and parts.port != 0
-        except ValueError:  # of what is no port
-            sound = False
-        if not sound:
-            raise CommandError("write http://HOST[:PORT]/PATH; a password goes as Authorization into headers=FILE")
+            self.parts = urllib.parse.urlsplit(self.url)
+            is_usable = (self.parts.scheme in ("http", "https") and self.parts.hostname
+                         and "@" not in self.parts.netloc and self.parts.port != 0)
+        except ValueError:  # the port is no number, or the address is no address
+            is_usable = False
+        if not is_usable:
+            raise CommandError("write http://HOST[:PORT]/PATH; a password goes as Authorization "
+                               "into headers=FILE")
         self.key = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        self.shown = "%s://%s (%s)" % (parts.scheme, parts.netloc, self.key[:8])  # its path may be its secret
+        # For logs; without the path, which may be secret.
+        self.shown = "%s://%s (%s)" % (self.parts.scheme, self.parts.netloc, self.key[:8])
         self.actions = settings.pop("actions", "push,mount,delete").split(",")
-        self.globs = [parse_glob(glob) for glob in settings.pop("repositories", "**").split(",")]
+        self.globs = [parse_glob(glob)
+                      for glob in settings.pop("repositories", "**").split(",")]
         self.secret, self.headers = settings.pop("secret", None), settings.pop("headers", None)
         wrong = list(settings) + sorted(set(self.actions) - {"push", "pull", "mount", "delete"})
         if wrong:
-            raise CommandError("%s: %s is none of actions=push,mount,delete,pull  repositories=GLOB  secret=FILE  "
-                               "headers=FILE" % (self.shown, ", ".join(wrong)))
+            raise CommandError("%s: %s is none of actions=push,mount,delete,pull  "
+                               "repositories=GLOB  secret=FILE  headers=FILE"
+                               % (self.shown, ", ".join(wrong)))
 
-    def wants(self, action, name):
-        """Whether it is to hear of this action in this repository."""
+    def wants(self, action: str, name: str) -> bool:
+        """Whether it takes notifications of this action in this repository."""
         return action in self.actions and any(glob.fullmatch(name) for glob in self.globs)
 
-    def deliver(self, body):
-        """POST one event in its envelope. Raises OSError, ValueError, HTTPException, unless the endpoint took it."""
+    def deliver(self, body: bytes) -> None:
+        """POST a notification. Raises OSError, ValueError, HTTPException if it is not taken."""
         headers = {"Content-Type": EVENT_TYPE, "User-Agent": "tinyreg/" + __version__}
         if self.headers:
             with open(self.headers) as file:
-                headers.update(re.findall(r"^([^\s:]+):[ \t]*(.*?)[ \t]*$", file.read(), re.MULTILINE))
+                headers.update(re.findall(r"^([^\s:]+):[ \t]*(.*?)[ \t]*$", file.read(),
+                                          re.MULTILINE))
         if self.secret:
-            with open(self.secret, "rb") as file:
-                signature = hmac.new(file.read().strip(), body, "sha256").hexdigest()
-            headers["X-Hub-Signature-256"] = "sha256=" + signature  # the name and form of GitHub's, widely understood
-        kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
-        with contextlib.closing(kind(self.parts.hostname, self.parts.port, timeout=NOTIFY_LIMIT)) as connection:
-            target = (self.parts.path or "/") + ("?" + self.parts.query if self.parts.query else "")
-            connection.request("POST", target, body, headers)
+            with open(self.secret, "rb") as key:
+                signature = hmac.new(key.read().strip(), body, "sha256").hexdigest()
+            # GitHub's name and form, which many receivers can check.
+            headers["X-Hub-Signature-256"] = "sha256=" + signature
+        kind: Type[http.client.HTTPConnection] = http.client.HTTPConnection
+        if self.parts.scheme == "https":
+            kind = http.client.HTTPSConnection
+        connection = kind(self.parts.hostname or "", self.parts.port, timeout=NOTIFY_LIMIT)
+        with contextlib.closing(connection):
+            query = "?" + self.parts.query if self.parts.query else ""
+            connection.request("POST", (self.parts.path or "/") + query, body, headers)
             status = connection.getresponse().status
-        if status >= 400:  # Distribution takes 2xx and 3xx for delivered
+        if status >= 400:  # Distribution counts 2xx and 3xx as delivered
             raise OSError("it answered %d" % status)
 
 
 class Notifications:
-    """The queue on disk, and the threads that empty it: each endpoint has a folder, and in it each event that it has
-    not had yet is a file with the body to send, named by when it was queued.
+    """The queue of notifications on disk, and the threads that deliver them.
 
-    An event is queued before its request is answered; it stays through kill -9 and restarts, and is delivered in
-    order, at least once. When more than MAX_EVENTS wait the oldest are dropped, which is logged and counted. All
-    processes queue, also on several hosts; the one that has an endpoint's `.sender` lock sends, and when that one dies
-    the next does. Raises CommandError for an endpoint that is there twice: its queue would be one."""
+    Each endpoint has a folder with a file per waiting notification; the file has the body to send,
+    and its name is the time when it was queued. An event is queued before its request is answered,
+    stays there through kill -9 and restarts, and is delivered in order, at least once. If more than
+    MAX_EVENTS wait, the oldest are dropped, logged and counted. All processes queue, those of other
+    hosts too. The process that holds the lock KEY.sender delivers; if it dies, the next one does.
+    Raises CommandError for an endpoint that is given twice, because both would have one queue."""
 
-    def __init__(self, folder, endpoints, metrics):
+    def __init__(self, folder: str, endpoints: Sequence[Endpoint], metrics: Metrics) -> None:
         self.files = Files(os.path.join(folder, "scratch"))
         self.folder = os.path.join(folder, "notify")
         self.endpoints = endpoints
         self.metrics = metrics
         self.source = {"addr": socket.gethostname(), "instanceID": str(uuid.uuid4())}
+        keys = [endpoint.key for endpoint in endpoints]
         for endpoint in endpoints:
-            if [other.key for other in endpoints].count(endpoint.key) > 1:
-                raise CommandError("--notify: %s is there twice; say once all that it is to hear of" % endpoint.shown)
+            if keys.count(endpoint.key) > 1:
+                raise CommandError("--notify: %s is there twice; say once all that it is to hear of"
+                                   % endpoint.shown)
             os.makedirs(self._path(endpoint), exist_ok=True)
 
-    def _path(self, endpoint, *number):
+    def _path(self, endpoint: Endpoint, *number: int) -> str:
         return os.path.join(self.folder, endpoint.key, *map(str, number))
 
-    def _numbers(self, endpoint):
-        """The names of the events that an endpoint has not had yet, the oldest first."""
-        return sorted(int(name) for name in os.listdir(self._path(endpoint)) if re.fullmatch("[0-9]+", name))
+    def _waiting(self, endpoint: Endpoint) -> List[int]:
+        """The numbers of the notifications that wait for an endpoint, the oldest first."""
+        names = os.listdir(self._path(endpoint))
+        return sorted(int(name) for name in names if re.fullmatch("[0-9]+", name))
 
-    def waiting(self, endpoint):
-        """How many there are."""
-        return len(self._numbers(endpoint))
-
-    def queue(self, endpoint, event):
-        """Keep an event for an endpoint, durably. Raises OSError."""
-        body = json.dumps({"events": [dict(event, source=self.source)]}, indent=3).encode("ascii")
+    def queue(self, endpoint: Endpoint, event: Dict[str, Any]) -> None:
+        """Queue an event for an endpoint, durably. Raises OSError."""
+        event = dict(event, source=self.source)
+        body = json.dumps({"events": [event]}, indent=3).encode("ascii")
         last = self._path(endpoint) + ".last"
         with alone(self._path(endpoint) + ".lock"), open(last, "ab"):
-            # Its mtime is the last number, so that no clock that is set back turns the order round.
+            # The file's mtime is the last number: the order holds even if the clock is set back.
             number = max(int(time.time() * 1e9), os.stat(last).st_mtime_ns + 1)
             os.utime(last, ns=(number, number))
             self.files.write(self._path(endpoint, number), body)
 
-    def start(self):
-        """Begin to deliver; to be called in each process that serves."""
-        for endpoint in self.endpoints:
-            threading.Thread(target=self._empty, args=(endpoint,), daemon=True).start()
+    def gauges(self) -> List[Tuple[str, float]]:
+        """How many notifications wait for each endpoint."""
+        return [('notifications_waiting{endpoint="%s"}'
+                 % re.sub(r'[\\"]', "_", harmless(endpoint.shown)), len(self._waiting(endpoint)))
+                for endpoint in self.endpoints]
 
-    def _empty(self, endpoint):
-        """Deliver to one endpoint for ever, once no other process does; after failures wait 1, 2, 4 … 60 seconds."""
+    def start(self) -> None:
+        """Deliver from now on; to be called in each process that serves."""
+        for endpoint in self.endpoints:
+            threading.Thread(target=self._deliver_forever, args=(endpoint,), daemon=True).start()
+
+    def _deliver_forever(self, endpoint: Endpoint) -> None:
+        """Deliver to one endpoint, once no other process does. Between failures it waits for 1, 2,
+        4 … 60 seconds."""
         with alone(self._path(endpoint) + ".sender"):
             delay = 0
             while True:
                 try:
-                    numbers = self._numbers(endpoint)
-                    for number in numbers[:-MAX_EVENTS]:
-                        os.unlink(self._path(endpoint, number))
-                        self.metrics.add("events_dropped_total")
-                        logger.error("too many notifications wait for %s: the oldest was dropped", endpoint.shown)
-                    for number in numbers[-MAX_EVENTS:][:100]:  # then look again how many wait
-                        endpoint.deliver(read_file(self._path(endpoint, number)))
+                    for number in self._next(endpoint):
+                        body = read_file(self._path(endpoint, number))
+                        endpoint.deliver(body or b"")
                         os.unlink(self._path(endpoint, number))
                         if delay:
                             logger.warning("%s takes notifications again", endpoint.shown)
                         delay = 0
                 except (OSError, ValueError, http.client.HTTPException) as error:
                     if not delay:
-                        logger.warning("%s does not take notifications: %s; they are kept and tried again",
-                                       endpoint.shown, error or type(error).__name__)
+                        logger.warning("%s does not take notifications: %s; they are kept and "
+                                       "tried again", endpoint.shown, error or type(error).__name__)
                     delay = min(2 * delay or 1, 60)
                 time.sleep(delay or NOTIFY_POLL)
 
+    def _next(self, endpoint: Endpoint) -> List[int]:
+        """The next notifications to deliver: few, so that the length of the queue is checked often.
+        Drops the oldest if too many wait. Raises OSError."""
+        numbers = self._waiting(endpoint)
+        for number in numbers[:-MAX_EVENTS]:
+            os.unlink(self._path(endpoint, number))
+            self.metrics.add("events_dropped_total")
+            logger.error("too many notifications wait for %s: the oldest was dropped",
+                         endpoint.shown)
+        return numbers[-MAX_EVENTS:][:100]
+
 
 class Observation:
-    """What a server reports its exchanges to. Made before the fork, in ROOT/tinyreg; started in each process. Without
-    a folder (archives have none) there is nothing to look at live, and nobody is notified. `routes` has the Words of
-    each route, by (method, name of the route)."""
+    """Tells all observers of each exchange. It is made before the fork, and started in each
+    process.
 
-    def __init__(self, folder, style, routes, endpoints=(), processes=1):
+    `folder` is ROOT/tinyreg; archives have none, and then there is no /live and no notification.
+    `routes` has the Words of each (method, name of a route)."""
+
+    def __init__(self, folder: Optional[str], style: str, routes: Dict[Tuple[str, str], Words],
+                 endpoints: Sequence[Endpoint] = (), processes: int = 1) -> None:
         self.style = style
         self.folder = folder
         self.words = dict(OTHER_WORDS)
         self.words.update(routes)
         self.format = LOG_FORMATS.get(style, self.explain)
         self.metrics = Metrics(routes, processes)
-        # Hosts that share the folder would write over each other's lines.
-        self.live = os.path.join(folder, "live." + socket.gethostname()) if folder else None
-        self.notifications = Notifications(folder, endpoints, self.metrics) if folder else None
+        self.live: Optional[str] = None  # the file that /live follows
+        self.notifications: Optional[Notifications] = None
+        if folder:
+            # One for each host, because hosts would write over each other's lines.
+            self.live = os.path.join(folder, "live." + socket.gethostname())
+            self.notifications = Notifications(folder, endpoints, self.metrics)
 
-    def start(self, process):
-        """Begin in this process, whose number it is."""
-        self.metrics.begin(process)
+    def start(self, process: int) -> None:
+        """Begin in the process of this number."""
+        self.metrics.start(process)
         if self.notifications:
             self.notifications.start()
 
@@ -6583,10 +6667,11 @@ class Observation:
         """The exchange in words, as --log explain and /live show it."""
         return explain(exchange, self.words.get((exchange.method, exchange.route), Words()))
 
-    def record(self, exchange, cached=False):
-        """Tell all who want to know of an exchange."""
+    def record(self, exchange: Exchange, cached: bool = False) -> None:
+        """Tell all observers of an exchange; `cached` says that its response came from memory."""
         self.metrics.count(exchange, cached)
         if self.live and self.metrics.total("watchers"):
+            # The disk may be full; /live then misses an exchange.
             with contextlib.suppress(OSError), open(self.live, "ab", buffering=0) as file:
                 if file.tell() > MAX_LIVE:
                     file.truncate(0)
@@ -6594,36 +6679,34 @@ class Observation:
         if self.style != "off":
             write_log(self.format(exchange))
 
-    def watch(self):
-        """Yield the Exchanges of all processes as they happen, for /live, and None every now and then; never ends. They
-        come as lines of JSON through a file that grows while anyone looks."""
+    def watch(self) -> Iterator[Optional[Exchange]]:
+        """Yield the exchanges of all processes as they happen, for ever; and None five times a
+        second while nothing happens. Raises OSError."""
         self.metrics.add("watchers")
         try:
-            with open(self.live, "a+b") as file:
+            with open(self.live or os.devnull, "a+b") as file:
                 while True:
                     if os.fstat(file.fileno()).st_size < file.tell():
-                        file.seek(0)  # it has begun anew
+                        file.seek(0)  # the file has begun anew
                     line = file.readline()
-                    with contextlib.suppress(ValueError):  # what the new beginning has cut
+                    with contextlib.suppress(ValueError):  # a line that the new begin has cut
                         yield Exchange(*json.loads(line.decode())) if line else None
                     if not line:
                         time.sleep(0.2)
         finally:
             self.metrics.add("watchers", -1)
 
-    def gauges(self):
-        """Metrics that are not counted but looked up, as (name, number)."""
-        found = []
-        for what in ("gc", "verify") if self.folder else ():
-            path = os.path.join(self.folder, what)
-            with contextlib.suppress(OSError, ValueError):  # not yet, or by an earlier version
-                found.append(("last_%s_seconds" % what, os.stat(path).st_mtime))
+    def gauges(self) -> List[Tuple[str, float]]:
+        """The (name, number) of metrics that are looked up, not counted. Raises OSError."""
+        gauges = self.notifications.gauges() if self.notifications else []
+        for task in ("gc", "verify") if self.folder else ():
+            path = os.path.join(self.folder or "", task)
+            # There was no run yet, or one of an earlier version.
+            with contextlib.suppress(OSError, ValueError):
+                gauges.append(("last_%s_seconds" % task, os.stat(path).st_mtime))
                 numbers = load_json(read_file(path) or b"")
-                found += [("last_%s_%s" % (what, name), number) for name, number in numbers.items()]
-        for endpoint in self.notifications.endpoints if self.notifications else ():
-            name = re.sub(r'[\\"]', "_", harmless(endpoint.shown))
-            found.append(('notifications_waiting{endpoint="%s"}' % name, self.notifications.waiting(endpoint)))
-        return found
+                gauges += [("last_%s_%s" % (task, key), numbers[key]) for key in numbers]
+        return gauges
 
 # -------------------------------------------------------------------------------------------------
 # 13  API
