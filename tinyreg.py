@@ -9734,112 +9734,130 @@ def serve(options):
     return supervisor.run()
 
 
-def names_whole(text: str) -> bool:
-    """Whether an image's name has neither a tag nor a digest."""
+# Images of the store
+
+
+def names_repository(text: str) -> bool:
+    """Whether the name of an image has neither a tag nor a digest, so it may mean all of them."""
     return not re.search("[:@]", text.rpartition("/")[2])
 
 
-def parse_local(text: str) -> Tuple[List[str], Union[None, str, Digest]]:
-    """The repositories here that an image's name may mean, in turn, and the reference: None where
-    there is none. Raises NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID."""
+def parse_local(text: str) -> Tuple[List[str], Optional[str]]:
+    """The repositories here that the name of an image may mean, the likeliest first, and the tag
+    or digest, None if there is none. Raises NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID."""
     try:
         name, reference = split_image(text)
         return names_to_try(name), reference
-    except Invalid:  # lab.example:5000/x:1
+    except Invalid:  # it may have a port: lab.example:5000/x:1
         image = parse_image(text)
-        return [image.stored_name], None if names_whole(text) else image.reference
+        return [image.stored_name], None if names_repository(text) else image.reference
 
 
 def find_repository(store: Directory, text: str) -> Optional[str]:
-    """The name of the repository that is called so here or at its origin, or None."""
-    with contextlib.suppress(Invalid):
+    """The repository that is called so here or at its origin, or None."""
+    with contextlib.suppress(Invalid):  # no repository can be called so; it may be a file
         return next(filter(store.has_repository, parse_local(text)[0]), None)
     return None
 
 
-def find_image(store: Directory, text: str) -> Tuple[str, Union[str, Digest]]:
-    """(name, reference) of an image in the store, by its name here or by the one at its origin:
-    team/app is docker.io/team/app where there is no team/app, and alpine:3.19 is
-    docker.io/library/alpine:3.19 where alpine has no such tag. Raises NAME_INVALID,
+def find_image(store: Directory, text: str, is_exact: bool = False) -> Tuple[str, str]:
+    """The repository and the reference of an image in the store.
+
+    The image is called by its name here, or by the one at its origin: team/app means
+    docker.io/team/app if there is no repository team/app, and alpine:3.19 means
+    docker.io/library/alpine:3.19 if alpine has no such tag. `is_exact` is for deletions: these
+    look into the second repository only if the first one does not exist. Raises NAME_INVALID,
     MANIFEST_INVALID, DIGEST_INVALID, MANIFEST_UNKNOWN."""
     names, given = parse_local(text)
     reference = given or "latest"
     path = store.layout.revision_path if isinstance(reference, Digest) else store.layout.tag_path
-    here = list(filter(store.has_repository, names)) or names
-    if "/" in here[0]:  # anyone may own team/app at docker.io, but only Docker library/alpine
-        del here[1:]
-    for name in here:
+    present = list(filter(store.has_repository, names)) or names
+    # Anyone may own team/app at docker.io, but library/alpine is Docker's.
+    if is_exact or "/" in present[0]:
+        del present[1:]
+    for name in present:
         if os.path.isdir(path(name, reference)):
             return name, reference
-    name = here[0]
     others = ""
-    with contextlib.suppress(Unknown):
-        tags, more = take_page(store.tags(name), 5)
+    with contextlib.suppress(Unknown):  # there is no such repository
+        tags, more = take_page(store.tags(present[0]), 5)
         if tags:
             others = ", but as %s%s" % (", ".join(tags), " and more" if more else "")
     raise RegistryError("MANIFEST_UNKNOWN", message="not in the store as %s%s; `tinyreg.py ls` "
                         "shows what is, and `tinyreg.py pull` fetches more"
-                        % (image_text(name, reference), others))
+                        % (image_text(present[0], reference), others))
 
 
-def show(options, value, lines):
-    """Print what a command reports: with --json the value, else the lines."""
+def show(options: argparse.Namespace, report: Any, lines: Iterable[str]) -> None:
+    """Print what a command reports: with --json the report, else the lines."""
     if options.json:
-        return tell_json(value)
+        return tell_json(report)
     for line in lines:
         tell(line)
 
 
-def list_image(registry, name: str, reference: Union[str, Digest], pushed: float = 0.0) -> dict:
-    """What ls says of one image: as describe has it, with its name, and when it was pushed."""
+def list_image(registry: Reader, name: str, reference: str, pushed: float = 0.0) -> Dict[str, Any]:
+    """What ls reports of an image: its description, its name and when it was pushed, or why it
+    can't be read."""
     digest = reference if isinstance(reference, Digest) else None
-    tag = None if digest else reference
-    entry = {"repository": name, "tag": tag, "pushed": timestamp(pushed) if pushed else None}
+    entry = {"repository": name, "tag": None if digest else reference,
+             "pushed": timestamp(pushed) if pushed else None}
     try:
-        return dict(describe(registry, name, digest or registry.resolve(name, tag)), **entry)
-    except RegistryError as error:
+        return dict(describe(registry, name, digest or registry.resolve(name, reference)), **entry)
+    except RegistryError as error:  # whatever it is, the row of the image says so
         return dict(entry, digest=digest, error=str(error))
 
 
-def list_repository(store: Directory, name: str) -> List[dict]:
-    """What ls says of a repository: its tags, then the manifests without one."""
-    references = itertools.chain(store.tags(name), untagged(store, name) or ())
+def list_stored(store: Directory, name: str, references: Iterable[str]) -> List[Dict[str, Any]]:
+    """What ls reports of images of a repository."""
     return [list_image(store, name, reference, store.pushed(name, reference))
             for reference in references]
 
 
-def list_named(store: Directory, text: str) -> dict:
-    """What ls says of NAME:TAG, NAME@DIGEST or, if they are one image, NAME:TAG@DIGEST. Raises
-    NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID, MANIFEST_UNKNOWN."""
-    name, reference = find_image(store, text)
-    if isinstance(reference, Digest) and reference.tag:
-        with contextlib.suppress(Unknown):
-            if store.resolve(name, reference.tag) == reference:
-                reference = reference.tag
-    return list_image(store, name, reference, store.pushed(name, reference))
+def list_word(store: Directory, text: str, only_digests: bool) -> List[Any]:
+    """What ls reports of an image or a repository of the store: of a repository first its tags,
+    then the manifests without one. Raises CommandError, NAME_INVALID, MANIFEST_INVALID,
+    DIGEST_INVALID, MANIFEST_UNKNOWN."""
+    if not names_repository(text):
+        if only_digests:
+            raise CommandError("%s: --digests lists all blobs of a repository or archive" % text)
+        name, reference = find_image(store, text)
+        if isinstance(reference, Digest) and reference.tag:
+            with contextlib.suppress(Unknown):  # then the digest alone names the image
+                if store.resolve(name, reference.tag) == reference:
+                    reference = reference.tag
+        return list_stored(store, name, [reference])
+    repository = find_repository(store, text)
+    if not repository:
+        raise CommandError("there is no repository %s, and no such file; tinyreg.py ls lists "
+                           "the repositories" % text)
+    if only_digests:
+        return list(store.digests(repository))
+    references = itertools.chain(store.tags(repository), untagged(store, repository) or ())
+    return list_stored(store, repository, references)
 
 
-def list_archives(archive: Archive) -> List[dict]:
-    """What ls says of the images in archives; `lacking` is how many of their blobs are absent, and
-    `left_out` of how many more the far side was known to have."""
-    entries, held = [], set(archive.digests())
+def list_archives(archive: Archive) -> List[Dict[str, Any]]:
+    """What ls reports of the images in archives. `lacking` is how many of their blobs are absent;
+    `left_out` is how many more are absent because the far side was known to have them."""
+    entries, present = [], set(archive.digests())
     for name, reference, digest in archive.images():
         entry = list_image(archive, name, reference)
         plan = Plan(archive, name, reference)
         try:
             plan.plan()
-            lacking = set(plan.blobs) - held
-            entry["lacking"] = len(lacking - archive.left_out)
-            entry["left_out"] = len(lacking & archive.left_out)
-        except RegistryError as error:
+            absent = set(plan.blobs) - present
+            entry["lacking"] = len(absent - archive.left_out)
+            entry["left_out"] = len(absent & archive.left_out)
+        except RegistryError as error:  # whatever it is, the row of the image says so
             entry["error"] = str(error)
         entries.append(dict(entry, digest=digest))
     return entries
 
 
-def list_cells(entry: dict, alone: bool) -> List[str]:
-    """The cells of an image's row in ls; `alone` where all rows are of one repository."""
-    if alone:
+def list_cells(entry: Dict[str, Any], is_alone: bool) -> List[str]:
+    """The cells of an image's row in ls. `is_alone` is whether all rows are of one repository."""
+    if is_alone:
         name = entry["tag"] or "-"
     elif entry["tag"]:
         name = image_text(entry["repository"], entry["tag"])
@@ -9863,20 +9881,13 @@ def list_cells(entry: dict, alone: bool) -> List[str]:
 MAX_COLUMN = 80  # characters; the platforms of an image for ten take more
 
 
-def list_rows(entries: List[dict], alone: bool) -> List[str]:
+def list_rows(entries: List[Dict[str, Any]], is_alone: bool) -> List[str]:
     """The lines of a table of images."""
-    rows = [["TAG" if alone else "IMAGE", "SIZE", "PLATFORMS", "DIGEST", ""]]
-    rows += [[harmless(cell) for cell in list_cells(entry, alone)] for entry in entries]
-    # What is longer stands out of the column in its own row alone.
+    rows = [["TAG" if is_alone else "IMAGE", "SIZE", "PLATFORMS", "DIGEST", ""]]
+    rows += [[harmless(cell) for cell in list_cells(entry, is_alone)] for entry in entries]
+    # A longer cell moves the rest of its own row only.
     widths = [min(max(map(len, column)), MAX_COLUMN) for column in zip(*rows)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-
-
-def list_all(options, store: Optional[Directory]) -> int:
-    """The repositories of the store; with --digests, every blob."""
-    names = list(store.digests() if options.digests else store.repositories())
-    show(options, names, names)
-    return 0
 
 
 def is_archive(text: str) -> bool:
@@ -9884,45 +9895,36 @@ def is_archive(text: str) -> bool:
     return text == "-" or os.path.exists(text)
 
 
-def list_store(options):
-    """The repositories; or images, of the store or of archives; or, with --digests, every blob.
-    A name that the store has is not taken for a file."""
+def list_store(options: argparse.Namespace) -> int:
+    """List the repositories; or images, of the store or of archives; or, with --digests, blobs.
+    A word that the store has a repository for is not taken for a file."""
+    words, store = options.images, None
     try:
         store = open_store(options, kind=functools.partial(Directory, renew=False))
+        paths = [word for word in words if is_archive(word) and not find_repository(store, word)]
     except CommandError:
-        store = None
-        if not options.images or not all(map(is_archive, options.images)):
+        if not words or not all(map(is_archive, words)):
             raise
-    if not options.images:
-        return list_all(options, store)
-    entries, paths, digests = [], [], []
-    for text in options.images:
-        name = find_repository(store, text) if store else None
-        if name and names_whole(text):
-            entries += [] if options.digests else list_repository(store, name)
-            digests += store.digests(name) if options.digests else []
-        elif not name and is_archive(text):
-            paths.append(text)
-        elif names_whole(text):
-            raise CommandError("there is no repository %s, and no such file; tinyreg.py ls lists "
-                               "the repositories" % text)
-        elif options.digests:
-            raise CommandError("%s: --digests lists all blobs of a repository or archive" % text)
-        else:
-            entries.append(list_named(store, text))
+        paths = words
+    items: List[Any] = []
+    if store and not words:
+        items += store.digests() if options.digests else store.repositories()
+    for word in words:
+        if store and word not in paths:
+            items += list_word(store, word, options.digests)
     if paths:
         archive = Archive(paths, tempfile.gettempdir())
-        entries += [] if options.digests else list_archives(archive)
-        digests += archive.digests() if options.digests else []
-    if options.digests:
-        show(options, digests, digests)
-    else:
-        alone = not paths and len(options.images) == 1 and names_whole(options.images[0])
-        show(options, entries, list_rows(entries, alone))
+        items += archive.digests() if options.digests else list_archives(archive)
+    lines = items
+    if words and not options.digests:
+        is_alone = not paths and len(words) == 1 and names_repository(words[0])
+        lines = list_rows(items, is_alone)
+    show(options, items, lines)
     return 0
 
 
 def default_root() -> str:
+    """The directory of the store, if --root does not name another one."""
     return os.environ.get("TINYREG_ROOT") or "./registry"
 
 
@@ -9934,7 +9936,7 @@ def command_text(*words: str) -> str:
     return "  tinyreg.py " + " ".join(map(shlex.quote, words))
 
 
-def space_lines(options, store, names):
+def space_lines(options: argparse.Namespace, store: Directory, names: Iterable[str]) -> List[str]:
     """How the space of what was deleted in these repositories comes back, and when."""
     sizes, ends = zip(*(freed_bytes(store, name, GRACE_HOURS * 3600) for name in names))
     if not sum(sizes):
@@ -9949,42 +9951,55 @@ def space_lines(options, store, names):
             command_text(*command, "--grace", "0")]
 
 
-def delete_image(store, image):
-    """Delete a tag or a manifest; returns (repository, the digest). Raises CommandError."""
-    if names_whole(image):
+class Deletion(NamedTuple):
+    """What rm has deleted: the image as it was named, its repository, and the digest."""
+
+    image: str
+    name: str
+    digest: Digest
+
+
+def delete_image(store: Directory, image: str) -> Deletion:
+    """Delete a tag (NAME:TAG) or a manifest (NAME@DIGEST). Raises CommandError."""
+    if names_repository(image):
         raise CommandError("%s: say which tag (%s:TAG) or manifest (%s@DIGEST) to delete"
                            % (image, image, image))
     try:
-        name, reference = find_image(store, image)
+        name, reference = find_image(store, image, is_exact=True)
+        if isinstance(reference, Digest) and not reference.tag:
+            store.delete_manifest(name, reference)
+            return Deletion(image, name, reference)
         tag = reference.tag if isinstance(reference, Digest) else reference
-        digest = store.resolve(name, tag) if tag else reference
-        if digest != reference and tag != reference:
+        digest = store.resolve(name, tag)
+        if reference not in (tag, digest):
             raise CommandError("%s: the tag points to %s; nothing was deleted" % (image, digest))
-        if tag:
-            store.delete_tag(name, tag)
-        else:
-            store.delete_manifest(name, digest)
-        return name, digest
-    except RegistryError as error:
+        store.delete_tag(name, tag)
+        return Deletion(image, name, digest)
+    except RegistryError as error:  # whatever it is, the message names the image
         raise CommandError("%s: %s" % (image, error.message))
 
 
-def remove(options):
-    """Delete tags (NAME:TAG) and manifests (NAME@DIGEST). The bytes stay until garbage is collected."""
-    store, deleted, names = open_store(options), [], set()
+def deletion_lines(options: argparse.Namespace, store: Directory,
+                   deletions: List[Deletion]) -> Iterator[str]:
+    """Yield what rm says without --json."""
+    for image, _, digest in deletions:
+        yield "deleted %s%s" % (image, "" if digest in image else ", which was " + digest)
+    if deletions:
+        yield from space_lines(options, store, sorted({deletion.name for deletion in deletions}))
+
+
+def remove(options: argparse.Namespace) -> int:
+    """Delete tags and manifests. Their bytes stay until garbage is collected. What could be
+    deleted is reported also if another image can't be."""
+    store = open_store(options)
+    deletions: List[Deletion] = []
     try:
         for image in options.images:
-            name, digest = delete_image(store, image)
-            names.add(name)
-            deleted.append((image, digest))
+            deletions.append(delete_image(store, image))
     finally:
-        lines = ["deleted %s%s" % (image, "" if digest in image else ", which was " + digest)
-                 for image, digest in deleted]
-        if names and not options.quiet and not options.json:
-            lines += space_lines(options, store, sorted(names))
-        show(options, {"deleted": [image for image, _ in deleted],
-                       "digests": [digest for _, digest in deleted]},
-             [] if options.quiet else lines)
+        show(options, {"deleted": [deletion.image for deletion in deletions],
+                       "digests": [deletion.digest for deletion in deletions]},
+             () if options.quiet else deletion_lines(options, store, deletions))
     return 0
 
 
@@ -10183,7 +10198,7 @@ def leave_at_once(number: int, frame: Any) -> None:
     os._exit(130)
 
 
-def plan_copy(options: argparse.Namespace, report: Report, source: Reader, target: Writer,
+def plan_copy(options: argparse.Namespace, report: Report, source: Reader, target: Registry,
               name: str, reference: str, target_name: Optional[str] = None) -> Copy:
     """A Copy that is planned. It is told if the tag beside a digest means something else at the
     source. Raises RegistryError."""
@@ -10202,7 +10217,7 @@ class Transfer:
     An image that fails does not stop the others. From the start of a transfer on, Ctrl-C ends the
     program at once."""
 
-    def __init__(self, options: argparse.Namespace, target: Writer, progress: Progress) -> None:
+    def __init__(self, options: argparse.Namespace, target: Registry, progress: Progress) -> None:
         self.options = options
         self.target = target
         self.progress = progress
@@ -10651,7 +10666,7 @@ def load(options: argparse.Namespace) -> int:
     destination, scratch, ranges = Destination("", ""), tempfile.gettempdir(), None
     if options.to:
         destination = parse_destination(options.to)
-        target: Writer = open_remote(options, destination.host, progress)
+        target: Registry = open_remote(options, destination.host, progress)
     else:
         store = target = open_store(options, create=True)
         scratch, ranges = store.files.scratch, os.path.join(store.layout.own, "ranges")

@@ -405,6 +405,17 @@ def test_rm_of_what_nobody_has_asked_for_lately_has_nothing_to_wait_for(run, sto
     assert run("gc", "--untagged").stdout.count("\n") == 1
 
 
+def test_rm_deletes_nothing_of_another_repository_than_the_one_that_is_named(run, store):
+    make_image(store, "alpine", "1")
+    make_image(store, "docker.io/library/alpine", "2")
+    done = run("rm", "alpine:2", status=1)
+    assert "not in the store as alpine:2, but as 1; " in done.stderr and done.stdout == ""
+    assert list(store.tags("docker.io/library/alpine")) == ["2"]
+    make_image(store, "docker.io/library/busybox", "2")
+    run("rm", "busybox:2")
+    assert list(store.tags("docker.io/library/busybox")) == []
+
+
 def test_rm_quiet(run, store):
     make_image(store, "a", "one")
     done = run("rm", "--quiet", "a:one")
