@@ -9457,56 +9457,105 @@ def tell_json(value) -> None:
         tell(line)
 
 
-def open_store(options, create=False, kind=Directory):
-    """The Directory at --root, or one of a kind that is made like it. Raises CommandError."""
+# The store, and what serve needs
+
+
+def open_store(options: argparse.Namespace, create: bool = False, renew: bool = True) -> Directory:
+    """The store at --root; with `create`, it is made if it is not there. Raises CommandError."""
+    settings = {name: getattr(options, name, 0)
+                for name in ("sparse", "min_free", "max_blob", "shared")}
+    path = os.path.abspath(options.root)
     try:
-        limits = {name: getattr(options, name, 0) for name in ("sparse", "min_free", "max_blob", "shared")}
-        return kind(options.root, create=create, **limits)
-    except FileNotFoundError as error:
-        if create:
-            raise CommandError("can't make %s: %s; choose another directory with --root"
-                               % (os.path.abspath(options.root), error.strerror))
-        raise CommandError("no registry is stored in %s; name its directory with --root"
-                           % os.path.abspath(options.root))
+        return Directory(options.root, create=create, renew=renew, **settings)
     except OSError as error:
-        raise CommandError("can't use %s as the store: %s; choose another directory with --root"
-                           % (os.path.abspath(options.root), error.strerror))
+        is_missing = isinstance(error, FileNotFoundError)
+        if is_missing and not create:
+            raise CommandError("no registry is stored in %s; name its directory with --root" % path)
+        problem = "can't make %s: %s" if is_missing else "can't use %s as the store: %s"
+        raise CommandError((problem + "; choose another directory with --root")
+                           % (path, error.strerror))
 
 
-def inherited_listeners():
-    """The sockets that systemd opened for us (sd_listen_fds), or []."""
+def check_writable(store: Directory) -> None:
+    """Raises CommandError if nothing can be stored: better at the start than at the first push."""
+    try:
+        store.files.probe()
+    except OSError as error:
+        raise CommandError("can't write to %s: %s; choose another directory with --root"
+                           % (store.root, error.strerror))
+
+
+def open_registry(options: argparse.Namespace) -> Tuple[Union[Archive, Directory], Registry]:
+    """What serve serves: the archives, or the store; and the same behind the rules that clients
+    meet. Raises CommandError, OSError; UNSUPPORTED for what is no archive."""
+    if options.archives and options.upstream:
+        raise CommandError("--upstream fills the store, which is not served beside archives; load "
+                           "them into it")
+    if options.archives:
+        archive = Archive(options.archives)
+        return archive, ReadOnly(archive)
+    store = open_store(options, create=not options.read_only)
+    registry: Registry = store
+    if options.upstream:
+        upstreams = {space: Upstream(Remote(host, plain_http=plain, retries=1, patience=5.0), prefix)
+                     for space, host, plain, prefix in options.upstream}
+        registry = PullThrough(store, upstreams, options.upstream_ttl)
+    if options.immutable_tags:
+        registry = ImmutableTags(registry, options.immutable_tags, store.lock_repository)
+    if options.read_only:
+        return store, ReadOnly(registry)
+    check_writable(store)
+    return store, registry
+
+
+def inherited_listeners() -> List[socket.socket]:
+    """The listening sockets that systemd has opened for us (sd_listen_fds), if it has. Raises
+    CommandError."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
-    found = []
+    listeners = []
     for descriptor in range(3, 3 + int(os.environ.get("LISTEN_FDS", "0"))):
         os.set_inheritable(descriptor, False)
-        probe = socket.socket(fileno=descriptor)  # Python 3.6 takes each for IPv4; the address tells
-        if not isinstance(probe.getsockname(), tuple):
-            raise CommandError("systemd gave us a socket that is not TCP's: ListenStream= must be a port or an address")
-        family = socket.AF_INET6 if len(probe.getsockname()) == 4 else socket.AF_INET
-        found.append(prepare_listener(socket.socket(family, socket.SOCK_STREAM, fileno=probe.detach())))
-    return found
+        # Python 3.6 takes each such socket for one of IPv4, but knows its address.
+        probe = socket.socket(fileno=descriptor)
+        address = probe.getsockname()
+        if not isinstance(address, tuple):
+            raise CommandError("systemd gave us a socket that is not TCP's: ListenStream= must be "
+                               "a port or an address")
+        family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
+        listeners.append(prepare_listener(
+            socket.socket(family, socket.SOCK_STREAM, fileno=probe.detach())))
+    return listeners
 
 
-def tell_systemd(state):
-    """Report a state (sd_notify) to systemd, if it has started us."""
-    where = os.environ.get("NOTIFY_SOCKET", "")
-    if where:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(state.encode(), re.sub("^@", "\0", where))
+def open_listeners_at(addresses: Iterable[Tuple[str, int]]) -> List[socket.socket]:
+    """Listening sockets for all of --listen. Raises CommandError, with what to do if a port can't
+    be had."""
+    listeners: List[socket.socket] = []
+    for host, port in addresses:
+        try:
+            listeners += open_listeners(host, port)
+        except OSError as error:
+            advice = {
+                errno.EADDRINUSE: "is in use: another program, or another tinyreg, listens there; "
+                "stop it or choose another port with --listen %s:%d"
+                % (host, port + 1 if port < 65535 else 5000),
+                errno.EACCES: "is for root only; choose a port above 1023 with --listen",
+                errno.EADDRNOTAVAIL: "is no address of this machine; --listen :%d is all of them"
+                % port}
+            problem = advice.get(error.errno or 0, "can't be listened on: %s" % error.strerror)
+            raise CommandError("%s:%d %s" % (host, port, problem))
+    return listeners
 
 
-def feed_watchdog():
-    """Tell systemd that we live, twice as often as it wants, as long as this process gets to run."""
-    interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
-    while interval:
-        tell_systemd("WATCHDOG=1")
-        time.sleep(interval)
+def find_home(options: argparse.Namespace, store: Union[Archive, Directory]) -> Directory:
+    """Where our own keys are: in the store, even if archives are served in its place."""
+    return store if isinstance(store, Directory) else Directory(options.root)
 
 
-def token_key(store):
-    """The key that signs tokens, the same in all servers of the store; made if it is not there yet. None, so that only
-    this server's processes know each other's tokens, where the store can't be written to."""
+def token_key(store: Directory) -> Optional[bytes]:
+    """The key that signs tokens, the same for all servers of the store; made if it is not there.
+    None if the store can't be written to: then each server makes a key of its own."""
     path = os.path.join(store.layout.own, "token.key")
     try:
         with alone(path + ".lock"):
@@ -9518,216 +9567,247 @@ def token_key(store):
         return None
 
 
-def open_access(options, store, local):
-    """The Access that the options of serve describe; `local` if nobody but this machine can connect. Raises OSError,
-    CommandError."""
-    default = "none" if options.users or options.tls_client_ca else "admin" if local else "pull"
+def open_access(options: argparse.Namespace, store: Union[Archive, Directory],
+                is_local: bool) -> Access:
+    """The Access that the options of serve describe; `is_local` says that only this machine can
+    connect. Raises OSError, CommandError."""
+    if options.users or options.tls_client_ca:
+        default = "none"
+    else:
+        default = "admin" if is_local else "pull"
     return Access(options.anonymous or default, options.users, options.rules,
-                  token_key(store) if options.users else None,
-                  only_local=not options.anonymous and default == "admin", processes=options.workers)
+                  token_key(find_home(options, store)) if options.users else None,
+                  only_local=not options.anonymous and default == "admin",
+                  processes=options.workers)
 
 
-def tls_folder(root):
-    """Where our own CA and certificate are."""
+def tls_folder(root: str) -> str:
+    """Where the CA and the certificate are that serve --tls makes."""
     return os.path.join(root, "tinyreg", "tls")
 
 
-def open_tls(options, store):
-    """The Certificates that the options of serve ask for, or None. Raises CommandError."""
-    certificate, key = options.tls_cert, options.tls_key
-    if key and not certificate or certificate and options.tls:
+def check_tls_options(options: argparse.Namespace) -> None:
+    """Raises CommandError for options that don't go together."""
+    certificate = options.tls_cert
+    if options.tls_key and not certificate or certificate and options.tls:
         raise CommandError("--tls-key goes with --tls-cert, and --tls without both")
     if options.tls_client_ca and not (certificate or options.tls):
         raise CommandError("--tls-client-ca goes with --tls or --tls-cert")
     if options.tls and options.shared:
-        raise CommandError("--tls makes a certificate for this host, and --shared has several: give each the same one "
-                           "with --tls-cert, or let the load balancer speak TLS")
-    folder = tls_folder(os.path.abspath(options.root))
+        raise CommandError("--tls makes a certificate for this host, and --shared has several: "
+                           "give each the same one with --tls-cert, or let the load balancer "
+                           "speak TLS")
+
+
+def open_tls(options: argparse.Namespace,
+             store: Union[Archive, Directory]) -> Optional[Certificates]:
+    """The Certificates that the options of serve ask for; None without TLS. Raises OSError,
+    CommandError."""
+    check_tls_options(options)
+    if options.tls_cert:
+        return Certificates(options.tls_cert, options.tls_key, options.tls_client_ca)
+    if not options.tls:
+        return None
+    home = find_home(options, store)
+    folder = tls_folder(home.root)
+    # A scope (fe80::1%eth0) has no place in a certificate; the others mean every address.
     hosts = {host for host, _ in options.listen if "%" not in host} - {"", "0.0.0.0", "::"}
 
-    def renew():
-        make_certificates(store.files, folder, hosts | set(options.tls_name or ()) | host_names())
+    def renew() -> None:
+        make_certificates(home.files, folder, hosts | set(options.tls_name) | host_names())
 
-    if options.tls:
-        renew()
-        return Certificates(os.path.join(folder, "server.pem"), None, options.tls_client_ca,
-                            os.path.join(folder, "ca.crt"), renew)
-    return Certificates(certificate, key, options.tls_client_ca) if certificate else None
+    renew()
+    return Certificates(os.path.join(folder, "server.pem"), None, options.tls_client_ca,
+                        os.path.join(folder, "ca.crt"), renew)
 
 
-def listen_everywhere(addresses):
-    """Raises CommandError, with what to do about a port that is taken."""
-    listeners = []
-    for host, port in addresses:
-        try:
-            listeners += open_listeners(host, port)
-        except OSError as error:
-            where = "%s:%d" % (host, port)
-            advice = {errno.EADDRINUSE: "is in use: another program, or another tinyreg, listens there; stop it or "
-                      "choose another port with --listen %s:%d" % (host, port + 1 if port < 65535 else 5000),
-                      errno.EACCES: "is for root only; choose a port above 1023 with --listen",
-                      errno.EADDRNOTAVAIL: "is no address of this machine; --listen :%d is all of them" % port}
-            raise CommandError("%s %s" % (where, advice.get(error.errno, "can't be listened on: %s" % error.strerror)))
-    return listeners
+def tell_systemd(state: str) -> None:
+    """Report a state to systemd (sd_notify), if it has started us."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        # A systemd that can't be told is no reason not to serve. "@" means Linux' abstract names.
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode(), re.sub("^@", "\0", path))
 
 
-def example(store, host):
-    """A command that pulls the first image of a store or an archive."""
-    images = store.images() if isinstance(store, Archive) else (
-        (name, tag, None) for name in store.repositories() for tag in store.tags(name))
-    name, reference, _ = next(images, ("alpine", "latest", None))
-    return "docker pull %s/%s" % (host, image_text(name, reference))
+def feed_watchdog() -> None:
+    """Tell systemd that this process runs, twice in the time after which systemd would kill it."""
+    interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
+    while interval:
+        tell_systemd("WATCHDOG=1")
+        time.sleep(interval)
 
 
-def banner(store, read_only, listeners, access, local, tls=None):
-    """What serve says first: where it listens and stores, who may do what, and two commands to try."""
-    urls, ports = [], []
-    for listener in listeners:
-        host, port = listener.getsockname()[:2]
-        everywhere = host in ("::", "0.0.0.0")
-        ports.append("%s:%d" % ("localhost" if local else socket.gethostname() if everywhere else host, port))
-        urls.append("http%s://%s:%d%s" % ("s" if tls else "", "[%s]" % host if ":" in host else host, port,
-                                        " (every address of this machine)" if everywhere else ""))
-    reach = "whoever is on this machine" if local else "whoever can reach it"
-    pushed = not read_only and access.takes_pushes()
-    login = "docker login %s && " % ports[0] if access.users_file else ""
-    clear = access.users_file and not tls and not local
-    return "\n".join([
-        "tinyreg %s" % __version__,
-        "  listens on  " + ", ".join(urls),
-        ("  serves      %s (read-only)" if isinstance(store, Archive) else "  stores in   %s") % store.root,
-        ] + (["  CA          /ca.crt, SHA-256 " + fingerprint(tls.ca)] if tls and tls.ca else []) + [
-        "  access      " + "\n              ".join(access.in_words(reach, read_only)),
-        ] + ["  beware      passwords cross the network in the clear; add --tls"] * bool(clear) + [
-        "  try         " + (login + "docker tag alpine %s/alpine && docker push %s/alpine\n"
-                            "              docker pull %s/alpine" % (ports[0], ports[0], ports[0]) if pushed else
-                            example(store, ports[0])),
-        "  Ctrl-C ends it.",
-    ])
+def seconds_to_collection(store: Directory, every: float) -> float:
+    """How many seconds until the next garbage collection, which may be overdue."""
+    passed = time.time() - look_at(os.path.join(store.layout.own, "gc")).mtime
+    # A file server's clock may be ahead by a little. If the last collection lies further in the
+    # future, some clock was wrong then.
+    return every - passed if passed >= -every else 0.0
 
 
-def keep_up(store, every, grace):
-    """Until the process ends: purge idle upload sessions once an hour, and collect garbage every so many seconds
-    (0: never), whichever of the processes that share the store does it."""
-
-    def left():
-        """How many seconds until the next time; 0 where, by a wrong clock, the last lies far ahead
-        (a file server's own clock may be ahead by a little)."""
-        passed = time.time() - look_at(os.path.join(store.layout.own, "gc")).mtime
-        return every - passed if passed >= -every else 0
-
+def keep_up(store: Directory, every: float, grace: float) -> None:
+    """Purge idle upload sessions once an hour, and collect garbage every so many seconds (0:
+    never), until the process ends. Of several processes that share the store, one at a time
+    does it."""
     while True:
         pause = UPKEEP_PERIOD
         try:
-            if every and left() <= 0:
+            if every and seconds_to_collection(store, every) <= 0:
                 collect_garbage(store, grace=grace)
             else:
                 Collection(store).purge()
             if every:
-                pause = min(pause, left())
+                pause = min(pause, seconds_to_collection(store, every))
         except BlockingIOError:
-            pass
+            pass  # another process is at it
         except OSError as error:
             logger.error("garbage collection failed: %s", error)
-        except Exception:
+        except Exception:  # a bug: without this the thread would end, and nothing be collected
             logger.exception("garbage collection failed")
         time.sleep(max(pause, 1.0))
 
 
-def watch_root(store: Directory, gone: threading.Event) -> None:
-    """Wait until the store is no longer at its place; then set `gone` and end the server.
+def watch_root(store: Directory, is_gone: threading.Event) -> None:
+    """Wait until the store is no longer at its place; then set `is_gone`, and end the server.
 
-    Its disk was unmounted, or somebody has deleted it. To make a new store there would hide that,
-    and put what is pushed where nobody looks for it."""
+    Its disk was unmounted, or somebody has deleted it. A new store in its place would hide that,
+    and what is pushed would go where nobody looks for it."""
     while True:
-        with contextlib.suppress(OSError):  # the file system fails at present: no answer is no proof
+        with contextlib.suppress(OSError):  # the file system fails at present: that proves nothing
             if not look_at(store.layout.tree).inode:
-                logger.error("%s is gone: deleted, or its disk was unmounted; the server ends", store.layout.tree)
-                gone.set()
+                logger.error("%s is gone: deleted, or its disk was unmounted; the server ends",
+                             store.layout.tree)
+                is_gone.set()
                 return os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(ROOT_CHECK_PERIOD)
 
 
-def check_writable(store):
-    """Raises CommandError if nothing can be stored; better now than at the first push."""
-    try:
-        store.files.probe()
-    except OSError as error:
-        raise CommandError("can't write to %s: %s; choose another directory with --root" % (store.root, error.strerror))
+def start_thread(function: Callable[..., None], *arguments: Any) -> None:
+    """Run a function in a thread that ends with the process."""
+    threading.Thread(target=function, args=arguments, daemon=True).start()
 
 
-def open_registry(options):
-    """What there is to serve: archives; or the store, with other registries behind it if they are named. Returns
-    it as it is, and with the rules that clients meet. Raises CommandError, OSError, UNSUPPORTED for what is no
-    archive."""
-    if options.archives and options.upstream:
-        raise CommandError("--upstream fills the store, which is not served beside archives; load them into it")
-    if options.archives:
-        store = registry = Archive(options.archives)
+# serve
+
+def example(store: Union[Archive, Directory], host: str) -> str:
+    """A command that pulls the first image that there is."""
+    if isinstance(store, Archive):
+        images = ((name, reference) for name, reference, _ in store.images())
     else:
-        store = registry = open_store(options, create=not options.read_only)
-        if options.upstream:
-            upstreams = {space: Upstream(Remote(host, plain_http=plain, retries=1, patience=5.0), prefix)
-                         for space, host, plain, prefix in options.upstream}
-            registry = PullThrough(store, upstreams, options.upstream_ttl)
-        if options.immutable_tags:
-            registry = ImmutableTags(registry, options.immutable_tags, store.lock_repository)
-        if not options.read_only:
-            check_writable(store)
-    return store, ReadOnly(registry) if options.read_only or options.archives else registry
+        images = ((name, tag) for name in store.repositories() for tag in store.tags(name))
+    return "docker pull %s/%s" % (host, image_text(*next(images, ("alpine", "latest"))))
 
 
-def serve(options):
-    """Serve the store, or archives, until a signal ends it."""
-    style = "off" if options.quiet else options.log
-    start_logging(style)
-    store, registry = open_registry(options)
-    listeners = inherited_listeners() or listen_everywhere(options.listen)
-    local = all(is_this_machine(listener.getsockname()[0]) for listener in listeners)
-    # Our keys are in the store, also where archives are served in place of it.
-    home = Directory(options.root) if options.archives and (options.users or options.tls) else store
-    access = open_access(options, home, local)
-    tls = open_tls(options, home)
-    routes = {(method, route.name): route.words
-              for _, routes in ROUTES for method, route in routes.items()}
-    observation = Observation(store.layout.own if isinstance(store, Directory) else None, style, routes, options.notify, options.workers)
-    if options.log_file:
-        open_log_file(options.log_file)
+def outer_address(listener: socket.socket, is_local: bool) -> str:
+    """HOST:PORT by which clients reach a listening socket."""
+    host, port = listener.getsockname()[:2]
+    if is_local:
+        host = "localhost"
+    elif host in ("::", "0.0.0.0"):
+        host = socket.gethostname()
+    return "%s:%d" % ("[%s]" % host if ":" in host else host, port)
 
-    def hang_up():
-        """What SIGHUP is for; changed users, rules and certificates are noticed without it."""
+
+def listener_url(listener: socket.socket, scheme: str) -> str:
+    """What the banner says of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    extent = " (every address of this machine)" if host in ("::", "0.0.0.0") else ""
+    return "%s://%s:%d%s" % (scheme, "[%s]" % host if ":" in host else host, port, extent)
+
+
+class Service:
+    """One run of serve: what its processes share, made before they are forked."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        style = "off" if options.quiet else options.log
+        start_logging(style)
+        self.store, self.registry = open_registry(options)
+        self.listeners = inherited_listeners() or open_listeners_at(options.listen)
+        self.is_local = all(is_this_machine(listener.getsockname()[0])
+                            for listener in self.listeners)
+        self.access = open_access(options, self.store, self.is_local)
+        self.tls = open_tls(options, self.store)
+        folder = self.store.layout.own if isinstance(self.store, Directory) else None
+        words = {(method, route.name): route.words
+                 for _, routes in ROUTES for method, route in routes.items()}
+        self.observation = Observation(folder, style, words, options.notify, options.workers)
+        self.root_is_gone = threading.Event()  # set in one process only
+        if options.log_file:
+            open_log_file(options.log_file)
+
+    def reopen_log(self) -> None:
+        """What SIGHUP asks for. Changed users, rules and certificates are noticed without it."""
         try:
-            if options.log_file:
-                open_log_file(options.log_file)
+            if self.options.log_file:
+                open_log_file(self.options.log_file)
         except OSError as error:
-            logger.error("the former log goes on: can't open %s: %s", options.log_file, error.strerror)
+            logger.error("the former log goes on: can't open %s: %s", self.options.log_file,
+                         error.strerror)
 
-    gone = threading.Event()  # in the process that sets it
+    def start_upkeep(self) -> None:
+        """Start the threads of which one process is enough."""
+        start_thread(feed_watchdog)
+        if isinstance(self.store, Directory):
+            start_thread(watch_root, self.store, self.root_is_gone)
+            if not self.registry.is_read_only:
+                start_thread(keep_up, self.store, self.options.gc_every, self.options.grace)
 
-    def work(number):
-        hang_up()  # the log may have been moved since the server started
-        server = Worker(listeners, registry, access, observation, drain=options.drain, tls=tls,
-                        proxies=options.trusted_proxy)
-        observation.start(number)
-        access.start(number)
-        server.start()
+    def work(self, number: int) -> int:
+        """Serve in this process until SIGTERM; returns its exit status."""
+        self.reopen_log()  # if this process replaces one that died, the log may have been moved
+        worker = Worker(self.listeners, self.registry, self.access, self.observation,
+                        self.options.drain, self.tls, self.options.trusted_proxy)
+        self.observation.start(number)
+        self.access.start(number)
+        worker.start()
         if number == 0:
-            threading.Thread(target=feed_watchdog, daemon=True).start()
-            if isinstance(store, Directory):
-                threading.Thread(target=watch_root, args=(store, gone), daemon=True).start()
-            if isinstance(store, Directory) and not options.read_only:
-                threading.Thread(target=keep_up, args=(store, options.gc_every, options.grace), daemon=True).start()
+            self.start_upkeep()
         while next_signal() != signal.SIGTERM:
-            hang_up()
+            self.reopen_log()
         tell_systemd("STOPPING=1")
-        cut = server.stop()
+        cut = worker.stop()
         if cut:
             logger.warning("stopped, and cut %s that did not end within %g s (--drain)",
-                           counted(cut, "transfer"), options.drain)
-        return 1 if gone.is_set() else 0
+                           counted(cut, "transfer"), self.options.drain)
+        return 1 if self.root_is_gone.is_set() else 0
 
-    supervisor = Supervisor([functools.partial(work, number) for number in range(options.workers)], listeners, hang_up)
-    for line in banner(store, registry.is_read_only, listeners, access, local, tls).splitlines():
+    def commands_to_try(self) -> List[str]:
+        """A push and a pull if clients may push, else a pull of an image that is here."""
+        host = outer_address(self.listeners[0], self.is_local)
+        if self.registry.is_read_only or not self.access.takes_pushes():
+            return [example(self.store, host)]
+        login = "docker login %s && " % host if self.access.users_file else ""
+        return ["%sdocker tag alpine %s/alpine && docker push %s/alpine" % (login, host, host),
+                "docker pull %s/alpine" % host]
+
+    def banner(self) -> List[str]:
+        """What serve says first: where it listens and stores, who may do what, what to try."""
+        urls = [listener_url(listener, "https" if self.tls else "http")
+                for listener in self.listeners]
+        reach = "whoever is on this machine" if self.is_local else "whoever can reach it"
+        stores = ("stores in", self.store.root)
+        if isinstance(self.store, Archive):
+            stores = ("serves", self.store.root + " (read-only)")
+        rows = [("listens on", ", ".join(urls)), stores]
+        if self.tls and self.tls.ca:
+            rows.append(("CA", "/ca.crt, SHA-256 " + fingerprint(self.tls.ca)))
+        access = self.access.in_words(reach, self.registry.is_read_only)
+        rows += zip(["access"] + [""] * len(access), access)
+        if self.access.users_file and not self.tls and not self.is_local:
+            rows.append(("beware", "passwords cross the network in the clear; add --tls"))
+        rows += zip(("try", ""), self.commands_to_try())
+        return (["tinyreg " + __version__] + ["  %-10s  %s" % row for row in rows]
+                + ["  Ctrl-C ends it."])
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serve the store, or archives, until a signal ends it."""
+    service = Service(options)
+    work = [functools.partial(service.work, number) for number in range(options.workers)]
+    supervisor = Supervisor(work, service.listeners, service.reopen_log)
+    for line in service.banner():
         tell(line)
     flush_output()
     tell_systemd("READY=1")
@@ -9900,7 +9980,7 @@ def list_store(options: argparse.Namespace) -> int:
     A word that the store has a repository for is not taken for a file."""
     words, store = options.images, None
     try:
-        store = open_store(options, kind=functools.partial(Directory, renew=False))
+        store = open_store(options, renew=False)
         paths = [word for word in words if is_archive(word) and not find_repository(store, word)]
     except CommandError:
         if not words or not all(map(is_archive, words)):
@@ -10003,40 +10083,59 @@ def remove(options: argparse.Namespace) -> int:
     return 0
 
 
-def read_password(options):
-    """From standard input or, twice, from the terminal. Raises CommandError."""
+# passwd and clients
+
+def read_password(user: str, from_stdin: bool) -> str:
+    """A password, from a line of standard input or, twice, from the terminal. Raises
+    CommandError."""
     try:
-        if options.stdin:
+        if from_stdin:
             password = sys.stdin.buffer.readline().decode("utf-8").rstrip("\r\n")
         else:
-            password = getpass.getpass("password of %s: " % options.user)
+            password = getpass.getpass("password of %s: " % user)
             if password and getpass.getpass("once more: ") != password:
                 raise CommandError("the two passwords differ; nothing was changed")
         size = len(password.encode("utf-8"))
     except (EOFError, KeyboardInterrupt, UnicodeError):
         size = 0
     if not 0 < size <= MAX_PASSWORD or "\0" in password:
-        raise CommandError("a password has 1 to %d bytes of UTF-8; nothing was changed" % MAX_PASSWORD)
+        raise CommandError("a password has 1 to %d bytes of UTF-8; nothing was changed"
+                           % MAX_PASSWORD)
     return password
 
 
-def passwd(options):
-    """Set a user's password, in a last line, or remove the user. All other lines stay as they are, to the byte."""
-    if not USER.fullmatch(options.user):
-        raise CommandError("%r is no user name: no spaces and no colons, and not * or @ or # first" % options.user)
-    path = os.path.realpath(options.users)
-    hashed = None if options.delete else new_hash(read_password(options)).encode()
+def check_user(user: str) -> None:
+    """Raises CommandError for what can't be a user's name."""
+    if not USER.fullmatch(user):
+        raise CommandError("%r is no user name: no spaces and no colons, and not * or @ or # first"
+                           % user)
+
+
+def replace_user(file: str, user: str, hashed: Optional[bytes]) -> None:
+    """Set a user's hashed password, in a last line of an htpasswd file, or remove the user if it is
+    None. All other lines stay as they are, to the byte. Raises OSError, CommandError."""
+    path = os.path.realpath(file)
+    start = user.encode() + b":"
     with alone(path + ".lock"):
         lines = re.findall(rb"[^\n]*\n|[^\n]+", read_file(path, 64 << 20) or b"")
-        prefix = options.user.encode() + b":"
-        kept = [line for line in lines if not line.startswith(prefix)]
-        if options.delete and len(kept) == len(lines):
-            raise CommandError("there is no user %s in %s" % (options.user, options.users))
-        if kept and not kept[-1].endswith(b"\n"):
-            kept[-1] += b"\n"
+        others = [line for line in lines if not line.startswith(start)]
+        if not hashed and others == lines:
+            raise CommandError("there is no user %s in %s" % (user, file))
+        if others and not others[-1].endswith(b"\n"):
+            others[-1] += b"\n"
         if hashed:
-            kept.append(prefix + hashed + b"\n")
-        Files(os.path.dirname(path)).write(path, b"".join(kept), private=True)
+            others.append(start + hashed + b"\n")
+        Files(os.path.dirname(path)).write(path, b"".join(others), private=True)
+
+
+def passwd(options: argparse.Namespace) -> int:
+    """Set a user's password, or remove the user."""
+    check_user(options.user)
+    if options.delete:
+        replace_user(options.users, options.user, None)
+    else:
+        password = read_password(options.user, options.stdin)
+        replace_user(options.users, options.user, new_hash(password).encode())
     if not options.quiet:
         done = "removed" if options.delete else "set the password of"
         tell("%s %s in %s" % (done, options.user, options.users))
@@ -10044,62 +10143,61 @@ def passwd(options):
 
 
 def clients_ca(options: argparse.Namespace) -> str:
-    """The CA's certificate as clients want it, and nothing else that is in its file. Raises CommandError."""
+    """The CA's certificate as clients want it, and nothing else that is in its file. Raises
+    CommandError."""
     path = options.ca or os.path.join(tls_folder(options.root), "ca.crt")
-    certificates = re.findall("-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\\s]+-----END CERTIFICATE-----\n?",
-                              (read_file(path) or b"").decode("ascii", "replace"))
+    certificates = re.findall(
+        "-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\\s]+-----END CERTIFICATE-----\n?",
+        (read_file(path) or b"").decode("ascii", "replace"))
     if not certificates:
         raise CommandError(
-            "there is no CA certificate in %s: `clients` belongs onto the server, and what it prints onto "
-            "the clients; there, start tinyreg.py serve --tls first, or say --root DIR, or --ca FILE, or "
-            "--plain-http if the registry has no TLS" % path)
+            "there is no CA certificate in %s: `clients` belongs onto the server, and what it "
+            "prints onto the clients; there, start tinyreg.py serve --tls first, or say "
+            "--root DIR, or --ca FILE, or --plain-http if the registry has no TLS" % path)
     return "".join(certificates)
 
 
 def check_tls_name(root: str, host: str) -> None:
-    """Raises CommandError if the server's certificate is one of ours, and not valid for HOST[:PORT]."""
+    """Raises CommandError if serve --tls has made the certificate, and it is not valid for
+    HOST[:PORT]."""
     content = read_file(os.path.join(tls_folder(root), "server.pem")) or b""
     match = re.search(r"^subjectAltName = (.+)$", content.decode("ascii", "replace"), re.MULTILINE)
-    name = re.sub(r":[0-9]*$", "", host).strip("[]").lower()
-    with contextlib.suppress(ValueError):
-        name = str(ipaddress.ip_address(name))
-    names = [part.partition(":")[2].lower() for part in match.group(1).split(",")] if match else [name]
+    if not match:
+        return
+    name = str(find_address(host) or without_port(host).lower())
+    names = [part.partition(":")[2].lower() for part in match.group(1).split(",")]
     if name not in names and "*." + name.partition(".")[2] not in names:
         raise CommandError(
-            "the registry's certificate is not valid for %s, so clients would refuse it: add --tls-name %s "
-            "to tinyreg.py serve and start it again, or name it with --host as one of %s"
-            % (name, name, ", ".join(names)))
+            "the registry's certificate is not valid for %s, so clients would refuse it: add "
+            "--tls-name %s to tinyreg.py serve and start it again, or name it with --host as one "
+            "of %s" % (name, name, ", ".join(names)))
 
 
 def origins_in(root: str) -> List[str]:
-    """The origins of what is in the store. Raises CommandError if there is none."""
+    """The registries that the images in the store come from. Raises CommandError."""
     try:
         return known_origins(Directory(root, create=False))
     except OSError:
         raise CommandError(
-            "there is no store in %s: `clients` belongs onto the server, for a mirror is told which "
-            "registries the images in the store are from; there, say --root DIR" % root)
+            "there is no store in %s: `clients` belongs onto the server, for a mirror is told "
+            "which registries the images in the store are from; there, say --root DIR" % root)
 
 
 def mirror_login(options: argparse.Namespace) -> str:
-    """The Authorization header of --user, whose password comes from standard input. Raises CommandError."""
+    """The Authorization header for --user, whose password comes from standard input; "" without.
+    Raises CommandError."""
     if not options.user:
         return ""
     if not options.mirror or options.client not in ("docker", "containerd"):
         raise CommandError("--user is for clients docker --mirror and clients containerd --mirror; "
                            "podman sends a mirror what podman login has stored")
-    if not USER.fullmatch(options.user):
-        raise CommandError("%r is no user name" % options.user)
-    options.stdin = not sys.stdin.isatty()
-    login = "%s:%s" % (options.user, read_password(options))
+    check_user(options.user)
+    login = "%s:%s" % (options.user, read_password(options.user, not sys.stdin.isatty()))
     return "Basic " + base64.b64encode(login.encode()).decode()
 
 
-def clients(options: argparse.Namespace) -> int:
-    """Print (or, with --install, run) scripts that make clients trust this registry, or use it as a mirror."""
-    host = options.host or socket.gethostname() + ":5000"
-    if not re.fullmatch(r"[A-Za-z0-9._:\[\]-]+", host):
-        raise CommandError("--host %s is not HOST:PORT" % host)
+def check_clients_options(options: argparse.Namespace) -> None:
+    """Raises CommandError for options that don't go together."""
     if options.install and not options.client:
         raise CommandError("say for which client: tinyreg.py clients CLIENT --install")
     if options.known_origins and not options.mirror:
@@ -10107,17 +10205,29 @@ def clients(options: argparse.Namespace) -> int:
     if options.client == "system" and (options.plain_http or options.mirror):
         raise CommandError("clients system is for the CA of a registry with TLS, and no more: "
                            "leave out --plain-http and --mirror")
+
+
+def clients(options: argparse.Namespace) -> int:
+    """Print (or, with --install, run) scripts that make clients trust this registry, or use it as
+    a mirror."""
+    host = options.host or socket.gethostname() + ":5000"
+    if not re.fullmatch(r"[A-Za-z0-9._:\[\]-]+", host):
+        raise CommandError("--host %s is not HOST:PORT" % host)
+    check_clients_options(options)
     ca = None if options.plain_http else clients_ca(options)
     if ca and not options.ca:
         check_tls_name(options.root, host)
     origins = origins_in(options.root) if options.mirror else ()
-    setup = ClientSetup(host, ca, options.mirror, origins, options.known_origins, mirror_login(options))
-    script = "".join(client_script(client, setup) for client in CLIENTS if options.client in (None, client))
+    setup = ClientSetup(host, ca, options.mirror, origins, options.known_origins,
+                        mirror_login(options))
+    script = "".join(client_script(client, setup) for client in CLIENTS
+                     if options.client in (None, client))
     if not options.install:
         for line in script.splitlines():
             tell(line)
-    elif subprocess.run(["sh", "-c", script],
-                        stdout=subprocess.DEVNULL if options.quiet else None).returncode:
+        return 0
+    output = subprocess.DEVNULL if options.quiet else None
+    if subprocess.run(["sh", "-c", script], stdout=output).returncode:
         raise CommandError("the script for %s failed, and says above why" % options.client)
     return 0
 

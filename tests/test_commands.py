@@ -564,6 +564,16 @@ def test_a_line_for_each_request(start_server, options, lines):
         assert [bool(re.fullmatch(line, shown)) for shown in sorted(found, key=len)] == [False, True]
 
 
+def test_the_banner_brackets_an_address_of_ipv6():
+    """What it says to try was no name of an image: docker pull fd00::1:5000/alpine:latest."""
+    class Listener:
+        def getsockname(self):
+            return "fd00::1", 5000, 0, 0
+
+    assert tinyreg.outer_address(Listener(), is_local=False) == "[fd00::1]:5000"
+    assert tinyreg.outer_address(Listener(), is_local=True) == "localhost:5000"
+
+
 # Every Python
 
 @pytest.mark.parametrize("python", sorted(PYTHONS), ids=lambda version: "%d.%d" % version)
