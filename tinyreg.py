@@ -1,57 +1,79 @@
 #!/usr/bin/env python3
 """tinyreg: a container registry in one file, for machines that no network reaches.
 
-    python3 tinyreg.py                         serve ./registry on http://127.0.0.1:5000
-    python3 tinyreg.py serve --listen :5000    serve it to the network (anyone may pull)
-    python3 tinyreg.py serve --listen :5000 --tls --users FILE     with HTTPS, and passwords
-    python3 tinyreg.py passwd NAME --users FILE                    set a password
-    python3 tinyreg.py clients docker          what makes docker (or containerd, podman, k3s) trust it
-    python3 tinyreg.py pull IMAGE              copy an image from its registry into the store
-    python3 tinyreg.py push IMAGE --to HOST    copy it to another registry
-    python3 tinyreg.py save NAME -o FILE       write images into an archive; load FILE takes them in
-    python3 tinyreg.py serve FILE...           serve archives as they lie, read-only
-    python3 tinyreg.py ls                      what it holds
-    python3 tinyreg.py rm NAME:TAG             delete a tag
-    python3 tinyreg.py gc                      delete what nothing refers to any more
-    python3 tinyreg.py verify                  read everything again, and say what is damaged
+It needs Python 3.6 or newer and nothing else, and runs on Linux, macOS and the BSDs:
 
-Python 3.6 or newer and its standard library; Linux, macOS, the BSDs.
+    python3 tinyreg.py                          serve ./registry on http://127.0.0.1:5000
+    python3 tinyreg.py serve --listen :5000     serve it to the network: anyone may pull
+    python3 tinyreg.py serve --listen :5000 --tls --users FILE    with HTTPS and passwords
+    python3 tinyreg.py serve FILE...            serve archives where they lie, read-only
+    python3 tinyreg.py passwd NAME --users FILE     set the password of a user
+    python3 tinyreg.py clients docker           print what makes docker trust the registry, or
+                                                containerd, podman, k3s
+    python3 tinyreg.py pull IMAGE               copy an image from its registry into the store
+    python3 tinyreg.py push IMAGE --to HOST     copy it to another registry
+    python3 tinyreg.py save IMAGE -o FILE       write images into an archive
+    python3 tinyreg.py load FILE                put the images of an archive into the store
+    python3 tinyreg.py ls                       list what is in the store
+    python3 tinyreg.py rm NAME:TAG              delete a tag
+    python3 tinyreg.py gc                       delete what nothing refers to
+    python3 tinyreg.py verify                   read everything again, and name what is damaged
 
-The storage directory is CNCF Distribution's (registry:2 and registry:3 open it as it is), and beside it
-one folder of our own, whose content can be lost without losing an image:
+The storage directory, ROOT, has the layout of CNCF Distribution: registry:2 and registry:3 can open
+it. Beside that tree there is one folder of our own. If it is lost, no image is.
 
     ROOT/docker/registry/v2/
-        blobs/sha256/ab/abcd…/data                                 the bytes of every blob and manifest
-        repositories/NAME/_layers/sha256/abcd…/link                "NAME has this blob"
-        repositories/NAME/_manifests/revisions/sha256/abcd…/link   "NAME has this manifest"
-        repositories/NAME/_manifests/tags/TAG/current/link         what TAG means now
-        repositories/NAME/_manifests/tags/TAG/index/sha256/…/link  what it has ever meant
-        repositories/NAME/_uploads/UUID/data, startedat            uploads under way
+        blobs/sha256/ab/abcd…/data          the bytes of each blob and manifest
+        repositories/NAME/
+            _layers/sha256/abcd…/link       says that the repository has this blob
+            _manifests/
+                revisions/sha256/abcd…/link     says that it has this manifest
+                tags/TAG/current/link           the digest that the tag stands for
+                tags/TAG/index/sha256/abcd…/link    each digest that it has stood for
+            _uploads/UUID/data, startedat   an upload session
     ROOT/tinyreg/
-        scratch/                    files being written, folders being deleted, locks of blobs that come from elsewhere
-        lock, lock.turnstile        pushes share it, deletions take it alone
-        lock.changes                eight bytes that differ after every change, for what workers keep in memory; not
-                                    with serve --shared, because the memory of several hosts is not one
-        tls/                        ca.crt, ca.key, server.pem: the CA and the certificate that serve --tls made
-        token.key                   signs the tokens of clients that have logged in
-        notify/KEY/NUMBER           notifications that wait for an endpoint, one in a file; beside them KEY.last, whose
-                                    mtime is the last number, and locks
-        live.HOST                   what /live on this host shows, while somebody looks
-        usage                       how large everything is, measured a while ago
-        gc, verify                  what came of the last one, its mtime is when; gc is held while one runs
-        damaged/                    what was found damaged, and put aside
-        referrers/NAME/_index       which manifest is about which other; made anew when missing
-        ranges/abcd…                ranges of blobs from parts of a split archive, until the others come
+        scratch/                files while they are written, folders while they are deleted, and
+                                locks of blobs that are being fetched
+        lock, lock.turnstile    pushes share this lock; deletions hold it alone
+        lock.changes            eight bytes that differ after each change, for the caches of
+                                processes; not with --shared: hosts don't share memory
+        pinned/NAME/_digests/sha256/abcd…   a manifest that was pulled or loaded by its digest;
+                                gc keeps it, although it has no tag
+        referrers/NAME/_index   which manifests refer to which; rebuilt if it is missing
+        damaged/                what was found damaged, under the path that it had
+        ranges/abcd…            parts of blobs, from a split archive whose other parts are to come
+        tls/                    ca.crt, ca.key, server.pem: the CA and the certificate that
+                                serve --tls has made
+        token.key               the key of the tokens of clients that have logged in
+        notify/KEY/NUMBER       a notification that waits for the endpoint KEY; KEY.last has the
+                                last number as its mtime; KEY.lock and KEY.sender are locks
+        live.HOST               the exchanges that /live on this host shows
+        usage                   the size of everything, as last measured
+        gc, verify              the result of the last run; gc is locked during a run
 
-One request:
+How a request runs:
 
-    socket -> Connection -> Request -> dispatch: match ROUTES, check access -> handler -> Registry
-    socket <- Connection <- Response <- dispatch (a handler's RegistryError or OSError becomes a Response here)
+    socket -> Connection -> Request  -> dispatch: find the Route, ask Access -> handler -> Registry
+    socket <- Connection <- Response <- dispatch: errors become Responses here <-----'
 
-The rooms of this file; each uses the ones above it and none below:
+The rooms of this file. Each uses the rooms above it and none below:
 
-    1 Constants   2 Errors   3 Values   4 Files   5 Registry   6 Directory   7 Upkeep   8 Archive
-    9 Remote   10 Copy   11 Access   12 Observation   13 API   14 Page   15 Server   16 Commands
+     1 Constants     media types, limits, the grammar of names
+     2 Errors        what a client can be told, and with which status
+     3 Values        digests, names, addresses, manifests
+     4 Files         durable writes, locks, the change mark
+     5 Registry      the interface of all registries, and rules that wrap one
+     6 Directory     the registry in ROOT
+     7 Upkeep        gc, expiry of tags, verify
+     8 Archive       registries in tar files
+     9 Remote        registries over HTTP, and the store that fetches from them
+    10 Copy          from any registry to any other
+    11 Access        users, tokens, rules
+    12 Observation   log, metrics, /live, notifications
+    13 API           the endpoints, and the way to them
+    14 Page          the pages for people
+    15 Server        sockets, TLS, time limits, processes
+    16 Commands      the command line
 """
 
 import argparse
