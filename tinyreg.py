@@ -5631,9 +5631,8 @@ def copy(source: Reader, target: Registry, name: str, reference: str,
 # A level is an index in LEVELS, and includes the levels before it.
 LEVELS = ("none", "pull", "push", "admin")
 IN_WORDS = ("do nothing", "pull", "pull and push", "pull, push and delete")
-# The level that an action of a route needs, and the one that an action in a token's scope means.
-NEEDED = {"look": 0, "login": 0, "pull": 1, "push": 2, "delete": 3}
-SCOPES = {"pull": 1, "push": 2, "delete": 3, "*": 3}
+# The level that an action needs: the action of a route, or one in a token's scope.
+NEEDED = {"look": 0, "login": 0, "pull": 1, "push": 2, "delete": 3, "*": 3}
 
 # A user is none of the rules' own words, * and @anonymous, and is valid UTF-8.
 USER = re.compile(r"[^\s:#*@\x00-\x1f\x7f\ud800-\udfff][^\s:#\x00-\x1f\x7f\ud800-\udfff]{0,127}")
@@ -5902,7 +5901,7 @@ class Tokens:
             kind, _, rest = scope.partition(":")
             name, _, actions = rest.rpartition(":")
             if kind.startswith("repository"):
-                levels = [SCOPES.get(action, 0) for action in actions.split(",")]
+                levels = [NEEDED.get(action, 0) for action in actions.split(",")]
                 grants[name] = max(levels + [grants.get(name, 0)])
         payload = base64.urlsafe_b64encode(to_json([user, int(time.time()) + TOKEN_LIFE, grants]))
         return (payload + b"." + base64.urlsafe_b64encode(self._sign(payload, user))).decode()
@@ -6178,11 +6177,6 @@ class Access:
                 "DENIED", message="this registry takes %s; whoever runs it can let others in with: "
                 "tinyreg.py serve --anonymous push (or pull, or admin), or with --users" % takes)
 
-    def count_upload(self, request: RequestHead, session: Any,
-                     is_open: Callable[[str, str], bool]) -> None:
-        """Count a new upload session of the client (see UploadLimit). Raises TOOMANYREQUESTS."""
-        self.uploads.count(request.client, session, is_open)
-
     # For the banner
 
     def takes_pushes(self) -> bool:
@@ -6264,10 +6258,14 @@ def as_text(exchange: Exchange) -> str:
     return line
 
 
+def json_line(**fields: Any) -> str:
+    """These fields and the time, as one line of JSON."""
+    return to_json(dict(fields, time=timestamp())).decode().rstrip()
+
+
 def as_json(exchange: Exchange) -> str:
     """One line with all fields."""
-    entry = dict(exchange._asdict(), time=timestamp(), seconds=round(exchange.seconds, 6))
-    return to_json(entry).decode().rstrip()
+    return json_line(**exchange._replace(seconds=round(exchange.seconds, 6))._asdict())
 
 
 LOG_FORMATS = {"text": as_text, "json": as_json}
@@ -6383,9 +6381,7 @@ class LogHandler(logging.Handler):
         if record.exc_info:
             trace = logging.Formatter().formatException(record.exc_info).splitlines()
         if self.style == "json":
-            entry = {"time": timestamp(), "level": level.lower(), "message": message,
-                     "trace": trace}
-            return write_log(to_json(entry).decode().rstrip())
+            return write_log(json_line(level=level.lower(), message=message, trace=trace))
         start = "tinyreg:" if self.style == "command" else "%s %s" % (timestamp(), level)
         write_log("%s %s" % (start, message))
         for line in trace:
@@ -7022,7 +7018,7 @@ def start_upload(registry, access, request, name):
         session.commit(digest)
         return created_blob(name, digest)
     session = registry.start_upload(name, parse_algorithm(request.get("digest-algorithm", "sha256")))
-    access.count_upload(request, session, registry.has_upload)
+    access.uploads.count(request.client, session, registry.has_upload)
     return Response(202, upload_headers(session))
 
 
