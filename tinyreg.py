@@ -5787,29 +5787,30 @@ class WrongPasswords:
     """Counts the wrong passwords of each client, over all processes of a server.
 
     It is made in shared memory before the fork. Each process writes its own row and reads all, so
-    that none waits for another. A client's hash is its place in the rows. If another client has
-    the same place it takes it over: that forgets a count, but locks nobody out."""
+    that none waits for another. A client's place in the rows follows from its hash. If another
+    client has the same place, it takes the place over: a count is forgotten, but nobody is locked
+    out."""
 
     def __init__(self, processes: int) -> None:
         self.key = os.urandom(16)
-        self.places = REMEMBERED
         # Three numbers for each place: whose it is, since when, and how many.
-        self.cells = memoryview(mmap.mmap(-1, 24 * self.places * processes)).cast("d")
+        self.cells = memoryview(mmap.mmap(-1, 24 * REMEMBERED * processes)).cast("d")
         self.process = 0
 
     def add(self, client: str, amount: int) -> Tuple[int, int]:
         """Add to a client's count. Returns the count, and the seconds until it ends."""
         key = hashlib.blake2b(client.encode(), key=self.key, digest_size=6).digest()
         owner, now = int.from_bytes(key, "big") + 1, time.monotonic()
-        places = range(owner % self.places * 3, len(self.cells), self.places * 3)
-        rows = [self.cells[place:place + 3] for place in places]
-        own = rows[self.process]
+        starts = range(owner % REMEMBERED * 3, len(self.cells), REMEMBERED * 3)
+        counts = [self.cells[start:start + 3] for start in starts]
+        own = counts[self.process]
         if own[0] != owner or now - own[1] > FAILURE_WINDOW:
             own[2], own[1], own[0] = 0, now, owner
         own[2] += amount
-        valid = [row for row in rows if row[0] == owner and now - row[1] <= FAILURE_WINDOW]
-        wait = max(row[1] for row in valid) + FAILURE_WINDOW - now
-        return int(sum(row[2] for row in valid)), int(wait) + 1
+        valid = [(begin, number) for whose, begin, number in counts
+                 if whose == owner and now - begin <= FAILURE_WINDOW]
+        begins, numbers = zip(*valid)
+        return int(sum(numbers)), int(max(begins) + FAILURE_WINDOW - now) + 1
 
 
 class Passwords:

@@ -265,7 +265,8 @@ def test_an_archive_of_an_old_docker(command, tmp_path):
 def test_a_root_of_a_newer_version(command, store, start_server):
     """There is no version in it: the images are in Distribution's layout, which is v2, and what a newer tinyreg keeps
     beside them can be lost without losing an image. What we don't know is left alone."""
-    unknown = [os.path.join(store.layout.own, "from-the-future", "file"), os.path.join(store.root, "docker/registry/v3/file")]
+    unknown = [os.path.join(store.layout.own, "from-the-future", "file"),
+               os.path.join(store.root, "docker/registry/v3/file")]
     for path in unknown:
         os.makedirs(os.path.dirname(path))
         open(path, "w").close()

@@ -433,7 +433,8 @@ def test_tags_expire_with_what_only_they_led_to(aged, how, left):
     assert has_blob(aged, "app", b"shared")
     for tag in left:
         assert aged.manifest("app", aged.resolve("app", tag))
-    assert not [name for name in os.listdir(aged.layout.tag_path("app", "")) if name not in left]  # Distribution lists these
+    # Distribution lists these folders.
+    assert not [name for name in os.listdir(aged.layout.tag_path("app", "")) if name not in left]
 
 
 def test_what_had_no_tag_before_stays_unless_untagged_is_said(aged):
@@ -467,7 +468,8 @@ def test_signatures_are_no_tags_and_go_with_what_they_sign(aged):
         aged.put_manifest("app", to_manifest(index(attached)), ["sha256-" + digest.encoded])
     elsewhere = "sha256-%s.sig" % Digest.of(b"in another repository").encoded
     make_image(aged, "app", elsewhere, layers=(b"alone",))
-    moved = {tag: os.stat(os.path.join(aged.layout.tag_path("app", tag), "current", "link")).st_mtime for tag in "12345"}
+    links = {tag: os.path.join(aged.layout.tag_path("app", tag), "current", "link") for tag in "12345"}
+    moved = {tag: os.stat(link).st_mtime for tag, link in links.items()}
     make_old(aged)
     for tag, then in moved.items():
         os.utime(os.path.join(aged.layout.tag_path("app", tag), "current", "link"), (then, then))

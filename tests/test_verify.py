@@ -175,7 +175,8 @@ def test_the_command(store):
     flip(store, manifest)
     shown = run_tinyreg("verify", "--root", store.root)
     assert shown.returncode == 1
-    assert shown.stdout.startswith("damaged blob: %s (%s)\n    harms app:latest\n" % (digest, store.layout.blob_path(digest)))
+    assert shown.stdout.startswith("damaged blob: %s (%s)\n    harms app:latest\n"
+                                   % (digest, store.layout.blob_path(digest)))
     report = json.loads(run_tinyreg("verify", "--root", store.root, "--json", "--repair").stdout)
     assert report["damage"] == [{"what": "damaged blob", "name": digest, "path": store.layout.blob_path(digest),
                                  "harms": ["app:latest"]}]
