@@ -3224,873 +3224,1124 @@ class StoreVerification(Verification):
 # -------------------------------------------------------------------------------------------------
 # 8  Archive
 #
-# Images in files: tars and directories. An archive is read where it lies: to open one is to read its headers (of a
-# directory, its names) and the small files that say what it holds, never a layer. Any number of files are one
-# registry: a difference and what it builds on, or the parts of a split archive. Every byte of an archive is a
-# stranger's: what it claims is checked before it counts, and nothing of it becomes a path.
+# Images in files: tars and directories. An archive is read in place: to open it, we read its
+# headers (of a directory, its names) and the small files that say what it holds, but no layers.
+# Several files are one registry: the parts of a split archive, or a difference and what it builds
+# on. Nothing in an archive is trusted: we check what it claims, and make no path of its names.
 # -------------------------------------------------------------------------------------------------
 
-BLOCK = 512
+BLOCK = 512                  # bytes; everything in a tar takes whole blocks
 TAR_END = bytes(2 * BLOCK)
+TAR_HEADER = struct.Struct("100s24x12s12x8s1s100s6s82x155s12x")  # as read_tar_header() names it
 SPOOL_BLOCK = 1 << 20        # bytes read at once from a stream
 MIN_SPARE = 64 << 20         # bytes of the disk that unpacking leaves free
 MAX_TAR_TEXT = 64 << 10      # bytes of a long name or pax header; a path has 4 KiB on Linux
-MAX_INDEX = 20 << 20         # bytes of an index.json or manifest.json; containerd and docker read no more
+MAX_INDEX = 20 << 20         # bytes of an index.json or manifest.json, as for docker, containerd
 TAR_FILES = (b"\0", b"0", b"7")
-TAR_LINKS = (b"1", b"2")
-TAR_TEXTS = {b"x": b"", b"g": b"", b"L": b"path", b"K": b"linkpath"}  # what they say of the member after them
-MAX_CLAIMED = 100            # times that a split archive may use its bytes; a range of zeros occurs often in a blob
-MAX_REACHED = 64             # repositories of an archive for which it is kept what they lead to
+HARD_LINK = b"1"
+TAR_LINKS = (HARD_LINK, b"2")
+TAR_FOLDER = b"5"
+PAX_HEADER = b"x"
+# Headers that describe the member after them; the value is what GNU's two kinds contain.
+TAR_TEXTS = {PAX_HEADER: b"", b"g": b"", b"L": b"path", b"K": b"linkpath"}
+# A blob with many zeros may have the same range often. But an archive that says so of a thousand
+# times its size would keep us reading for hours.
+MAX_CLAIMED = 100            # bytes of joined blobs for each byte that is there
+MAX_REACHES = 64             # repositories for which an archive remembers what they contain
 MAX_LINKS = 40               # links that lead to links; Linux follows as many
 
 REF_NAME = "org.opencontainers.image.ref.name"
 IMAGE_NAME = "io.containerd.image.name"
-SUBJECT = "io.containerd.manifest.subject"  # "this is about that manifest, and no image": containerd, Docker 29
-OWN_NAME = "tinyreg.name"                   # the repository, where the names above say it with another origin
-# Of a split archive: the names of all parts, what each holds, and how blobs were cut. Of one that
-# was made with --have: which blobs were left out, since the far side has them.
-PARTS = "tinyreg-parts.json"
+SUBJECT = "io.containerd.manifest.subject"  # a referrer of this manifest: containerd, Docker 29
+OWN_NAME = "tinyreg.name"                   # the name here, where the others give another origin
+PARTS = "tinyreg-parts.json"                # see Parts
 
-# What cosign save says of what it writes, and what its tag about the image ends in ("" is
-# the image).
-COSIGN_KINDS = {"dev.cosignproject.cosign/" + kind: end for kind, end in (
+# What cosign save writes as the kind of a manifest: how cosign's tag for it ends ("": the image).
+COSIGN_KINDS = {"dev.cosignproject.cosign/" + kind: suffix for kind, suffix in (
     ("image", ""), ("imageIndex", ""), ("sigs", ".sig"), ("atts", ".att"), ("sboms", ".sbom"))}
 
-IMAGE_CONFIGS = ("application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json")
+IMAGE_CONFIGS = ("application/vnd.oci.image.config.v1+json",
+                 "application/vnd.docker.container.image.v1+json")
 LAYER_TYPES = re.compile(r"application/vnd\.(?:oci\.image\.layer|docker\.image\.rootfs)\.")
-COMPRESSIONS = [(b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"\xfd7zXZ", "xz"), (b"BZh", "bzip2")]
+COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz",
+                b"BZh": "bzip2"}  # by the first bytes of a file
 
-ARCHIVE_ROOT = re.compile(r"(?s)((?:.+?/)?)"
-                          r"(?:index\.json|manifest\.json|docker/registry/v2/(?:blobs|repositories)/.+)")
-DAMAGED = re.compile("(?:^|/)tinyreg/damaged/")  # where a store keeps what must not be taken
+# A file by which a folder with images is recognized; group 1 is that folder.
+ARCHIVE_ROOT = re.compile(
+    r"(?s)((?:.+?/)?)"
+    r"(?:index\.json|manifest\.json|docker/registry/v2/(?:blobs|repositories)/.+)")
+DAMAGED = re.compile("(?:^|/)tinyreg/damaged/")  # a store puts damaged files there
 NAMED_BY_DIGEST = re.compile(r"(?s)(?:.*[/:])?([0-9a-f]{64}|[0-9a-f]{128})"
                              r"(?:/data|\.tar|\.tar\.gz|\.manifest\.json)?")
 PAX_RECORD = re.compile(rb"([0-9]{1,5}) ([^=\n]+)=")
-TREE_LINK = re.compile(r"docker/registry/v2/repositories/(.+)/_manifests/"
-                       r"(?:tags/([^/]+)/current|revisions/[^/]+/[^/]+)/link")
+TREE_LINK = re.compile(r"docker/registry/v2/repositories/(%s)/_manifests/"
+                       r"(?:tags/(%s)/current|revisions/[^/]+/[^/]+)/link"
+                       % (NAME.pattern, TAG.pattern))
 
 
-class Member(collections.namedtuple("Member", "source offset length")):
-    """Where a file of an archive lies: in an open tar; by itself, at the path that `source` then is; or in pieces, in
-    the Members of which `source` is a tuple."""
+# Members: where the bytes lie
 
-    __slots__ = ()
+class Member(NamedTuple):
+    """A file in an archive: a slice of a tar, or a file in a directory."""
 
-    def open(self):
-        """A Blob of it. Raises OSError."""
-        if isinstance(self.source, tuple):
-            return JoinedBlob(self.source, self.offset, self.length)
-        if isinstance(self.source, str):
-            return Blob(open(self.source, "rb", buffering=0), self.offset, self.length)
-        return Blob(os.fdopen(os.dup(self.source.fileno()), "rb", buffering=0), self.offset, self.length)
+    path: str                # of the tar, or of the file itself
+    tar: Optional[BinaryIO]  # None in a directory
+    offset: int
+    length: int
 
-    def read(self, limit=MAX_MANIFEST):
-        """Its content. Raises ValueError if that is more than `limit` bytes."""
+    def open(self) -> Blob:
+        """Raises OSError."""
+        # An unpacked tar has no name to open it by, so an open tar's descriptor is copied.
+        descriptor = os.dup(self.tar.fileno()) if self.tar else os.open(self.path, os.O_RDONLY)
+        return Blob(os.fdopen(descriptor, "rb", buffering=0), self.offset, self.length)
+
+    def read(self, limit: int = MAX_MANIFEST) -> bytes:
+        """The content. Raises ValueError if it is longer than `limit` bytes."""
         if self.length > limit:
             raise ValueError("a file of %d bytes that should be small" % self.length)
         with self.open() as blob:
             return blob.read(limit)
 
-    def digest(self, algorithm="sha256"):
-        hasher = hashlib.new(algorithm)
-        with self.open() as blob:
-            copy_bytes(blob, self.length, hasher.update)
-        return Digest("%s:%s" % (algorithm, hasher.hexdigest()))
-
 
 class JoinedBlob(Blob):
-    """A blob whose bytes lie in several Members, one after the other."""
+    """A blob whose bytes lie in several members, one after the other.
 
-    def __init__(self, members, offset, length):
+    A member is only open while it is read, so a blob in a thousand ranges takes one descriptor."""
+
+    def __init__(self, members: Tuple[Member, ...], offset: int, length: int) -> None:
         super().__init__(None, offset, length)
         self.members = members
         self.ends = list(itertools.accumulate(member.length for member in members))
 
-    def part(self, offset, length):
+    def part(self, offset: int, length: int) -> Blob:
         return JoinedBlob(self.members, self.offset + offset, length)
 
-    def readinto(self, view):
+    def readinto(self, view: memoryview) -> int:
+        count = min(len(view), self.length - self.position)
+        if count <= 0:
+            return 0
         start = self.offset + self.position
-        index = min(bisect.bisect_right(self.ends, start), len(self.members) - 1)
-        left = self.ends[index] - start
+        index = bisect.bisect_right(self.ends, start)
         with self.members[index].open() as blob:
-            count = blob.part(blob.length - left, max(min(left, self.length - self.position), 0)).readinto(view)
+            left = self.ends[index] - start
+            count = blob.part(blob.length - left, min(count, left)).readinto(view)
         self.position += count
         return count
 
 
+class Joined(NamedTuple):
+    """A blob that was cut into ranges, and the members that are these ranges."""
+
+    members: Tuple[Member, ...]
+
+    @property
+    def length(self) -> int:
+        return sum(member.length for member in self.members)
+
+    def open(self) -> Blob:
+        return JoinedBlob(self.members, 0, self.length)
+
+
+def read_digest(member: Union[Member, Joined], algorithm: str = "sha256") -> Digest:
+    """The digest of the content, which is read for it. Raises OSError."""
+    hasher = hashlib.new(algorithm)
+    with member.open() as blob:
+        copy_bytes(blob, blob.length, hasher.update)
+    return Digest("%s:%s" % (algorithm, hasher.hexdigest()))
+
+
 # Reading tars
 
-def tar_number(field):
-    """A number in a tar header: octal, or GNU's base 256 for what is too large for that; -1 where there is none."""
+class TarEntry(NamedTuple):
+    """What the header of a member says."""
+
+    name: bytes
+    kind: bytes
+    target: bytes  # of a link
+    offset: int    # of the content, in the tar
+    length: int
+
+
+def parse_tar_number(field: bytes) -> int:
+    """Octal digits, or GNU's base 256 for a number that is too large for them; -1 for neither."""
     if field[0] & 0x80:
         return int.from_bytes(field, "big") - (0x80 << 8 * (len(field) - 1))
     digits = field.strip(b" \0")
     return int(digits or b"0", 8) if re.fullmatch(b"[0-7]*", digits) else -1
 
 
-def pax_records(text):
-    """{key: value} of a pax header, in bytes. Raises ValueError."""
-    records, start = {}, 0
+def tar_text(field: bytes) -> bytes:
+    """A text in a tar header: up to the first zero byte."""
+    return field.partition(b"\0")[0]
+
+
+def padded(length: int) -> int:
+    """The bytes that a content takes in a tar."""
+    return -(-length // BLOCK) * BLOCK
+
+
+def printable(name: bytes) -> str:
+    return repr(os.fsdecode(name[:200]))
+
+
+def parse_pax_records(text: bytes) -> Dict[bytes, bytes]:
+    """The records "LENGTH KEY=VALUE\\n" of a pax header, by key. Raises ValueError."""
+    records: Dict[bytes, bytes] = {}
+    start = 0
     while start < len(text):
         match = PAX_RECORD.match(text, start)
         end = start + int(match.group(1)) if match else 0
         if not match or not match.end() < end <= len(text):
             raise ValueError("malformed pax header")
-        if match.group(2).startswith(b"GNU.sparse"):
+        key, value = match.group(2), text[match.end():end - 1]
+        if key.startswith(b"GNU.sparse"):
             raise ValueError("refused: it has a sparse file")
-        value = text[match.end():end - 1]
-        if match.group(2) == b"size" and not re.fullmatch(b"[0-9]{1,18}", value):
+        if key == b"size" and not re.fullmatch(b"[0-9]{1,18}", value):
             raise ValueError("malformed pax header")
-        records[match.group(2)] = value
+        records[key] = value
         start = end
     return records
 
 
-def padded(length):
-    """What a member takes in a tar: whole blocks."""
-    return -(-length // BLOCK) * BLOCK
+def read_tar_header(tar: BinaryIO, offset: int) -> Optional[TarEntry]:
+    """The header at an offset; None at the end of the tar. Raises ValueError."""
+    header = os.pread(tar.fileno(), BLOCK, offset)
+    if header == bytes(BLOCK):
+        return None
+    if len(header) < BLOCK:
+        raise ValueError("it is cut off: copy it again" if offset else "not a tar file")
+    name, size, checksum, kind, target, magic, prefix = TAR_HEADER.unpack(header)
+    # The checksum is the sum of all bytes, its own being taken as blanks.
+    if sum(header) - sum(checksum) + 8 * ord(" ") != parse_tar_number(checksum):
+        raise ValueError("damaged header at byte %d" % offset if offset else "not a tar file")
+    name = tar_text(name)
+    if magic == b"ustar\0" and prefix[0]:
+        name = tar_text(prefix) + b"/" + name
+    return TarEntry(name, kind, tar_text(target), offset + BLOCK, parse_tar_number(size))
 
 
-def printable(name):
-    return repr(os.fsdecode(name[:200]))
+def read_tar_text(tar: BinaryIO, entry: TarEntry) -> Dict[bytes, bytes]:
+    """What a pax header or a GNU long name says of the member after it. Raises ValueError."""
+    if entry.length > MAX_TAR_TEXT:
+        raise ValueError("a header of %d bytes" % entry.length)
+    text = os.pread(tar.fileno(), entry.length, entry.offset)
+    if entry.kind == PAX_HEADER:
+        return parse_pax_records(text)
+    return {TAR_TEXTS[entry.kind]: text.rstrip(b"\0")}
 
 
-def iter_tar(file):
-    """Yield (name, kind, target of a link, offset, length) of each file and link in a tar, by seeking from header to
-    header. All of old, GNU and pax tars but sparse files. Raises ValueError for what is none, damaged or cut off."""
-    size, offset, extended = os.fstat(file.fileno()).st_size, 0, {}
+def iter_tar(tar: BinaryIO) -> Iterator[TarEntry]:
+    """Yield the files and links of a tar in its order, by seeking from header to header.
+
+    Reads old, GNU and pax tars. Raises ValueError for what is no tar, is damaged or cut off, or has
+    a sparse file or a device. The standard library's tarfile skips a damaged header in silence, and
+    what was behind it would just be missing."""
+    size, offset = os.fstat(tar.fileno()).st_size, 0
+    texts: Dict[bytes, bytes] = {}
     while True:
-        header = os.pread(file.fileno(), BLOCK, offset)
-        if header == bytes(BLOCK):
+        entry = read_tar_header(tar, offset)
+        if entry is None:
             return
-        if len(header) < BLOCK:
-            raise ValueError("it is cut off: copy it again" if offset else "not a tar file")
-        if sum(header) - sum(header[148:156]) + 8 * 32 != tar_number(header[148:156]):
-            raise ValueError("damaged header at byte %d" % offset if offset else "not a tar file")
-        kind, length, start = header[156:157], tar_number(header[124:136]), offset + BLOCK
-        name, target = header[:100].partition(b"\0")[0], header[157:257].partition(b"\0")[0]
-        if header[257:263] == b"ustar\0" and header[345]:
-            name = header[345:500].partition(b"\0")[0] + b"/" + name
-        if kind not in TAR_TEXTS:
-            name, target = extended.get(b"path", name), extended.get(b"linkpath", target)
-            length = int(extended.get(b"size", length)) if kind in TAR_FILES else 0
-            extended = {}
-        if not 0 <= length <= size - start:
-            raise ValueError("%s is larger than the rest of the archive, which is damaged or cut off; copy it "
-                             "again" % printable(name))
-        offset = start + padded(length)
-        if kind in TAR_TEXTS:
-            if length > MAX_TAR_TEXT:
-                raise ValueError("a header of %d bytes" % length)
-            text = os.pread(file.fileno(), length, start)
-            extended.update(pax_records(text) if kind == b"x" else {TAR_TEXTS[kind]: text.rstrip(b"\0")})
-        elif kind in TAR_FILES or kind in TAR_LINKS:
-            if not name.endswith(b"/"):  # an old tar's folder
-                yield name, kind, target, start, length
-        elif kind != b"5":
-            raise ValueError("refused: %s is a device, a sparse file or of an unknown kind" % printable(name))
+        if entry.kind not in TAR_TEXTS:
+            length = int(texts.get(b"size", entry.length)) if entry.kind in TAR_FILES else 0
+            entry = entry._replace(name=texts.get(b"path", entry.name), length=length,
+                                   target=texts.get(b"linkpath", entry.target))
+            texts = {}
+        if not 0 <= entry.length <= size - entry.offset:
+            raise ValueError("%s is larger than the rest of the archive, which is damaged or cut "
+                             "off; copy it again" % printable(entry.name))
+        offset = entry.offset + padded(entry.length)
+        if entry.kind in TAR_TEXTS:
+            texts.update(read_tar_text(tar, entry))
+        elif entry.kind in TAR_FILES + TAR_LINKS:
+            if not entry.name.endswith(b"/"):  # so an old tar says that this is a folder
+                yield entry
+        elif entry.kind != TAR_FOLDER:
+            raise ValueError("refused: %s is a device, a sparse file or of an unknown kind"
+                             % printable(entry.name))
 
 
-def inner_path(name):
-    """A name in an archive in its shortest form. Raises ValueError for one that leads out of the archive, or may."""
+def inner_path(name: bytes) -> str:
+    """A name in an archive, normalized. Raises ValueError if it leads out of the archive."""
     if name.startswith(b"/") or b".." in name.split(b"/"):
         raise ValueError("refused: %s leads out of the archive" % printable(name))
     return os.path.normpath(os.fsdecode(name))
 
 
-def read_tar(file: BinaryIO, members: Dict[str, Member]) -> None:
-    """Fill `members` with what a tar has, as {name: Member}, links followed. Raises ValueError;
-    then they are the ones before the damage."""
-    links = {}
-    for name, kind, target, offset, length in iter_tar(file):
-        path, member = inner_path(name), Member(file, offset, length)
-        if kind in TAR_LINKS:
-            folder = b"" if kind == b"1" else os.path.dirname(name)
-            links[path] = inner_path(os.path.normpath(os.path.join(folder, target)))
-        elif path not in members:
-            members[path] = member
-        elif members[path].length != length or members[path].digest() != member.digest():
-            raise ValueError("refused: it has two files %s that differ" % printable(name))
-    for path in links:
-        target = path
+def read_tar(path: str, tar: BinaryIO, members: Dict[str, Member]) -> None:
+    """Add the files of a tar to `members`, by name, also under the names of links to them.
+
+    Raises ValueError; `members` then has the files before the damage."""
+    links: Dict[str, str] = {}
+    for entry in iter_tar(tar):
+        name, member = inner_path(entry.name), Member(path, tar, entry.offset, entry.length)
+        if entry.kind in TAR_LINKS:
+            # The target of a symbolic link starts at the link's folder, a hard link's at the top.
+            folder = b"" if entry.kind == HARD_LINK else os.path.dirname(entry.name)
+            links[name] = inner_path(os.path.normpath(os.path.join(folder, entry.target)))
+        elif name not in members:
+            members[name] = member
+        elif (members[name].length != member.length
+              or read_digest(members[name]) != read_digest(member)):
+            raise ValueError("refused: it has two files %s that differ" % printable(entry.name))
+    for name, target in links.items():
         for _ in range(MAX_LINKS):
             target = links.get(target, target)
         if target in members:
-            members.setdefault(path, members[target])
+            members.setdefault(name, members[target])
 
 
-def read_folder(top):
-    """The same of a directory. Raises ValueError, OSError."""
+def read_folder(top: str) -> Dict[str, Member]:
+    """The files below a directory, by name. Raises ValueError, OSError."""
     members = {}
     for folder, _, files in os.walk(top):
-        for path in (os.path.join(folder, file) for file in files):
+        for file in files:
+            path = os.path.join(folder, file)
             if os.path.islink(path):
                 raise ValueError("refused: %r is a link" % path)
             if os.path.isfile(path):
-                members[os.path.relpath(path, top)] = Member(path, 0, os.path.getsize(path))
+                members[os.path.relpath(path, top)] = Member(path, None, 0, os.path.getsize(path))
     return members
 
 
-def compression(start):
-    """The name of what compressed the bytes that start so, or None."""
-    return next((name for magic, name in COMPRESSIONS if start.startswith(magic)), None)
+def find_compression(start: bytes) -> Optional[str]:
+    """The name of the compression, by the first bytes of a file; None if it has none."""
+    return next((name for magic, name in COMPRESSIONS.items() if start.startswith(magic)), None)
 
 
-def open_tar(path, scratch=None):
-    """A tar as an open file; with a scratch folder also a gzipped one, and stdin (`-`), unpacked into a nameless file.
-    Raises ValueError, OSError."""
-    from_stdin = path == "-" and scratch
-    source = open(0 if from_stdin else path, "rb", closefd=not from_stdin)
-    packed = compression(source.peek(8))
-    if packed and not (packed == "gzip" and scratch):
-        raise ValueError("it is compressed with %s; decompress it first" % packed)
-    if not packed and not from_stdin:
-        return source
-    file, stream = tempfile.TemporaryFile(dir=scratch), gzip.GzipFile(fileobj=source) if packed else source
+def unpack(read: Callable[[int], bytes], scratch: str) -> BinaryIO:
+    """All that a stream's `read` gives, in a nameless file, where it can be read in any order.
+
+    Raises OSError, and ValueError if it is damaged or too large for the disk."""
+    file = tempfile.TemporaryFile(dir=scratch)
     try:
-        for block in iter(functools.partial(stream.read, SPOOL_BLOCK), b""):
+        for block in iter(functools.partial(read, SPOOL_BLOCK), b""):
             file.write(block)
             if shutil.disk_usage(scratch).free < MIN_SPARE:
                 raise ValueError("unpacked it does not fit on the disk of %s" % scratch)
         file.flush()
     except (EOFError, OSError, zlib.error) as error:
-        if getattr(error, "errno", None):
+        if getattr(error, "errno", None):  # the disk's; gzip raises OSError without an errno
             raise
         raise ValueError("damaged: %s" % error)
     return file
 
 
+def open_tar(path: str, scratch: Optional[str] = None) -> BinaryIO:
+    """A tar as an open file; gzipped ones and stdin (`-`) only with a scratch folder.
+
+    Raises ValueError, OSError."""
+    is_stdin = path == "-" and scratch
+    source = open(0 if is_stdin else path, "rb", closefd=not is_stdin)
+    packed = find_compression(source.peek(8))
+    if packed and not (packed == "gzip" and scratch):
+        raise ValueError("it is compressed with %s; decompress it first" % packed)
+    if scratch and (packed or path == "-"):
+        stream = gzip.GzipFile(fileobj=source) if packed else source
+        return unpack(stream.read, scratch)
+    return source
+
+
 # Names in archives
 
-def repository_for(path):
-    """What images without a name are called, after their file: `demo` for /media/Demo.tar."""
+def default_name(path: str) -> str:
+    """The repository for images without a name, by their file: `demo` for /media/Demo.tar."""
     name = os.path.basename(os.path.abspath(path)).lower()
     return re.sub(r"(?:\.tar|\.tgz|\.gz|\.oci)+$|[^a-z0-9]+", "-", name).strip("-") or "images"
 
 
-def folder_image(folder: str, default: str) -> Tuple[str, Union[str, Digest]]:
-    """(repository, tag or digest) by the folder of an image that has no name: skopeo sync calls it
-    NAME:TAG or HOST/NAME:TAG; others are `default`, tag latest."""
+def parse_own_image(text: str) -> Tuple[str, str]:
+    """The repository, and the tag or digest, of an image as tinyreg writes it.
+
+    Raises NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID."""
+    name, reference = split_image(text)
+    return name, reference or "latest"
+
+
+def parse_docker_image(text: str) -> Tuple[str, str]:
+    """The repository here, and the tag or digest, of an image as docker writes it, so without the
+    host if that is docker.io. Raises NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID."""
+    image = parse_image(text)
+    return image.stored_name, image.reference
+
+
+def folder_image(folder: str, default: str) -> Tuple[str, str]:
+    """The repository, and the tag or digest, for an image that has a folder to itself.
+
+    skopeo sync calls the folder NAME:TAG or HOST/NAME:TAG; others are `default`, tag latest."""
     if re.search("[:@]", os.path.basename(folder)):
-        with contextlib.suppress(RegistryError):
-            try:
-                name, reference = split_image(folder)
-            except RegistryError:  # it has the port of a registry
-                image = parse_image(folder)
-                name, reference = image.stored_name, image.reference
-            return name, reference
+        for parse in parse_own_image, parse_docker_image:
+            with contextlib.suppress(Invalid):  # if it has a port, only docker's way fits
+                return parse(folder)
     return default, "latest"
 
 
-def entry_name(annotations, default):
-    """(repository, tag or digest) by what an index.json says of a manifest: the store's own name, the full one of
-    containerd and docker, or the OCI's, which may be only a tag. (None, None) where it has no name."""
-    for key in (OWN_NAME, IMAGE_NAME, REF_NAME):
+def find_entry_name(annotations: Dict[str, Any], default: str) -> Optional[Tuple[str, str]]:
+    """The repository, and the tag or digest, that an entry of index.json names, if it names one.
+
+    The keys: tinyreg's own; that of containerd and docker; the OCI's, which may be only a tag."""
+    for key in OWN_NAME, IMAGE_NAME, REF_NAME:
         text = annotations.get(key)
         if isinstance(text, str):
-            with contextlib.suppress(RegistryError):
+            with contextlib.suppress(Invalid):  # others write there what they like
+                if key == OWN_NAME:
+                    return parse_own_image(text)
                 if key == REF_NAME and "/" not in text and ":" not in text:
                     return default, parse_tag(text)
-                if key == OWN_NAME:
-                    name, reference = split_image(text)
-                    return name, reference or "latest"
-                image = parse_image(text)
-                return image.stored_name, image.reference
-    return None, None
+                return parse_docker_image(text)
+    return None
 
 
-def full_name(name):
-    """What other tools call a repository of the store: by its origin, which is docker.io where it has none."""
+def full_name(name: str) -> str:
+    """A repository's name for other tools: with its origin, which is docker.io if it has none."""
     host, slash, path = name.partition("/")
     if has_origin(name):
         return re.sub(r"_([0-9]+)$", r":\1", host) + "/" + path
     return "docker.io/" + ("" if slash else "library/") + name
 
 
-# An archive as a registry
-
-def digest_named(path):
-    """The Digest by which a file is named, as blobs are in archives of most kinds; None where it isn't."""
+def find_digest_in(path: str) -> Optional[Digest]:
+    """The digest by which a file is named, as blobs are in most archives; None if it isn't."""
     match = NAMED_BY_DIGEST.fullmatch(path)
-    return match and Digest("%s:%s" % ("sha256" if len(match.group(1)) == 64 else "sha512", match.group(1)))
+    if not match:
+        return None
+    encoded = match.group(1)
+    return Digest("%s:%s" % ("sha256" if len(encoded) == 64 else "sha512", encoded))
 
 
-def expect(kind, value):
+# What archives contain
+
+def expect(kind: type, value: Any) -> Any:
     """The value, if it is of this kind. Raises ValueError."""
     if not isinstance(value, kind):
         raise ValueError("malformed index.json, manifest.json or " + PARTS)
     return value
 
 
+def parse_digests(values: Any) -> List[Digest]:
+    """Raises ValueError, DIGEST_INVALID."""
+    return [parse_digest(expect(str, value)) for value in expect(list, values)]
+
+
 def read_diff_ids(member: Member) -> List[Any]:
-    """What an image's config says are the digests of its layers when unpacked. Raises ValueError."""
+    """The digests of an image's unpacked layers, unchecked, by its config. Raises ValueError."""
     rootfs = expect(dict, load_json(member.read()).get("rootfs") or {})
     return expect(list, rootfs.get("diff_ids") or [])
 
 
-class Archive(Registry):
-    """Files and directories with images, as one read-only registry. With `scratch`, a folder, files
-    may be gzipped, and `-` is stdin; `ranges` is a folder with ranges of blobs that came in earlier
-    files. With `partly`, what can be read counts, as long as there is anything; `unreadable` says
-    what can't. Raises UNSUPPORTED, OSError."""
+class Part(NamedTuple):
+    """One file of a split archive."""
 
-    def __init__(self, paths, scratch=None, ranges=None, partly=False):
-        self.root = ", ".join(paths)
-        self.blobs = {}     # {digest: Member}
-        self.joined = {}    # {digest: the digests of its ranges} of the blobs that a split archive has cut
-        self.made = {}      # {digest: content} of the manifests that docker save left out
-        self.roots = {}     # {repository: {tag or digest: digest}}
-        self.untagged = set()  # (repository, digest) of what a registry had without tag or pin
-        self.pins = set()      # paths of a registry's pins
-        self.loose = {}     # {subject: {digest}} of manifests that are about others, and have no name
-        self.left_out = set()  # digests of blobs that the far side has, as whoever made it knew
-        self.parts = {}     # {key of a split archive: [name of each part]}
-        self.holders = {}   # {digest: {(key, number from 1)} of the parts that hold it}
-        self.given = set()  # {(key, number)} of the parts that are here
-        self.opened = {}    # {open tar: its path}
-        self.damaged = {}   # {digest of a blob or a range: the file in which it is damaged}
-        self.unreadable = {}  # {path: what is wrong}
-        self._reach = functools.lru_cache(MAX_REACHED)(self._follow)
-        self._references = functools.lru_cache(maxsize=None)(self._read_references)
-        self._digest = functools.lru_cache(maxsize=None)(Member.digest)
-        for path in paths:
-            try:
-                members = self._read(path, scratch, partly)
-                if members:
-                    self._add(path, members)
-            except (ValueError, RegistryError) as error:
-                raise RegistryError("UNSUPPORTED", message="%s: %s" % (path, error))
-        if self.unreadable and not self.blobs:
-            raise RegistryError("UNSUPPORTED", message="%s: %s" % min(self.unreadable.items()))
-        if ranges:
-            self._add_blobs(read_folder(ranges))
-        self._join()
+    archive: Digest  # of PARTS, which is the same in all files of one archive
+    number: int      # from 1
 
-    # Opening
 
-    def _join(self):
-        """Make blobs of ranges, where all of them are here. Raises UNSUPPORTED."""
-        whole = {digest: Member(tuple(self.blobs[part] for part in parts), 0,
-                                sum(self.blobs[part].length for part in parts))
-                 for digest, parts in self.joined.items()
-                 if parts and digest not in self.blobs and all(part in self.blobs for part in parts)}
-        here = sum(member.length for member in set(self.blobs.values()))
-        claimed = sum(member.length for member in whole.values())
-        if claimed > MAX_CLAIMED * here:
-            raise RegistryError("UNSUPPORTED", message="%s: refused: it claims to hold blobs of %d bytes, and %d are "
-                                "there" % (self.root, claimed, here))
-        self.blobs.update(whole)
+class Parts:
+    """What the file PARTS says, in split archives and in those made with --have.
 
-    def _read(self, path, scratch, partly):
-        """{name: Member} of a file or directory. Raises ValueError, OSError."""
-        if os.path.isdir(path):
-            return read_folder(path)
-        members = {}
-        try:
-            file = open_tar(path, scratch)
-            self.opened[file] = path
-            read_tar(file, members)
-        except ValueError as error:
-            if not partly:
-                raise
-            self.unreadable[path] = str(error)
-            # The table of the parts comes after all manifests, so these are complete.
-            return members if PARTS in members else {}
-        return members
+    It is a JSON object: `files` are the names of all parts; `joined` has, by the digest of each
+    blob that was cut, the digests of its ranges; `holds` are the digests in each part; `left_out`
+    are the digests of blobs that the far side was known to have. The first versions of tinyreg
+    wrote only `files` and `joined`."""
 
-    def _add(self, path, members):
-        """Take in what a file or directory has. Raises ValueError, RegistryError, OSError."""
-        tops = []  # the folders with images; what lies below one belongs to it
-        matches = filter(None, map(ARCHIVE_ROOT.fullmatch, members))
-        for top in sorted({match.group(1) for match in matches}):
-            if not DAMAGED.search(top) and not (tops and top.startswith(tops[-1])):
-                tops.append(top)
+    def __init__(self) -> None:
+        self.names: Dict[Digest, List[str]] = {}      # by archive; the first one's part is 1
+        self.ranges: Dict[Digest, List[Digest]] = {}  # of blobs that were cut
+        self.holders: Dict[Digest, Set[Part]] = {}    # of blobs and ranges
+        self.given: Set[Part] = set()
+        self.left_out: Set[Digest] = set()
+
+    def add(self, table: Member, present: Set[Optional[Digest]]) -> None:
+        """Take in the PARTS of a file that has the blobs `present`. Raises ValueError,
+        DIGEST_INVALID, OSError."""
+        document = load_json(table.read(MAX_INDEX))
+        for digest, ranges in expect(dict, document.get("joined")).items():
+            self.ranges[parse_digest(digest)] = parse_digests(ranges)
+        self.left_out.update(parse_digests(document.get("left_out") or []))
+        names = [expect(str, name) for name in expect(list, document.get("files"))]
+        if "holds" not in document:
+            return
+        holds = [parse_digests(digests) for digests in expect(list, document["holds"])]
+        if len(holds) != len(names):
+            raise ValueError("malformed " + PARTS)
+        archive = read_digest(table)
+        self.names[archive] = names
+        for number, digests in enumerate(holds, 1):
+            for digest in digests:
+                self.holders.setdefault(digest, set()).add(Part(archive, number))
+            if present.issuperset(digests):
+                self.given.add(Part(archive, number))
+
+    def join(self, blobs: Dict[Digest, Member]) -> Dict[Digest, Joined]:
+        """The blobs that were cut, and of which all ranges are there. Raises ValueError."""
+        joined = {digest: Joined(tuple(blobs[part] for part in ranges))
+                  for digest, ranges in self.ranges.items()
+                  if ranges and digest not in blobs and all(part in blobs for part in ranges)}
+        present = sum(member.length for member in set(blobs.values()))
+        claimed = sum(blob.length for blob in joined.values())
+        if claimed > MAX_CLAIMED * present:
+            raise ValueError("refused: it claims to hold blobs of %d bytes, and %d are there"
+                             % (claimed, present))
+        return joined
+
+
+def find_tops(members: Dict[str, Member]) -> List[str]:
+    """The folders with images, "" for all of the archive, else with a slash at the end. What lies
+    below one of them belongs to it, so none lies below another."""
+    tops: List[str] = []
+    matches = filter(None, map(ARCHIVE_ROOT.fullmatch, members))
+    for top in sorted({match.group(1) for match in matches}):
+        is_below = tops and top.startswith(tops[-1])
+        if not is_below and not DAMAGED.search(top):
+            tops.append(top)
+    return tops
+
+
+class Contents:
+    """What tars and directories contain, read by their formats.
+
+    These are: an OCI image layout, as docker, containerd, podman, skopeo and cosign write it; what
+    docker save wrote before version 25; a directory of skopeo; the tree of a registry, ours too."""
+
+    def __init__(self) -> None:
+        self.blobs: Dict[Digest, Member] = {}
+        self.made: Dict[Digest, bytes] = {}            # manifests that docker save left out
+        self.names: Dict[str, Dict[str, Digest]] = {}  # by repository, then by tag or digest
+        self.unnamed: Set[Tuple[str, Digest]] = set()  # in a registry, without a tag or a pin
+        self.loose: Dict[str, Set[Digest]] = {}        # referrers without a name, by subject
+        self.parts = Parts()
+        # Several layers may be links to one file.
+        self._read_digest = functools.lru_cache(maxsize=None)(read_digest)
+
+    def add(self, path: str, members: Dict[str, Member]) -> None:
+        """Take in the images of a file or directory. Raises ValueError, Invalid, OSError."""
+        tops = find_tops(members)
         if not tops:
             advice = "; load it with docker, and save it with a newer one"
-            raise ValueError("no images in it: no index.json, no manifest.json, no docker/registry/v2"
-                             + (advice if "repositories" in members else ""))
-        names, end = sorted(members), 0
-        for top in tops:
-            start = end = bisect.bisect_left(names, top, end)
-            while end < len(names) and names[end].startswith(top):
-                end += 1
-            inner = {name[len(top):]: members[name] for name in names[start:end]
-                     if not name.startswith("tinyreg/", len(top))}  # what a store has beside its content
-            self.pins.update(name[len(top):] for name in names[start:end]
-                             if name.startswith("tinyreg/pinned/", len(top)))
+            raise ValueError("no images in it: no index.json, no manifest.json, no docker/registry"
+                             "/v2" + (advice if "repositories" in members else ""))
+        folders: Dict[str, Dict[str, Member]] = {top: {} for top in tops}
+        for name in sorted(members):
+            # Of all tops, only the last one that sorts before a name can be its beginning.
+            top = tops[bisect.bisect(tops, name) - 1]
+            if name.startswith(top):
+                folders[top][name[len(top):]] = members[name]
+        for top, inner in folders.items():
             folder = top.rstrip("/")
             if not folder and os.path.isdir(path):
                 folder = os.path.basename(os.path.abspath(path))
-            self._add_images(inner, folder, repository_for(path if len(tops) == 1 else folder))
+            self._add_folder(inner, folder, default_name(path if len(tops) == 1 else folder))
 
-    def _add_images(self, members, folder, default):
-        """The same of one folder of these, by its members' names in it; `default` is the repository
-        of what has no name."""
-        self._add_blobs(members)
+    def add_blobs(self, members: Dict[str, Member]) -> None:
+        """Take in all files that are named by a digest."""
+        for name, member in members.items():
+            digest = find_digest_in(name)
+            if digest and not name.startswith("tinyreg/"):  # a store has damaged files there
+                self.blobs.setdefault(digest, member)
+
+    def _add_folder(self, members: Dict[str, Member], folder: str, default: str) -> None:
+        """A folder with images; `default` is the repository of those without a name."""
+        self.add_blobs(members)
         if "index.json" in members:
             self._add_layout(members, default)
         elif "manifest.json" in members:
-            self._add_docker(members, default, folder)
+            self._add_docker(members, folder, default)
         else:
             self._add_tree(members)
 
-    def _add_blobs(self, members):
-        for path, member in members.items():
-            digest = digest_named(path)
-            if digest:
-                self.blobs.setdefault(digest, member)
+    def _add_name(self, name: str, reference: str, digest: Digest) -> None:
+        """Give a manifest a tag, or only its digest. Of two that have one tag, the later counts, as
+        in a registry."""
+        if isinstance(reference, Digest):
+            reference = reference.tag or digest
+        known = self.names.setdefault(name, {}).get(reference, digest)
+        if known != digest:
+            logger.warning("%s is two images in these archives: %s, and %s, which counts "
+                           "because it comes later", image_text(name, reference), known, digest)
+        self.names[name][reference] = digest
 
-    def _add_layout(self, members, default):
-        """An OCI image layout, whole, with blobs left out, or as a part."""
+    def _add_layout(self, members: Dict[str, Member], default: str) -> None:
+        """An OCI image layout: whole, with blobs left out, or as a part of a split archive."""
         if PARTS in members:
-            self._add_parts(members)
-        entries = expect(list, load_json(members["index.json"].read(MAX_INDEX)).get("manifests"))
-        signed = None  # what cosign saved: an image, then what is about it, all without names
+            self.parts.add(members[PARTS], set(map(find_digest_in, members)))
+        index = load_json(members["index.json"].read(MAX_INDEX))
+        entries = expect(list, index.get("manifests"))
+        signed: Optional[Digest] = None  # cosign writes an image, then its signatures, all nameless
         for entry in entries:
             media_type, digest = parse_descriptor(entry)[:2]
-            annotations = expect(dict, entry.get("annotations") or {})
-            name, reference = entry_name(annotations, default)
-            kind = COSIGN_KINDS.get(str(annotations.get("kind")))
-            if not name and kind == "":
-                name, reference = default, digest if signed else "latest"
-                signed = digest
-            elif not name and kind and signed:
-                name, reference = default, fallback_tag(signed) + kind
             if media_type and media_type not in MANIFEST_TYPES:
-                continue  # "implementations MUST ignore": the specification on types that they don't know
+                continue  # image-spec of types that a program doesn't know: it "MUST ignore" them
+            annotations = expect(dict, entry.get("annotations") or {})
+            name = find_entry_name(annotations, default)
+            suffix = COSIGN_KINDS.get(str(annotations.get("kind")))
+            if not name and suffix == "":
+                name = default, digest if signed else "latest"
+                signed = digest
+            elif not name and suffix and signed:
+                name = default, fallback_tag(signed) + suffix
             if name:
-                self._root(name, reference, digest)
+                self._add_name(*name, digest)
             elif SUBJECT in annotations:
                 self.loose.setdefault(expect(str, annotations[SUBJECT]), set()).add(digest)
             else:
-                self._root(default, "latest" if len(entries) == 1 else digest, digest)
+                self._add_name(default, "latest" if len(entries) == 1 else digest, digest)
 
-    def _add_parts(self, members):
-        """What PARTS says of this file and those that belong to it."""
-        def digests(values):
-            return [parse_digest(expect(str, value)) for value in expect(list, values)]
-
-        document = load_json(members[PARTS].read(MAX_INDEX))
-        for digest, ranges in expect(dict, document.get("joined")).items():
-            self.joined[parse_digest(digest)] = digests(ranges)
-        self.left_out.update(digests(document.get("left_out") or []))
-        names = [expect(str, name) for name in expect(list, document.get("files"))]
-        if "holds" not in document:
-            return  # an earlier version made it, which did not say what each part holds
-        holds = [digests(part) for part in expect(list, document["holds"])]
-        if len(holds) != len(names):
-            raise ValueError("malformed " + PARTS)
-        key, here = members[PARTS].digest(), set(map(digest_named, members))
-        self.parts.update({key: names} if names else {})
-        for number, part in enumerate(holds, 1):
-            for digest in part:
-                self.holders.setdefault(digest, set()).add((key, number))
-            if here.issuperset(part):
-                self.given.add((key, number))
-
-    def _add_docker(self, members, default, folder):
-        """What docker save and others like it write, and skopeo's `dir:`, whose manifest.json is the manifest."""
+    def _add_docker(self, members: Dict[str, Member], folder: str, default: str) -> None:
+        """What docker save and similar programs write. In a directory of skopeo, manifest.json is
+        the image's manifest itself."""
         content = members["manifest.json"].read(MAX_INDEX)
         if not content.lstrip().startswith(b"["):
             digest = Digest.of(content)
             self.blobs[digest] = members["manifest.json"]
-            return self._root(*folder_image(folder, default), digest=digest)
-        images = expect(list, load_json(b'{"images":' + content + b"}")["images"])  # load_json takes objects only
-        read_inner = functools.lru_cache(maxsize=None)(read_diff_ids)  # many images may have one config
+            return self._add_name(*folder_image(folder, default), digest)
+        # load_json takes only objects.
+        images = expect(list, load_json(b'{"images":' + content + b"}")["images"])
+        read_once = functools.lru_cache(maxsize=None)(read_diff_ids)  # images may share a config
         for image in images:
-            digest = self._make_manifest(members, expect(dict, image), read_inner)
+            digest = self._make_manifest(members, expect(dict, image), read_once)
             tags = expect(list, image.get("RepoTags") or [])
             for tag in tags:
-                found = parse_image(expect(str, tag))
-                self._root(found.stored_name, found.reference, digest)
+                self._add_name(*parse_docker_image(expect(str, tag)), digest)
             if not tags:
-                self._root(default, "latest" if len(images) == 1 else digest, digest)
+                self._add_name(default, "latest" if len(images) == 1 else digest, digest)
 
-    def _make_manifest(self, members, image, read_inner):
-        """The digest of the OCI manifest that we make for an image that has none: always the same for the same image.
-
-        Layers stay as they are. Most are named by their digest, and the others, if they are not compressed, have it
-        in the config: so no layer is read for it. (Whether that is true shows when they are loaded.)"""
-        def find(name):
-            try:
-                return members[inner_path(expect(str, name).encode())]
-            except KeyError:
-                raise ValueError("manifest.json names %r, which is not there" % name)
-
-        layers = expect(list, image.get("Layers") or [])
-        inner = read_inner(find(image.get("Config")))
-        inner = [None] + inner if len(inner) == len(layers) else []
-        entries = []
-        for name, inside in itertools.zip_longest([image["Config"]] + layers, inner):
-            member, digest = find(name), digest_named(name)
-            with member.open() as blob:
-                packed = compression(blob.read(8))
-            if not digest:
-                digest = self._digest(member) if packed or inside is None else parse_digest(expect(str, inside))
-            media_type = "application/vnd.oci.image.layer.v1.tar" + ("+" + packed if packed else "")
-            entries.append({"mediaType": media_type, "digest": digest, "size": member.length})
-            self.blobs.setdefault(digest, member)
-        entries[0]["mediaType"] = IMAGE_CONFIGS[0]
-        content = to_json({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": entries[0], "layers": entries[1:]})
+    def _make_manifest(self, members: Dict[str, Member], image: Dict[str, Any],
+                       diff_ids_of: Callable[[Member], List[Any]]) -> Digest:
+        """Make the OCI manifest that docker save has not written; returns its digest, which is the
+        same whenever the image is the same. Raises ValueError, DIGEST_INVALID, OSError."""
+        names = [image.get("Config")] + expect(list, image.get("Layers") or [])
+        try:
+            files = [members[inner_path(expect(str, name).encode())] for name in names]
+        except KeyError as error:
+            raise ValueError("manifest.json names %s, which is not there" % error)
+        diff_ids = [None] + diff_ids_of(files[0])
+        if len(diff_ids) != len(files):
+            diff_ids = [None] * len(files)
+        config, *layers = map(self._describe, names, files, diff_ids)
+        config["mediaType"] = IMAGE_CONFIGS[0]
+        content = to_json({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config,
+                           "layers": layers})
         digest = Digest.of(content)
         self.made[digest] = content
         return digest
 
-    def _add_tree(self, members):
-        """The tree of a Directory: Distribution's, and ours."""
+    def _describe(self, name: str, member: Member, diff_id: Any) -> Dict[str, Any]:
+        """The descriptor of a layer of docker save; the layer is added to the blobs.
+
+        Most layers are named by their digest. For others that are not compressed, the image's
+        config has it (`diff_id`). So most layers are not read, and a digest that lies shows only
+        when the layer is copied."""
+        with member.open() as blob:
+            packed = find_compression(blob.read(8))
+        digest = find_digest_in(name)
+        if not digest:
+            is_told = diff_id and not packed
+            digest = parse_digest(expect(str, diff_id)) if is_told else self._read_digest(member)
+        self.blobs.setdefault(digest, member)
+        media_type = "application/vnd.oci.image.layer.v1.tar" + ("+" + packed if packed else "")
+        return {"mediaType": media_type, "digest": digest, "size": member.length}
+
+    def _add_tree(self, members: Dict[str, Member]) -> None:
+        """The tree of a registry: that of Distribution, which is ours as well."""
         for path, member in members.items():
-            link = TREE_LINK.fullmatch(path)
-            if link and NAME.fullmatch(link.group(1)):
-                digest = member.read().decode("ascii", "replace")
-                if DIGEST.fullmatch(digest) and TAG.fullmatch(link.group(2) or "latest"):
-                    self._root(link.group(1), link.group(2) or Digest(digest), Digest(digest))
-                    pin = "tinyreg/pinned/%s/_digests/%s" % (link.group(1), digest.replace(":", "/"))
-                    if not link.group(2) and pin not in self.pins:
-                        self.untagged.add((link.group(1), digest))
+            match = TREE_LINK.fullmatch(path)
+            target = member.read().decode("ascii", "replace") if match else ""
+            if match and DIGEST.fullmatch(target):
+                name, tag = match.groups()
+                digest = Digest(target)
+                self._add_name(name, tag or digest, digest)
+                pin = "tinyreg/pinned/%s/_digests/%s" % (name, target.replace(":", "/"))
+                if not tag and pin not in members:
+                    self.unnamed.add((name, digest))
 
-    def _root(self, name, reference, digest):
-        """Give a manifest a name. What comes later wins, as in a registry; the log says so."""
-        if isinstance(reference, Digest):
-            reference = reference.tag or digest
-        known = self.roots.setdefault(name, {}).get(reference, digest)
-        if known != digest:
-            logger.warning("%s is two images in these archives: %s, and %s, which counts "
-                           "because it comes later", image_text(name, reference), known, digest)
-        self.roots[name][reference] = digest
 
-    # Reading
+# An archive as a registry
 
-    def _read_manifest(self, digest):
-        """The Manifest. Raises MANIFEST_UNKNOWN where there is none, DIGEST_INVALID where what is there is not it."""
-        if digest not in self.made and digest not in self.blobs:
+class References(NamedTuple):
+    """The digests to which a manifest leads."""
+
+    manifests: Set[Digest]  # its children, and those that are about it and have no name
+    content: Set[Digest]    # of all blobs and manifests that it lists
+    subject: Optional[str]
+
+
+class Reach(NamedTuple):
+    """What the names of a repository lead to."""
+
+    digests: Set[Digest]    # of everything
+    manifests: Set[Digest]
+    inner: Set[Digest]      # manifests that are children or referrers of others
+    referrers: Dict[str, Set[Digest]]  # by subject
+
+
+@contextlib.contextmanager
+def unsupported_unless_valid(path: str) -> Iterator[None]:
+    """What is found to be wrong is raised as UNSUPPORTED; the message starts with the path."""
+    try:
+        yield
+    except (ValueError, Invalid) as error:
+        raise RegistryError("UNSUPPORTED", message="%s: %s" % (path, error))
+
+
+class Archive(Registry):
+    """Tars and directories with images, as one registry that can only be read.
+
+    With `scratch`, a folder, tars may be gzipped, and `-` is stdin. `ranges` is a folder with the
+    ranges of blobs that came in earlier parts. With `partly`, tars that can't be read are passed
+    over, as long as one can be read; `unreadable` says why. Raises UNSUPPORTED, OSError."""
+
+    def __init__(self, paths: Sequence[str], scratch: Optional[str] = None,
+                 ranges: Optional[str] = None, partly: bool = False) -> None:
+        self.root = ", ".join(paths)
+        self.contents = Contents()
+        self.names = self.contents.names
+        self.blobs = self.contents.blobs
+        self.parts = self.contents.parts
+        self.unreadable: Dict[str, str] = {}   # what is wrong, by path
+        self.damaged: Dict[Digest, str] = {}   # the file with a damaged blob or range
+        self._reach = functools.lru_cache(MAX_REACHES)(self._follow)
+        # A hundred thousand names may lead to one large manifest.
+        self._references = functools.lru_cache(maxsize=None)(self._read_references)
+        for path in paths:
+            with unsupported_unless_valid(path):
+                members = self._read_members(path, scratch, partly)
+                if members:
+                    self.contents.add(path, members)
+        if self.unreadable and not self.blobs:
+            raise RegistryError("UNSUPPORTED", message="%s: %s" % min(self.unreadable.items()))
+        if ranges:
+            self.contents.add_blobs(read_folder(ranges))
+        with unsupported_unless_valid(self.root):
+            self.joined = self.parts.join(self.blobs)
+
+    def _read_members(self, path: str, scratch: Optional[str], partly: bool) -> Dict[str, Member]:
+        """Raises ValueError, OSError."""
+        if os.path.isdir(path):
+            return read_folder(path)
+        members: Dict[str, Member] = {}
+        try:
+            read_tar(path, open_tar(path, scratch), members)
+        except ValueError as error:
+            if not partly:
+                raise
+            self.unreadable[path] = str(error)
+            # PARTS comes after all manifests. So if it is there, they are complete.
+            return members if PARTS in members else {}
+        return members
+
+    # What names lead to
+
+    def _read_manifest(self, digest: Digest) -> Manifest:
+        """Raises MANIFEST_UNKNOWN, and DIGEST_INVALID for a damaged one."""
+        content = self.contents.made.get(digest)
+        if content is None and digest not in self.blobs:
             raise RegistryError("MANIFEST_UNKNOWN", digest)
         try:
-            return parse_manifest(self.made.get(digest) or self.blobs[digest].read(), digest=digest)
-        except (ValueError, RegistryError):
-            if digest not in self.made and self.blobs[digest].length <= MAX_MANIFEST:
+            return parse_manifest(content or self.blobs[digest].read(), digest=digest)
+        except (ValueError, Invalid):
+            if content is None and self.blobs[digest].length <= MAX_MANIFEST:
                 self.find_damage(digest)
-            raise RegistryError("DIGEST_INVALID", digest, message="a manifest is damaged in the archive", status=404)
+            raise RegistryError("DIGEST_INVALID", digest, status=404,
+                                message="a manifest is damaged in the archive")
 
-    def _read_references(self, digest):
-        """The digests of a manifest's children that are manifests; of all that it consists of; and its subject. Kept,
-        since a hundred thousand names may lead to one large manifest."""
-        manifest = self._read_manifest(digest)
-        children = {child.digest for child in manifest.manifests if child.media_type in MANIFEST_TYPES}
-        return children, {entry.digest for entry in manifest.blobs + manifest.manifests}, manifest.subject
+    def _read_references(self, digest: Digest) -> References:
+        try:
+            manifest = self._read_manifest(digest)
+        except (Unknown, DigestInvalid):
+            # A child was left out by --platform. A damaged one shows when it is copied.
+            return References(set(), set(), None)
+        children = {child.digest for child in manifest.manifests
+                    if child.media_type in MANIFEST_TYPES}
+        return References(children | self.contents.loose.get(digest, set()),
+                          {entry.digest for entry in manifest.blobs + manifest.manifests},
+                          manifest.subject)
 
-    def _contents(self, name):
-        """What a repository's names lead to: the digests of all of it; those of its manifests; those of the manifests
-        that are below or about another; and {subject: digests of its referrers}. Raises NAME_UNKNOWN."""
-        if name not in self.roots:
-            raise RegistryError("NAME_UNKNOWN", name)
-        return self._reach(frozenset(self.roots[name].values()))
-
-    def _follow(self, roots):
-        """The same of these digests."""
-        below, blobs, referrers = set(), set(), {}
+    def _follow(self, roots: FrozenSet[Digest]) -> Reach:
+        reached: Dict[Digest, References] = {}
         queue = list(roots)
         for digest in queue:  # it grows
-            with contextlib.suppress(RegistryError):  # left out on purpose (`--platform`), or a copy will say so
-                children, mentioned, subject = self._references(digest)
-                found = children | self.loose.get(digest, set())
-                queue.extend(found - roots - below)
-                below |= found
-                blobs |= mentioned
-                if subject:
-                    referrers.setdefault(subject, set()).add(digest)
-        for subject in referrers.keys() & (roots | below):
-            below |= referrers[subject]
-        return roots | below | blobs, roots | below, below, referrers
+            if digest not in reached:
+                reached[digest] = self._references(digest)
+                queue.extend(reached[digest].manifests)
+        referrers: Dict[str, Set[Digest]] = {}
+        for digest, references in reached.items():
+            if references.subject:
+                referrers.setdefault(references.subject, set()).add(digest)
+        content = [references.content for references in reached.values()]
+        inner = [references.manifests for references in reached.values()]
+        inner += [referrers[subject] for subject in referrers.keys() & reached.keys()]
+        return Reach(set(reached).union(*content), set(reached), set().union(*inner), referrers)
 
-    def repositories(self, last=""):
-        return (name for name in sorted(self.roots) if name > last)
+    def _references_of(self, name: str) -> Dict[str, Digest]:
+        """The tags and digests by which a repository's manifests are known. Raises NAME_UNKNOWN."""
+        if name not in self.names:
+            raise RegistryError("NAME_UNKNOWN", name)
+        return self.names[name]
 
-    def has_repository(self, name):
-        return name in self.roots
+    def _reach_of(self, name: str) -> Reach:
+        """Raises NAME_UNKNOWN."""
+        return self._reach(frozenset(self._references_of(name).values()))
 
-    def tags(self, name, last=""):
-        self._contents(name)
-        return (tag for tag in sorted(self.roots[name]) if tag > last and not isinstance(tag, Digest))
+    # Reader
 
-    def resolve(self, name, tag):
-        if tag not in self.roots.get(name, ()):
-            raise RegistryError("MANIFEST_UNKNOWN" if name in self.roots else "NAME_UNKNOWN", tag)
-        return self.roots[name][tag]
+    def repositories(self, last: str = "") -> Iterator[str]:
+        return (name for name in sorted(self.names) if name > last)
 
-    def manifest(self, name, digest):
-        if digest not in self._contents(name)[1]:
+    def has_repository(self, name: str) -> bool:
+        return name in self.names
+
+    def tags(self, name: str, last: str = "") -> Iterator[str]:
+        references = sorted(self._references_of(name))
+        return (tag for tag in references if tag > last and not isinstance(tag, Digest))
+
+    def resolve(self, name: str, tag: str) -> Digest:
+        references = self._references_of(name)
+        if tag not in references:
+            raise RegistryError("MANIFEST_UNKNOWN", tag)
+        return references[tag]
+
+    def manifest(self, name: str, digest: Digest) -> Manifest:
+        if digest not in self._reach_of(name).manifests:
             raise RegistryError("MANIFEST_UNKNOWN", digest)
         return self._read_manifest(digest)
 
-    def open_blob(self, name, digest, offset=0):
-        if digest not in self._contents(name)[0] or digest not in self.blobs:
+    def open_blob(self, name: str, digest: Digest, offset: int = 0) -> Blob:
+        blob = self.joined.get(digest) or self.blobs.get(digest)
+        if digest not in self._reach_of(name).digests or not blob:
             raise RegistryError("BLOB_UNKNOWN", digest)
-        return self.blobs[digest].open().rest(offset)
+        return blob.open().rest(offset)
 
-    def referrers(self, name, subject, last=""):
-        if name in self.roots:
-            for digest in sorted(self._contents(name)[3].get(subject, ())):
+    def referrers(self, name: str, subject: Digest, last: str = "") -> Iterator[Manifest]:
+        if name in self.names:
+            for digest in sorted(self._reach_of(name).referrers.get(subject, ())):
                 if digest > last:
                     yield self._read_manifest(digest)
 
-    def manifests(self, name):
-        for digest in self._contents(name)[1]:
+    def manifests(self, name: str) -> Iterator[Manifest]:
+        for digest in self._reach_of(name).manifests:
             try:
                 manifest = self._read_manifest(digest)
-            except RegistryError:
+            except (Unknown, DigestInvalid):  # left out, or damaged
                 continue
             yield manifest
 
-    def find_damage(self, digest: Digest) -> bool:
-        """Whether a blob, or a range of it, is damaged; `damaged` then says in which file."""
-        joined = digest in self.blobs and isinstance(self.blobs[digest].source, tuple)
-        pieces = self.joined[digest] if joined else [digest]
-        for piece in pieces:
-            member = self.blobs.get(piece)
-            if member and member.digest(piece.algorithm) != piece:
-                self.damaged[piece] = self.opened.get(member.source, member.source)
-        return any(piece in self.damaged for piece in pieces)
+    def digests(self, name: Optional[str] = None) -> Iterator[Digest]:
+        present = set(self.blobs).union(self.joined, self.contents.made)
+        present.difference_update(*self.parts.ranges.values())
+        return iter(sorted(present if name is None else present & self._reach_of(name).digests))
 
-    def needed_parts(self, digest: Digest, kept: bool = True) -> Set[Tuple[Digest, int]]:
-        """{(key, number)} of the parts that have what is lacking of a blob. `kept` is whether the
-        ranges of a blob that is not whole are kept; else all of them are lacking."""
-        ranges = self.joined.get(digest)
-        lacking = {piece for piece in ranges or [digest]
-                   if ranges and not kept or piece not in self.blobs or piece in self.damaged}
-        return set().union(*(self.holders.get(piece, ()) for piece in lacking))
+    def is_named(self, name: str, digest: Digest) -> bool:
+        return (name, digest) not in self.contents.unnamed
 
-    def digests(self, name=None):
-        held = set(self.blobs).union(self.made).difference(*self.joined.values())
-        return iter(sorted(held if name is None else held & self._contents(name)[0]))
+    def version(self) -> bytes:
+        return b"an archive does not change"
 
-    def images(self):
-        """Yield (repository, tag or digest, digest) of all that has a tag, and of what only a digest names."""
-        for name in sorted(self.roots):
-            covered = self._contents(name)[2].union(
-                digest for reference, digest in self.roots[name].items() if reference != digest)
-            for reference, digest in sorted(self.roots[name].items()):
-                if reference != digest or digest not in covered:
+    # What the commands ask of archives
+
+    def images(self) -> Iterator[Tuple[str, str, Digest]]:
+        """Yield the repository, the tag or digest, and the digest of each image.
+
+        A manifest without a tag is an image unless it is a child or referrer of another, or has a
+        tag elsewhere in the repository."""
+        for name, references in sorted(self.names.items()):
+            tagged = {digest for reference, digest in references.items() if reference != digest}
+            shown = tagged | self._reach_of(name).inner  # by their tags, or by another manifest
+            for reference, digest in sorted(references.items()):
+                if reference != digest or digest not in shown:
                     yield name, reference, digest
 
-    def is_named(self, name, digest):
-        return (name, digest) not in self.untagged
+    def find_damage(self, digest: Digest) -> bool:
+        """Whether a blob, or a range of it, is damaged; `damaged` then says in which file."""
+        pieces = self.parts.ranges[digest] if digest in self.joined else [digest]
+        for piece in pieces:
+            member = self.blobs.get(piece)
+            if member and read_digest(member, piece.algorithm) != piece:
+                self.damaged[piece] = member.path
+        return not self.damaged.keys().isdisjoint(pieces)
 
-    def version(self):
-        return b"an archive does not change"
+    def needed_parts(self, digest: Digest, keeps_ranges: bool = True) -> Set[Part]:
+        """The parts that have what a blob lacks. A target that keeps no ranges needs all parts of a
+        blob that was cut."""
+        ranges = self.parts.ranges.get(digest)
+        lacking = ranges or [digest]
+        if not ranges or keeps_ranges:
+            lacking = [piece for piece in lacking
+                       if piece not in self.blobs or piece in self.damaged]
+        return set().union(*(self.parts.holders.get(piece, ()) for piece in lacking))
 
 
 # Writing archives
 
-def blob_name(digest):
+def blob_name(digest: Digest) -> str:
     return "blobs/%s/%s" % (digest.algorithm, digest.encoded)
 
 
-def check_hash(hasher, digest):
-    """Raises DIGEST_INVALID unless that is what was hashed."""
+def check_hash(hasher: Any, digest: Digest) -> None:
+    """Raises DIGEST_INVALID unless what was hashed has this digest."""
     if hasher.hexdigest() != digest.encoded:
         raise RegistryError("DIGEST_INVALID", digest, message="a blob is damaged")
 
 
-def tar_header(name, length, kind=b"0"):
-    """The header of a member, GNU's, without time and owner: the same from every Python, unlike its tarfile's."""
+def tar_header(name: str, length: int, kind: bytes = b"0") -> bytes:
+    """The header of a member, as GNU's tar writes it, but without time and owner. The tarfile of
+    different versions of Python writes different ones."""
     encoded, before = name.encode("ascii"), b""
     if len(encoded) > 100:
-        before = tar_header("././@LongLink", len(encoded) + 1, b"L") + encoded.ljust(padded(len(encoded) + 1), b"\0")
-    octal = b"%011o\0" % length if length < 1 << 33 else (1 << 95 | length).to_bytes(12, "big")
-    fields = [encoded[:100], b"0000755" if name.endswith(".py") else b"0000644", b"0000000", b"0000000", octal,
-              b"00000000000", b" " * 8, kind, b"", b"ustar  "]
-    header = struct.pack("100s8s8s8s12s12s8ss100s8s247x", *fields)
+        before = (tar_header("././@LongLink", len(encoded) + 1, b"L")
+                  + encoded.ljust(padded(len(encoded) + 1), b"\0"))
+    size = b"%011o\0" % length if length < 1 << 33 else (1 << 95 | length).to_bytes(12, "big")
+    mode = b"0000755" if name.endswith(".py") else b"0000644"
+    header = struct.pack("100s8s8s8s12s12s8ss100s8s247x", encoded[:100], mode, b"0000000",
+                         b"0000000", size, b"00000000000", b" " * 8, kind, b"", b"ustar  ")
     return before + header[:148] + b"%06o\0 " % sum(header) + header[156:]
 
 
+def tar_size(name: str, length: int) -> int:
+    """The bytes that a member takes in a tar, with its header."""
+    return len(tar_header(name, length)) + padded(length)
+
+
+def find_subject(manifest: Manifest, reference: str) -> Optional[str]:
+    """The digest of the manifest that this one is about; cosign says it in the tag. (A tag is too
+    short for a sha512.)"""
+    match = FALLBACK_TAG.fullmatch(reference)
+    if manifest.subject or not match or match.group(1) != "sha256":
+        return manifest.subject
+    return "%s:%s" % match.groups()
+
+
+def is_runnable(manifest: Manifest) -> bool:
+    """Whether docker load can make an image of it: no index, no artifact, no signature."""
+    if manifest.media_type not in IMAGE_TYPES or manifest.subject or not manifest.blobs:
+        return False
+    config, *layers = [blob.media_type for blob in manifest.blobs]
+    return config in IMAGE_CONFIGS and all(map(LAYER_TYPES.match, layers))
+
+
+class PlannedBlob(NamedTuple):
+    """A blob of an archive that is to be written: `length` bytes from `start` on."""
+
+    length: int
+    open_from: Callable[[int], Blob]
+    start: int = 0
+
+    def open(self) -> Blob:
+        return self.open_from(self.start)
+
+
+class PlannedFile(NamedTuple):
+    """A file that is to be written."""
+
+    path: str
+    digests: List[Digest]  # of the blobs in it; it also has all manifests
+
+
 class ArchiveWriter(Registry):
-    """What is copied here is remembered, and written at the end: so the tar begins with its index, and the same images
-    make the same bytes. Blobs in `have` are left out: the far side has them."""
+    """What is copied here is noted, and written at the end. So the tar begins with its index, and
+    the same images make the same bytes. Blobs in `have` are left out: the far side has them."""
 
-    def __init__(self, have=()):
+    def __init__(self, have: Iterable[Digest] = ()) -> None:
         self.have = set(have)
-        self.left_out = set()  # those of them that images here need
-        self.blobs = {}      # {digest: (length, function that opens it from an offset on)}
-        self.manifests = {}
-        self.names = set()   # {(repository, tag or digest, digest)}
-        self.head = []       # [(name, content)] with which each file begins; its manifest.json
-        self.common = []     # comes next, and then this
-        self.files = []      # [(path, [digest of a blob, …])]
+        self.left_out: Set[Digest] = set()  # those of them that images here need
+        self.blobs: Dict[Digest, PlannedBlob] = {}
+        self.manifest_by_digest: Dict[Digest, Manifest] = {}
+        self.images: Set[Tuple[str, str, Digest]] = set()  # repository; tag or digest; digest
+        self.files: List[PlannedFile] = []
+        self.program: Optional[bytes] = None  # tinyreg.py, to travel along
+        self.index = self.table = b""         # the content of index.json and of PARTS
 
-    def mount(self, name, digest, source=None):
+    def mount(self, name: str, digest: Digest, source: Optional[str] = None) -> bool:
         if digest in self.have and digest not in self.blobs:
             self.left_out.add(digest)
         return digest in self.have or digest in self.blobs
 
-    def put_blob(self, name, digest, open_from):
+    def put_blob(self, name: str, digest: Digest, open_from: Callable[[int], Blob]) -> None:
         with open_from(0) as blob:
-            self.blobs[digest] = blob.length, open_from
+            self.blobs[digest] = PlannedBlob(blob.length, open_from)
 
-    def put_manifest(self, name, manifest, tags=(), check_wanted=do_nothing):
-        self.manifests[manifest.digest] = manifest
-        self.names.update((name, tag, manifest.digest) for tag in tags or [manifest.digest])
+    def put_manifest(self, name: str, manifest: Manifest, tags: Iterable[str] = (),
+                     check_wanted: Callable[[], None] = do_nothing) -> None:
+        self.manifest_by_digest[manifest.digest] = manifest
+        self.images.update((name, tag, manifest.digest) for tag in tags or [manifest.digest])
 
-    def _index(self):
-        """index.json: an entry for each name, and for what is about another. containerd and docker
-        make no image of an entry with SUBJECT; but older ones try to unpack it if it has a name of
-        theirs, and fail. Our own name tells the tag by which cosign's signatures are known."""
-        children = {child.digest for manifest in self.manifests.values() for child in manifest.manifests}
-        entries = []
-        for name, reference, digest in sorted(self.names):
-            manifest, annotations = self.manifests[digest], {}
-            if isinstance(reference, Digest) and digest in children:
-                continue
-            about = FALLBACK_TAG.fullmatch(reference)
-            subject = manifest.subject or about and about.group(1) == "sha256" and "%s:%s" % about.groups()
-            if subject:
-                annotations[SUBJECT] = subject
-            if not (manifest.subject and isinstance(reference, Digest)):
-                annotations[OWN_NAME] = image_text(name, reference)
-            if not subject:
-                annotations[IMAGE_NAME] = annotations[REF_NAME] = image_text(full_name(name), reference)
-            entries.append({"mediaType": manifest.media_type, "digest": digest, "size": len(manifest.content),
-                            "annotations": annotations})
+    # The small files
+
+    def _index_entry(self, name: str, reference: str, digest: Digest) -> Dict[str, Any]:
+        """The entry of index.json for an image.
+
+        containerd and docker make no image of an entry with SUBJECT. But older ones try to unpack
+        it if it has one of their names, and fail. So cosign's signatures have only our name, which
+        tells their tag."""
+        manifest, annotations = self.manifest_by_digest[digest], {}
+        subject = find_subject(manifest, reference)
+        if subject:
+            annotations[SUBJECT] = subject
+        if not (manifest.subject and isinstance(reference, Digest)):
+            annotations[OWN_NAME] = image_text(name, reference)
+        if not subject:
+            annotations[IMAGE_NAME] = annotations[REF_NAME] = image_text(full_name(name), reference)
+        return {"mediaType": manifest.media_type, "digest": digest, "size": len(manifest.content),
+                "annotations": annotations}
+
+    def _make_index(self) -> bytes:
+        """The content of index.json: an entry for each name, and for each referrer."""
+        children = {child.digest for manifest in self.manifest_by_digest.values()
+                    for child in manifest.manifests}
+        entries = [self._index_entry(name, reference, digest)
+                   for name, reference, digest in sorted(self.images)
+                   if digest not in children or not isinstance(reference, Digest)]
         return to_json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries})
 
-    def _docker_images(self, digests):
-        """What manifest.json lists: the images, each with one platform, that docker load can take
-        from a file with these blobs."""
-        images, here = {}, set(digests) | set(self.manifests)
-        for name, reference, digest in sorted(self.names):
-            image = self._first_image(self.manifests[digest])
-            if isinstance(reference, Digest) or not image:
-                continue
-            if any(blob.digest not in here for blob in image.blobs):
-                continue
-            paths = [blob_name(blob.digest) for blob in image.blobs]
-            entry = images.setdefault(digest, {"Config": paths[0], "RepoTags": [], "Layers": paths[1:]})
-            entry["RepoTags"].append(image_text(full_name(name), reference))
+    def _docker_images(self, digests: Iterable[Digest]) -> List[Dict[str, Any]]:
+        """The entries of manifest.json: the images that docker load can take from a file with these
+        blobs. They have one platform each."""
+        images: Dict[Digest, Dict[str, Any]] = {}
+        present = set(self.manifest_by_digest).union(digests)
+        for name, reference, digest in sorted(self.images):
+            # Of an index, the first image that can run.
+            reachable = walk([digest], self.manifest_by_digest.get, child_digests)
+            image = next(filter(is_runnable, reachable), None)
+            if (image and not isinstance(reference, Digest)
+                    and present.issuperset(blob.digest for blob in image.blobs)):
+                config, *layers = [blob_name(blob.digest) for blob in image.blobs]
+                entry = images.setdefault(digest, {"Config": config, "RepoTags": [],
+                                                   "Layers": layers})
+                entry["RepoTags"].append(image_text(full_name(name), reference))
         return list(images.values())
 
-    def _first_image(self, manifest):
-        """The image, or the first one in the index, that is to be run; None where there is none."""
-        if manifest.media_type in IMAGE_TYPES:
-            kinds = [blob.media_type for blob in manifest.blobs]
-            fits = kinds[0] in IMAGE_CONFIGS and all(map(LAYER_TYPES.match, kinds[1:])) and not manifest.subject
-            return manifest if fits else None
-        here = [self.manifests[child.digest] for child in manifest.manifests if child.digest in self.manifests]
-        return next(filter(None, map(self._first_image, here)), None)
-
-    def plan(self, path="", program=None, limit=None):
-        """Decide what goes into which of the files at and beside `path`, none larger than `limit`
-        bytes. All begin with all manifests, so that each can be loaded alone; a blob that is larger
-        is cut into ranges, which are blobs of their own. Raises SIZE_INVALID if the limit is too
-        small, DIGEST_INVALID, OSError."""
-        self.head = [("tinyreg.py", program)] if program else []
-        self.head += [("oci-layout", b'{"imageLayoutVersion":"1.0.0"}'),
-                      ("index.json", self._index())]
-        self.common = [(blob_name(digest), manifest.content)
-                       for digest, manifest in sorted(self.manifests.items())]
-        blobs = sorted(set(self.blobs) - set(self.manifests))
-        self.files = [(path, blobs)]
-        if self.left_out:
-            self.common.append((PARTS, self._table([], {}, [])))
-        if not limit or self.size(blobs) <= limit:
-            return
-        least = self.size(blobs) - sum(map(self._cost, blobs))
-        room = limit - least
-        # Bytes for PARTS, however long the files' names are.
-        table = 2000 * (2 + self.size(blobs) // max(room, 1))
-        table += sum(len(digest) + 3 for digest in blobs)
-        room -= table
-        if room < table:
-            raise RegistryError("SIZE_INVALID", message="a part has to be larger: what all parts "
-                                "have, the manifests above all, takes %d bytes" % least)
-        joined = {digest: self._cut(digest, room - 2 * BLOCK) for digest in blobs if self._cost(digest) > room}
-        pieces = itertools.chain.from_iterable(joined.get(digest, [digest]) for digest in blobs)
-        parts, left = [], 0
-        for digest in collections.OrderedDict.fromkeys(pieces):
-            if self._cost(digest) > left:
-                parts.append([])
-                left = room
-            parts[-1].append(digest)
-            left -= self._cost(digest)
-        stem, extension = os.path.splitext(path)
-        self.files = [("%s-%dof%d%s" % (stem, number, len(parts), extension), part)
-                      for number, part in enumerate(parts, 1)]
-        names = [os.path.basename(name) for name, _ in self.files]
-        self.common = [entry for entry in self.common if entry[0] != PARTS]
-        self.common.append((PARTS, self._table(names, joined, parts)))
-
-    def _table(self, names, joined, holds):
-        """The content of PARTS."""
+    def _make_table(self, names: List[str], joined: Dict[Digest, List[Digest]],
+                    holds: List[List[Digest]]) -> bytes:
+        """The content of PARTS: see Parts."""
         return to_json({"files": names, "joined": joined, "holds": holds,
                         "left_out": sorted(self.left_out)})
 
-    def _cut(self, digest, step):
-        """Make blobs of the ranges of one; returns their digests. Raises DIGEST_INVALID, OSError."""
-        length, open_from = self.blobs[digest]
-        whole, parts = hashlib.new(digest.algorithm), []
+    def _small_files(self, digests: Iterable[Digest]) -> Iterator[Tuple[str, bytes]]:
+        """Yield the name and the content of each file with which a tar with these blobs begins."""
+        if self.program:
+            yield "tinyreg.py", self.program
+        yield "oci-layout", b'{"imageLayoutVersion":"1.0.0"}'
+        yield "index.json", self.index
+        images = self._docker_images(digests)
+        if images:
+            yield "manifest.json", to_json(images)
+        for digest, manifest in sorted(self.manifest_by_digest.items()):
+            yield blob_name(digest), manifest.content
+        if self.table:
+            yield PARTS, self.table
+
+    # What goes into which file
+
+    def _blob_size(self, digest: Digest) -> int:
+        """The bytes that a blob takes in a tar."""
+        return tar_size(blob_name(digest), self.blobs[digest].length)
+
+    def size(self, digests: Sequence[Digest]) -> int:
+        """The bytes of a tar with these blobs."""
+        small = sum(tar_size(name, len(content)) for name, content in self._small_files(digests))
+        return small + sum(map(self._blob_size, digests)) + len(TAR_END)
+
+    def plan(self, path: str = "", program: Optional[bytes] = None,
+             limit: Optional[int] = None) -> None:
+        """Decide what goes into which of the `files`: one at `path`, or, if it would have more than
+        `limit` bytes, several beside it. Raises SIZE_INVALID if the limit is too small,
+        DIGEST_INVALID, OSError."""
+        self.program, self.index = program, self._make_index()
+        if self.left_out:
+            self.table = self._make_table([], {}, [])
+        digests = sorted(self.blobs.keys() - self.manifest_by_digest.keys())
+        self.files = [PlannedFile(path, digests)]
+        if limit and self.size(digests) > limit:
+            self._split(path, digests, limit)
+
+    def _split(self, path: str, digests: List[Digest], limit: int) -> None:
+        """Plan parts. All of them have all manifests, so that each can be loaded by itself. A blob
+        that is larger than a part is cut into ranges, which are blobs of their own."""
+        size = self.size(digests)
+        least = size - sum(map(self._blob_size, digests))
+        # Bytes that PARTS may take, with names as long as a file may have.
+        table = 2000 * (2 + size // max(limit - least, 1)) + sum(len(key) + 3 for key in digests)
+        room = limit - least - table
+        if room < table:
+            raise RegistryError("SIZE_INVALID", message="a part has to be larger: what all parts "
+                                "have, the manifests above all, takes %d bytes" % least)
+        joined = {digest: self._cut(digest, room - 2 * BLOCK)
+                  for digest in digests if self._blob_size(digest) > room}
+        pieces = itertools.chain.from_iterable(joined.get(digest, [digest]) for digest in digests)
+        parts = self._pack(collections.OrderedDict.fromkeys(pieces), room)
+        stem, extension = os.path.splitext(path)
+        self.files = [PlannedFile("%s-%dof%d%s" % (stem, number, len(parts), extension), part)
+                      for number, part in enumerate(parts, 1)]
+        names = [os.path.basename(file.path) for file in self.files]
+        self.table = self._make_table(names, joined, parts)
+
+    def _cut(self, digest: Digest, step: int) -> List[Digest]:
+        """Make a blob of each range of a blob; returns their digests. Raises DIGEST_INVALID,
+        OSError."""
+        length, open_from, _ = self.blobs[digest]
+        whole, ranges = hashlib.new(digest.algorithm), []
         with open_from(0) as blob:
-            for offset in range(0, length, step):
-                size, hasher = min(step, length - offset), hashlib.sha256()
+            for start in range(0, length, step):
+                size, hasher = min(step, length - start), hashlib.sha256()
                 copy_bytes(blob, size, hasher.update, whole.update)
-                parts.append(Digest("sha256:" + hasher.hexdigest()))
-                self.blobs[parts[-1]] = size, lambda _, offset=offset: open_from(offset)
+                ranges.append(Digest("sha256:" + hasher.hexdigest()))
+                self.blobs[ranges[-1]] = PlannedBlob(size, open_from, start)
         check_hash(whole, digest)
+        return ranges
+
+    def _pack(self, digests: Iterable[Digest], room: int) -> List[List[Digest]]:
+        """Share blobs, in their order, among parts with room for so many bytes."""
+        parts: List[List[Digest]] = []
+        left = 0
+        for digest in digests:
+            if self._blob_size(digest) > left:
+                parts.append([])
+                left = room
+            parts[-1].append(digest)
+            left -= self._blob_size(digest)
         return parts
 
-    def _cost(self, digest):
-        """The bytes that a blob takes in a tar."""
-        length = self.blobs[digest][0]
-        return len(tar_header(blob_name(digest), length)) + padded(length)
+    # Writing
 
-    def _small_files(self, digests):
-        """[(name, content)] of what a tar with these blobs begins with."""
-        images = self._docker_images(digests)
-        listed = [("manifest.json", to_json(images))] if images else []
-        return self.head + listed + self.common
-
-    def size(self, digests):
-        """The bytes of a tar with these blobs."""
-        common = sum(len(tar_header(name, len(content))) + padded(len(content))
-                     for name, content in self._small_files(digests))
-        return common + sum(map(self._cost, digests)) + len(TAR_END)
-
-    def write(self, digests, *takers):
-        """Hand a tar with these blobs to functions, such as a file's write. Blobs are checked on their way. Raises
-        DIGEST_INVALID, OSError."""
-        def give(content):
-            for take in takers:
-                take(content)
-
+    def write(self, digests: Sequence[Digest], take: Callable[[bytes], Any]) -> None:
+        """Hand a tar with these blobs to a function, such as a file's write. Blobs are checked on
+        their way. Raises DIGEST_INVALID, OSError."""
         for name, content in self._small_files(digests):
-            give(tar_header(name, len(content)) + content.ljust(padded(len(content)), b"\0"))
+            take(tar_header(name, len(content)) + content.ljust(padded(len(content)), b"\0"))
         for digest in digests:
-            length, open_from = self.blobs[digest]
-            hasher = hashlib.new(digest.algorithm)
-            give(tar_header(blob_name(digest), length))
-            with open_from(0) as blob:
-                copy_bytes(blob, length, hasher.update, *takers)
+            blob, hasher = self.blobs[digest], hashlib.new(digest.algorithm)
+            take(tar_header(blob_name(digest), blob.length))
+            with blob.open() as source:
+                copy_bytes(source, blob.length, hasher.update, take)
             check_hash(hasher, digest)
-            give(bytes(padded(length) - length))
-        give(TAR_END)
+            take(bytes(padded(blob.length) - blob.length))
+        take(TAR_END)
 
-    def save(self):
-        """Write the files, each beside its name until it is safe on the disk. Returns what people want to know of each,
-        as dicts. Raises DIGEST_INVALID, OSError."""
-        report = []
-        for path, digests in self.files:
-            hasher, temporary = hashlib.sha256(), "%s.%s.part" % (path, uuid.uuid4().hex[:8])
-            try:
-                with open(temporary, "xb") as file:
-                    self.write(digests, file.write, hasher.update)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.rename(temporary, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
-                raise
-            sync_directory(os.path.dirname(os.path.abspath(path)))
-            report.append({"file": path, "size": self.size(digests), "sha256": hasher.hexdigest()})
-        return report
+    def _save_file(self, path: str, digests: Sequence[Digest]) -> str:
+        """Write a file, beside its name until it is safe on the disk; returns its sha256."""
+        hasher, temporary = hashlib.sha256(), "%s.%s.part" % (path, uuid.uuid4().hex[:8])
+
+        def take(content: bytes) -> None:
+            file.write(content)
+            hasher.update(content)
+
+        try:
+            with open(temporary, "xb") as file:
+                self.write(digests, take)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # it was never made, or the disk failed
+                os.unlink(temporary)
+            raise
+        sync_directory(os.path.dirname(os.path.abspath(path)))
+        return hasher.hexdigest()
+
+    def save(self) -> List[Dict[str, Any]]:
+        """Write the files; returns the path, the size and the sha256 of each, for --json. Raises
+        DIGEST_INVALID, OSError."""
+        return [{"file": path, "size": self.size(digests), "sha256": self._save_file(path, digests)}
+                for path, digests in self.files]
 
 # -------------------------------------------------------------------------------------------------
 # 9  Remote
@@ -9946,8 +10197,8 @@ def list_archives(archive: Archive) -> List[Dict[str, Any]]:
         try:
             plan.plan()
             absent = set(plan.blobs) - present
-            entry["lacking"] = len(absent - archive.left_out)
-            entry["left_out"] = len(absent & archive.left_out)
+            entry["lacking"] = len(absent - archive.parts.left_out)
+            entry["left_out"] = len(absent & archive.parts.left_out)
         except RegistryError as error:  # whatever it is, the row of the image says so
             entry["error"] = str(error)
         entries.append(dict(entry, digest=digest))
@@ -10564,15 +10815,14 @@ class ArchiveVerification(Verification):
                 self._read_blobs(path, Archive([path], partly=True).blobs)
         # Whether whole parts belong to one blob shows only where all of them are at hand.
         self._read_blobs(archive.root, {
-            digest: member for digest, member in archive.blobs.items()
-            if isinstance(member.source, tuple)
-            and self.damaged.keys().isdisjoint(archive.joined[digest])})
+            digest: blob for digest, blob in archive.joined.items()
+            if self.damaged.keys().isdisjoint(archive.parts.ranges[digest])})
         for name, reference, _ in archive.images():
             self._check_image(archive, name, reference)
 
-    def _read_blobs(self, path: str, blobs: Mapping[Digest, Member]) -> None:
+    def _read_blobs(self, path: str, blobs: Mapping[Digest, Union[Member, Joined]]) -> None:
         # Links give one file many names; it is read once.
-        read = functools.lru_cache(maxsize=None)(Member.digest)
+        read = functools.lru_cache(maxsize=None)(read_digest)
         for digest, member in blobs.items():
             try:
                 is_intact = read(member, digest.algorithm) == digest
@@ -10590,7 +10840,7 @@ class ArchiveVerification(Verification):
         except (Unknown, Invalid) as error:  # the plan has got as far as it could
             self.add(Finding("unreadable image", str(error), archive.root), image)
         for digest in plan.blobs:
-            if digest in archive.left_out and digest not in archive.blobs:
+            if digest in archive.parts.left_out.difference(archive.blobs, archive.joined):
                 self.left_out.add(digest)
                 continue
             for finding in self._lacks(archive, digest):
@@ -10598,14 +10848,15 @@ class ArchiveVerification(Verification):
 
     def _lacks(self, archive: Archive, digest: Digest) -> Iterator[Finding]:
         """What is wrong with a blob that an image needs."""
-        pieces = [digest] if digest in self.damaged else archive.joined.get(digest, [digest])
+        ranges = archive.parts.ranges.get(digest, [digest])
+        pieces = [digest] if digest in self.damaged else ranges
         for piece in pieces:
             if piece in self.damaged:
                 yield self.damaged[piece]
             elif piece not in archive.blobs:
-                parts = archive.needed_parts(piece) - archive.given
+                parts = archive.needed_parts(piece) - archive.parts.given
                 for key, number in parts:
-                    names = archive.parts[key]
+                    names = archive.parts.names[key]
                     yield Finding("part %d of %d was not given" % (number, len(names)),
                                   names[number - 1], archive.root)
                 if not parts:
@@ -10741,9 +10992,9 @@ def save(options: argparse.Namespace) -> int:
 def keep_ranges(store: Directory, archive: Archive) -> None:
     """Keep the ranges of blobs that are not whole yet until the other parts come. Forget the
     ranges that nobody needs any more, and those that are damaged. Raises OSError."""
-    needed = set().union(*[ranges for blob, ranges in archive.joined.items()
+    needed = set().union(*[ranges for blob, ranges in archive.parts.ranges.items()
                            if not os.path.exists(store.layout.blob_path(blob))])
-    for digest in needed.union(*archive.joined.values()):
+    for digest in needed.union(*archive.parts.ranges.values()):
         path = os.path.join(store.layout.own, "ranges", digest.encoded)
         if digest not in needed or archive.damaged.get(digest) == path:
             with contextlib.suppress(FileNotFoundError):  # it was never kept
@@ -10767,9 +11018,9 @@ def iter_part_lines(archive: Archive, reports: List[Report], are_kept: bool) -> 
                            for digest in lacking_digests(reports)])
     complete = sum(report.complete for report in reports)
     advice = "" if are_kept else " (load all at once: another registry keeps no pieces of a blob)"
-    for archive_key, names in archive.parts.items():
+    for archive_key, names in archive.parts.names.items():
         missing, taken = [[str(number) for key, number in sorted(parts) if key == archive_key]
-                          for parts in (needed, archive.given - needed)]
+                          for parts in (needed, archive.parts.given - needed)]
         label = "no part"
         if taken:
             label = ("parts " if taken[1:] else "part ") + ", ".join(taken)
@@ -10784,7 +11035,7 @@ def iter_archive_problems(archive: Archive, reports: List[Report]) -> Iterator[s
         yield "%s: %s" % entry
     for path in sorted(set(archive.damaged.values())):
         yield "%s is damaged: copy it again; what is intact in it was taken" % path
-    if lacking_digests(reports) & archive.left_out:
+    if lacking_digests(reports) & archive.parts.left_out:
         yield ("what --have said is here was left out on purpose, and is not here: save again "
                "with --have of what `ls --digests` says now")
 

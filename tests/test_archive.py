@@ -176,6 +176,14 @@ def test_one_platform_and_the_index_to_the_byte(store, far, save, load):
         == [["blobs/sha256/" + Digest.of(b"arm").encoded]]
 
 
+def test_a_manifest_without_blobs_that_another_program_stored_is_saved(store, save):
+    content = json.dumps({"schemaVersion": 2, "mediaType": tinyreg.OCI_MANIFEST, "layers": []}).encode()
+    manifest = tinyreg.Manifest(content, Digest.of(content))
+    store.put_manifest(NAME, manifest, ["1"])
+    members = members_of(save("demo:1"))
+    assert members["blobs/sha256/" + manifest.digest.encoded] == content and "manifest.json" not in members
+
+
 def test_the_same_images_make_the_same_bytes(store, save, tmp_path):
     for tag in "12":
         make_image(store, NAME, tag, layers=(tag.encode(), b"shared"))
@@ -1037,7 +1045,7 @@ def test_a_manifest_or_config_that_many_names_lead_to_is_read_once(tmp_path, mon
     archive = Archive([make_tar(tmp_path / "names.tar", members)])
     assert len(list(archive.images())) == len(names) and read.count(manifest.content) == 1
     archive = Archive([make_tar(tmp_path / "docker.tar", docker)])
-    assert len(archive.roots) == len(names) and read.count(docker["c"]) == 1
+    assert len(list(archive.repositories())) == len(names) and read.count(docker["c"]) == 1
 
 
 @pytest.mark.parametrize("size", [b"9" * 60000, b"1_0", b"-1", b"0x1", b" 1", b""])
@@ -1045,7 +1053,7 @@ def test_a_size_that_is_no_number_is_refused(size):
     record = b" size=" + size + b"\n"
     length = len(record) + len(str(len(record) + 5))
     with pytest.raises(ValueError, match="malformed pax header"):
-        tinyreg.pax_records(str(length).encode() + record)
+        tinyreg.parse_pax_records(str(length).encode() + record)
 
 
 def test_a_blob_that_lies_about_its_digest_does_not_count(tmp_path, far, load):

@@ -614,7 +614,7 @@ def test_a_glob_of_many_stars_means_what_one_of_few_does(glob, text):
 
 @pytest.mark.parametrize("parse, attack", [
     (tinyreg.parse_challenges, ("Basic ", "a=\"b\",", "")),
-    (tinyreg.pax_records, (b"", b"6 a=b\n", b"")),
+    (tinyreg.parse_pax_records, (b"", b"6 a=b\n", b"")),
     (tinyreg.harmless, ("", "\x1b", "")),
     (tinyreg.without_secrets, ("/?", "a=b&", "")),
     (tinyreg.full_name, ("", "_1", "/a")),
