@@ -350,8 +350,6 @@ ERRORS = {  # by the OCI code (distribution-spec, "Error Codes")
     "UNKNOWN": ErrorKind(Unavailable, 500, "the registry failed; its log says why"),
 }
 
-UNKNOWN_CODES = ("NAME_UNKNOWN", "MANIFEST_UNKNOWN", "BLOB_UNKNOWN")  # CALLERS: catch Unknown
-
 
 class CommandError(argparse.ArgumentTypeError):
     """A command can't do its work. The message is one line for the person at the command line, and
@@ -399,6 +397,8 @@ class TaggedDigest(Digest):
         return value
 
 
+# Text for people
+
 # Control characters, half surrogates, and characters that are invisible or turn a line's direction.
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f"
                     "\ud800-\udfff\ufeff\U000e0000-\U000e007f]")
@@ -419,6 +419,21 @@ def singular(nouns: str) -> str:
     """The noun for one: repository for repositories, blob for blobs."""
     return re.sub("ies$", "ys", nouns)[:-1]
 
+
+def in_units(size: float) -> str:
+    """A number of bytes for people: 1.5 GiB."""
+    if size < 1024:
+        return "%d B" % size
+    power = min((int(size).bit_length() - 1) // 10, 4)
+    return "%.1f %siB" % (size / 1024.0 ** power, " KMGT"[power])
+
+
+def shorten(reference: str) -> str:
+    """A digest cut to twelve digits, as people write it; or a tag as it is."""
+    return reference[:19] + "…" if ":" in reference else reference
+
+
+# Names and references
 
 def _parse(pattern: Union[str, Pattern], text: str, code: str, message: Optional[str] = None,
            **settings: Any) -> Match:
@@ -6559,19 +6574,6 @@ MEANINGS = {  # of statuses, whatever was asked
     503: "not at the moment; try again",
     507: "the disk is full",
 }
-
-
-def in_units(size: float) -> str:
-    """A number of bytes for people: 1.5 GiB."""
-    if size < 1024:
-        return "%d B" % size
-    power = min((int(size).bit_length() - 1) // 10, 4)
-    return "%.1f %siB" % (size / 1024.0 ** power, " KMGT"[power])
-
-
-def shorten(reference: str) -> str:
-    """A digest cut to twelve digits, as people write it; or a tag as it is."""
-    return reference[:19] + "…" if ":" in reference else reference
 
 
 def explain(exchange: Exchange, words: Words) -> str:
