@@ -7858,13 +7858,18 @@ def image_details(registry: Registry, access: Access, request: Request, name: st
                         + [("Steps without a layer", others)])]
 
 
+PULL_COMMANDS = {  # by the scheme that the registry speaks
+    "https": ("docker pull %s", "podman pull %s", "ctr images pull %s"),
+    "http": ("docker pull %s", "podman pull --tls-verify=false %s",
+             "ctr images pull --plain-http %s"),
+}
+
+
 def pull_commands(request: Request, image: str) -> Content:
     """What to type to get an image, for each client."""
     image = "%s/%s" % (request.host(), image)
-    plain = request.outer_scheme() == "http"
-    return [fill("<h2>Pull it</h2>"), command_line("docker pull " + image),
-            command_line("podman pull %s%s" % ("--tls-verify=false " if plain else "", image)),
-            command_line("ctr images pull%s %s" % (" --plain-http" if plain else "", image))]
+    commands = PULL_COMMANDS[request.outer_scheme()]
+    return [fill("<h2>Pull it</h2>"), [command_line(command % image) for command in commands]]
 
 
 def find_digest(registry: Registry, name: str, reference: Reference) -> Digest:
@@ -8051,15 +8056,22 @@ class ClientSetup(NamedTuple):
     def url(self) -> str:
         return ("http://" if self.ca is None else "https://") + self.host
 
-    def hosts_toml(self, ca_file: str, push: bool = False) -> str:
-        """The table of this registry for a hosts.toml."""
-        capabilities = '"pull", "resolve", "push"' if push else '"pull", "resolve"'
-        lines = ['[host."%s"]' % self.url, "  capabilities = [%s]" % capabilities]
+    def hosts_toml(self, ca_file: str) -> str:
+        """A hosts.toml for the images of this registry."""
+        ca = 'ca = "%s"\n' % ca_file if self.ca else ""
+        # containerd 1.6 wants to be told of the CA twice.
+        return ('server = "{0}"\n{1}[host."{0}"]\n  capabilities = ["pull", "resolve", "push"]\n'
+                .format(self.url, ca) + ("  " + ca if ca else ""))
+
+    def mirror_toml(self, ca_file: str) -> str:
+        """A hosts.toml for the images of other registries. It has no `server`, so pushes, and pulls
+        of what is not here, go to the registry that the image names."""
+        toml = '[host."%s"]\n  capabilities = ["pull", "resolve"]\n' % self.url
         if self.ca:
-            lines.append('  ca = "%s"' % ca_file)
-        if self.login and not push:
-            lines += ['  [host."%s".header]' % self.url, '    Authorization = "%s"' % self.login]
-        return "\n".join(lines) + "\n"
+            toml += '  ca = "%s"\n' % ca_file
+        if self.login:
+            toml += '  [host."%s".header]\n    Authorization = "%s"\n' % (self.url, self.login)
+        return toml
 
 
 class ClientFile(NamedTuple):
@@ -8072,15 +8084,14 @@ class ClientFile(NamedTuple):
 
 
 def mirror_files(client: str, setup: ClientSetup, ca_file: str) -> Iterator[ClientFile]:
-    """The hosts.toml files that let containerd and Docker pull from this registry first. They have
-    no `server`: pushes, and pulls of what is not here, go to the registry that the image names."""
+    """The hosts.toml files that let containerd and Docker pull from this registry first."""
     remark = ("with a password in it" if setup.login else
               "a mirror must let everyone pull: serve --anonymous pull; or say clients --user NAME")
     if client == "docker":
         remark = "for Docker from 29 on with containerd's image store; " + remark
     for folder in setup.origins if setup.only_known else ["_default"]:
         yield ClientFile("%s/%s/hosts.toml" % (CLIENTS[client][0], folder),
-                         setup.hosts_toml(ca_file), remark, 0o600 if setup.login else 0o644)
+                         setup.mirror_toml(ca_file), remark, 0o600 if setup.login else 0o644)
 
 
 def daemon_json(setup: ClientSetup) -> Iterator[ClientFile]:
@@ -8134,9 +8145,8 @@ def client_files(client: str, setup: ClientSetup) -> Iterator[ClientFile]:
     if client == "docker":
         yield from daemon_json(setup)
     elif client == "containerd":
-        ca_line = 'ca = "%s"\n' % ca_file if setup.ca else ""  # 1.6 wants it twice
-        yield ClientFile("%s/%s/hosts.toml" % (folder, setup.host), 'server = "%s"\n%s%s' % (
-            setup.url, ca_line, setup.hosts_toml(ca_file, push=True)), remark)
+        path = "%s/%s/hosts.toml" % (folder, setup.host)
+        yield ClientFile(path, setup.hosts_toml(ca_file), remark)
     elif client == "podman":
         yield from registries_conf(setup)
     elif client == "k3s":
