@@ -1821,6 +1821,7 @@ class Layout:
     def __init__(self, root):
         self.root = os.path.abspath(root)
         self.tree = os.path.join(self.root, "docker", "registry", "v2")
+        self.repositories = os.path.join(self.tree, "repositories")
         self.own = os.path.join(self.root, "tinyreg")
 
     def blob_path(self, digest):
@@ -1828,6 +1829,10 @@ class Layout:
 
     def repository_path(self, name):
         return os.path.join(self.tree, "repositories", name)
+
+    def uploads_path(self, name: str) -> str:
+        """Below it is a folder for each upload session."""
+        return os.path.join(self.repository_path(name), "_uploads")
 
     def layer_path(self, name, digest):
         return os.path.join(self.repository_path(name), "_layers", digest.algorithm, digest.encoded)
@@ -2586,9 +2591,9 @@ class Node(NamedTuple):
 
     digest: Digest
     folder: str  # has the repository's link to it
-    mentions: FrozenSet[int]
-    children: List[int]
-    subject: Optional[int]
+    mentions: FrozenSet[int] = frozenset()
+    children: Sequence[int] = ()
+    subject: Optional[int] = None
 
 
 def reachable(roots: Iterable[Any], *edges: Mapping[Any, Iterable[Any]]) -> Set[Any]:
@@ -2613,7 +2618,7 @@ def raise_unless_gone(error: OSError) -> None:
 def repository_folders(store: Directory) -> Iterator[str]:
     """The names of all folders that are repositories, also those without manifests. Raises
     OSError."""
-    top = os.path.join(store.layout.tree, "repositories")
+    top = store.layout.repositories
     os.stat(top)  # a disk that is not mounted must not look like a store without repositories
     for folder, children, _ in os.walk(top, onerror=raise_unless_gone, followlinks=True):
         if any(child.startswith("_") for child in children):
@@ -2652,8 +2657,8 @@ class Expiry(NamedTuple):
 
     def applies_to(self, name: str) -> bool:
         """Whether tags of this repository may expire."""
-        is_named = not self.repositories or self.repositories.fullmatch(name)
-        return self.is_on and bool(is_named)
+        is_meant = not self.repositories or self.repositories.fullmatch(name)
+        return self.is_on and bool(is_meant)
 
     def choose(self, moved: Dict[str, float], latest: float) -> Set[str]:
         """The tags that go, of those that were last moved at these times; none that was moved after
@@ -2663,10 +2668,9 @@ class Expiry(NamedTuple):
 
     def doubt_about_clock(self, store: Directory, now: float) -> Optional[str]:
         """A sentence, if the times of the tags and the clock don't fit together."""
-        pushed = [(store.pushed(name, tag), name, tag)
-                  for name in repository_folders(store)
-                  for tag in store.layout.list_tags(name)]
-        newest, name, tag = max(pushed, default=(now, "", ""))
+        pushed = [(store.pushed(name, tag), image_text(name, tag))
+                  for name in repository_folders(store) for tag in store.layout.list_tags(name)]
+        newest, image = max(pushed, default=(now, ""))
         # Where a number of tags stays, a quiet month is no reason to ask.
         longest = IMPLAUSIBLE_AGE if self.keep is not None else 0.0
         if self.keep is not None and newest > now + CLOCK_SLACK:
@@ -2676,7 +2680,7 @@ class Expiry(NamedTuple):
         else:
             return None
         return ("%s, of %s, %s. This machine's clock says %s: if that is right, say --force"
-                % (image_text(name, tag), local_time(newest), consequence, local_time(now)))
+                % (image, local_time(newest), consequence, local_time(now)))
 
 
 NO_EXPIRY = Expiry()
@@ -2699,22 +2703,22 @@ class Sweep:
     protect for years what it should protect for an hour."""
 
     def __init__(self, store: Directory, grace: float, dry_run: bool,
-                 tell: Optional[Callable[[str, str, int], None]]) -> None:
+                 tell: Callable[[str, str, int], None]) -> None:
         self.store = store
         self.layout = store.layout
         # Clients may have been told of a link TOUCH_AGAIN_AFTER seconds after its mtime.
         self.grace = grace + TOUCH_AGAIN_AFTER if grace else 0.0
         self.dry_run = dry_run
-        self.tell = tell                      # is called with kind, name, and bytes that get free
+        self.tell = tell      # is called with kind, name, and bytes that get free
         self.counts: Dict[str, int] = collections.Counter()  # of what goes, by kind; and "bytes"
         self.has_spared = False               # something stays only because it is young
         self.newest = 0.0                     # when the youngest of what goes was touched
-        self.begin(time.time())
+        self.now = time.time()
 
-    def begin(self, now: float) -> None:
-        """What was touched at `now`, in the grace period before it, or later, is young."""
-        self.now = now
-        self.young_since = now - self.grace
+    @property
+    def young_since(self) -> float:
+        """What was touched at this time, or later, is young."""
+        return self.now - self.grace
 
     def _look(self, path: str, opened: bool = False) -> FileState:
         """As look_at(), with a time in the future mended."""
@@ -2736,8 +2740,7 @@ class Sweep:
     def _count(self, kind: str, name: str, size: int = 0) -> None:
         self.counts[kind] += 1
         self.counts["bytes"] += size
-        if self.tell:
-            self.tell(kind, name, size)
+        self.tell(kind, name, size)
 
     def _old(self, kind: str, batch: List[Entry], opened: bool = False) -> Dict[Entry, FileState]:
         """The entries that are old, with the states of the files that say so."""
@@ -2760,23 +2763,31 @@ class Sweep:
             young += [entry for entry in batch if entry not in old]
         return young
 
+    def _bury(self, paths: Iterable[str]) -> List[str]:
+        """Move files and folders to the scratch folder; returns their paths there."""
+        trash = []
+        for path in paths:
+            # Another process may have deleted it, or it was never there.
+            with contextlib.suppress(FileNotFoundError):
+                trash.append(self.store.files.bury(path))
+        return trash
+
+    def _dispose(self, trash: List[str]) -> None:
+        for path in trash:
+            self.store.files.dispose(path)
+
     def _delete(self, kind: str, batch: List[Entry]) -> Dict[Entry, FileState]:
         """Delete what is still old; returns that."""
-        trash = []
         began = time.monotonic()
         with self.store.lock.alone():
             waited = time.monotonic() - began
             old = self._old(kind, batch, opened=True)
-            for _, folder in old:
-                # Another process may have deleted it.
-                with contextlib.suppress(FileNotFoundError):
-                    trash.append(self.store.files.bury(folder))
+            trash = self._bury(folder for _, folder in old)
         if kind != "blobs":  # nothing depends on it that a blob is gone
             for parent in {os.path.dirname(folder) for _, folder in old}:
                 with contextlib.suppress(FileNotFoundError):  # the whole repository is gone
                     sync_directory(parent)
-        for path in trash:
-            self.store.files.dispose(path)
+        self._dispose(trash)
         if waited > 0.001:
             time.sleep(waited)  # those who share the lock get as much time as they had to give
         return old
@@ -2786,8 +2797,7 @@ class Sweep:
         in the scratch folder. Raises OSError."""
         limit = self.now - UPLOAD_IDLE
         for name in repository_folders(self.store):
-            uploads = os.path.join(self.layout.repository_path(name), "_uploads")
-            for session_id in list_directory(uploads):
+            for session_id in list_directory(self.layout.uploads_path(name)):
                 session = DirectoryUpload(self.store, name, session_id)
                 written, size, _ = self._look(session.path)
                 is_idle = (written or self._look(session.folder).mtime) < limit
@@ -2813,7 +2823,7 @@ class Collection(Sweep):
     its manifest goes. If the clock seems wrong, no tag expires without `force`."""
 
     def __init__(self, store: Directory, grace: float = 0.0, untagged: bool = False,
-                 dry_run: bool = False, tell: Optional[Callable[[str, str, int], None]] = None,
+                 dry_run: bool = False, tell: Callable[[str, str, int], None] = do_nothing,
                  expiry: Expiry = NO_EXPIRY, force: bool = False) -> None:
         super().__init__(store, grace, dry_run, tell)
         self.untagged = untagged
@@ -2829,7 +2839,7 @@ class Collection(Sweep):
         with self.store.lock.alone():
             # This asks for the time of the file system, which may be another host's.
             os.utime(self.store.lock.path)
-            self.begin(os.stat(self.store.lock.path).st_mtime)
+            self.now = os.stat(self.store.lock.path).st_mtime
         if self.expiry.is_on:
             self.doubt = self.expiry.doubt_about_clock(self.store, self.now)
             if self.doubt and not self.force and not self.dry_run:
@@ -2843,20 +2853,15 @@ class Collection(Sweep):
 
     def collect_repository(self, name: str) -> None:
         """Mark and sweep one repository; note which blobs it needs. Raises OSError."""
-        unread = len(self.unread)
+        unread_before = len(self.unread)
         nodes = self._read_manifests(name)
         tags = {}
         if self.untagged or self.expiry.applies_to(name):
             tags = self._read_tags(name)
-        is_readable = len(self.unread) == unread
+        is_readable = len(self.unread) == unread_before
         if is_readable:
-            expired = self._expired_tags(name, tags)
-            about = {tag for tag in tags if FALLBACK_TAG.fullmatch(tag) and key_of(tag) in nodes
-                     and self.expiry.applies_to(name)}
-            staying = self._mark(name, nodes, tags, expired, about)
-            expired.update(tag for tag in about if key_of(tag) not in staying)
-            self.sweep("tags", [(tag, self.layout.tag_path(name, tag))
-                                for tag in sorted(expired)], name)
+            staying, going_tags = self._mark(name, nodes, tags)
+            self.sweep("tags", [(tag, self.layout.tag_path(name, tag)) for tag in going_tags], name)
             self._sweep_manifests(name, nodes, staying)
         needed = set(nodes).union(*(node.mentions for node in nodes.values()))
         self._sweep_links(name, needed, is_readable)
@@ -2875,8 +2880,8 @@ class Collection(Sweep):
     def _read_manifest(self, name: str, digest: Digest, folder: str) -> Node:
         content = self.store.manifest_content(digest)
         if content is None:
-            self.unread.append("%s@%s" % (name, digest))
-            return Node(digest, folder, frozenset(), [], None)
+            self.unread.append(image_text(name, digest))
+            return Node(digest, folder)
         manifest = Manifest(content, digest)
         children: List[int] = []
         subject: Optional[int] = None
@@ -2895,7 +2900,7 @@ class Collection(Sweep):
             if digest:
                 tags[tag] = digest
             elif os.path.exists(self.layout.link_in(folder)):
-                self.unread.append("%s:%s" % (name, tag))
+                self.unread.append(image_text(name, tag))
         return tags
 
     def _expired_tags(self, name: str, tags: Dict[str, Digest]) -> Set[str]:
@@ -2903,58 +2908,62 @@ class Collection(Sweep):
 
         If only expired tags point to a manifest, and a client was just told of it, the tags stay
         with it: without them no later run would know that it was to go."""
-        if not self.expiry.applies_to(name):
-            return set()
-        moved = {tag: self.store.pushed(name, tag)
-                 for tag in tags if not FALLBACK_TAG.fullmatch(tag)}
+        moved = {tag: self.store.pushed(name, tag) for tag in tags}
         latest = min(self.young_since, self.now - (self.expiry.older_than or 0.0))
         expired = self.expiry.choose(moved, latest)
-        kept = {tags[tag] for tag in moved if tag not in expired}
+        kept = {tags[tag] for tag in tags.keys() - expired}
         return {tag for tag in expired if tags[tag] in kept
                 or not self.is_young(self.layout.revision_path(name, tags[tag]))}
 
-    def _mark(self, name: str, nodes: Dict[int, Node], tags: Dict[str, Digest],
-              expired: Set[str], about: Set[str]) -> Set[int]:
-        """The keys of the manifests that stay, and of all that they mention. `about` are the tags
-        that say of a manifest that it is about another one, and do not keep it by themselves."""
+    def _mark(self, name: str, nodes: Dict[int, Node], tags: Dict[str, Digest]
+              ) -> Tuple[Set[int], List[str]]:
+        """The keys of the manifests that stay, and of all that they mention; and the tags that
+        go."""
+        expired: Set[str] = set()
+        attached: Set[str] = set()  # tags that are about a manifest, and go with it
+        if self.expiry.applies_to(name):
+            fallback = set(filter(FALLBACK_TAG.fullmatch, tags))
+            attached = {tag for tag in fallback if key_of(tag) in nodes}
+            expired = self._expired_tags(
+                name, {tag: tags[tag] for tag in tags if tag not in fallback})
         mentions = {key: node.mentions for key, node in nodes.items()}
         referrers: Dict[Optional[int], List[int]] = {}
         for key, node in nodes.items():
             referrers.setdefault(node.subject, []).append(key)
-        for tag in about:
+        for tag in attached:
             referrers.setdefault(key_of(tag), []).append(key_of(tags[tag]))
-        roots = [key_of(tags[tag]) for tag in tags.keys() - expired - about]
-        roots += map(key_of, self.store.pinned(name))
-        staying = reachable(roots, mentions, referrers)
+        roots = [tags[tag] for tag in tags.keys() - expired - attached]
+        roots += self.store.pinned(name)
+        staying = reachable(map(key_of, roots), mentions, referrers)
         if not self.untagged:
             # Only what belongs to an expired tag goes: its manifest, the children of that, and the
             # referrers of these. What else they mention, such as a base image, does not go along.
             children = {key: node.children for key, node in nodes.items()}
             doomed = reachable([key_of(tags[tag]) for tag in expired], children, referrers)
-            # A referrer of an expired tag's own goes with the tag, even if it is about a manifest
-            # that stays here only because nothing has ever pointed to it.
+            # A referrer that had an expired tag itself goes with that tag, although its subject
+            # may stay: as one that never had a tag, not by a tag or pin (see above).
             staying |= reachable(nodes.keys() - doomed, mentions,
                                  {key: referrers.get(key, ()) for key in doomed})
         young = [key for key in nodes.keys() - staying if self.is_young(nodes[key].folder)]
-        return staying | reachable(young, mentions, referrers)
+        staying |= reachable(young, mentions, referrers)
+        return staying, sorted(expired.union(tag for tag in attached if key_of(tag) not in staying))
 
     # Sweeping
 
     def _sweep_manifests(self, name: str, nodes: Dict[int, Node], staying: Set[int]) -> None:
-        """Delete the manifests that don't stay, from `nodes` as well; parents before what they
-        mention. One that is young by now keeps all that it leads to."""
-        going = {key: node for key, node in nodes.items() if key not in staying}
-        while going:
-            mentioned = set().union(*(node.mentions for node in going.values()))
-            parents = {key: node for key, node in going.items() if key not in mentioned}
-            if not parents:
-                break  # manifests that mention each other, which no hash allows
-            young = {key_of(digest) for digest, _ in self.sweep(
-                "manifests", [(node.digest, node.folder) for node in parents.values()], name)}
-            for key in parents.keys() - young:
+        """Delete the manifests that don't stay, from `nodes` as well. One goes only when no
+        manifest that is still there mentions it: parents go first, and one that has become young
+        keeps all that it leads to."""
+        while True:
+            mentioned = set().union(*(node.mentions for node in nodes.values()))
+            going = {key: node for key, node in nodes.items() if key not in staying | mentioned}
+            if not going:
+                return
+            entries = [(node.digest, node.folder) for node in going.values()]
+            young = {key_of(digest) for digest, _ in self.sweep("manifests", entries, name)}
+            staying = staying | young
+            for key in going.keys() - young:
                 del nodes[key]
-            kept = reachable(young, {key: node.mentions for key, node in nodes.items()})
-            going = {key: node for key, node in going.items() if key in mentioned - kept}
 
     def _need_blob(self, digest: Digest, folder: str) -> None:
         """Keep the blob to which a repository's link leads."""
@@ -2987,23 +2996,19 @@ class Collection(Sweep):
         if self.dry_run or not self._empty_folders(path):
             return
         with self.store.lock.alone():
-            # A push may have come meanwhile, so look again.
-            trash = [self.store.files.bury(folder) for folder in self._empty_folders(path)]
-            if trash:
-                shutil.rmtree(self.layout.pins_path(name), ignore_errors=True)
+            folders = self._empty_folders(path)
+            if not folders:
+                return  # a push has come meanwhile
+            trash = self._bury(folders + [self.layout.pins_path(name),
+                                          self.layout.referrers_path(name)])
             # Another repository may be below.
             with contextlib.suppress(OSError):
-                while path != os.path.join(self.layout.tree, "repositories"):
+                while path != self.layout.repositories:
                     os.rmdir(path)
                     path = os.path.dirname(path)
         sync_directory(path)
-        for folder in trash:
-            self.store.files.dispose(folder)
-        if trash:
-            # The index is made anew when it is needed.
-            with contextlib.suppress(OSError):
-                os.unlink(self.layout.referrers_path(name))
-            self._count("repositories", name)
+        self._dispose(trash)
+        self._count("repositories", name)
 
     # What more could go
 
@@ -3059,8 +3064,7 @@ class Verification:
     """One reading of everything, in a store or in archives, and what came of it. `progress(blobs,
     bytes)` is called now and then; `rate` limits the reading to so many bytes a second."""
 
-    def __init__(self, progress: Optional[Callable[[int, int], None]] = None,
-                 rate: int = 0) -> None:
+    def __init__(self, progress: Callable[[int, int], None] = do_nothing, rate: int = 0) -> None:
         self.progress = progress
         self.rate = rate
         self.blobs = 0
@@ -3078,7 +3082,7 @@ class Verification:
         with self.mutex:
             self.blobs += blobs
             self.bytes += size
-            if self.progress and time.monotonic() - self.last_progress > 0.5:
+            if time.monotonic() - self.last_progress > 0.5:
                 self.last_progress = time.monotonic()
                 self.progress(self.blobs, self.bytes)
         if self.rate:
@@ -3098,7 +3102,7 @@ class StoreVerification(Verification):
     """The verification of a store, beside pushes. With `repair` it moves away what is damaged or
     leads nowhere, and deletes links that no image needs."""
 
-    def __init__(self, store: Directory, progress: Optional[Callable[[int, int], None]] = None,
+    def __init__(self, store: Directory, progress: Callable[[int, int], None] = do_nothing,
                  rate: int = 0, repair: bool = False) -> None:
         super().__init__(progress, rate)
         self.store = store
@@ -3173,9 +3177,8 @@ class StoreVerification(Verification):
     def _check_repository(self, name: str) -> Dict[Finding, Set[str]]:
         """What is wrong in one repository, and the images that each finding harms."""
         findings: List[Finding] = []
-        needs = self._check_links(findings, self.layout.iter_layers(name))
-        dangling = {finding for finding in findings if finding.problem == DANGLING}
-        revisions = self._check_links(findings, self.layout.iter_revisions(name))
+        needs = self._read_links(findings, self.layout.iter_layers(name), LEFTOVER)
+        revisions = self._read_links(findings, self.layout.iter_revisions(name), DANGLING)
         needs.update(revisions)  # {tag or digest: the digests that it can't do without}
         present = set(needs)
         for digest in revisions:
@@ -3183,18 +3186,18 @@ class StoreVerification(Verification):
             needs[digest] = needs[digest] + blobs + children
             findings += [Finding("missing blob", blob, self.layout.layer_path(name, blob))
                          for blob in blobs if blob not in present]
-        tags = self.layout.list_tags(name)
+        tags = {tag: self.layout.current_path(name, tag) for tag in self.layout.list_tags(name)}
+        for tag, digests in self._read_links(findings, tags.items()).items():
+            needs[tag] = digests
+            if digests[0] not in revisions:
+                findings.append(
+                    Finding("tag without manifest", tag, self.layout.link_in(tags[tag])))
         for tag in tags:
-            folder = self.layout.current_path(name, tag)
-            needs[tag] = self._check_link(findings, tag, folder)
-            if needs[tag] and needs[tag][0] not in revisions:
-                findings.append(Finding("tag without manifest", tag, self.layout.link_in(folder)))
-            # What a tag pointed to earlier may be gone; only the link itself is checked.
-            for digest, earlier in digest_folders(self.layout.tag_path(name, tag), "index"):
-                self._check_link(findings, digest, earlier)
-        harmed = self._harmed_images(name, tags + list(revisions), needs, findings)
-        leftovers = {finding for finding in dangling if not harmed[finding.name]}
-        return {finding._replace(problem=LEFTOVER) if finding in leftovers else finding:
+            # What a tag pointed to earlier may be gone; the link itself must not be damaged.
+            self._read_links(findings, digest_folders(self.layout.tag_path(name, tag), "index"))
+        harmed = self._harmed_images(name, list(tags) + list(revisions), needs, findings)
+        return {finding._replace(problem=DANGLING)
+                if finding.problem == LEFTOVER and harmed[finding.name] else finding:
                 harmed[finding.name] for finding in findings}
 
     @staticmethod
@@ -3213,28 +3216,25 @@ class StoreVerification(Verification):
                     tagged |= reached
         return harmed
 
-    def _check_links(self, findings: List[Finding], entries: Iterable[Tuple[Digest, str]]
-                     ) -> Dict[str, List[Digest]]:
-        """{digest: [what its link names]} of the (digest, folder) entries whose links lead to a
-        blob; adds what is wrong with the others, and with the blobs."""
+    def _read_links(self, findings: List[Finding], entries: Iterable[Tuple[str, str]],
+                    if_missing: str = "") -> Dict[str, List[Digest]]:
+        """{digest or tag: [the digest that its link names]} of these entries, which have the folder
+        of the link; adds what is wrong with links and blobs. `if_missing` is the problem of a link
+        to a blob that is not there; without it that is none."""
         targets: Dict[str, List[Digest]] = {}
-        for digest, folder in entries:
-            for target in self._check_link(findings, digest, folder):
-                if os.path.isfile(self.layout.blob_path(target)):
-                    targets[digest] = [target]
-                    if target in self.damaged:
-                        findings.append(self.damaged[target])
-                else:
-                    findings.append(Finding(DANGLING, digest, self.layout.link_in(folder)))
+        for name, folder in entries:
+            path = self.layout.link_in(folder)
+            target = self.layout.read_link(folder)
+            if target is None:
+                if os.path.exists(path):
+                    findings.append(Finding("damaged link", name, path))
+            elif if_missing and not os.path.isfile(self.layout.blob_path(target)):
+                findings.append(Finding(if_missing, name, path))
+            else:
+                targets[name] = [target]
+                if target in self.damaged:
+                    findings.append(self.damaged[target])
         return targets
-
-    def _check_link(self, findings: List[Finding], name: str, folder: str) -> List[Digest]:
-        """What a link names, as a list; [] without a link. Adds a finding if it is damaged."""
-        path = self.layout.link_in(folder)
-        target = self.layout.read_link(folder)
-        if target is None and os.path.exists(path):
-            findings.append(Finding("damaged link", name, path))
-        return [target] if target else []
 
 # -------------------------------------------------------------------------------------------------
 # 8  Archive
@@ -10812,7 +10812,7 @@ class ArchiveVerification(Verification):
     What was left out on purpose (save --have) is no damage."""
 
     def __init__(self, paths: List[str],
-                 progress: Optional[Callable[[int, int], None]] = None) -> None:
+                 progress: Callable[[int, int], None] = do_nothing) -> None:
         super().__init__(progress)
         self.paths = paths
 
@@ -10919,15 +10919,15 @@ def verify(options: argparse.Namespace) -> int:
     shown = sys.stderr.isatty() and not options.quiet
 
     def progress(blobs: int, size: int) -> None:
-        tell_progress("%s, %s read" % (counted(blobs, "blob"), in_units(size)))
+        if shown:
+            tell_progress("%s, %s read" % (counted(blobs, "blob"), in_units(size)))
 
     signal.signal(signal.SIGINT, leave_at_once)  # threads would go on reading
     check: Verification
     if options.archives:
-        check = ArchiveVerification(options.archives, progress if shown else None)
+        check = ArchiveVerification(options.archives, progress)
     else:
-        check = StoreVerification(open_store(options), progress if shown else None,
-                                  options.rate, options.repair)
+        check = StoreVerification(open_store(options), progress, options.rate, options.repair)
     check.run()
     if shown:
         complain("")
