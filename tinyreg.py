@@ -2657,8 +2657,8 @@ class Expiry(NamedTuple):
 
     def applies_to(self, name: str) -> bool:
         """Whether tags of this repository may expire."""
-        is_meant = not self.repositories or self.repositories.fullmatch(name)
-        return self.is_on and bool(is_meant)
+        is_named = not self.repositories or self.repositories.fullmatch(name)
+        return self.is_on and bool(is_named)
 
     def choose(self, moved: Dict[str, float], latest: float) -> Set[str]:
         """The tags that go, of those that were last moved at these times; none that was moved after
@@ -7872,7 +7872,7 @@ def pull_commands(request: Request, image: str) -> Content:
     return [fill("<h2>Pull it</h2>"), [command_line(command % image) for command in commands]]
 
 
-def find_digest(registry: Registry, name: str, reference: Reference) -> Digest:
+def resolve_reference(registry: Registry, name: str, reference: Reference) -> Digest:
     """The digest that a reference is or points to. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
     return reference if isinstance(reference, Digest) else registry.resolve(name, reference)
 
@@ -7880,9 +7880,9 @@ def find_digest(registry: Registry, name: str, reference: Reference) -> Digest:
 def image_row(registry: Registry, name: str, reference: Reference) -> Sequence[Content]:
     """The row of a tag or manifest in a table with the headings IMAGE_ROW."""
     try:
-        digest = find_digest(registry, name, reference)
+        digest = resolve_reference(registry, name, reference)
         image = describe(registry, name, digest)
-    except RegistryError as error:  # one that is missing or damaged must not hide the others
+    except (Unknown, Invalid) as error:  # one that is missing or damaged must not hide the others
         return shorten(reference), "not here: %s" % error.message
     return (link(shorten(reference), repository=name, reference=reference),
             ", ".join(image["platforms"]), in_units(image["size"]), age(image["created"]),
@@ -7912,7 +7912,7 @@ def image_facts(registry: Registry, name: str, manifest: Manifest) -> Optional[M
 def image_page(registry: Registry, access: Access, request: Request, name: str,
                reference: Reference) -> Response:
     """All that is known of one manifest. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
-    manifest = registry.manifest(name, find_digest(registry, name, reference))
+    manifest = registry.manifest(name, resolve_reference(registry, name, reference))
     image = image_text(name, reference)
     referrers = [(link(referrer.artifact_type or referrer.media_type, repository=name,
                        reference=referrer.digest),
@@ -9830,8 +9830,8 @@ def open_listeners_at(addresses: Iterable[Tuple[str, int]]) -> List[socket.socke
     return listeners
 
 
-def find_home(options: argparse.Namespace, store: Union[Archive, Directory]) -> Directory:
-    """Where our own keys are: in the store, even if archives are served in its place."""
+def key_store(options: argparse.Namespace, store: Union[Archive, Directory]) -> Directory:
+    """The store that has our own keys: that of --root, even if archives are served in its place."""
     return store if isinstance(store, Directory) else Directory(options.root)
 
 
@@ -9858,7 +9858,7 @@ def open_access(options: argparse.Namespace, store: Union[Archive, Directory],
     else:
         default = "admin" if is_local else "pull"
     return Access(options.anonymous or default, options.users, options.rules,
-                  token_key(find_home(options, store)) if options.users else None,
+                  token_key(key_store(options, store)) if options.users else None,
                   only_local=not options.anonymous and default == "admin",
                   processes=options.workers)
 
@@ -9890,7 +9890,7 @@ def open_tls(options: argparse.Namespace,
         return Certificates(options.tls_cert, options.tls_key, options.tls_client_ca)
     if not options.tls:
         return None
-    home = find_home(options, store)
+    home = key_store(options, store)
     folder = tls_folder(home.root)
     # A scope (fe80::1%eth0) has no place in a certificate; the others mean every address.
     hosts = {host for host, _ in options.listen if "%" not in host} - {"", "0.0.0.0", "::"}
