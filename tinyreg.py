@@ -1295,12 +1295,17 @@ class SharedLock:
 # -------------------------------------------------------------------------------------------------
 # 5  Registry
 #
-# The interface that the API and the commands speak to: of a directory, of archives, of another registry.
+# The interface of everything that holds images: Reader and Writer, and wrappers that add one rule
+# each to any registry. Also what needs no more than this interface: walk() over what a manifest
+# leads to, and a summary of an image. Where the bytes lie is left to the rooms below.
 # -------------------------------------------------------------------------------------------------
 
+MAX_NESTING = 100  # indexes in indexes, and referrers of referrers; two or three are seen
 
-def copy_bytes(blob, length, *takers):
-    """Hand the next bytes of a Blob to functions, such as a file's write and a hasher's update. Raises OSError."""
+
+def copy_bytes(blob: "Blob", length: int, *takers: Callable[[memoryview], Any]) -> None:
+    """Hand the next `length` bytes of a blob to each of some functions, such as a file's write
+    and a hash's update. Raises OSError, also if the blob ends before."""
     view = memoryview(bytearray(min(COPY_BUFFER, length)))
     while length:
         count = blob.readinto(view[:min(len(view), length)])
@@ -1312,86 +1317,92 @@ def copy_bytes(blob, length, *takers):
 
 
 class Blob:
-    """A blob, or a part of it, as a slice of an open file: what sendfile wants, and what an archive can give too.
+    """A blob, or a part of one, as a slice of an open file: sendfile wants that, and an archive
+    can give it, too. Whoever opens a blob closes it (`with`).
 
-    Who gets it closes it (`with`). A subclass whose bytes lie in no single file (another registry's, an archive's in
-    several parts) has `file` None and its own `readinto` and `part`: it is read in order, once."""
+    The bytes of a subclass may lie in no single file: those of another registry, or of an archive
+    in several parts. Then `file` is None, `readinto` and `part` are the subclass's own, and the
+    bytes can be read once, in their order."""
 
-    def __init__(self, file, offset, length):
+    def __init__(self, file: Optional[BinaryIO], offset: int, length: int) -> None:
         self.file = file
         self.offset = offset
         self.length = length
-        self.position = 0  # of readinto, in the slice
+        self.position = 0  # how far readinto() has come in the slice
 
-    def part(self, offset, length):
+    def part(self, offset: int, length: int) -> "Blob":
         """The same open file, narrowed to a part of this slice."""
         return Blob(self.file, self.offset + offset, length)
 
-    def rest(self, offset):
-        """The same open file, from this byte of the slice on."""
+    def rest(self, offset: int) -> "Blob":
+        """The same open file, narrowed to what follows `offset` in this slice, if anything."""
         return self.part(offset, max(self.length - offset, 0))
 
-    def readinto(self, view):
-        """The next bytes of the slice, 0 at its end: what an upload's append wants. Raises OSError."""
+    def readinto(self, view: memoryview) -> int:
+        """Fill the view with the next bytes of the slice, as a file's readinto does; 0 at its end.
+        Raises OSError."""
         count = min(len(view), self.length - self.position)
-        if count <= 0:
+        if count <= 0 or self.file is None:
             return 0
         block = os.pread(self.file.fileno(), count, self.offset + self.position)
         view[:len(block)] = block
         self.position += len(block)
         return len(block)
 
-    def read(self, limit=MAX_MANIFEST):
+    def read(self, limit: int = MAX_MANIFEST) -> bytes:
         """The content from its start, at most `limit` bytes. Raises OSError."""
+        limit = min(limit, self.length)
         if self.file:
-            return os.pread(self.file.fileno(), min(self.length, limit), self.offset)
+            return os.pread(self.file.fileno(), limit, self.offset)
         content = bytearray()
-        copy_bytes(self.part(0, self.length), min(limit, self.length), content.extend)
+        copy_bytes(self.part(0, self.length), limit, content.extend)
         return bytes(content)
 
-    def close(self):
+    def close(self) -> None:
         if self.file:
             self.file.close()
 
-    def __enter__(self):
+    def __enter__(self) -> "Blob":
         return self
 
-    def __exit__(self, *exc_info):
+    def __exit__(self, *exc_info: Any) -> None:
         self.close()
 
 
 def do_nothing(*arguments: Any) -> None:
-    """For a callback that nobody needs."""
+    """A callback for whoever needs none."""
 
 
 def unsupported(action: str) -> RegistryError:
-    """The error for what this kind of registry can't do."""
+    """The error for what a kind of registry can't do."""
     return RegistryError("UNSUPPORTED", message="this registry can't %s" % action)
 
 
 class Reader:
     """The reading half of a registry.
 
-    Names, tags and digests that come in are parsed values. What iterates does so in ASCII order,
-    from after `last`. Except for referrers, each method raises NAME_UNKNOWN for a repository that
-    is not there."""
+    Repository names, tags and digests that come in are parsed values. What iterates does so in
+    ASCII order, and begins after `last`. All methods but those about referrers raise NAME_UNKNOWN
+    for a repository that is not there. What a registry can't do raises UNSUPPORTED."""
 
     is_read_only = False  # clients that want to change something are refused
-    is_distant = False    # reading takes a network: what is known nearer is not read from here
+    is_distant = False    # to read takes a network: what is known nearer is not read from here
 
     def retry(self, action: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function that reads from here; return what it returns. Remote tries again."""
+        """Call a function that reads from here, and return what it returns. A registry behind a
+        network calls it again where that may help."""
         return action(*arguments)
 
     def version(self) -> Optional[bytes]:
-        """Another value after each change, for cached answers; None if none may be cached."""
+        """A value that differs after every change, for cached responses; None if nothing may be
+        cached."""
         return None
 
     def check_ready(self, to_write: bool = True) -> None:
-        """Raises OSError or UNAVAILABLE if reads (and writes, `to_write`) would fail now."""
+        """Raises OSError or UNAVAILABLE if a read would fail now, or a write (if `to_write`)."""
 
     def repositories(self, last: str = "") -> Iterator[str]:
-        """The names of the repositories that have held a manifest."""
+        """The names of the repositories that have, or had, a manifest."""
         raise unsupported("list repositories")
 
     def has_repository(self, name: str) -> bool:
@@ -1399,7 +1410,7 @@ class Reader:
         return name in self.repositories()
 
     def tags(self, name: str, last: str = "") -> Iterator[str]:
-        """Raises NAME_UNKNOWN at once, not at the first tag."""
+        """Raises NAME_UNKNOWN when it is called, not at the first tag."""
         raise unsupported("list tags")
 
     def resolve(self, name: str, tag: str) -> Digest:
@@ -1407,37 +1418,37 @@ class Reader:
         raise unsupported("resolve tags")
 
     def manifest(self, name: str, digest: Digest) -> Manifest:
-        """The manifest, whose bytes are checked against the digest. Raises MANIFEST_UNKNOWN."""
+        """Its bytes are checked against the digest. Raises MANIFEST_UNKNOWN."""
         raise unsupported("give manifests")
 
     def manifests(self, name: str) -> Iterator[Manifest]:
-        """All manifests of a repository that can be read, in no order."""
+        """The manifests of a repository that can be read, in no order."""
         raise unsupported("list manifests")
 
     def open_blob(self, name: str, digest: Digest, offset: int = 0) -> Blob:
-        """The open blob from this byte on; it is empty if no byte is left. Raises BLOB_UNKNOWN."""
+        """What follows `offset` in a blob, if anything. Raises BLOB_UNKNOWN."""
         raise unsupported("give blobs")
 
     def referrers(self, name: str, subject: Digest, last: str = "") -> Iterator[Manifest]:
-        """The manifests whose subject this is, in the order of their digests. Raises nothing."""
+        """The manifests that have this subject, in the order of their digests."""
         raise unsupported("list referrers")
 
     def referrer_digests(self, name: str, subject: Digest) -> List[Digest]:
-        """The digests of the referrers, where to read each of these would cost too much."""
+        """The digests of the referrers. A registry behind a network reads no manifest for that."""
         return [manifest.digest for manifest in self.referrers(name, subject)]
 
     def digests(self, name: Optional[str] = None) -> Iterator[Digest]:
-        """The digests of all that is here, in one repository or altogether."""
+        """The digests of all blobs and manifests: of one repository, or of all."""
         raise unsupported("list digests")
 
     def usage(self) -> Optional[Dict[str, Any]]:
-        """What takes the space, as Directory.measure() has it, some time ago; None if unknown."""
+        """What takes how much space, as Directory.measure() says, up to some minutes ago; None if
+        nobody knows."""
         return None
 
     def is_named(self, name: str, digest: Digest) -> bool:
-        """Whether to copy a manifest by its digest alone means to keep it.
-
-        False in a copy of a registry where it is only left over since its tag has moved on."""
+        """Whether a tag or a pin names this manifest, so that a copy of it is to be kept. False
+        only for what was left over, without a name, in a registry whose tree this is."""
         return True
 
     def at_hand(self) -> Any:
@@ -1450,62 +1461,64 @@ class Reader:
 
 
 class UploadSession:
-    """An upload that is under way. The bytes before `offset` have come.
+    """An upload that is under way. Its first `offset` bytes have come.
 
-    `state` is a secret text that the client carries from one request to the next."""
+    `state` is a signed text that the client carries from one request to the next."""
 
+    name = ""  # of the repository
     id = ""
-    name = ""
     offset = 0
     state = ""
 
     def append(self, body: Any, start: Optional[int] = None) -> None:
-        """Add all that `body.readinto()` gives. Raises RANGE_INVALID unless `start`, if given, is
-        the offset."""
-        raise NotImplementedError
+        """Add all that the body's readinto() gives. Raises RANGE_INVALID unless `start`, if it is
+        given, is the offset."""
+        raise unsupported("take uploads")
 
     def commit(self, digest: Digest) -> None:
-        """Make it a blob of the repository; the session ends. Raises DIGEST_INVALID."""
-        raise NotImplementedError
+        """Make the bytes a blob of the repository; the session ends in any case. Raises
+        DIGEST_INVALID."""
+        raise unsupported("take uploads")
 
     def cancel(self) -> None:
-        """Forget the session and its bytes."""
-        raise NotImplementedError
+        """End the session and forget its bytes."""
+        raise unsupported("take uploads")
 
 
 class Writer:
     """The writing half of a registry. What a registry can't do raises UNSUPPORTED."""
 
     def start_upload(self, name: str, algorithm: str = "sha256") -> UploadSession:
-        """A new upload session; `algorithm` is the one that the client will name a digest of."""
+        """A new upload session, whose digest will be of this algorithm, as far as is known."""
         raise unsupported("take uploads")
 
     def find_upload(self, name: str, session_id: str) -> UploadSession:
-        """The upload session of this id. Raises BLOB_UPLOAD_UNKNOWN."""
+        """Raises BLOB_UPLOAD_UNKNOWN."""
         raise RegistryError("BLOB_UPLOAD_UNKNOWN", session_id)
 
     def has_upload(self, name: str, session_id: str) -> bool:
-        """Whether there is such an upload session."""
+        """Whether an upload session is still open."""
         return False
 
     def put_blob(self, name: str, digest: Digest, open_from: Callable[[int], Blob]) -> None:
-        """Store the blob that `open_from(offset)` opens from this byte on.
+        """Store a blob; `open_from(offset)` opens what follows that offset.
 
-        Goes on where an earlier attempt ended, also one of another process. Raises DIGEST_INVALID,
-        and what `open_from` raises."""
+        Goes on where an earlier attempt ended, in whatever process that was. Raises
+        DIGEST_INVALID, and what `open_from` raises."""
         raise unsupported("take blobs")
 
     def mount(self, name: str, digest: Digest, source: Optional[str] = None) -> bool:
-        """Give a repository a blob that `source` has (any repository, if None); False if that has
-        no such blob."""
+        """Give a repository a blob that the repository `source` has, or that any has if it is
+        None. False if there is no such blob."""
         raise unsupported("take blobs")
 
     def put_manifest(self, name: str, manifest: Manifest, tags: Iterable[str] = (),
                      check_wanted: Callable[[], None] = do_nothing) -> None:
-        """Store a manifest and let these tags point to it. Raises MANIFEST_BLOB_UNKNOWN.
+        """Store a manifest and let the tags point to it. Raises MANIFEST_BLOB_UNKNOWN.
 
-        Its own digest among the tags pins it: it stays as if it had a tag. A store that has to
-        read blobs for it calls `check_wanted` now and then; what that raises ends the work."""
+        If its own digest is among the tags, the manifest is pinned: it stays as if it had a tag.
+        While a store has to read blobs for this it calls `check_wanted`, and ends if that
+        raises."""
         raise unsupported("take manifests")
 
     def delete_tag(self, name: str, tag: str) -> None:
@@ -1513,77 +1526,33 @@ class Writer:
         raise unsupported("delete tags")
 
     def delete_manifest(self, name: str, digest: Digest) -> None:
-        """Delete a manifest and all tags that point to it. Raises MANIFEST_UNKNOWN."""
+        """Delete a manifest, and all tags that point to it. Raises MANIFEST_UNKNOWN."""
         raise unsupported("delete manifests")
 
     def delete_blob(self, name: str, digest: Digest) -> None:
-        """Raises BLOB_UNKNOWN."""
+        """Take a blob from a repository. Raises BLOB_UNKNOWN."""
         raise unsupported("delete blobs")
 
     def present_bytes(self, name: str, blob: Descriptor) -> int:
-        """How many bytes of a blob need not be sent, since mount() or put_blob() find them here."""
+        """How many bytes of a blob are here, so that mount() or put_blob() does not ask for
+        them."""
         return 0
 
     def free_space(self) -> Optional[int]:
-        """How many bytes can still be stored; None if that can't be known."""
+        """How many bytes can still be stored; None if nobody knows."""
         return None
 
 
 class Registry(Reader, Writer):
-    """A registry that can be read and written."""
-
-
-class Wrapper(Registry):
-    """A registry in front of another one, `inner`, to which it passes each call. A subclass
-    overrides the methods for which it has a rule of its own."""
-
-    def __init__(self, inner: Registry) -> None:
-        self.inner = inner
-        self.is_read_only = inner.is_read_only
-        self.is_distant = inner.is_distant
-
-
-def _passed_on(method: str) -> Callable[..., Any]:
-    def pass_on(self: Wrapper, *arguments: Any, **named: Any) -> Any:
-        return getattr(self.inner, method)(*arguments, **named)
-    return pass_on
-
-
-for _method, _function in list(vars(Reader).items()) + list(vars(Writer).items()):
-    if callable(_function):
-        setattr(Wrapper, _method, _passed_on(_method))
-
-
-class ReadOnly(Wrapper):
-    """Refuses whatever writes."""
-
-    def __init__(self, inner: Registry) -> None:
-        super().__init__(inner)
-        self.is_read_only = True
-
-    def check_ready(self, to_write: bool = True) -> None:
-        self.inner.check_ready(to_write=False)
-
-
-def _refused(self: ReadOnly, *arguments: Any, **named: Any) -> Any:
-    raise RegistryError("DENIED", message="this registry is read-only at present")
-
-
-for _method, _function in vars(Writer).items():
-    if callable(_function):
-        setattr(ReadOnly, _method, _refused)
-
-
-MAX_NESTING = 100  # indexes in indexes, and referrers of referrers; two or three are seen
+    """A registry that is read and written."""
 
 
 def walk(roots: Iterable[Digest], read: Callable[[Digest], Optional[Manifest]],
          leads_to: Callable[[Manifest], Iterable[Digest]]) -> Iterator[Manifest]:
     """Yield each manifest that the roots lead to once, after all that it leads to itself.
 
-    `read(digest)` may return None for a manifest that is not there and may be left out. Raises
-    MANIFEST_INVALID for manifests that are nested too deeply, and what `read` and `leads_to`
-    raise."""
+    `read(digest)` returns None for a manifest that may be left out. Raises MANIFEST_INVALID where
+    manifests are nested too deeply, and what `read` and `leads_to` raise."""
     seen: Set[Digest] = set()
 
     def visit(digest: Digest, depth: int) -> Iterator[Manifest]:
@@ -1604,16 +1573,79 @@ def walk(roots: Iterable[Digest], read: Callable[[Digest], Optional[Manifest]],
 
 
 def child_digests(manifest: Manifest) -> List[Digest]:
-    """What an index leads to."""
-    return [child.digest for child in manifest.manifests]
+    """The manifests that an index leads to. What else it lists are layers: BuildKit exports its
+    cache so. Raises MANIFEST_INVALID, DIGEST_INVALID."""
+    return [child.digest for child in manifest.manifests
+            if not child.media_type or child.media_type in MANIFEST_TYPES]
+
+
+def find_readable(registry: Reader, name: str, digest: Digest) -> Optional[Manifest]:
+    """A manifest whose blobs and children can be listed; None if it is missing or malformed."""
+    with contextlib.suppress(Unknown, Invalid):
+        manifest = registry.manifest(name, digest)
+        _ = manifest.blobs, manifest.manifests  # raises if they are malformed
+        return manifest
+    return None
+
+
+# Wrappers
+
+def define_all(wrapper: type, interface: type, make: Callable[[str], Callable[..., Any]]) -> None:
+    """Define every method of an interface in a wrapper; `make(name)` returns the function."""
+    for name, method in vars(interface).items():
+        if callable(method) and not name.startswith("_"):
+            setattr(wrapper, name, make(name))
+
+
+class Wrapper(Registry):
+    """A registry that passes every call on to another one, `inner`. A subclass overrides the
+    methods for which it has a rule of its own."""
+
+    def __init__(self, inner: Registry) -> None:
+        self.inner = inner
+        self.is_read_only = inner.is_read_only
+        self.is_distant = inner.is_distant
+
+
+def passed_on(name: str) -> Callable[..., Any]:
+    """A method of Wrapper that calls the inner registry's method of this name."""
+    def call_inner(self: Wrapper, *arguments: Any, **named: Any) -> Any:
+        return getattr(self.inner, name)(*arguments, **named)
+    return call_inner
+
+
+define_all(Wrapper, Reader, passed_on)
+define_all(Wrapper, Writer, passed_on)
+
+
+class ReadOnly(Wrapper):
+    """Refuses all that writes."""
+
+    def __init__(self, inner: Registry) -> None:
+        super().__init__(inner)
+        self.is_read_only = True
+
+    def check_ready(self, to_write: bool = False) -> None:
+        self.inner.check_ready(False)
+
+
+def refused(name: str) -> Callable[..., Any]:
+    """A method of ReadOnly that raises DENIED."""
+    def refuse(self: ReadOnly, *arguments: Any, **named: Any) -> None:
+        raise RegistryError("DENIED", message="this registry is read-only at present")
+    return refuse
+
+
+define_all(ReadOnly, Writer, refused)
 
 
 class ImmutableTags(Wrapper):
-    """Tags that match a pattern can be pushed once, and neither moved nor deleted; what they lead
-    to can't be deleted, either. The patterns match TAG or NAME:TAG.
+    """A tag that matches one of the patterns can be pushed once; it is neither moved nor deleted,
+    and what it leads to is not deleted either. Patterns are of TAG or NAME:TAG.
 
-    `lock(name)` locks a repository between processes: of two first pushes of a tag at the same
-    time, one must be the second, and no deletion may come between the check and the push."""
+    `lock(name)` keeps other processes from pushing such tags to the repository, and from deleting
+    there: of two first pushes of a tag at once one must be the second, and no deletion may come
+    between the check and a push."""
 
     def __init__(self, inner: Registry, patterns: Sequence[Any],
                  lock: Callable[[str], ContextManager[None]]) -> None:
@@ -1622,53 +1654,51 @@ class ImmutableTags(Wrapper):
         self.lock = lock
 
     def is_immutable(self, name: str, tag: str) -> bool:
-        image = image_text(name, tag)
-        return any(pattern.fullmatch(tag) or pattern.fullmatch(image) for pattern in self.patterns)
+        texts = (tag, "%s:%s" % (name, tag))
+        return any(pattern.fullmatch(text) for pattern in self.patterns for text in texts)
 
     def _check_movable(self, name: str, tag: str, digest: Optional[Digest] = None) -> None:
-        """Raises DENIED if the tag points to anything but this digest."""
-        with contextlib.suppress(Unknown):
-            if self.inner.resolve(name, tag) != digest:
-                raise RegistryError("DENIED", message="the tag %s can't be moved or deleted "
-                                    "(--immutable-tags)" % tag)
+        """Raises DENIED if the tag points to anything but this digest, MANIFEST_UNKNOWN if it
+        does not exist."""
+        if self.inner.resolve(name, tag) != digest:
+            raise RegistryError("DENIED", message="the tag %s can't be moved or deleted "
+                                "(--immutable-tags)" % tag)
 
     def put_manifest(self, name: str, manifest: Manifest, tags: Iterable[str] = (),
                      check_wanted: Callable[[], None] = do_nothing) -> None:
         tags = list(tags)
         immutable = [tag for tag in tags if self.is_immutable(name, tag)]
-        if not immutable:
-            return self.inner.put_manifest(name, manifest, tags, check_wanted)
-        with self.lock(name):
+        with self.lock(name) if immutable else contextlib.ExitStack():
             for tag in immutable:
-                self._check_movable(name, tag, manifest.digest)
+                with contextlib.suppress(Unknown):  # this is the first push
+                    self._check_movable(name, tag, manifest.digest)
             self.inner.put_manifest(name, manifest, tags, check_wanted)
 
     def delete_tag(self, name: str, tag: str) -> None:
         if self.is_immutable(name, tag):
-            self.inner.resolve(name, tag)  # raises if there is nothing to delete
             self._check_movable(name, tag)
-        else:
-            self.inner.delete_tag(name, tag)
+        self.inner.delete_tag(name, tag)
 
-    def _find_manifest(self, name: str, digest: Digest) -> Optional[Manifest]:
-        with contextlib.suppress(Unknown):  # a child that was left out, or is damaged
-            return self.inner.manifest(name, digest)
-        return None
+    def _immutable_tags(self, name: str) -> Iterator[Tuple[str, Digest]]:
+        """Yield each immutable tag of a repository, with its digest."""
+        tags: Iterable[str] = []
+        with contextlib.suppress(Unknown):  # the repository has no manifest
+            tags = self.inner.tags(name)
+        for tag in tags:
+            with contextlib.suppress(Unknown):  # it was just deleted, or its link is damaged
+                if self.is_immutable(name, tag):
+                    yield tag, self.inner.resolve(name, tag)
 
     def _check_unneeded(self, name: str, digest: Digest) -> None:
         """Raises DENIED if an immutable tag leads to this manifest or blob."""
-        read = functools.partial(self._find_manifest, name)
-        for tag in self.inner.tags(name):
-            if self.is_immutable(name, tag):
-                with contextlib.suppress(Unknown):  # the tag was deleted since
-                    root = self.inner.resolve(name, tag)
-                    needed = {root}
-                    for manifest in walk([root], read, child_digests):
-                        needed.update(child_digests(manifest))
-                        needed.update(blob.digest for blob in manifest.blobs)
-                    if digest in needed:
-                        raise RegistryError("DENIED", message="the tag %s needs it, and is not to "
-                                            "change (--immutable-tags)" % tag)
+        read = functools.partial(find_readable, self.inner, name)
+        for tag, root in self._immutable_tags(name):
+            needed = {root}
+            for manifest in walk([root], read, child_digests):
+                needed.update(part.digest for part in manifest.blobs + manifest.manifests)
+            if digest in needed:
+                raise RegistryError("DENIED", message="the tag %s needs it, and is not to change "
+                                    "(--immutable-tags)" % tag)
 
     def delete_manifest(self, name: str, digest: Digest) -> None:
         with self.lock(name):
@@ -1681,46 +1711,10 @@ class ImmutableTags(Wrapper):
             self.inner.delete_blob(name, digest)
 
 
-class Mirrored(Wrapper):
-    """Reads of a repository go to the first of names_to_try() that exists; a tag that this one
-    lacks is not looked for under the others.
+# Summaries
 
-    `origin` is the host that a mirror's client thinks of (`ns`). `may_read(name)` tells which
-    repositories count at all."""
-
-    def __init__(self, inner: Registry, origin: Optional[str] = None,
-                 may_read: Callable[[str], bool] = bool) -> None:
-        super().__init__(inner)
-        self.origin = origin
-        self.may_read = may_read
-        self.stored_name = functools.lru_cache(maxsize=None)(self._stored_name)
-
-    def _stored_name(self, name: str) -> str:
-        """The repository that a read of this name means. Raises NAME_INVALID."""
-        names = [other for other in names_to_try(name, self.origin) if self.may_read(other)]
-        return next(filter(self.inner.has_repository, names), names[0] if names else name)
-
-    def has_repository(self, name: str) -> bool:
-        return self.inner.has_repository(self.stored_name(name))
-
-    def tags(self, name: str, last: str = "") -> Iterator[str]:
-        return self.inner.tags(self.stored_name(name), last)
-
-    def resolve(self, name: str, tag: str) -> Digest:
-        return self.inner.resolve(self.stored_name(name), tag)
-
-    def manifest(self, name: str, digest: Digest) -> Manifest:
-        return self.inner.manifest(self.stored_name(name), digest)
-
-    def open_blob(self, name: str, digest: Digest, offset: int = 0) -> Blob:
-        return self.inner.open_blob(self.stored_name(name), digest, offset)
-
-    def referrers(self, name: str, subject: Digest, last: str = "") -> Iterator[Manifest]:
-        return self.inner.referrers(self.stored_name(name), subject, last)
-
-
-def read_config(registry, name, manifest):
-    """The config of an image, unchecked; {} where there is none, or none that can be read."""
+def read_config(registry: Reader, name: str, manifest: Manifest) -> Dict[str, Any]:
+    """The config of an image, unchecked; {} if it has none, or none that can be read."""
     try:
         with registry.open_blob(name, manifest.blobs[0].digest) as blob:
             return load_json(blob.read())
@@ -1728,45 +1722,55 @@ def read_config(registry, name, manifest):
         return {}
 
 
-def describe(registry, name, digest):
-    """What people want to know of a manifest: its digest and mediaType, platforms, when it was built, how many blobs
-    and manifests it consists of and their size in bytes, and how many children are missing (of an index that was
-    copied for some platforms only). What occurs twice counts once. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
-    found = {"digest": digest, "mediaType": "", "platforms": [], "created": None, "missing": 0}
-    sizes, seen, queue = {}, {digest}, [digest]  # of manifests only digests: all of them may be large
-    for current in queue:
-        try:
-            manifest = registry.manifest(name, current)
-            blobs, children = manifest.blobs, manifest.manifests
-        except RegistryError:
-            if current == digest:
-                raise
-            found["missing"] += 1
-            continue
-        found["mediaType"] = found["mediaType"] or manifest.media_type
-        sizes[current] = len(manifest.content)
-        sizes.update((blob.digest, blob.size) for blob in blobs)
+NO_PLATFORM = "unknown/unknown"  # what BuildKit says that its attestations are for
+
+
+def describe(registry: Reader, name: str, digest: Digest) -> Dict[str, Any]:
+    """What people want to know of a manifest, as a dict for JSON.
+
+    digest, mediaType; platforms, a list; created, when it was built, or None; count and size, the
+    number and the bytes of the blobs and manifests that it consists of, each counted once;
+    missing, how many children are not here, as of an index that was copied for some platforms
+    only. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+    root = registry.manifest(name, digest)
+    created = None
+    platforms: List[str] = []
+    sizes: Dict[Digest, int] = {}
+    missing = []
+    reads = iter(range(MAX_DESCRIBED))
+
+    def read(child: Digest) -> Optional[Manifest]:
+        if next(reads, None) is None:
+            return None
+        manifest = find_readable(registry, name, child)
+        if not manifest:
+            missing.append(child)
+        return manifest
+
+    # The root is read once only, and a malformed one raises.
+    for manifest in itertools.chain(walk(child_digests(root), read, child_digests), [root]):
+        layers = [child for child in manifest.manifests
+                  if child.media_type not in MANIFEST_TYPES]
+        sizes[manifest.digest] = len(manifest.content)
+        sizes.update((blob.digest, blob.size) for blob in manifest.blobs + layers)
         if manifest.media_type in IMAGE_TYPES:
             config = read_config(registry, name, manifest)
+            created = created or config.get("created")
             platform = platform_name(config) or manifest.artifact_type or "-"
-            found["created"] = found["created"] or config.get("created")
-            if platform not in found["platforms"] + ["unknown/unknown"]:  # that is BuildKit's, for attestations
-                found["platforms"].append(platform)
-        # BuildKit's cache is an index of layers.
-        layers = [child for child in children if child.media_type not in MANIFEST_TYPES]
-        sizes.update((layer.digest, layer.size) for layer in layers)
-        fresh = collections.OrderedDict.fromkeys(
-            child.digest for child in children if child.digest not in sizes)
-        queue += [child for child in fresh if child not in seen][:MAX_DESCRIBED - len(queue)]
-        seen.update(queue)
-    return dict(found, size=sum(sizes.values()), count=len(sizes))
+            if platform not in platforms + [NO_PLATFORM]:
+                platforms.append(platform)
+    return {"digest": digest, "mediaType": root.media_type, "platforms": platforms,
+            "created": created, "missing": len(missing),
+            "size": sum(sizes.values()), "count": len(sizes)}
 
 
-def untagged(registry, name: str, limit: float = float("inf")) -> Optional[List[Digest]]:
+def untagged(registry: Reader, name: str,
+             limit: float = float("inf")) -> Optional[List[Digest]]:
     """The digests of the manifests that no tag points to, and that are neither a part of another
-    manifest here nor about one; None where more than `limit` bytes of manifests would have to be
-    read. Raises NAME_UNKNOWN."""
-    tagged, here, children, subjects = set(), set(), set(), {}
+    manifest of the repository nor about one. None if more than `limit` bytes of manifests would
+    have to be read. Raises NAME_UNKNOWN."""
+    tagged, children = set(), set()
+    subjects: Dict[Digest, Optional[Digest]] = {}
     for tag in registry.tags(name):
         with contextlib.suppress(Unknown):  # deleted since
             tagged.add(registry.resolve(name, tag))
@@ -1774,89 +1778,108 @@ def untagged(registry, name: str, limit: float = float("inf")) -> Optional[List[
         limit -= len(manifest.content)
         if limit < 0:
             return None
-        here.add(manifest.digest)
+        subjects[manifest.digest] = None
         with contextlib.suppress(Invalid):  # stored by another program
-            children.update(child.digest for child in manifest.manifests)
+            children.update(child_digests(manifest))
             subjects[manifest.digest] = manifest.subject
-    return sorted(digest for digest in here - tagged - children if subjects.get(digest) not in here)
+    return sorted(digest for digest, subject in subjects.items()
+                  if digest not in tagged | children and subject not in subjects)
 
 # -------------------------------------------------------------------------------------------------
 # 6  Directory
 #
-# The store: CNCF Distribution's file system layout under ROOT/docker/registry/v2, every path of it. The order of
-# writes is: content before link, link before tag; deletions go the other way. So a crash leaves at worst content
-# that nothing refers to. What another program left damaged counts as missing, is logged, and is mended by the
-# next push of it. Knows nothing of HTTP.
+# The store. Layout knows every path below ROOT: CNCF Distribution's file system layout, and our
+# own folder beside it. Content is written before the link to it, and the link before the tag;
+# deletions go the other way. So a crash leaves at worst content that nothing refers to. What
+# another program left damaged counts as missing and is logged; the next push of it mends it.
+# Garbage collection and verification are left to the room below, HTTP to the API.
 # -------------------------------------------------------------------------------------------------
 
 REFERRER_LINE = re.compile("^(%s) (%s|-)$" % (DIGEST.pattern, DIGEST.pattern), re.MULTILINE)
 
 
-def digest_folders(*path, shards=False):
-    """Yield (digest, folder) for what is named by a digest below a folder's sha256 and sha512. Raises OSError."""
+def digest_folders(*path: str, shards: bool = False) -> Iterator[Tuple[Digest, str]]:
+    """Yield (digest, folder) for each folder that has a digest's name below sha256 and sha512 of a
+    folder. Between the two there may be `shards`, one for each first two digits. Raises OSError."""
     for algorithm in ALGORITHMS:
-        top = os.path.join(*(path + (algorithm,)))
-        for folder in [os.path.join(top, shard) for shard in list_directory(top)] if shards else [top]:
+        top = os.path.join(*path, algorithm)
+        folders = [os.path.join(top, shard) for shard in list_directory(top)] if shards else [top]
+        for folder in folders:
             for encoded in list_directory(folder):
                 digest = "%s:%s" % (algorithm, encoded)
                 if DIGEST.fullmatch(digest):
                     yield Digest(digest), os.path.join(folder, encoded)
 
 
-def hash_of_file(file, algorithm, count=None):
-    """The hash object of all that an open file has; `count` hears of the size of each block. Raises OSError."""
+def hash_of_file(file: BinaryIO, algorithm: str,
+                 progress: Callable[[int], Any] = do_nothing) -> Any:
+    """The hash object after all bytes of an open file. `progress` is called with the size of each
+    block that was read. Raises OSError, and what `progress` raises."""
     hasher = hashlib.new(algorithm)
     file.seek(0)
-    for block in iter(lambda: file.read(COPY_BUFFER), b""):
+    for block in iter(functools.partial(file.read, COPY_BUFFER), b""):
         hasher.update(block)
-        if count:
-            count(len(block))
+        progress(len(block))
     return hasher
 
 
 class Layout:
-    """Where everything lies under ROOT: the paths and the links of Distribution's tree, and our own
-    folder beside it."""
+    """Where everything lies below ROOT: the paths and links of Distribution's tree, and our own
+    folder beside it. The folder of a blob, a manifest or a tag has a file `link` in it, whose
+    content is a digest."""
 
-    def __init__(self, root):
+    def __init__(self, root: str) -> None:
         self.root = os.path.abspath(root)
         self.tree = os.path.join(self.root, "docker", "registry", "v2")
         self.repositories = os.path.join(self.tree, "repositories")
         self.own = os.path.join(self.root, "tinyreg")
+        self.repositories = os.path.join(self.tree, "repositories")
+        self.scratch = os.path.join(self.own, "scratch")
+        self.usage = os.path.join(self.own, "usage")
 
-    def blob_path(self, digest):
-        return os.path.join(self.tree, "blobs", digest.algorithm, digest.encoded[:2], digest.encoded, "data")
+    # Distribution's tree
 
-    def repository_path(self, name):
-        return os.path.join(self.tree, "repositories", name)
+    def blob_path(self, digest: Digest) -> str:
+        return os.path.join(self.tree, "blobs", digest.algorithm, digest.encoded[:2],
+                            digest.encoded, "data")
 
-    def uploads_path(self, name: str) -> str:
-        """Below it is a folder for each upload session."""
-        return os.path.join(self.repository_path(name), "_uploads")
+    def repository_path(self, name: str, *parts: str) -> str:
+        return os.path.join(self.repositories, name, *parts)
 
-    def layer_path(self, name, digest):
-        return os.path.join(self.repository_path(name), "_layers", digest.algorithm, digest.encoded)
+    def layer_path(self, name: str, digest: Digest) -> str:
+        """The folder whose link says that a repository has a blob."""
+        return self.repository_path(name, "_layers", digest.algorithm, digest.encoded)
 
-    def revision_path(self, name, digest):
-        return os.path.join(self.repository_path(name), "_manifests", "revisions", digest.algorithm, digest.encoded)
+    def revision_path(self, name: str, digest: Digest) -> str:
+        """The folder whose link says that a repository has a manifest."""
+        return self.repository_path(name, "_manifests", "revisions", digest.algorithm,
+                                    digest.encoded)
 
-    def tag_path(self, name, tag):
-        return os.path.join(self.repository_path(name), "_manifests", "tags", tag)
+    def tag_path(self, name: str, tag: str) -> str:
+        return self.repository_path(name, "_manifests", "tags", tag)
 
-    def current_path(self, name, tag):
-        """Where the link lies that says what a tag means."""
+    def current_path(self, name: str, tag: str) -> str:
+        """The folder whose link says what a tag points to now."""
         return os.path.join(self.tag_path(name, tag), "current")
 
-    def pins_path(self, name):
-        """Below it is an empty file for each manifest that was pulled or loaded by its digest."""
+    def uploads_path(self, name: str) -> str:
+        """The folder of upload sessions: each is a folder whose name is the session's id."""
+        return self.repository_path(name, "_uploads")
+
+    # Our own folder
+
+    def pins_path(self, name: str) -> str:
+        """The folder with an empty file for each manifest that was pulled or loaded by digest."""
         return os.path.join(self.own, "pinned", name, "_digests")
 
-    def pin_path(self, name, digest):
+    def pin_path(self, name: str, digest: Digest) -> str:
         return os.path.join(self.pins_path(name), digest.algorithm, digest.encoded)
 
     def referrers_path(self, name: str) -> str:
         """The file that remembers which manifest of a repository is about which other."""
         return os.path.join(self.own, "referrers", name, "_index")
+
+    # What is there
 
     def iter_blobs(self) -> Iterator[Tuple[Digest, str]]:
         """Yield (digest, folder) for each blob. Raises OSError."""
@@ -1864,11 +1887,11 @@ class Layout:
 
     def iter_layers(self, name: str) -> Iterator[Tuple[Digest, str]]:
         """Yield (digest, folder) for each link of a repository to a blob. Raises OSError."""
-        return digest_folders(self.repository_path(name), "_layers")
+        return digest_folders(self.repository_path(name, "_layers"))
 
     def iter_revisions(self, name: str) -> Iterator[Tuple[Digest, str]]:
         """Yield (digest, folder) for each link of a repository to a manifest. Raises OSError."""
-        return digest_folders(self.repository_path(name), "_manifests", "revisions")
+        return digest_folders(self.repository_path(name, "_manifests", "revisions"))
 
     def list_tags(self, name: str) -> List[str]:
         """The names of a repository's folders of tags, also of those without a link."""
@@ -1879,394 +1902,426 @@ class Layout:
         """The path of the link in a folder of a blob, a manifest or a tag."""
         return os.path.join(folder, "link")
 
-    def read_link(self, folder):
-        """The Digest that a folder's link names, or None; a damaged link is logged and counts as missing. It may differ
-        from the path: for a blob pushed by its sha512, Distribution links to the sha256 it stored."""
-        content = read_file(os.path.join(folder, "link"), 200)
+    def read_link(self, folder: str) -> Optional[Digest]:
+        """The digest that a folder's link names; None if it is missing or damaged, which is
+        logged. It may differ from the path's: where a blob was pushed by its sha512, Distribution
+        links to the sha256 under which it stored it."""
+        content = read_file(self.link_in(folder), 200)
         if content is None:
             return None
         try:
             return parse_digest(content.decode("ascii"))
-        except (UnicodeDecodeError, RegistryError):
+        except (UnicodeDecodeError, DigestInvalid):
             logger.warning("damaged link, taken as missing: %s/link", folder)
             return None
 
+    def manifest_content(self, digest: Digest) -> Optional[bytes]:
+        """The bytes of a manifest; None if they are missing or are not its digest's. Raises
+        OSError."""
+        content = read_file(self.blob_path(digest), MAX_MANIFEST + 1)
+        if content is not None and Digest.of(content, digest.algorithm) == digest:
+            return content
+        return None
+
+
+class ReferrersIndex:
+    """Which manifests of a repository have which subject.
+
+    A manifest's subject never changes, so the index only grows. It is a file with a line
+    `DIGEST SUBJECT` (or `DIGEST -`) for each manifest that was read for it, whoever stored it; a
+    manifest without a line is read when the index is next used. So the file may lack something
+    but is never wrong: it needs no fsync and no lock, and a line that a crash has cut off is
+    written again.
+
+    `version` is the store's: what was found is kept in memory until the store changes."""
+
+    def __init__(self, layout: Layout, version: Callable[[], Optional[bytes]]) -> None:
+        self.layout = layout
+        self.version = version
+        # {repository name: (state, {subject: digests of its referrers})}
+        self.kept: "collections.OrderedDict[str, Any]" = collections.OrderedDict()
+
+    def _state(self, name: str) -> Any:
+        """A value that differs after each manifest that is stored, by us or by another program.
+        None where a change may not show: if the last one is only seconds old, or if nothing may
+        be kept in memory."""
+        folders = [look_at(self.layout.repository_path(name, "_manifests", "revisions", algorithm))
+                   for algorithm in ALGORITHMS]
+        is_settled = max(folder.mtime for folder in folders) < time.time() - SETTLING_TIME
+        version = self.version()
+        return (version, folders) if version and is_settled else None
+
+    def _read_subject(self, digest: Digest) -> Optional[str]:
+        """The subject of a manifest; `-` if it has none, None if it can't be read at present."""
+        content = self.layout.manifest_content(digest)
+        try:
+            return None if content is None else Manifest(content, digest).subject or "-"
+        except Invalid:
+            return "-"
+
+    def _append(self, path: str, subjects: Dict[Digest, str]) -> None:
+        """Write lines for these manifests to the file."""
+        lines = "".join("\n%s %s\n" % item for item in subjects.items())
+        with contextlib.suppress(OSError):  # on a full disk they are read again next time
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "ab") as file:
+                file.write(lines.encode("ascii"))
+
+    def by_subject(self, name: str) -> Dict[str, Set[str]]:
+        """{subject: digests of its referrers} of a repository. Raises OSError."""
+        state = self._state(name)
+        kept_state, referrers = self.kept.get(name, (None, {}))
+        if state and kept_state == state:
+            return referrers
+        path = self.layout.referrers_path(name)
+        content = read_file(path, -1) or b""
+        subjects = dict(REFERRER_LINE.findall(content.decode("ascii", "replace")))
+        # Only links that are new are read: a repository may have a hundred thousand manifests.
+        listed = list(self.layout.iter_revisions(name))
+        fresh = {digest: self._read_subject(digest) for digest, folder in listed
+                 if digest not in subjects and self.layout.read_link(folder)}
+        readable = {digest: subject for digest, subject in fresh.items() if subject}
+        if readable:
+            self._append(path, readable)
+            subjects.update(readable)
+        referrers = {}
+        for digest, subject in subjects.items():
+            if subject != "-":
+                referrers.setdefault(subject, set()).add(digest)
+        if state and all(digest in subjects for digest, _ in listed):
+            self.kept[name] = state, referrers
+            while len(self.kept) > INDEXED_REPOSITORIES:
+                self.kept.popitem(last=False)
+        return referrers
+
 
 class Directory(Registry):
-    """A store in a directory. Several processes may have it open at once.
+    """A store in a directory. Several processes may have it open at once. Raises OSError.
 
-    `sparse` takes image manifests whose blobs are missing. Uploads are refused when they would leave less than
-    `min_free` bytes on the disk, or are larger than `max_blob`, if that is not 0. Without `create`, a root that is no
-    store yet is an error. Raises OSError.
+    `sparse` stores image manifests whose blobs are missing. An upload is refused if it would
+    leave less than `min_free` bytes on the disk, or is larger than `max_blob` bytes, if that is
+    not 0. Without `create`, a root that is no store yet is an error.
 
-    `shared`: other hosts have it open as well. What they see of each other is what the file system promises: locks
-    between hosts, a rename at once, and that who opens a file has what was written before another host closed it.
-    Nothing is taken for unchanged then. An upload may go on at another host, which reads it again at its end, since
-    that host's `key` is another.
+    `shared` says that other hosts have the store open, too. They see of each other what the file
+    system promises: locks between hosts; a rename at once; and whoever opens a file reads what
+    another host wrote before it closed it. Then nothing is kept in memory. An upload may go on at
+    another host; that one reads it again at its end, since its `key` is another.
 
-    Without `renew`, nothing that is read counts as told to a client: gc's grace period goes on.
-    """
+    Without `renew` nothing that is read counts as told to a client: the mtimes of links stay, and
+    gc's grace period goes on."""
 
-    def __init__(self, root, sparse=False, create=True, min_free=0, max_blob=0, shared=False,
-                 renew=True):
-        self.root = os.path.abspath(root)
-        self.renew = renew
+    def __init__(self, root: str, sparse: bool = False, create: bool = True, min_free: int = 0,
+                 max_blob: int = 0, shared: bool = False, renew: bool = True) -> None:
+        self.layout = Layout(root)
+        self.root = self.layout.root
         self.sparse = sparse
         self.min_free = min_free
         self.max_blob = max_blob
-        self.layout = Layout(root)
-        scratch = os.path.join(self.layout.own, "scratch")
+        self.renew = renew
         if create:
-            for path in (os.path.join(self.layout.tree, "blobs"), os.path.join(self.layout.tree, "repositories"), scratch):
+            for path in (os.path.join(self.layout.tree, "blobs"), self.layout.repositories):
                 make_directories(path)
         elif not os.path.isdir(self.layout.tree):
-            os.stat(self.layout.tree)  # which says so if it is only that we may not look
+            os.stat(self.layout.tree)  # raises the true error if we only may not look
             raise FileNotFoundError(errno.ENOENT, "no registry is stored here", self.root)
-        else:
-            with contextlib.suppress(OSError):  # Distribution's volume has no such folder; a read-only one needs none
-                make_directories(scratch)
-        self.files = Files(scratch)
+        try:
+            make_directories(self.layout.scratch)
+        except OSError:  # a volume of Distribution's that is only read needs no such folder
+            if create:
+                raise
+        self.files = Files(self.layout.scratch)
         self.lock = SharedLock(os.path.join(self.layout.own, "lock"), marked=not shared)
-        self.hashers = collections.OrderedDict()  # {(session id, offset): what has hashed all before it}
-        self.subjects = collections.OrderedDict()  # {name: (state, {subject: digests of its referrers})}
-        self.key = os.urandom(32)  # signs the states of upload sessions; worker processes inherit it
+        self.index = ReferrersIndex(self.layout, self.version)
+        # {(session id, offset): the hash of all bytes before the offset}
+        self.hashers: "collections.OrderedDict[Any, Any]" = collections.OrderedDict()
+        self.key = os.urandom(32)  # signs the states of upload sessions; workers inherit it
 
     # Links
 
-    def _write_link(self, folder, digest):
-        self.files.write(os.path.join(folder, "link"), digest.encode("ascii"))
+    def write_link(self, folder: str, digest: Digest) -> None:
+        self.files.write(self.layout.link_in(folder), digest.encode("ascii"))
 
-    def _told(self, folder):
-        """Whether a link is still there for a client to be told of. A link's mtime is when that was last so: gc
-        leaves it, and the blob behind it, for as long as its grace period."""
-        link = os.path.join(folder, "link")
+    def _touch_link_if_old(self, folder: str) -> bool:
+        """Whether a link is there; a client is then told of what it names.
+
+        A link's mtime says when that last happened. For its grace period gc leaves the link, and
+        the blob behind it."""
+        link = self.layout.link_in(folder)
         try:
             if time.time() - os.stat(link).st_mtime > TOUCH_AGAIN_AFTER and self.renew:
                 os.utime(link)
         except FileNotFoundError:
             return False
         except OSError:
-            pass  # a store that we may only read
+            pass  # we may only read this store
         return True
 
-    def _hold(self, name, digest):
-        """Keep gc off what a repository has of this digest; whether it has anything. The lock is held, shared."""
-        held = False
-        for folder in (self.layout.layer_path(name, digest), self.layout.revision_path(name, digest)):
+    def _touch_links(self, name: str, digest: Digest) -> bool:
+        """Keep gc away from a blob and a manifest of a repository; False if it has neither. The
+        caller shares the lock."""
+        is_there = False
+        for folder in (self.layout.layer_path(name, digest),
+                       self.layout.revision_path(name, digest)):
             with contextlib.suppress(FileNotFoundError):
-                os.utime(os.path.join(folder, "link"))
-                held = True
-        return held
-
-    def _open_data(self, digest):
-        """The open file with a blob's bytes, or None; an empty file that should not be is logged and missing."""
-        path = self.layout.blob_path(digest)
-        try:
-            file = open(path, "rb", buffering=0)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        if os.fstat(file.fileno()).st_size == 0 and digest != Digest.of(b"", digest.algorithm):
-            logger.warning("damaged blob (empty), taken as missing: %s", path)
-            file.close()
-            return None
-        return file
+                os.utime(self.layout.link_in(folder))
+                is_there = True
+        return is_there
 
     # Reading
 
-    def version(self):
-        return self.lock.mark and self.lock.mark.value()
+    def version(self) -> Optional[bytes]:
+        return self.lock.mark.value() if self.lock.mark else None
 
-    def has_repository(self, name):
-        folder = self.layout.repository_path(name)
-        return any(os.path.isdir(os.path.join(folder, kind)) for kind in ("_manifests", "_layers"))
+    def check_ready(self, to_write: bool = True) -> None:
+        os.stat(self.layout.tree)
+        if to_write:
+            self.files.probe()
+            if self.free_space() < MIN_FREE_SPACE:
+                raise RegistryError("UNAVAILABLE",
+                                    message="less than 64 MiB are free on the store's disk")
 
-    def _unknown(self, name, code, detail):
-        """The error for something that is not there: NAME_UNKNOWN where the whole repository isn't."""
+    def has_repository(self, name: str) -> bool:
+        return any(os.path.isdir(self.layout.repository_path(name, kind))
+                   for kind in ("_manifests", "_layers"))
+
+    def _unknown(self, name: str, code: str, detail: str) -> RegistryError:
+        """The error for what is not there: NAME_UNKNOWN if the whole repository is not."""
         if self.has_repository(name):
             return RegistryError(code, detail)
         return RegistryError("NAME_UNKNOWN", name)
 
-    def repositories(self, last=""):
-        return self._walk(os.path.join(self.layout.tree, "repositories"), "", last)
+    def repositories(self, last: str = "") -> Iterator[str]:
+        return self._repositories_below(self.layout.repositories, "", last)
 
-    def _walk(self, path, prefix, last):
-        """Yield the repositories below a folder. `a` sorts before `a-b`, and that before `a/b`: so a folder stands
-        in the order twice, as a repository under its name and as what it contains under its name and a slash."""
-        steps = []
-        for entry in list_directory(path):
-            if entry[0] not in "._":
-                steps += [prefix + entry, prefix + entry + "/"]
-        for step in sorted(steps):
+    def _repositories_below(self, path: str, prefix: str, last: str) -> Iterator[str]:
+        """Yield the repositories below a folder, whose names begin with `prefix`.
+
+        `a` sorts before `a-b`, and that before `a/b`. So each folder stands in the order twice:
+        under its name, as a repository; and under its name with a slash, as what it contains."""
+        names = [prefix + entry for entry in list_directory(path) if entry[0] not in "._"]
+        for step in sorted(names + [name + "/" for name in names]):
             folder = os.path.join(path, step[len(prefix):])
             if step.endswith("/"):
                 if step > last or last.startswith(step):
-                    yield from self._walk(folder, step, last)
-            elif step > last and NAME.fullmatch(step) and os.path.isdir(os.path.join(folder, "_manifests")):
-                yield step
+                    yield from self._repositories_below(folder, step, last)
+            elif step > last and NAME.fullmatch(step):
+                if os.path.isdir(os.path.join(folder, "_manifests")):
+                    yield step
 
-    def tags(self, name, last=""):
-        manifests = os.path.join(self.layout.repository_path(name), "_manifests")
-        if not os.path.isdir(manifests):
+    def tags(self, name: str, last: str = "") -> Iterator[str]:
+        if not os.path.isdir(self.layout.repository_path(name, "_manifests")):
             raise RegistryError("NAME_UNKNOWN", name)
-        tags = list_directory(os.path.join(manifests, "tags"))
-        return (tag for tag in tags if tag > last and TAG.fullmatch(tag) and self._is_tag(name, tag))
+        return (tag for tag in self.layout.list_tags(name)
+                if tag > last and TAG.fullmatch(tag) and self._is_tag(name, tag))
 
-    def _is_tag(self, name, tag):
-        """Whether the tag's link has something in it; less work than reading it, for ten thousand tags."""
-        try:
-            return os.stat(os.path.join(self.layout.current_path(name, tag), "link")).st_size > 0
-        except (FileNotFoundError, NotADirectoryError):
-            return False
+    def _is_tag(self, name: str, tag: str) -> bool:
+        """Whether a tag's link is not empty. To look is less work than to read it, ten thousand
+        times."""
+        return look_at(self.layout.link_in(self.layout.current_path(name, tag))).size > 0
 
-    def resolve(self, name, tag):
+    def resolve(self, name: str, tag: str) -> Digest:
         digest = self.layout.read_link(self.layout.current_path(name, tag))
         if digest is None:
             raise self._unknown(name, "MANIFEST_UNKNOWN", tag)
         return digest
 
-    def manifest(self, name, digest):
+    def manifest(self, name: str, digest: Digest) -> Manifest:
         revision = self.layout.revision_path(name, digest)
-        if self.layout.read_link(revision) is None or not self._told(revision):
+        if self.layout.read_link(revision) is None or not self._touch_link_if_old(revision):
             raise self._unknown(name, "MANIFEST_UNKNOWN", digest)
-        content = self.manifest_content(digest)
+        content = self.layout.manifest_content(digest)
         if content is None:
             logger.warning("damaged manifest, taken as missing: %s in %s", digest, name)
             raise RegistryError("MANIFEST_UNKNOWN", digest)
         return Manifest(content, digest)
 
-    def manifest_content(self, digest):
-        """The bytes of a manifest; None where they are missing or are not its digest's. Raises OSError."""
-        content = read_file(self.layout.blob_path(digest), MAX_MANIFEST + 1)
-        return content if content is not None and Digest.of(content, digest.algorithm) == digest else None
+    def revisions(self, name: str) -> Iterator[Digest]:
+        """Yield the digests of the manifests to which a repository has a link, in order."""
+        return (digest for digest, folder in self.layout.iter_revisions(name)
+                if self.layout.read_link(folder))
 
-    def needs(self, digest):
-        """The digests of a manifest's blobs, and of its children, which an index may lack; none of
-        what is no manifest."""
+    def manifests(self, name: str) -> Iterator[Manifest]:
+        for digest in self.revisions(name):
+            content = self.layout.manifest_content(digest)
+            if content is not None:
+                yield Manifest(content, digest)
+
+    def _find_data(self, digest: Digest, offset: int = 0) -> Optional[Blob]:
+        """The open bytes of a blob; None if they are missing, or if the file is empty and should
+        not be, which is logged."""
+        path = self.layout.blob_path(digest)
         try:
-            manifest = Manifest(self.manifest_content(digest) or b"", digest)
-            return ([blob.digest for blob in manifest.blobs if not blob.foreign],
-                    [child.digest for child in manifest.manifests])
-        except RegistryError:
-            return [], []
+            file = open(path, "rb", buffering=0)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        size = os.fstat(file.fileno()).st_size
+        if size == 0 and digest != Digest.of(b"", digest.algorithm):
+            logger.warning("damaged blob (empty), taken as missing: %s", path)
+            file.close()
+            return None
+        return Blob(file, offset, max(size - offset, 0))
 
-    def open_blob(self, name, digest, offset=0):
+    def open_blob(self, name: str, digest: Digest, offset: int = 0) -> Blob:
         layer = self.layout.layer_path(name, digest)
         target = self.layout.read_link(layer)
-        file = self._open_data(target) if target and self._told(layer) else None
-        if file is None:
+        blob = None
+        if target and self._touch_link_if_old(layer):
+            blob = self._find_data(target, offset)
+        if blob is None:
             raise self._unknown(name, "BLOB_UNKNOWN", digest)
-        return Blob(file, offset, max(os.fstat(file.fileno()).st_size - offset, 0))
+        return blob
 
-    def digests(self, name=None):
+    def digests(self, name: Optional[str] = None) -> Iterator[Digest]:
         if name is None:
-            for digest, folder in digest_folders(self.layout.tree, "blobs", shards=True):
+            for digest, folder in self.layout.iter_blobs():
                 if os.path.isfile(os.path.join(folder, "data")):
                     yield digest
-        else:
-            layers = self._linked(os.path.join(self.layout.repository_path(name), "_layers"))
-            for digest in sorted(set(layers).union(self._revisions(name))):
-                if os.path.isfile(self.layout.blob_path(digest)):  # Distribution's garbage collection leaves links behind
-                    yield digest
+            return
+        linked = {digest for digest, folder in self.layout.iter_layers(name)
+                  if self.layout.read_link(folder)}
+        for digest in sorted(linked.union(self.revisions(name))):
+            # Distribution's garbage collection leaves links to blobs that it has deleted.
+            if os.path.isfile(self.layout.blob_path(digest)):
+                yield digest
 
-    def manifests(self, name):
-        for digest in self._revisions(name):
-            try:
-                manifest = Manifest(self.manifest_content(digest) or b"", digest)
-            except RegistryError:
-                continue
-            yield manifest
+    def referrers(self, name: str, subject: Digest, last: str = "") -> Iterator[Manifest]:
+        indexed = self.index.by_subject(name).get(subject, set())
+        for digest in sorted(indexed | self._tagged_referrers(name, subject)):
+            if digest > last:
+                try:
+                    manifest = self.manifest(name, Digest(digest))
+                    its_subject = manifest.subject
+                except (Unknown, Invalid):  # deleted since it was indexed, or only ever listed
+                    continue
+                if its_subject in (None, subject):
+                    yield manifest
+
+    def _tagged_referrers(self, name: str, subject: Digest) -> Set[str]:
+        """The digests that the index lists under whose tag clients keep the referrers in a
+        registry that does not (distribution-spec, "Referrers Tag Schema"). Only there does a
+        manifest without a subject count."""
+        try:
+            index = self.manifest(name, self.resolve(name, fallback_tag(subject)))
+            return {entry.digest for entry in index.manifests}
+        except (Unknown, Invalid):  # there is none, or it is damaged
+            return set()
 
     def pushed(self, name: str, reference: Union[str, Digest]) -> float:
         """Unix time when a tag was last pushed, pulled or loaded, or a manifest by its digest
-        alone; 0.0 where nobody knows."""
+        alone; 0.0 if that is unknown."""
         if isinstance(reference, Digest):
             return look_at(self.layout.pin_path(name, reference)).mtime
-        return look_at(os.path.join(self.layout.current_path(name, reference), "link")).mtime
+        return look_at(self.layout.link_in(self.layout.current_path(name, reference))).mtime
 
-    def pinned(self, name):
+    def pinned(self, name: str) -> Iterator[Digest]:
         """Yield the digests that gc keeps as if they had a tag, in order."""
         return (digest for digest, _ in digest_folders(self.layout.pins_path(name)))
 
-    def _linked(self, top):
-        """Yield the digests whose folders below _layers or revisions have a link."""
-        for digest, folder in digest_folders(top):
-            if self.layout.read_link(folder):
-                yield digest
-
-    def _revisions(self, name):
-        return self._linked(os.path.join(self.layout.repository_path(name), "_manifests", "revisions"))
+    def needs(self, digest: Digest) -> Tuple[List[Digest], List[Digest]]:
+        """The digests of a manifest's blobs, and of its children, which an index may lack; none if
+        it is no manifest."""
+        try:
+            manifest = Manifest(self.layout.manifest_content(digest) or b"", digest)
+            return ([blob.digest for blob in manifest.blobs if not blob.foreign],
+                    [child.digest for child in manifest.manifests])
+        except Invalid:
+            return [], []
 
     # Space
 
-    def usage(self):
-        """The last measurement, from a file that all processes use."""
-        path = os.path.join(self.layout.own, "usage")
+    def usage(self) -> Dict[str, Any]:
+        """The last measurement, from a file that all processes share."""
+        path = self.layout.usage
         with contextlib.suppress(ValueError, KeyError, OSError):
             usage = load_json(read_file(path, -1) or b"")
             if 0 <= time.time() - os.stat(path).st_mtime < max(USAGE_LIFE, 50 * usage["took"]):
                 return usage
-            os.utime(path)  # while this process measures anew, others have the old
+            os.utime(path)  # the other processes use the old one while this one measures anew
         usage = self.measure()
-        with contextlib.suppress(OSError):  # on a disk that is full or read-only each look measures anew
+        with contextlib.suppress(OSError):  # a disk that is full or read-only: measured each time
             self.files.write(path, to_json(usage))
         return usage
 
-    def measure(self):
-        """What takes the space: of each repository the bytes that it alone has, and those that it shares with others,
-        which `shared` names for each such blob (five of them). Reads every folder, so it takes a while."""
+    def measure(self) -> Dict[str, Any]:
+        """What takes how much space, as a dict for JSON. Reads every folder, so it takes a while.
+
+        time, took: when it began, and for how many seconds it measured;
+        blobs, bytes: the number and size of all blobs and manifests;
+        unlinked: the bytes of those that no repository has;
+        uploads: the number of upload sessions;
+        free, total: bytes of the disk;
+        repositories: {name: [bytes that it alone has, bytes that it shares with others]};
+        shared: {digest: the first five repositories} of blobs that several have."""
         began, start = time.time(), time.monotonic()
-        sizes, holders, bytes_of, uploads = {}, {}, {}, 0
-        for digest in self.digests():
+        sizes, uploads = {}, 0
+        owners: Dict[Digest, List[str]] = {}
+        for digest, folder in self.layout.iter_blobs():
             with contextlib.suppress(OSError):
-                sizes[digest] = os.stat(self.layout.blob_path(digest)).st_size
-        for name in self.repositories():
-            bytes_of[name] = [0, 0]
-            folder = self.layout.repository_path(name)
-            uploads += len(list_directory(os.path.join(folder, "_uploads")))
-            for digest in {digest for digest, _ in itertools.chain(  # a manifest may have been pushed as a blob, too
-                    digest_folders(folder, "_layers"), digest_folders(folder, "_manifests", "revisions"))}:
-                holders.setdefault(digest, []).append(name)
-        for digest, names in holders.items():
+                sizes[digest] = os.stat(os.path.join(folder, "data")).st_size
+        repositories = {name: [0, 0] for name in self.repositories()}
+        for name in repositories:
+            uploads += len(list_directory(self.layout.uploads_path(name)))
+            # A set, because a manifest may have been pushed as a blob, too.
+            links = itertools.chain(self.layout.iter_layers(name),
+                                    self.layout.iter_revisions(name))
+            for digest in {digest for digest, _ in links}:
+                owners.setdefault(digest, []).append(name)
+        shared = {digest: names for digest, names in owners.items() if len(names) > 1}
+        for digest, names in owners.items():
             for name in names:
-                bytes_of[name][len(names) > 1] += sizes.get(digest, 0)
+                repositories[name][digest in shared] += sizes.get(digest, 0)
         disk = os.statvfs(self.root)
-        return {"time": began, "took": time.monotonic() - start, "blobs": len(sizes), "bytes": sum(sizes.values()),
-                "unlinked": sum(size for digest, size in sizes.items() if digest not in holders), "uploads": uploads,
+        return {"time": began, "took": time.monotonic() - start,
+                "blobs": len(sizes), "bytes": sum(sizes.values()),
+                "unlinked": sum(sizes[digest] for digest in sizes.keys() - owners),
+                "uploads": uploads, "repositories": repositories,
                 "free": disk.f_bavail * disk.f_frsize, "total": disk.f_blocks * disk.f_frsize,
-                "repositories": bytes_of,
-                "shared": {digest: names[:5] for digest, names in holders.items() if len(names) > 1}}
+                "shared": {digest: names[:5] for digest, names in shared.items()}}
 
-    def check_ready(self, to_write=True):
-        os.stat(self.layout.tree)
-        if not to_write:
-            return
-        self.files.probe()
-        if self.free_space() < MIN_FREE_SPACE:
-            raise RegistryError("UNAVAILABLE", message="less than 64 MiB are free on the store's disk")
+    def free_space(self) -> int:
+        disk = os.statvfs(self.root)
+        return disk.f_bavail * disk.f_frsize
 
-    # Referrers
+    def check_room(self, size: int = 0) -> None:
+        """Raises UNAVAILABLE (507) if less than `min_free` bytes are free on the disk, and
+        SIZE_INVALID (413) if a blob of this size is too large."""
+        if self.min_free and self.free_space() < self.min_free:
+            raise RegistryError(
+                "UNAVAILABLE", status=507, message="the store is full: the registry's disk has "
+                "less than %d bytes left, which it keeps free (--min-free)" % self.min_free)
+        if self.max_blob and size > self.max_blob:
+            raise RegistryError(
+                "SIZE_INVALID", status=413, message="this registry takes blobs of up to %d bytes "
+                "(--max-blob)" % self.max_blob)
 
-    def referrers(self, name, subject, last=""):
-        found = self._indexed_referrers(name).get(subject, set()) | self._tagged_referrers(name, subject)
-        for digest in sorted(found):
-            if digest > last:
-                try:
-                    manifest = self.manifest(name, Digest(digest))
-                    about = manifest.subject or subject
-                except RegistryError:
-                    continue  # deleted since it was indexed, or listed and never here
-                if about == subject:
-                    yield manifest
+    # Writing blobs
 
-    def _tagged_referrers(self, name, subject):
-        """The digests listed in the index under the tag in which clients keep the referrers of a registry that
-        doesn't (distribution-spec, "Referrers Tag Schema"). Only there does one without a subject count."""
-        try:
-            index = self.manifest(name, self.resolve(name, fallback_tag(subject)))
-            return {entry.digest for entry in index.manifests}
-        except RegistryError:
-            return set()
-
-    def _indexed_referrers(self, name):
-        """{subject: set of digests} for all manifests of a repository.
-
-        A manifest's subject never changes, so the index only grows: a line `DIGEST SUBJECT` (or `-`) for each that
-        has been looked at, whoever stored it. Those without a line are looked at now. It can't be wrong, only
-        short; so it needs no fsync and no lock, and a line that a crash cut off is written again.
-        """
-        state = self._state_of_revisions(name)
-        kept = self.subjects.get(name)
-        if kept and kept[0] == state:
-            return kept[1]
-        path, known = self._referrers_index(name)
-        # Links are read only of what is new: a repository may have a hundred thousand manifests.
-        listed = list(digest_folders(self.layout.repository_path(name), "_manifests", "revisions"))
-        fresh = {digest: self._subject_of(digest) for digest, folder in listed
-                 if digest not in known and self.layout.read_link(folder)}
-        if fresh:
-            with contextlib.suppress(OSError):  # a full disk costs time here, not the answer
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                with open(path, "ab") as file:
-                    file.write("".join("\n%s %s\n" % item for item in fresh.items() if item[1]).encode("ascii"))
-        by_subject = {}
-        for digest, subject in itertools.chain(known.items(), fresh.items()):
-            if subject != "-":
-                by_subject.setdefault(subject, set()).add(digest)
-        if state and all(known.get(digest) or fresh.get(digest) for digest, _ in listed):
-            self.subjects[name] = state, by_subject
-            while len(self.subjects) > INDEXED_REPOSITORIES:
-                self.subjects.popitem(last=False)
-        return by_subject
-
-    def _state_of_revisions(self, name):
-        """What differs after each manifest that is stored, by us or by another program; None where a change may not
-        show: after another one of the last seconds, or where nothing may be kept."""
-        folders = [look_at(os.path.join(self.layout.repository_path(name), "_manifests", "revisions", algorithm))
-                   for algorithm in ALGORITHMS]
-        is_settled = max(folder.mtime for folder in folders) < time.time() - SETTLING_TIME
-        version = self.version()
-        return (version, folders) if version and is_settled else None
-
-    def _referrers_index(self, name):
-        """The path of that index, and what is in it: {digest: subject}."""
-        path = self.layout.referrers_path(name)
-        return path, dict(REFERRER_LINE.findall((read_file(path, -1) or b"").decode("ascii", "replace")))
-
-    def _subject_of(self, digest):
-        """The subject of a stored manifest, `-` where it has none, None where the manifest can't be read now."""
-        content = self.manifest_content(digest)
-        try:
-            return None if content is None else Manifest(content, digest).subject or "-"
-        except RegistryError:
-            return "-"
-
-    # Writing
-
-    def start_upload(self, name, algorithm="sha256", session_id=None):
-        session = DirectoryUpload(self, name, session_id or str(uuid.uuid4()))
-        self.check_room()
-        with self.lock.shared(changes=False):  # gc takes empty repositories away
-            make_directories(self.layout.repository_path(name))  # links will be below it
-            os.makedirs(session.folder, exist_ok=session_id is not None)
-            with open(os.path.join(session.folder, "startedat"), "w") as file:
-                file.write(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-            open(session.path, "xb").close()
-        self.keep_hasher(session, hashlib.new(algorithm))
+    def start_upload(self, name: str, algorithm: str = "sha256") -> "DirectoryUpload":
+        session = DirectoryUpload(self, name, str(uuid.uuid4()))
+        session.begin(algorithm)
         return session
 
-    def keep_hasher(self, session, hasher):
-        """Keep the hash of an upload's bytes so far, for this process to go on from. Only a saving: the file is the
-        truth, and an upload without one is read again when it is committed."""
-        self.hashers[session.id, session.offset] = hasher
-        while len(self.hashers) > HASHED_SESSIONS:
-            self.hashers.popitem(last=False)
-
-    def find_upload(self, name, session_id):
+    def find_upload(self, name: str, session_id: str) -> "DirectoryUpload":
         session = DirectoryUpload(self, name, session_id)
-        try:
-            session.offset = os.stat(session.path).st_size
-        except FileNotFoundError:
+        if not session.resume():
             raise session.unknown()
         return session
 
-    def has_upload(self, name, session_id):
-        """Whether there is such an upload session."""
-        return os.path.exists(DirectoryUpload(self, name, session_id).path)
+    def has_upload(self, name: str, session_id: str) -> bool:
+        return DirectoryUpload(self, name, session_id).resume()
 
     @staticmethod
-    def session_id_of_blob(name, digest):
-        """The id of the upload session in which put_blob stores this digest, in whatever process."""
+    def session_id_of_blob(name: str, digest: Digest) -> str:
+        """The id of the upload session by which put_blob() stores a blob, in every process."""
         return str(uuid.uuid5(uuid.NAMESPACE_URL, name + "@" + digest))
 
-    def put_blob(self, name, digest, open_from):
-        session_id = self.session_id_of_blob(name, digest)
-        with alone(os.path.join(self.files.scratch, session_id)):
+    def put_blob(self, name: str, digest: Digest, open_from: Callable[[int], Blob]) -> None:
+        session = DirectoryUpload(self, name, self.session_id_of_blob(name, digest))
+        with alone(os.path.join(self.layout.scratch, session.id)):
             while not self.mount(name, digest):  # another process has just stored it
-                try:
-                    session = self.find_upload(name, session_id)
-                except RegistryError:
-                    session = self.start_upload(name, digest.algorithm, session_id)
-                resumed = session.offset > 0
+                if not session.resume():
+                    session.begin(digest.algorithm)
+                is_resumed = session.offset > 0
                 try:
                     with open_from(session.offset) as blob:
                         session.append(blob, session.offset)
@@ -2276,108 +2331,112 @@ class Directory(Registry):
                     raise
                 try:
                     return session.commit(digest)
-                except RegistryError as error:
-                    # What an earlier attempt left was never synced, and a power cut may have spoilt it: begin anew.
-                    if error.code != "DIGEST_INVALID" or not resumed:
+                except DigestInvalid:
+                    # The bytes of an earlier attempt were never synced, and a power cut may have
+                    # spoilt them: begin anew.
+                    if not is_resumed:
                         raise
 
-    def present_bytes(self, name, descriptor):
-        upload = DirectoryUpload(self, name, self.session_id_of_blob(name, descriptor.digest))
-        for path in (self.layout.blob_path(descriptor.digest), upload.path):
+    def present_bytes(self, name: str, blob: Descriptor) -> int:
+        session_id = self.session_id_of_blob(name, blob.digest)
+        upload = DirectoryUpload(self, name, session_id)
+        for path in (self.layout.blob_path(blob.digest), upload.path):
             with contextlib.suppress(OSError):
                 return os.stat(path).st_size
         return 0
 
-    def lock_repository(self, name):
-        """Hold a lock on a repository, for wrappers; the store itself needs none."""
-        return alone(os.path.join(self.files.scratch, str(uuid.uuid5(uuid.NAMESPACE_URL, name))))
+    def publish_blob(self, name: str, temporary: str, digest: Digest) -> None:
+        """Rename a file whose content is checked and synced to its place among the blobs, and link
+        the repository to it.
 
-    def free_space(self):
-        found = os.statvfs(self.root)
-        return found.f_bavail * found.f_frsize
-
-    def check_room(self, size=0):
-        """Raises UNAVAILABLE with status 507 where the disk has less than `min_free` bytes left, and SIZE_INVALID if a
-        blob of this size is too large."""
-        if self.min_free and self.free_space() < self.min_free:
-            raise RegistryError("UNAVAILABLE", status=507, message="the store is full: the registry's disk has "
-                                "less than %d bytes left, which it keeps free (--min-free)" % self.min_free)
-        if self.max_blob and size > self.max_blob:
-            raise RegistryError("SIZE_INVALID", status=413, message="this registry takes blobs of up to %d bytes "
-                                "(--max-blob)" % self.max_blob)
-
-    def publish_blob(self, name, temporary, digest):
-        """Rename a file that is checked and synced to its place among the blobs, and link the repository to it.
-
-        A blob that is there already is replaced: that costs nothing, and mends it if it was damaged. The link's
-        folders come first: on a disk that is full, better they fail than leave a blob that nothing refers to.
-        """
+        If the blob is there it is replaced: that costs nothing, and mends a damaged one. The
+        folders of the link come first: on a full disk it is better that they fail than that a
+        blob is left to which nothing refers."""
         with self.lock.shared():
-            os.utime(temporary)  # its last byte may have come long ago, but gc should see it as new
+            os.utime(temporary)  # gc should see it as new, though its last byte may be old
             make_directories(self.layout.layer_path(name, digest))
             self.files.publish(temporary, self.layout.blob_path(digest))
-            self._write_link(self.layout.layer_path(name, digest), digest)
+            self.write_link(self.layout.layer_path(name, digest), digest)
 
-    def mount(self, name, digest, source=None):
+    def mount(self, name: str, digest: Digest, source: Optional[str] = None) -> bool:
         with self.lock.shared():
-            target = self.layout.read_link(self.layout.layer_path(source, digest)) if source else digest
-            file = self._open_data(target) if target else None
-            if file is None:
+            target: Optional[Digest] = digest
+            if source:
+                target = self.layout.read_link(self.layout.layer_path(source, digest))
+            blob = self._find_data(target) if target else None
+            if target is None or blob is None:
                 return False
-            file.close()
+            blob.close()
             os.utime(self.layout.blob_path(target))
-            self._write_link(self.layout.layer_path(name, digest), target)
+            self.write_link(self.layout.layer_path(name, digest), target)
         return True
 
-    def put_manifest(self, name, manifest, tags=(), check_wanted=do_nothing, sparse=False):
-        """As Writer has it; `sparse`: also while its blobs are missing."""
-        tags = list(tags)
-        wanted = {}  # {digest: the sizes that descriptors give it}
-        for blob in () if sparse or self.sparse else manifest.blobs:
-            if not blob.foreign:
-                wanted.setdefault(blob.digest, set()).add(blob.size)
-        missing = {digest for digest, sizes in wanted.items() if not self._has(name, digest, sizes, check_wanted)}
+    # Writing manifests
+
+    def lock_repository(self, name: str) -> ContextManager[None]:
+        """A lock between processes for wrappers; the store itself does without it."""
+        return alone(os.path.join(self.layout.scratch,
+                                  str(uuid.uuid5(uuid.NAMESPACE_URL, name))))
+
+    def put_manifest(self, name: str, manifest: Manifest, tags: Iterable[str] = (),
+                     check_wanted: Callable[[], None] = do_nothing, sparse: bool = False) -> None:
+        sizes: Dict[Digest, Set[int]] = {}  # of each needed blob, as descriptors say
+        for blob in manifest.blobs:
+            if not (blob.foreign or sparse or self.sparse):
+                sizes.setdefault(blob.digest, set()).add(blob.size)
+        missing = {digest for digest in sizes if not self._check_blob_or_quarantine(
+            name, digest, sizes[digest], check_wanted)}
+        mentioned = {entry.digest for entry in manifest.blobs + manifest.manifests}
+        if manifest.subject:
+            mentioned.add(manifest.subject)
         with self.lock.shared():
-            # Another look, because gc may just have taken one; from here on it sees that they are wanted.
-            mentioned = {entry.digest for entry in manifest.blobs + manifest.manifests}
-            if manifest.subject:
-                mentioned.add(manifest.subject)
-            gone = {digest for digest in mentioned if not self._hold(name, digest)}
-            missing |= gone.intersection(wanted)
+            # Gc may have taken one since. Once touched they stay, as gc sees that they are wanted.
+            gone = {digest for digest in mentioned if not self._touch_links(name, digest)}
+            missing |= gone.intersection(sizes)
             if missing:
                 raise RegistryError("MANIFEST_BLOB_UNKNOWN", *sorted(missing))
             self.files.write(self.layout.blob_path(manifest.digest), manifest.content)
-            self._write_link(self.layout.revision_path(name, manifest.digest), manifest.digest)
+            self.write_link(self.layout.revision_path(name, manifest.digest), manifest.digest)
             for tag in tags:
-                if isinstance(tag, Digest):
-                    self.files.write(self.layout.pin_path(name, tag), b"")
-                    continue
-                self._write_link(os.path.join(self.layout.tag_path(name, tag), "index", manifest.digest.algorithm,
-                                              manifest.digest.encoded), manifest.digest)
-                self._write_link(self.layout.current_path(name, tag), manifest.digest)
+                self._write_tag(name, tag, manifest.digest)
 
-    def _has(self, name, digest, sizes, check_wanted):
-        """Whether the repository has a blob to which a manifest gives these sizes. One that differs
-        is either a mistake of the manifest's maker, who may keep it, or a sign of damage, which
-        reading the blob tells."""
+    def _write_tag(self, name: str, tag: str, digest: Digest) -> None:
+        """Let a tag point to a manifest; pin the manifest if the tag is a digest."""
+        if isinstance(tag, Digest):
+            return self.files.write(self.layout.pin_path(name, tag), b"")
+        self.write_link(os.path.join(self.layout.tag_path(name, tag), "index",
+                                     digest.algorithm, digest.encoded), digest)
+        self.write_link(self.layout.current_path(name, tag), digest)
+
+    def _check_blob_or_quarantine(self, name: str, digest: Digest, sizes: Set[int],
+                                  check_wanted: Callable[[], None]) -> bool:
+        """Whether a repository has a blob to which a manifest's descriptors give these sizes.
+
+        If its size is another one, that is either a mistake of whoever made the manifest, who may
+        keep it, or a sign of damage. Reading the blob tells which; a damaged one is put in
+        quarantine."""
         try:
             with self.open_blob(name, digest) as blob:
                 if sizes == {blob.length}:
                     return True
+                assert blob.file  # as of every blob here
                 hasher = hash_of_file(blob.file, digest.algorithm, lambda size: check_wanted())
                 if hasher.hexdigest() == digest.encoded:
                     return True
-                logger.warning("damaged blob, put aside; push it again: %s", blob.file.name)
+                path = self.layout.blob_path(digest)
+                logger.warning("damaged blob, put aside; push it again: %s", path)
                 with self.lock.alone():
-                    if is_at(blob.file, blob.file.name):  # else a whole one has been pushed meanwhile
-                        self.quarantine(blob.file.name)
-        except RegistryError:
+                    if is_at(blob.file, path):  # else a whole one has been pushed meanwhile
+                        self.quarantine(path)
+        except Unknown:  # as a blob; a manifest may take this place
             return self.layout.read_link(self.layout.revision_path(name, digest)) is not None
         return False
 
-    def quarantine(self, path):
-        """Move a damaged file to ROOT/tinyreg/damaged, under the path it had; returns where it is. Clients don't push
-        a blob that is there, so it would never be mended. The lock is held, alone. Raises OSError."""
+    def quarantine(self, path: str) -> str:
+        """Move a damaged file to ROOT/tinyreg/damaged, below the path that it had; returns where
+        it is now. Raises OSError. The caller holds the lock alone.
+
+        Clients do not push a blob that is there, so in its place it would never be mended."""
         aside = os.path.join(self.layout.own, "damaged", os.path.relpath(path, self.root))
         while os.path.exists(aside):
             aside += "~"
@@ -2389,70 +2448,101 @@ class Directory(Registry):
 
     # Deleting
 
-    def delete_tag(self, name, tag):
+    def delete_tag(self, name: str, tag: str) -> None:
         with self.lock.alone():
             self.resolve(name, tag)
             self.files.remove(self.layout.tag_path(name, tag))
 
-    def delete_manifest(self, name, digest):
+    def delete_manifest(self, name: str, digest: Digest) -> None:
+        revision = self.layout.revision_path(name, digest)
         with self.lock.alone():
-            if self.layout.read_link(self.layout.revision_path(name, digest)) is None:
+            if self.layout.read_link(revision) is None:
                 raise self._unknown(name, "MANIFEST_UNKNOWN", digest)
-            pointing = [tag for tag in self.tags(name) if self.layout.read_link(self.layout.current_path(name, tag)) == digest]
-            for tag in pointing:
-                self.files.remove(self.layout.tag_path(name, tag))
+            for tag in list(self.tags(name)):
+                if self.layout.read_link(self.layout.current_path(name, tag)) == digest:
+                    self.files.remove(self.layout.tag_path(name, tag))
             with contextlib.suppress(FileNotFoundError):
                 self.files.remove(self.layout.pin_path(name, digest))
-            self.files.remove(self.layout.revision_path(name, digest))
+            self.files.remove(revision)
 
-    def delete_blob(self, name, digest):
+    def delete_blob(self, name: str, digest: Digest) -> None:
+        layer = self.layout.layer_path(name, digest)
         with self.lock.alone():
-            if self.layout.read_link(self.layout.layer_path(name, digest)) is None:
+            if self.layout.read_link(layer) is None:
                 raise self._unknown(name, "BLOB_UNKNOWN", digest)
-            self.files.remove(self.layout.layer_path(name, digest))
+            self.files.remove(layer)
+
+    def keep_hasher(self, session: "DirectoryUpload", hasher: Any) -> None:
+        """Keep the hash of an upload's bytes so far, for this process to go on from.
+
+        That only saves time. The file is the truth, and an upload without a hash is read again
+        when it is committed."""
+        self.hashers[session.id, session.offset] = hasher
+        while len(self.hashers) > HASHED_SESSIONS:
+            self.hashers.popitem(last=False)
 
 
 class DirectoryUpload(UploadSession):
-    """An upload session: the file _uploads/ID/data, whose size is its offset.
+    """An upload session: the file _uploads/ID/data, whose size is the offset.
 
-    Two requests may write to one session, when a client has lost its connection and we have not noticed yet. So
-    each block is written under the file's lock, and only if the file ends where its writer believes, and is still
-    the session's: the second request to write goes on, the first one fails. No lock is held while a client sends.
+    Two requests may write to one session at once: a client has lost its connection and comes
+    back, and the server has not noticed yet. So each block is written under a lock on the file,
+    and only if the file still ends where the writer believes and is still the session's. The
+    request that came last goes on, the other one fails. No lock is held while a client sends.
 
-    `state` is our signature under id, size and digest of what has come. The client carries it from one request to
-    the next, and so to the process that commits, which need not read the file again.
-    """
+    `state` is this server's signature of the id, the size and the digest of the bytes so far. The
+    client carries it to the process that commits, which then need not read the file again."""
 
-    def __init__(self, store, name, session_id):
+    def __init__(self, store: Directory, name: str, session_id: str) -> None:
         self.store = store
         self.name = name
         self.id = session_id
-        self.folder = os.path.join(store.layout.repository_path(name), "_uploads", session_id)
+        self.folder = os.path.join(store.layout.uploads_path(name), session_id)
         self.path = os.path.join(self.folder, "data")
-        self.offset = 0
-        self.state = ""
 
-    def unknown(self):
+    def begin(self, algorithm: str) -> None:
+        """Make the session's files. Raises UNAVAILABLE, OSError."""
+        self.offset = 0
+        self.store.check_room()
+        with self.store.lock.shared(changes=False):  # gc takes empty repositories away
+            # Links will be below this folder, so it has to be durable; the session has not.
+            make_directories(self.store.layout.repository_path(self.name))
+            os.makedirs(self.folder, exist_ok=True)
+            with open(os.path.join(self.folder, "startedat"), "w") as file:
+                file.write(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+            open(self.path, "xb").close()
+        self.store.keep_hasher(self, hashlib.new(algorithm))
+
+    def resume(self) -> bool:
+        """Learn the offset from the file; False if there is no such session. Raises OSError."""
+        try:
+            self.offset = os.stat(self.path).st_size
+        except FileNotFoundError:
+            return False
+        return True
+
+    def unknown(self) -> RegistryError:
         return RegistryError("BLOB_UPLOAD_UNKNOWN", self.id)
 
-    def _misplaced(self):
-        return RegistryError("RANGE_INVALID", {"offset": self.offset}, message="the chunk must begin at the offset")
+    def _misplaced(self) -> RegistryError:
+        return RegistryError("RANGE_INVALID", {"offset": self.offset},
+                             message="the chunk must begin at the offset")
 
-    def _sign(self, size, algorithm, encoded):
-        # The key dies with the server: after a restart bytes may be lost, or other ones.
+    def _sign(self, size: int, algorithm: str, encoded: str) -> str:
+        # The key dies with the server: after a restart bytes may be lost, or be other ones.
         text = "%s %d %s:%s" % (self.id, size, algorithm, encoded)
         return hmac.new(self.store.key, text.encode(), "sha256").hexdigest()
 
-    def _open(self):
+    def _open(self) -> BinaryIO:
         try:
             return open(self.path, "r+b", buffering=0)
         except FileNotFoundError:
             raise self.unknown()
 
     @contextlib.contextmanager
-    def _locked(self, file):
-        """The session's file to ourselves; yields its os.stat_result. Raises BLOB_UPLOAD_UNKNOWN if it became a blob,
-        or nothing, meanwhile."""
+    def _locked(self, file: BinaryIO) -> Iterator[os.stat_result]:
+        """Hold the lock on the session's open file; yields the file's status. Raises
+        BLOB_UPLOAD_UNKNOWN if the file has become a blob, or is gone."""
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             if not is_at(file, self.path):
@@ -2461,13 +2551,14 @@ class DirectoryUpload(UploadSession):
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)
 
-    def append(self, body, start=None):
-        """Add what `body` gives (a file's readinto). Raises RANGE_INVALID unless `start`, if given, is the offset."""
+    def append(self, body: Any, start: Optional[int] = None) -> None:
         with self._open() as file:
             self.offset = file.seek(0, os.SEEK_END)
             if start not in (None, self.offset):
                 raise self._misplaced()
-            hasher = self.store.hashers.pop((self.id, self.offset), None if self.offset else hashlib.sha256())
+            # Another process may have begun the upload; then sha256 is a good guess.
+            unused = None if self.offset else hashlib.sha256()
+            hasher = self.store.hashers.pop((self.id, self.offset), unused)
             buffer, more = memoryview(bytearray(MAX_UPLOAD_READ)), True
             while more:
                 filled = 0
@@ -2475,19 +2566,20 @@ class DirectoryUpload(UploadSession):
                     while more and filled < COPY_BUFFER:
                         count = body.readinto(buffer[filled:])
                         more, filled = count > 0, filled + count
-                finally:  # what came before a client left is kept: it may come back for the rest
+                finally:  # a client that has left may come back: what it sent before is kept
                     self._write(file, buffer[:filled])
                 if hasher:
                     hasher.update(buffer[:filled])
-            self.store.hashers.pop((self.id, self.offset), None)  # of an earlier upload: those of put_blob have one id
+            # An earlier upload may have left one: put_blob() uses the same id again.
+            self.store.hashers.pop((self.id, self.offset), None)
             if hasher:
                 self.state = self._sign(self.offset, hasher.name, hasher.hexdigest())
                 self.store.keep_hasher(self, hasher)
 
-    def _write(self, file, block):
-        with self._locked(file) as found:
-            if found.st_size != self.offset:
-                self.offset = found.st_size
+    def _write(self, file: BinaryIO, block: memoryview) -> None:
+        with self._locked(file) as status:
+            if status.st_size != self.offset:
+                self.offset = status.st_size
                 raise self._misplaced()
             try:
                 self.store.check_room(self.offset + len(block))
@@ -2497,23 +2589,24 @@ class DirectoryUpload(UploadSession):
                     block = block[count:]
             except (RegistryError, OSError) as error:
                 # A full disk needs the space more than the client needs half a blob.
-                if isinstance(error, RegistryError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                if isinstance(error, RegistryError) or error.errno in full:
                     self.cancel()
                 raise
 
-    def commit(self, digest):
-        """Make it a blob of the repository. Raises DIGEST_INVALID if it has another digest. The session ends in any
-        case: wrong bytes are of no use, and after a failed fsync the kernel may have dropped them, and a second fsync
-        would not say so."""
-        with self._open() as file, self._locked(file) as found:
+    def commit(self, digest: Digest) -> None:
+        """Raises DIGEST_INVALID. The session ends in any case: wrong bytes are of no use; and
+        after a failed fsync the kernel may have dropped bytes, and a second fsync would not say
+        so."""
+        with self._open() as file, self._locked(file) as status:
             try:
-                self._check_digest(file, found.st_size, digest)
+                self._check_digest(file, status.st_size, digest)
                 os.fsync(file.fileno())
                 self.store.publish_blob(self.name, self.path, digest)
             finally:
                 self.cancel()
 
-    def _check_digest(self, file, size, digest):
+    def _check_digest(self, file: BinaryIO, size: int, digest: Digest) -> None:
         hasher = self.store.hashers.pop((self.id, size), None)
         signed = self._sign(size, digest.algorithm, digest.encoded)
         if hmac.compare_digest(self.state.encode(), signed.encode()):
@@ -2521,21 +2614,21 @@ class DirectoryUpload(UploadSession):
         if hasher is None or hasher.name != digest.algorithm:
             hasher = hash_of_file(file, digest.algorithm)
         if hasher.hexdigest() != digest.encoded:
-            raise RegistryError("DIGEST_INVALID", {"wanted": digest, "size": size,
-                                                   "got": "%s:%s" % (hasher.name, hasher.hexdigest())})
+            raise RegistryError("DIGEST_INVALID", {
+                "wanted": digest, "size": size, "got": "%s:%s" % (hasher.name, hasher.hexdigest())})
 
-    def cancel(self):
-        """Forget the session and its bytes."""
+    def cancel(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def expire(self, limit):
-        """Forget the session unless someone has written to it after this time; whether it is forgotten."""
+    def expire(self, limit: float) -> bool:
+        """Forget the session unless somebody has written to it after this Unix time; whether it is
+        forgotten."""
         try:
-            with self._open() as file, self._locked(file) as found:
-                if found.st_mtime >= limit:
+            with self._open() as file, self._locked(file) as status:
+                if status.st_mtime >= limit:
                     return False
                 self.cancel()
-        except RegistryError:  # it became a blob meanwhile, or a crash came before its first byte
+        except Unknown:  # it has become a blob, or a crash came before its first byte
             if os.path.exists(self.path):
                 return False
             self.cancel()
@@ -2878,7 +2971,7 @@ class Collection(Sweep):
         return nodes
 
     def _read_manifest(self, name: str, digest: Digest, folder: str) -> Node:
-        content = self.store.manifest_content(digest)
+        content = self.layout.manifest_content(digest)
         if content is None:
             self.unread.append(image_text(name, digest))
             return Node(digest, folder)
@@ -5514,7 +5607,6 @@ class PullThrough(Wrapper):
 
 MAX_MANIFESTS = 8 * MAX_MANIFEST  # bytes of an image's manifests with its referrers, in memory …
 MANIFEST_COST = 1 << 10           # … and what each of them takes there beside its bytes
-NO_PLATFORM = "unknown/unknown"   # the platform that BuildKit gives its attestations
 COSIGN_SUFFIXES = (".sig", ".att", ".sbom")  # cosign tags what is about a manifest sha256-HEX.sig …
 
 

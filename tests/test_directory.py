@@ -20,7 +20,7 @@ from conftest import TINYREG
 from samples import (CONFIG, descriptor, image, index, make_image, make_referrer, push_blob,
                      read_blob, to_bytes, to_manifest)
 from test_files import STEPS, Tracer
-from tinyreg import OCI_ARTIFACT, Digest, Directory, ReadOnly, RegistryError
+from tinyreg import OCI_ARTIFACT, Digest, Directory, DirectoryUpload, ReadOnly, RegistryError
 
 ALGORITHMS = ("sha256", "sha512")
 TREE = "docker/registry/v2/"
@@ -214,9 +214,15 @@ def test_a_store_is_ready_without_writing_if_it_is_read_only(store, root):
 def test_what_an_earlier_upload_with_the_same_id_had_is_no_proof(store):
     """put_blob's have the same id in all processes. One has begun a blob; another forgets that, and begins anew."""
     digest, other, id = Digest.of(b"right"), Directory(store.root), store.session_id_of_blob("app", Digest.of(b"right"))
-    store.start_upload("app", "sha256", id).append(io.BytesIO(b"right"))
+
+    def begin(store):
+        session = DirectoryUpload(store, "app", id)
+        session.begin("sha256")
+        return session
+
+    begin(store).append(io.BytesIO(b"right"))
     other.find_upload("app", id).cancel()
-    other.start_upload("app", "sha256", id).append(io.BytesIO(b"wro"))
+    begin(other).append(io.BytesIO(b"wro"))
     session = store.find_upload("app", id)
     session.append(io.BytesIO(b"ng"))
     assert refusal(session.commit, digest)

@@ -115,7 +115,7 @@ def test_sha512_schema_1_and_odd_json_are_followed(store):
     push_blob(store, "app", CONFIG)
     for content in (old, odd):  # as Distribution would have stored them
         push_blob(store, "app", content)
-        store._write_link(store.layout.revision_path("app", Digest.of(content)), Digest.of(content))
+        store.write_link(store.layout.revision_path("app", Digest.of(content)), Digest.of(content))
     make_old(store)
     gc(store)
     for content in (b"old layer", b"escaped"):
@@ -128,7 +128,7 @@ def test_a_blob_that_distribution_linked_from_its_sha512_stays(store):
     content = json.dumps(image((b"layer",), algorithm="sha512")).encode()
     for part in (b"layer", CONFIG):
         push_blob(store, "app", part)
-        store._write_link(store.layout.layer_path("app", Digest.of(part, "sha512")), Digest.of(part))
+        store.write_link(store.layout.layer_path("app", Digest.of(part, "sha512")), Digest.of(part))
     manifest = to_manifest(json.loads(content.decode()))
     store.put_manifest("app", manifest, ["latest"])
     make_old(store)
@@ -211,7 +211,7 @@ def test_what_an_archive_names_by_digest_alone_stays_and_its_signature_does_not_
         assert done.returncode == 0, done.stderr
     make_old(store)
     gc(store, untagged=True)
-    assert list(store._revisions("app")) == [by_digest.digest] and has_blob(store, "app", b"by digest")
+    assert list(store.revisions("app")) == [by_digest.digest] and has_blob(store, "app", b"by digest")
 
 
 def test_what_tags_have_left_behind_in_a_registry_that_is_loaded_does_not_stay_for_ever(store, tmp_path):
@@ -445,10 +445,10 @@ def test_what_had_no_tag_before_stays_unless_untagged_is_said(aged):
     make_old(aged)
     gc(aged, keep=1, repositories=re.compile("app"))
     assert len(list(aged.tags("app"))) == 1 and list(aged.tags("other")) == ["old"]
-    assert {untagged.digest, child.digest, multi.digest} <= set(aged._revisions("app"))
+    assert {untagged.digest, child.digest, multi.digest} <= set(aged.revisions("app"))
     assert has_blob(aged, "app", b"by digest") and has_blob(aged, "app", b"child")
     gc(aged, keep=1, untagged=True, repositories=re.compile("app"))
-    assert not {untagged.digest, multi.digest} & set(aged._revisions("app"))
+    assert not {untagged.digest, multi.digest} & set(aged.revisions("app"))
 
 
 def test_two_tags_of_one_manifest(aged):
@@ -492,16 +492,16 @@ def test_an_expired_tag_takes_along_neither_subject_nor_base_image(aged):
     make_old(aged)
     age_tag(aged, "app", "1", 1)
     gc(aged, keep=1)
-    left = set(aged._revisions("app"))
+    left = set(aged.revisions("app"))
     assert list(aged.tags("app")) == ["1"] and {subject.digest, base.digest} <= left
     assert not left & {sbom.digest, built.digest, attached.digest} and not has_data(aged, b"built")
     gc(aged, untagged=True)
-    assert set(aged._revisions("app")) == {aged.resolve("app", "1")}
+    assert set(aged.revisions("app")) == {aged.resolve("app", "1")}
 
 
 def test_a_tag_that_moves_meanwhile_stays(aged, monkeypatch):
     first, fourth = aged.resolve("app", "1"), aged.resolve("app", "4")
-    manifest, again = [Manifest(aged.manifest_content(digest), digest) for digest in (first, fourth)]
+    manifest, again = [Manifest(aged.layout.manifest_content(digest), digest) for digest in (first, fourth)]
     sweep = Collection.sweep
 
     def push_first(collection, kind, entries, name=None):
@@ -817,7 +817,7 @@ def check_whole(store):
     for name in store.repositories():
         for tag in store.tags(name):
             store.resolve(name, tag)
-        for digest in store._revisions(name):
+        for digest in store.revisions(name):
             for blob in store.manifest(name, digest).blobs:
                 assert Digest.of(read_blob(store, name, blob.digest)) == blob.digest
             images += 1

@@ -125,7 +125,7 @@ def test_a_link_that_leads_nowhere_is_damage_where_an_image_needs_it(store):
     make_image(store, "app", None, layers=(b"untagged",))
     for content in (b"untagged", b"stray"):
         os.unlink(store.layout.blob_path(push_blob(store, "app", content)))
-    untagged, = set(store._revisions("app")) - {store.resolve("app", "latest")}
+    untagged, = set(store.revisions("app")) - {store.resolve("app", "latest")}
     check = StoreVerification(store)
     check.run()
     assert {(what, name) for what, name, _ in check.findings} == {
