@@ -9788,29 +9788,17 @@ def next_signal() -> int:
 # -------------------------------------------------------------------------------------------------
 
 
-def fitted(text, file):
-    """The text as this file can show it: harmless, and with escapes for what its encoding lacks."""
+def fitted(text: str, file: Any) -> str:
+    """The text as this file can show it: without control characters, and with escapes for what
+    its encoding lacks."""
     encoding = getattr(file, "encoding", None) or "utf-8"
     return harmless(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def tell(line: str) -> None:
-    """Print a line of a command's report. What strangers say may be in it: so all output goes
-    through here, complain or tell_progress."""
+    """Print a line of what a command reports. Strangers' text may be in it, so all output goes
+    through this function, complain() or tell_progress()."""
     print(fitted(line, sys.stdout))
-
-
-def flush_output():
-    """Write what print() has kept back. What can't be written is dropped, or Python would try again
-    at its very end, and print an error of its own. Raises BrokenPipeError, CommandError."""
-    try:
-        if sys.stdout:
-            sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise CommandError("can't write the output: %s" % error.strerror)
 
 
 def complain(line: str) -> None:
@@ -9825,10 +9813,28 @@ def tell_progress(line: str) -> None:
     sys.stderr.flush()
 
 
-def tell_json(value) -> None:
-    """Print a report for programs. It is ASCII, so it stays valid JSON whatever strangers say."""
-    for line in json.dumps(value, indent=2).splitlines():
+def show(options: argparse.Namespace, report: Any, lines: Iterable[str]) -> None:
+    """Print what a command reports: with --json the report, else the lines. The JSON is ASCII, so
+    it is valid whatever strangers' text is in it."""
+    if options.json:
+        lines = json.dumps(report, indent=2).splitlines()
+    for line in lines:
         tell(line)
+
+
+def flush_output() -> None:
+    """Write what print() has kept in its buffer. Raises BrokenPipeError, CommandError.
+
+    What can't be written is dropped. Python would try it again when it ends, and print an error
+    of its own."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise CommandError("can't write the output: %s" % error.strerror)
 
 
 # The store, and what serve needs
@@ -10242,14 +10248,6 @@ def find_image(store: Directory, text: str, is_exact: bool = False) -> Tuple[str
                         % (image_text(present[0], reference), others))
 
 
-def show(options: argparse.Namespace, report: Any, lines: Iterable[str]) -> None:
-    """Print what a command reports: with --json the report, else the lines."""
-    if options.json:
-        return tell_json(report)
-    for line in lines:
-        tell(line)
-
-
 def list_image(registry: Reader, name: str, reference: str, pushed: float = 0.0) -> Dict[str, Any]:
     """What ls reports of an image: its description, its name and when it was pushed, or why it
     can't be read."""
@@ -10382,12 +10380,15 @@ def default_root() -> str:
     return os.environ.get("TINYREG_ROOT") or "./registry"
 
 
-WAITING = "%s before %s, since clients may be at it; while nobody pushes, this does not wait:"
-
-
 def command_text(*words: str) -> str:
     """A command line of ours, for people to copy."""
     return "  tinyreg.py " + " ".join(map(shlex.quote, words))
+
+
+def waiting_lines(size: str, until: float, command: List[str]) -> List[str]:
+    """What to say of bytes that gc keeps until then, and how this command frees them now."""
+    return ["%s before %s, since clients may be at it; while nobody pushes, this does not wait:"
+            % (size, local_time(until)), command_text(*command, "--grace", "0")]
 
 
 def space_lines(options: argparse.Namespace, store: Directory, names: Iterable[str]) -> List[str]:
@@ -10401,8 +10402,7 @@ def space_lines(options: argparse.Namespace, store: Directory, names: Iterable[s
     size = "up to " + in_units(sum(sizes))
     if max(ends) <= time.time():
         return [size + " come back with:", command_text(*command)]
-    return [WAITING % (size + " can't be freed", local_time(max(ends))),
-            command_text(*command, "--grace", "0")]
+    return waiting_lines(size + " can't be freed", max(ends), command)
 
 
 class Deletion(NamedTuple):
@@ -10612,9 +10612,9 @@ def clients(options: argparse.Namespace) -> int:
 class Progress:
     """Shows how far the copying of several images is: on a terminal in a line that moves."""
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.is_moving = sys.stderr.isatty() and not quiet
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.is_quiet = options.quiet or options.json
+        self.is_moving = sys.stderr.isatty() and not self.is_quiet
         self.total_bytes = 0  # of all images
         self.done_bytes = 0   # of the images that are done
         self.next_time = 0.0  # on the monotonic clock, when the line may change again
@@ -10627,7 +10627,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
-        if not self.quiet:
+        if not self.is_quiet:
             self.clear()
             complain(line)
 
@@ -10742,7 +10742,9 @@ class Transfer:
         for copy in self.copies:
             self._run_copy(copy)
             self.progress.done_bytes += copy.report.total_bytes
-        self._report(needed, free)
+        reports = [copy.report.as_json() for copy in self.copies]
+        show(self.options, {"images": reports, "failed": self.failures, "needed_bytes": needed},
+             self._iter_lines(needed, free))
         return 1 if self.failures else 0
 
     def _run_copy(self, copy: Copy) -> None:
@@ -10761,17 +10763,14 @@ class Transfer:
             tell(summary(report, options.dry_run))
             flush_output()  # who reads it from a pipe sees that the transfer goes on
 
-    def _report(self, needed: int, free: Optional[int]) -> None:
-        options = self.options
-        if options.json:
-            tell_json({"images": [copy.report.as_json() for copy in self.copies],
-                       "failed": self.failures, "needed_bytes": needed})
-        elif options.dry_run:
+    def _iter_lines(self, needed: int, free: Optional[int]) -> Iterator[str]:
+        """Yield what is said of all images without --json."""
+        if self.options.dry_run:
             room = "" if free is None else "; %s free" % in_units(free)
             blobs = counted(len(self.needed), "blob")
-            tell("in total: %s, %s to copy%s" % (blobs, in_units(needed), room))
-        elif self.copies and isinstance(self.target, Directory) and not options.quiet:
-            tell("the store is " + self.target.root)
+            yield "in total: %s, %s to copy%s" % (blobs, in_units(needed), room)
+        elif self.copies and isinstance(self.target, Directory) and not self.options.quiet:
+            yield "the store is " + self.target.root
 
 
 def named_images(options: argparse.Namespace) -> List[str]:
@@ -10800,7 +10799,7 @@ def open_remote(options: argparse.Namespace, host: str, progress: Progress) -> R
 def pull(options: argparse.Namespace) -> int:
     """Copy images from their registries into the store."""
     options.strip = False  # the store takes an index without its children
-    store, progress = open_store(options, create=True), Progress(options.quiet or options.json)
+    store, progress = open_store(options, create=True), Progress(options)
     images = [parse_image(text) for text in named_images(options)]
     remotes = {host: open_remote(options, host, progress)
                for host in {image.host for image in images}}
@@ -10834,7 +10833,7 @@ def parse_destination(text: str) -> Destination:
 
 def push(options: argparse.Namespace) -> int:
     """Copy images from the store to another registry."""
-    store, progress = open_store(options), Progress(options.quiet or options.json)
+    store, progress = open_store(options), Progress(options)
     destination = parse_destination(options.to)
     transfer = Transfer(options, open_remote(options, destination.host, progress), progress)
     for text in named_images(options):
@@ -10854,20 +10853,18 @@ def report_collection(options: argparse.Namespace, collection: Collection,
     counts = collection.counts
     if collection.doubt:
         complain("tinyreg: " + collection.doubt)
-    if options.json:
-        tell_json({"dryRun": options.dry_run, "size": counts["bytes"], "removed": removed,
-                   "waiting": waiting, "waitingUntil": timestamp(until) if waiting else None,
-                   "unreadable": collection.unread})
-    elif not options.quiet:
-        kinds = ["manifests", "links", "blobs", "uploads", "repositories"]
-        if counts["tags"]:
-            kinds.insert(0, "tags")
-        tell("%s %s; %s" % ("would remove" if options.dry_run else "removed",
+    kinds = ["manifests", "links", "blobs", "uploads", "repositories"]
+    if counts["tags"]:
+        kinds.insert(0, "tags")
+    lines = ["%s %s; %s" % ("would remove" if options.dry_run else "removed",
                             ", ".join(counted(counts[kind], singular(kind)) for kind in kinds),
-                            in_units(counts["bytes"])))
-        if waiting:
-            tell(WAITING % (in_units(waiting) + " more can't be freed", local_time(until)))
-            tell(command_text(*options.arguments, "--grace", "0"))
+                            in_units(counts["bytes"]))]
+    if waiting:
+        size = in_units(waiting) + " more can't be freed"
+        lines += waiting_lines(size, until, options.arguments)
+    show(options, {"dryRun": options.dry_run, "size": counts["bytes"], "removed": removed,
+                   "waiting": waiting, "waitingUntil": timestamp(until) if waiting else None,
+                   "unreadable": collection.unread}, [] if options.quiet else lines)
     if collection.unread:
         complain("tinyreg: kept all that may belong to what can't be read (see tinyreg.py verify): "
                  + ", ".join(collection.unread[:10]) + (" …" if collection.unread[10:] else ""))
@@ -11030,7 +11027,7 @@ def verify(options: argparse.Namespace) -> int:
 # Archives
 
 
-def digests_in(path: str) -> Iterable[str]:
+def digests_in(path: str) -> Iterable[Digest]:
     """The digests that a file lists, as `ls --digests` prints them, or those of an archive.
     Raises UNSUPPORTED, CommandError, OSError."""
     if not os.path.exists(path):
@@ -11039,7 +11036,8 @@ def digests_in(path: str) -> Iterable[str]:
     if not os.path.isdir(path):
         with open(path, "rb") as file:
             if re.match(rb'[\s\["\]]*(?:sha(?:256|512):|\Z)', file.peek(100)):
-                return re.findall(DIGEST.pattern, file.read().decode("ascii", "replace"))
+                text = file.read().decode("ascii", "replace")
+                return map(Digest, re.findall(DIGEST.pattern, text))
     return Archive([path]).digests()
 
 
@@ -11146,7 +11144,7 @@ def iter_archive_problems(archive: Archive, reports: List[Report]) -> Iterator[s
 
 def load(options: argparse.Namespace) -> int:
     """Copy the images of archives into the store, or to another registry."""
-    progress = Progress(options.quiet or options.json)
+    progress = Progress(options)
     destination, scratch, ranges = Destination("", ""), tempfile.gettempdir(), None
     if options.to:
         destination = parse_destination(options.to)
@@ -11250,9 +11248,8 @@ QUIET = flag("--quiet", "say nothing but errors")
 AS_JSON = flag("--json", "print JSON")
 DRY_RUN = flag("--dry-run", "say what would be copied, and copy nothing")
 
-# Each of these is a variable of the environment as well.
+# Each of these, and QUIET, is a variable of the environment as well.
 SERVE_OPTIONS = [
-    QUIET,
     value("archives", "ARCHIVE", "serve the images in these archives instead of the store, "
           "read-only", nargs="*"),
     repeated("--listen", "[HOST]:PORT", "address to listen on; :5000 is every address; may be "
@@ -11350,14 +11347,14 @@ COMMANDS = [
         "pull", pull, "Copy images from their registries into the store.",
         "  tinyreg.py pull alpine:3.19 quay.io/prometheus/prometheus:v2.53.0\n"
         "  tinyreg.py pull -f images.txt --platform linux/amd64 --dry-run\n",
-        [QUIET, AS_JSON, value("images", "IMAGE", "as docker pull takes it", nargs="*"),
+        [AS_JSON, value("images", "IMAGE", "as docker pull takes it", nargs="*"),
          IMAGE_LIST, PLATFORM, NO_REFERRERS, DRY_RUN] + REMOTE_OPTIONS),
     Command(
         "push", push, "Copy images from the store to another registry.",
         "  tinyreg.py push alpine:3.19 --to lab.example:5000\n"
         "  tinyreg.py push -f images.txt --to lab.example/mirror\n"
         "  tinyreg.py push alpine:3.19 --to harbor.lab/mirror --platform linux/amd64 --strip\n",
-        [QUIET, AS_JSON, value("images", "IMAGE", "as pull took it, or as ls shows it", nargs="*"),
+        [AS_JSON, value("images", "IMAGE", "as pull took it, or as ls shows it", nargs="*"),
          IMAGE_LIST, PLATFORM, STRIP, NO_REFERRERS, DRY_RUN,
          value("--to", "HOST[:PORT][/PREFIX]", "the registry, and what its repositories' names "
                "begin with", required=True)] + REMOTE_OPTIONS),
@@ -11366,7 +11363,7 @@ COMMANDS = [
         "  tinyreg.py save alpine nginx:1.25 -o images.tar\n"
         "  tinyreg.py save -f images.txt -o images.tar --have have.txt --split 3900M\n"
         "  tinyreg.py save alpine -o - | ssh HOST docker load\n",
-        [QUIET, AS_JSON, value("images", "IMAGE", "NAME[:TAG] or NAME@DIGEST", nargs="*"),
+        [AS_JSON, value("images", "IMAGE", "NAME[:TAG] or NAME@DIGEST", nargs="*"),
          value("-o --output", "FILE", "the archive; - is stdout", required=True),
          flag("--no-self", "leave out tinyreg.py itself"),
          repeated("--have", "FILE", "leave out the blobs that are in these lists (`ls --digests` "
@@ -11381,7 +11378,7 @@ COMMANDS = [
         "  tinyreg.py load images-*.tar --want want.txt\n"
         "  tinyreg.py load images.tar --to registry.lab:5000\n"
         "  docker save alpine | tinyreg.py load -\n",
-        [QUIET, AS_JSON,
+        [AS_JSON,
          value("archives", "FILE", "an OCI image layout or what docker save wrote, as tar, .tar.gz "
                "or directory; a registry's data directory; - is stdin", nargs="+"),
          value("--want", "FILE", "write the digests that are missing into this file"),
@@ -11393,7 +11390,7 @@ COMMANDS = [
         "  tinyreg.py ls alpine quay.io/a/b:1.0\n"
         "  tinyreg.py ls images.tar\n"
         "  tinyreg.py ls --digests > have.txt\n",
-        [QUIET, AS_JSON,
+        [AS_JSON,
          value("images", "IMAGE", "list the tags of NAME, or NAME:TAG, or what is in an archive, "
                "with sizes and platforms", nargs="*"),
          flag("--digests", "list every blob held instead")]),
@@ -11401,7 +11398,7 @@ COMMANDS = [
         "rm", remove, "Delete tags and manifests.",
         "  tinyreg.py rm alpine:3.19\n"
         "  tinyreg.py rm alpine@sha256:0123...\n",
-        [QUIET, AS_JSON,
+        [AS_JSON,
          value("images", "IMAGE", "NAME:TAG deletes the tag; NAME@DIGEST deletes the manifest and "
                "every tag that points to it", nargs="+")]),
     Command(
@@ -11410,7 +11407,7 @@ COMMANDS = [
         "  tinyreg.py gc\n"
         "  tinyreg.py gc --untagged --grace 7d\n"
         "  tinyreg.py gc --keep 10 --older-than 90d --repositories 'team/**' --dry-run\n",
-        [QUIET, AS_JSON,
+        [AS_JSON,
          flag("--untagged", "also delete manifests that no tag leads to, itself or over an index "
               "or a subject"),
          value("--keep", "N", "delete the tags of each repository except the N that were last "
@@ -11432,7 +11429,7 @@ COMMANDS = [
         "  tinyreg.py verify --rate 50M\n"
         "  tinyreg.py verify --repair\n"
         "  tinyreg.py verify /media/stick/images-*.tar\n",
-        [QUIET, AS_JSON,
+        [AS_JSON,
          value("archives", "FILE", "re-read these archives instead of the store", nargs="*"),
          value("--rate", "SIZE", "read so much a second; 0 is no limit", parse_size, "0"),
          flag("--repair", "move what is damaged into ROOT/tinyreg/damaged, so that pushing the "
@@ -11442,7 +11439,7 @@ COMMANDS = [
         "  tinyreg.py passwd alice --users /etc/tinyreg/users\n"
         "  tinyreg.py passwd ci --users /etc/tinyreg/users --stdin < ci-password\n"
         "  tinyreg.py passwd alice --users /etc/tinyreg/users --delete\n",
-        [QUIET, value("user", "USER", "letters, digits and most else, but no colon and no space"),
+        [value("user", "USER", "letters, digits and most else, but no colon and no space"),
          value("--users", "FILE", "the htpasswd file; made if it is not there", required=True),
          flag("--stdin", "read the password from a line on standard input"),
          flag("--delete", "remove the user")]),
@@ -11452,7 +11449,7 @@ COMMANDS = [
         "  tinyreg.py clients containerd --mirror | ssh root@node sh\n"
         "  tinyreg.py clients containerd --mirror --user node < password > setup.sh\n"
         "  tinyreg.py clients docker --install\n",
-        [QUIET, value("client", "CLIENT", "one of %(choices)s", nargs="?", choices=CLIENTS),
+        [value("client", "CLIENT", "one of %(choices)s", nargs="?", choices=CLIENTS),
          value("--host", "HOST:PORT", "what clients call the registry (default: this host's name, "
                "and port 5000)"),
          flag("--mirror", "let them take images of every origin from it, too"),
@@ -11476,7 +11473,7 @@ def with_environment(words: List[str]) -> List[str]:
     are not among them."""
     named = {word.partition("=")[0] for word in words}
     added = []
-    for (name, *_), settings in SERVE_OPTIONS:
+    for (name, *_), settings in [QUIET] + SERVE_OPTIONS:
         text = os.environ.get(variable_of(name))
         if not text or name in named or not name.startswith("--"):
             continue
@@ -11526,7 +11523,7 @@ def build_parser() -> Parser:
             name, help=purpose[0].lower() + purpose[1:].rstrip("."), description=purpose + notes,
             epilog="examples:\n" + examples, formatter_class=HelpFormatter)
         command.set_defaults(function=function)
-        for names, settings in [root] + options:
+        for names, settings in [root, QUIET] + options:
             command.add_argument(*names, **settings)
     return parser
 
