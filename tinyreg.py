@@ -2680,10 +2680,10 @@ def keys_mentioned(content: bytes) -> FrozenSet[int]:
 
 
 class Node(NamedTuple):
-    """A manifest of a repository, as gc sees it; all but its own digest are keys (`key_of`)."""
+    """A manifest of a repository, as gc sees it. The last three are keys (`key_of`)."""
 
     digest: Digest
-    folder: str  # has the repository's link to it
+    folder: str  # has the repository's link to the manifest
     mentions: FrozenSet[int] = frozenset()
     children: Sequence[int] = ()
     subject: Optional[int] = None
@@ -2750,8 +2750,8 @@ class Expiry(NamedTuple):
 
     def applies_to(self, name: str) -> bool:
         """Whether tags of this repository may expire."""
-        is_named = not self.repositories or self.repositories.fullmatch(name)
-        return self.is_on and bool(is_named)
+        is_meant = not self.repositories or self.repositories.fullmatch(name)
+        return self.is_on and bool(is_meant)
 
     def choose(self, moved: Dict[str, float], latest: float) -> Set[str]:
         """The tags that go, of those that were last moved at these times; none that was moved after
@@ -2781,8 +2781,8 @@ NO_EXPIRY = Expiry()
 
 # Garbage collection
 
-# {kind of thing: the file in its folder whose mtime says when a client last pushed it or was told
-# of it}
+# By the kind of thing, the file in its folder whose mtime says when a client last pushed it, or
+# was told of it.
 DATED_BY = {"tags": os.path.join("current", "link"), "manifests": "link", "links": "link",
             "blobs": "data"}
 
@@ -2790,7 +2790,8 @@ Entry = Tuple[Any, str]  # a tag or digest, and the folder that goes if it is de
 
 
 class Sweep:
-    """How gc deletes: in small batches, what is old, with the lock held alone for a moment.
+    """How gc deletes: in small batches, so that nobody waits longer than a moment for the lock; and
+    only what is old. Something is as old as a file in its folder says (DATED_BY).
 
     A time that lies in the future, as a wrong clock leaves it behind, becomes now: else it would
     protect for years what it should protect for an hour."""
@@ -2802,10 +2803,10 @@ class Sweep:
         # Clients may have been told of a link TOUCH_AGAIN_AFTER seconds after its mtime.
         self.grace = grace + TOUCH_AGAIN_AFTER if grace else 0.0
         self.dry_run = dry_run
-        self.tell = tell      # is called with kind, name, and bytes that get free
-        self.counts: Dict[str, int] = collections.Counter()  # of what goes, by kind; and "bytes"
-        self.has_spared = False               # something stays only because it is young
-        self.newest = 0.0                     # when the youngest of what goes was touched
+        self.tell = tell         # is called with kind, name, and size of each thing that goes
+        self.counts: Dict[str, int] = collections.Counter()  # by kind; and the sum of "bytes"
+        self.has_spared = False  # whether anything was young
+        self.newest = 0.0        # when the youngest of what goes was touched
         self.now = time.time()
 
     @property
@@ -2876,7 +2877,8 @@ class Sweep:
             waited = time.monotonic() - began
             old = self._old(kind, batch, opened=True)
             trash = self._bury(folder for _, folder in old)
-        if kind != "blobs":  # nothing depends on it that a blob is gone
+        if kind != "blobs":
+            # What leads to something is gone for good before that goes. A blob leads nowhere.
             for parent in {os.path.dirname(folder) for _, folder in old}:
                 with contextlib.suppress(FileNotFoundError):  # the whole repository is gone
                     sync_directory(parent)
@@ -3033,8 +3035,9 @@ class Collection(Sweep):
             # referrers of these. What else they mention, such as a base image, does not go along.
             children = {key: node.children for key, node in nodes.items()}
             doomed = reachable([key_of(tags[tag]) for tag in expired], children, referrers)
-            # A referrer that had an expired tag itself goes with that tag, although its subject
-            # may stay: as one that never had a tag, not by a tag or pin (see above).
+            # All the rest stays, with what it mentions. It keeps no referrers: one that is doomed
+            # had a tag of its own, which has expired. What is doomed and stays all the same does
+            # keep its referrers.
             staying |= reachable(nodes.keys() - doomed, mentions,
                                  {key: referrers.get(key, ()) for key in doomed})
         young = [key for key in nodes.keys() - staying if self.is_young(nodes[key].folder)]
@@ -3048,15 +3051,14 @@ class Collection(Sweep):
         manifest that is still there mentions it: parents go first, and one that has become young
         keeps all that it leads to."""
         while True:
-            mentioned = set().union(*(node.mentions for node in nodes.values()))
-            going = {key: node for key, node in nodes.items() if key not in staying | mentioned}
+            kept = staying.union(*(node.mentions for node in nodes.values()))
+            going = [(node.digest, node.folder) for key, node in nodes.items() if key not in kept]
             if not going:
                 return
-            entries = [(node.digest, node.folder) for node in going.values()]
-            young = {key_of(digest) for digest, _ in self.sweep("manifests", entries, name)}
-            staying = staying | young
-            for key in going.keys() - young:
-                del nodes[key]
+            young = self.sweep("manifests", going, name)
+            staying = staying.union(key_of(digest) for digest, _ in young)
+            for digest, _ in set(going).difference(young):
+                del nodes[key_of(digest)]
 
     def _need_blob(self, digest: Digest, folder: str) -> None:
         """Keep the blob to which a repository's link leads."""
