@@ -2750,8 +2750,8 @@ class Expiry(NamedTuple):
 
     def applies_to(self, name: str) -> bool:
         """Whether tags of this repository may expire."""
-        is_meant = not self.repositories or self.repositories.fullmatch(name)
-        return self.is_on and bool(is_meant)
+        is_named = not self.repositories or self.repositories.fullmatch(name)
+        return self.is_on and bool(is_named)
 
     def choose(self, moved: Dict[str, float], latest: float) -> Set[str]:
         """The tags that go, of those that were last moved at these times; none that was moved after
@@ -7097,7 +7097,7 @@ class Request(RequestHead):
         self.ca = ca
         self.route: Optional[Route] = None        # what dispatch chose, …
         self.path_values: Dict[str, Any] = {}     # … and what the path names: name, digest, …
-        self.observation = None  # the server's
+        self.observation: Any = None  # the server's
         self.go_on = lambda: None  # raises ClientLeft once nobody waits for the response
 
     def read_body(self, limit: int) -> bytes:
@@ -9844,8 +9844,8 @@ def flush_output() -> None:
 
 def open_store(options: argparse.Namespace, create: bool = False, renew: bool = True) -> Directory:
     """The store at --root; with `create`, it is made if it is not there. Raises CommandError."""
-    settings = {name: getattr(options, name, 0)
-                for name in ("sparse", "min_free", "max_blob", "shared")}
+    settings: Dict[str, Any] = {name: getattr(options, name, 0)
+                                for name in ("sparse", "min_free", "max_blob", "shared")}
     path = os.path.abspath(options.root)
     try:
         return Directory(options.root, create=create, renew=renew, **settings)
