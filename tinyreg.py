@@ -6259,9 +6259,9 @@ class Tokens:
         (`repository:NAME:pull,push`) ask for; the rules have the last word."""
         grants: Dict[str, int] = {}
         for scope in " ".join(scopes).split()[:100]:
-            kind, _, rest = scope.partition(":")
-            name, _, actions = rest.rpartition(":")
-            if kind.startswith("repository"):
+            match = re.fullmatch("repository[^:]*:(.*):([^:]*)", scope)
+            if match:
+                name, actions = match.groups()
                 levels = [NEEDED.get(action, 0) for action in actions.split(",")]
                 grants[name] = max(levels + [grants.get(name, 0)])
         payload = base64.urlsafe_b64encode(to_json([user, int(time.time()) + TOKEN_LIFE, grants]))
@@ -6323,10 +6323,6 @@ class Rules:
         self.anonymous = LEVELS.index(anonymous)
         self.default = LEVELS.index("none" if path else "admin")
 
-    def read(self) -> List[Rule]:
-        """The rules in the file. Raises OSError, CommandError."""
-        return parse_rules(read_settings(self.path))
-
     def level(self, user: Optional[str], name: str) -> int:
         """What a user, or a client without one, may do in a repository."""
         names = (user, "*") if user else ("@anonymous",)
@@ -6384,7 +6380,7 @@ class Access:
         self._load()
 
     def _load(self) -> None:
-        users, rules = self.passwords.read(), self.rules.read()
+        users, rules = self.passwords.read(), parse_rules(read_settings(self.rules.path))
         self.passwords.users, self.rules.rules = users, rules  # both, or none
 
     def start(self, process: int) -> None:
@@ -6842,9 +6838,9 @@ class Metrics:
         lines = []
         samples = list(self._samples()) + gauges
         for metric, (kind, explanation) in METRICS.items():
-            own = re.compile(re.escape(metric) + r"(_bucket|_count|_sum)?(\{.*)?")
-            shown = ["tinyreg_%s %.15g" % (name, number) for name, number in samples
-                     if own.fullmatch(name)]
+            own = metric + r"(_bucket|_count|_sum)?(\{.*)?"
+            shown = ["tinyreg_%s %.15g" % sample for sample in samples
+                     if re.fullmatch(own, sample[0])]
             if shown:
                 lines += ["# HELP tinyreg_%s %s" % (metric, explanation),
                           "# TYPE tinyreg_%s %s" % (metric, kind)] + shown
@@ -6915,89 +6911,74 @@ class Endpoint:
             raise OSError("it answered %d" % status)
 
 
-class Notifications:
-    """The queue of notifications on disk, and the threads that deliver them.
+class EventQueue:
+    """The notifications that wait for one endpoint, and the thread that delivers them.
 
-    Each endpoint has a folder with a file per waiting notification; the file has the body to send,
-    and its name is the time when it was queued. An event is queued before its request is answered,
-    stays there through kill -9 and restarts, and is delivered in order, at least once. If more than
-    MAX_EVENTS wait, the oldest are dropped, logged and counted. All processes queue, those of other
-    hosts too. The process that holds the lock KEY.sender delivers; if it dies, the next one does.
-    Raises CommandError for an endpoint that is given twice, because both would have one queue."""
+    Each is a file: it has the body to send, and its name is the time when it was queued. An event
+    is queued before its request is answered, stays through kill -9 and restarts, and is delivered
+    in order, at least once. If more than MAX_EVENTS wait, the oldest are dropped, logged and
+    counted. All processes queue, those of other hosts too. The process that holds the lock
+    KEY.sender delivers; if it dies, the next one does."""
 
-    def __init__(self, folder: str, endpoints: Sequence[Endpoint], metrics: Metrics) -> None:
+    def __init__(self, folder: str, endpoint: Endpoint, metrics: Metrics) -> None:
         self.files = Files(os.path.join(folder, "scratch"))
-        self.folder = os.path.join(folder, "notify")
-        self.endpoints = endpoints
+        self.folder = os.path.join(folder, "notify", endpoint.key)
+        self.endpoint = endpoint
         self.metrics = metrics
-        self.source = {"addr": socket.gethostname(), "instanceID": str(uuid.uuid4())}
-        keys = [endpoint.key for endpoint in endpoints]
-        for endpoint in endpoints:
-            if keys.count(endpoint.key) > 1:
-                raise CommandError("--notify: %s is there twice; say once all that it is to hear of"
-                                   % endpoint.shown)
-            os.makedirs(self._path(endpoint), exist_ok=True)
+        os.makedirs(self.folder, exist_ok=True)
 
-    def _path(self, endpoint: Endpoint, *number: int) -> str:
-        return os.path.join(self.folder, endpoint.key, *map(str, number))
+    def _path(self, number: int) -> str:
+        return os.path.join(self.folder, str(number))
 
-    def _waiting(self, endpoint: Endpoint) -> List[int]:
-        """The numbers of the notifications that wait for an endpoint, the oldest first."""
-        names = os.listdir(self._path(endpoint))
-        return sorted(int(name) for name in names if re.fullmatch("[0-9]+", name))
+    def numbers(self) -> List[int]:
+        """The numbers of the notifications that wait, the oldest first. Raises OSError."""
+        return sorted(int(name) for name in os.listdir(self.folder)
+                      if re.fullmatch("[0-9]+", name))
 
-    def queue(self, endpoint: Endpoint, event: Dict[str, Any]) -> None:
-        """Queue an event for an endpoint, durably. Raises OSError."""
-        event = dict(event, source=self.source)
+    def put(self, event: Dict[str, Any]) -> None:
+        """Queue an event, durably. Raises OSError."""
         body = json.dumps({"events": [event]}, indent=3).encode("ascii")
-        last = self._path(endpoint) + ".last"
-        with alone(self._path(endpoint) + ".lock"), open(last, "ab"):
+        last = self.folder + ".last"
+        with alone(self.folder + ".lock"), open(last, "ab"):
             # The file's mtime is the last number: the order holds even if the clock is set back.
             number = max(int(time.time() * 1e9), os.stat(last).st_mtime_ns + 1)
             os.utime(last, ns=(number, number))
-            self.files.write(self._path(endpoint, number), body)
-
-    def gauges(self) -> List[Tuple[str, float]]:
-        """How many notifications wait for each endpoint."""
-        return [('notifications_waiting{endpoint="%s"}'
-                 % re.sub(r'[\\"]', "_", harmless(endpoint.shown)), len(self._waiting(endpoint)))
-                for endpoint in self.endpoints]
+            self.files.write(self._path(number), body)
 
     def start(self) -> None:
         """Deliver from now on; to be called in each process that serves."""
-        for endpoint in self.endpoints:
-            threading.Thread(target=self._deliver_forever, args=(endpoint,), daemon=True).start()
+        threading.Thread(target=self.deliver, daemon=True).start()
 
-    def _deliver_forever(self, endpoint: Endpoint) -> None:
-        """Deliver to one endpoint, once no other process does. Between failures it waits for 1, 2,
-        4 … 60 seconds."""
-        with alone(self._path(endpoint) + ".sender"):
+    def deliver(self) -> None:
+        """Deliver for ever, once no other process does. Between failures it waits for 1, 2, 4 …
+        60 seconds."""
+        with alone(self.folder + ".sender"):
             delay = 0
             while True:
                 try:
-                    for number in self._next(endpoint):
-                        body = read_file(self._path(endpoint, number))
-                        endpoint.deliver(body or b"")
-                        os.unlink(self._path(endpoint, number))
+                    for number in self._next_numbers():
+                        self.endpoint.deliver(read_file(self._path(number)) or b"")
+                        os.unlink(self._path(number))
                         if delay:
-                            logger.warning("%s takes notifications again", endpoint.shown)
+                            logger.warning("%s takes notifications again", self.endpoint.shown)
                         delay = 0
                 except (OSError, ValueError, http.client.HTTPException) as error:
                     if not delay:
                         logger.warning("%s does not take notifications: %s; they are kept and "
-                                       "tried again", endpoint.shown, error or type(error).__name__)
+                                       "tried again", self.endpoint.shown,
+                                       error or type(error).__name__)
                     delay = min(2 * delay or 1, 60)
                 time.sleep(delay or NOTIFY_POLL)
 
-    def _next(self, endpoint: Endpoint) -> List[int]:
+    def _next_numbers(self) -> List[int]:
         """The next notifications to deliver: few, so that the length of the queue is checked often.
         Drops the oldest if too many wait. Raises OSError."""
-        numbers = self._waiting(endpoint)
+        numbers = self.numbers()
         for number in numbers[:-MAX_EVENTS]:
-            os.unlink(self._path(endpoint, number))
+            os.unlink(self._path(number))
             self.metrics.add("events_dropped_total")
             logger.error("too many notifications wait for %s: the oldest was dropped",
-                         endpoint.shown)
+                         self.endpoint.shown)
         return numbers[-MAX_EVENTS:][:100]
 
 
@@ -7006,7 +6987,8 @@ class Observation:
     process.
 
     `folder` is ROOT/tinyreg; archives have none, and then there is no /live and no notification.
-    `routes` has the Words of each (method, name of a route)."""
+    `routes` has the Words of each (method, name of a route). Raises CommandError for an endpoint
+    that is given twice, because both would have one queue."""
 
     def __init__(self, folder: Optional[str], style: str, routes: Dict[Tuple[str, str], Words],
                  endpoints: Sequence[Endpoint] = (), processes: int = 1) -> None:
@@ -7016,18 +6998,25 @@ class Observation:
         self.words.update(routes)
         self.format = LOG_FORMATS.get(style, self.explain)
         self.metrics = Metrics(routes, processes)
-        self.live: Optional[str] = None  # the file that /live follows
-        self.notifications: Optional[Notifications] = None
+        host = socket.gethostname()
+        self.source = {"addr": host, "instanceID": str(uuid.uuid4())}  # of events
+        self.live = ""  # the file that /live follows
+        self.queues: List[EventQueue] = []
         if folder:
             # One for each host, because hosts would write over each other's lines.
-            self.live = os.path.join(folder, "live." + socket.gethostname())
-            self.notifications = Notifications(folder, endpoints, self.metrics)
+            self.live = os.path.join(folder, "live." + host)
+            self.queues = [EventQueue(folder, endpoint, self.metrics) for endpoint in endpoints]
+        keys = [endpoint.key for endpoint in endpoints]
+        for endpoint in endpoints:
+            if keys.count(endpoint.key) > 1:
+                raise CommandError("--notify: %s is there twice; say once all that it is to hear of"
+                                   % endpoint.shown)
 
     def start(self, process: int) -> None:
         """Begin in the process of this number."""
         self.metrics.start(process)
-        if self.notifications:
-            self.notifications.start()
+        for queue in self.queues:
+            queue.start()
 
     def explain(self, exchange: Exchange) -> str:
         """The exchange in words, as --log explain and /live show it."""
@@ -7050,7 +7039,7 @@ class Observation:
         second while nothing happens. Raises OSError."""
         self.metrics.add("watchers")
         try:
-            with open(self.live or os.devnull, "a+b") as file:
+            with open(self.live, "a+b") as file:
                 while True:
                     if os.fstat(file.fileno()).st_size < file.tell():
                         file.seek(0)  # the file has begun anew
@@ -7064,7 +7053,10 @@ class Observation:
 
     def gauges(self) -> List[Tuple[str, float]]:
         """The (name, number) of metrics that are looked up, not counted. Raises OSError."""
-        gauges = self.notifications.gauges() if self.notifications else []
+        gauges: List[Tuple[str, float]] = []
+        for queue in self.queues:
+            name = re.sub(r'[\\"]', "_", harmless(queue.endpoint.shown))
+            gauges.append(('notifications_waiting{endpoint="%s"}' % name, len(queue.numbers())))
         for task in ("gc", "verify") if self.folder else ():
             path = os.path.join(self.folder or "", task)
             # There was no run yet, or one of an earlier version.
@@ -7512,16 +7504,15 @@ def notify(registry: Registry, request: Request, response: Response) -> bool:
 
     Raises OSError where a change can't be queued: then the client is not told of a success, and
     makes its request again."""
-    notifications = request.observation and request.observation.notifications
     action = request.route.events.get(response.status)
-    if not notifications or not action:
+    if not request.observation or not action:
         return False
     if action == "push" and request.get("mount"):
         action = "mount"
     name, headers = request.path_values["name"], dict(response.headers)
-    wanting = [endpoint for endpoint in notifications.endpoints if endpoint.wants(action, name)]
+    queues = [queue for queue in request.observation.queues if queue.endpoint.wants(action, name)]
     # A part of a blob that is not its first is no further pull.
-    if not wanting or not headers.get("Content-Range", "bytes 0-").startswith("bytes 0-"):
+    if not queues or not headers.get("Content-Range", "bytes 0-").startswith("bytes 0-"):
         return False
     reference = request.path_values.get("reference") or request.path_values.get("digest", "")
     tags: List[Optional[str]] = [None]
@@ -7539,10 +7530,11 @@ def notify(registry: Registry, request: Request, response: Response) -> bool:
             "request": {"id": str(uuid.uuid4()), "addr": request.client,
                         "host": request.header("host"), "method": request.method,
                         "useragent": request.header("user-agent")},
-            "actor": {"name": request.who.user} if request.who.user else {}}
-        for endpoint in wanting:
+            "actor": {"name": request.who.user} if request.who.user else {},
+            "source": request.observation.source}
+        for queue in queues:
             try:
-                notifications.queue(endpoint, event)
+                queue.put(event)
             except OSError as error:
                 if action != "pull":  # a full disk must not stop a pull
                     raise

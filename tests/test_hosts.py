@@ -22,7 +22,7 @@ import pytest
 from conftest import TINYREG, Answer, Client, by_digest, run_tinyreg, until
 from engines import NGINX_BEGIN, private_folder, require, require_root, run, unavailable
 from samples import CONFIG, image, make_image, push_blob, to_manifest
-from tinyreg import (MANIFEST_TYPES, OCI_INDEX, Digest, Directory, Endpoint, Metrics, Notifications, collect_garbage,
+from tinyreg import (MANIFEST_TYPES, OCI_INDEX, Digest, Directory, Endpoint, EventQueue, Metrics, collect_garbage,
                      token_key)
 
 FRONT = "10.77.0.1"  # where the load balancer is
@@ -274,11 +274,11 @@ def test_locks_are_of_files_that_are_opened_as_nfs_wants(tmp_path, monkeypatch):
     store.usage()
     token_key(store)
     endpoint = Endpoint("http://127.0.0.1:9/")
-    queue = Notifications(store.layout.own, [endpoint], Metrics([]))
-    queue.queue(endpoint, {"action": "push"})
+    queue = EventQueue(store.layout.own, endpoint, Metrics([]))
+    queue.put({"action": "push"})
     monkeypatch.setattr(Endpoint, "deliver", lambda self, body: sys.exit())
     with pytest.raises(SystemExit):
-        queue._empty(endpoint)
+        queue.deliver()
     store.delete_manifest("app", manifest.digest)
     collect_garbage(store)
     alone = {"lock", "gc", "data", store.session_id_of_blob("app", digest), "token.key.lock", endpoint.key + ".sender",

@@ -15,7 +15,7 @@ from conftest import PATIENCE, run_tinyreg, until
 from samples import CONFIG, image
 
 import tinyreg
-from tinyreg import OCI_MANIFEST, CommandError, Digest, Endpoint, Metrics, Notifications
+from tinyreg import OCI_MANIFEST, CommandError, Digest, Endpoint, EventQueue, Metrics
 
 
 class Hook:
@@ -195,11 +195,11 @@ def test_what_is_dropped_while_an_endpoint_is_slow_is_the_oldest(start_server, t
 def test_a_clock_that_is_set_back_turns_no_order_round(tmp_path, monkeypatch):
     (tmp_path / "scratch").mkdir()
     endpoint = Endpoint("http://127.0.0.1:1/")
-    queue = Notifications(str(tmp_path), [endpoint], Metrics([]))
+    queue = EventQueue(str(tmp_path), endpoint, Metrics([]))
     now = [0]
     monkeypatch.setattr(tinyreg.time, "time", lambda: now[0] + 1e9)
     for now[0] in (1000, 2000, 500, 501, 500):
-        queue.queue(endpoint, {"target": now[0]})
+        queue.put({"target": now[0]})
     folder = tmp_path / "notify" / endpoint.key
     events = [json.loads((folder / name).read_text())["events"][0] for name in sorted(os.listdir(str(folder)))]
     assert [event["target"] for event in events] == [1000, 2000, 500, 501, 500]
