@@ -4466,24 +4466,25 @@ ACCEPT = {"Accept": ", ".join(MANIFEST_TYPES)}
 RETRIED = (408, 429, 500, 502, 503, 504)  # statuses after which the same request may succeed
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 10
-MAX_ANSWER = 2 * MAX_MANIFEST  # bytes of a body that is no blob: some registries list all tags at once
+DEFAULT_PORTS = {"http": 80, "https": 443}
+MAX_ANSWER = 2 * MAX_MANIFEST  # bytes of a body that is no blob; some list all tags in one page
 MAX_MESSAGE = 1000           # characters of another registry's error message that are passed on
 MAX_REFUSAL = 1 << 20        # bytes of the body of a refusal, which may say why …
 REFUSAL_LIMIT = 5.0          # … and the seconds that we wait for it
 MAX_PAGES = 1000             # pages of a list of tags or referrers …
 MAX_LIST = 64 << 20          # … their bytes …
-LIST_LIMIT = 300.0           # … and seconds for all of them: the list of a broken registry never ends
+LIST_LIMIT = 300.0           # … and seconds for all of them: a broken registry's list never ends
 CONNECT_TIMEOUT = 15.0       # seconds to reach another registry
 REMOTE_TIMEOUT = 60.0        # seconds to wait for its bytes, as MovingStream counts them …
 TOKEN_TIMEOUT = 20.0         # … and for those of its token server
-CLOSING_TIMEOUT = 600.0      # seconds at the end of an upload: it reads a large blob again and stores it
+CLOSING_TIMEOUT = 600.0      # seconds at an upload's end: a large blob is read again and stored
 MAX_TOKEN = 64 << 10         # characters of one token …
 MAX_TOKENS = 1000            # … and tokens that are kept: clients of a cache may make up any name
 SHORT_LIFE = 60              # seconds that a token lives if its server does not say
-MAX_IDLE = 16                # connections to one host, and hosts, that are kept for the next request
+MAX_IDLE = 16                # hosts whose connections are kept, and kept connections of each
 LONGEST_WAIT = 300.0         # seconds; a longer Retry-After means "come back another day"
-UPLOAD_CHUNK = 64 << 20      # bytes; a connection that drops costs that much if only whole chunks are kept
-NETWORK_ERRORS = (OSError, http.client.HTTPException, ValueError)  # ValueError: a host that is no name
+UPLOAD_CHUNK = 64 << 20      # bytes; what a dropped connection costs if only whole chunks are kept
+NETWORK_ERRORS = (OSError, http.client.HTTPException, ValueError)  # the last for odd host names
 REFUSALS = (Unknown, Invalid, Refused, Unsupported)  # a registry was reached, and says no
 
 CHALLENGE = re.compile(r'(?:^|,)\s*(Basic|Bearer)\b'
@@ -4501,13 +4502,12 @@ class TemporaryFailure(Unavailable):
     wait: Optional[float] = None
 
 
-@contextlib.contextmanager
-def if_there() -> Iterator[None]:  # CALLERS: use contextlib.suppress(Unknown)
-    with contextlib.suppress(Unknown):
-        yield
-
-
 # Logins
+
+
+def basic_authorization(user: str, secret: str) -> str:
+    """The Authorization header of RFC 7617."""
+    return "Basic " + base64.b64encode(("%s:%s" % (user, secret)).encode()).decode()
 
 
 class Login(NamedTuple):
@@ -4519,22 +4519,20 @@ class Login(NamedTuple):
     identity_token: Optional[str]  # docker's: it is exchanged for other tokens
     source: str
 
-
-def basic_authorization(user: str, secret: str) -> str:
-    """The Authorization header of RFC 7617."""
-    return "Basic " + base64.b64encode(("%s:%s" % (user, secret)).encode()).decode()
+    @property
+    def authorization(self) -> str:
+        return basic_authorization(self.user, self.secret)
 
 
 def login_files() -> List[str]:
     """Where docker, podman and skopeo keep their logins, in the order in which we look."""
-    home = os.path.expanduser("~")
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    docker = os.environ.get("DOCKER_CONFIG") or os.path.join(home, ".docker")
-    return list(filter(None, (
-        os.environ.get("REGISTRY_AUTH_FILE"),
-        os.path.join(runtime, "containers", "auth.json") if runtime else None,
-        os.path.join(home, ".config", "containers", "auth.json"),
-        os.path.join(docker, "config.json"))))
+    docker = os.environ.get("DOCKER_CONFIG") or "~/.docker"
+    paths = [os.environ.get("REGISTRY_AUTH_FILE"),
+             runtime and runtime + "/containers/auth.json",
+             "~/.config/containers/auth.json",
+             docker + "/config.json"]
+    return [os.path.expanduser(path) for path in paths if path]
 
 
 def login_key(key: str) -> str:
@@ -4606,6 +4604,7 @@ class ClientRequest(NamedTuple):
     url: str
     headers: Dict[str, str] = {}
     body: Union[None, bytes, Iterator[bytes]] = None
+    authorization: Optional[str] = None
     is_streamed: bool = False  # the body of the reply is a blob: the caller reads and closes it
     timeout: Optional[float] = None  # seconds; else REMOTE_TIMEOUT
 
@@ -4618,6 +4617,12 @@ class ClientRequest(NamedTuple):
     def is_repeatable(self) -> bool:
         """Whether the request can be sent again; an iterator can't."""
         return self.body is None or isinstance(self.body, bytes)
+
+
+def add_query(url: str, parameters: Dict[str, Any]) -> str:
+    """The URL with more parameters; a list stands for several of the same name."""
+    separator = "&" if "?" in url else "?"
+    return url + separator + urllib.parse.urlencode(parameters, doseq=True)
 
 
 class MovingStream(io.RawIOBase):
@@ -4687,6 +4692,21 @@ class Reply(http.client.HTTPResponse):
         return not self.will_close
 
 
+class ClientConnection(http.client.HTTPConnection):
+    """A connection for requests to HOST[:PORT]."""
+
+    response_class = Reply
+
+    def __init__(self, netloc: str, default_port: int) -> None:
+        self.default_port = default_port
+        super().__init__(netloc, timeout=CONNECT_TIMEOUT)
+
+
+def reason_of(error: Exception) -> str:
+    """What a failure of the network says, without numbers."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
 class ProxyError(OSError):
     """The proxy that the environment names can't be reached, or does not let us through."""
 
@@ -4701,43 +4721,36 @@ class ConnectionPool:
         if insecure:
             self.context.check_hostname = False
             self.context.verify_mode = ssl.CERT_NONE
-        self.idle: Dict[Tuple[str, str], List[http.client.HTTPConnection]] = {}  # by origin
+        self.idle: Dict[Tuple[str, str], List[ClientConnection]] = {}  # by origin
 
-    def connect(self, scheme: str, netloc: str) -> http.client.HTTPConnection:
-        """A new connection, through the proxy that the environment (HTTPS_PROXY, …) names, if any.
-        Raises OSError."""
+    def connect(self, scheme: str, netloc: str) -> ClientConnection:
+        """A new connection, through the proxy that the environment (HTTPS_PROXY, …) may name.
+        Raises ProxyError for the proxy, and OSError for what is behind it."""
         proxy = urllib.request.getproxies().get(scheme)
         if proxy and not urllib.request.proxy_bypass(netloc) and not is_this_machine(netloc):
-            return self._connect_through(proxy, scheme, netloc)
-        if scheme == "https":
-            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                netloc, timeout=CONNECT_TIMEOUT, context=self.context)
+            connection = self._open_tunnel(proxy, scheme, netloc)
         else:
-            connection = http.client.HTTPConnection(netloc, timeout=CONNECT_TIMEOUT)
-        connection.response_class = Reply
-        connection.connect()
-        return connection
-
-    def _connect_through(self, proxy: str, scheme: str,
-                         netloc: str) -> http.client.HTTPConnection:
-        """A new connection through a proxy. Raises ProxyError; OSError for what is behind it."""
-        via = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
-        user, secret = (urllib.parse.unquote(part or "") for part in (via.username, via.password))
-        address = via.netloc.rpartition("@")[2]
-        try:
-            connection = http.client.HTTPConnection(address, timeout=CONNECT_TIMEOUT)
-            connection.default_port = 443 if scheme == "https" else 80
-            connection.response_class = Reply
-            login = {"Proxy-Authorization": basic_authorization(user, secret)} if user else {}
-            connection.set_tunnel(netloc, headers=login)
+            connection = ClientConnection(netloc, DEFAULT_PORTS.get(scheme, 80))
             connection.connect()
-        except NETWORK_ERRORS as error:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise ProxyError("the proxy %s fails (%s); check %s_proxy in the environment, or add "
-                             "the host to no_proxy" % (address, reason, scheme))
         if scheme == "https":
             host = urllib.parse.urlsplit("//" + netloc).hostname
             connection.sock = self.context.wrap_socket(connection.sock, server_hostname=host)
+        return connection
+
+    @staticmethod
+    def _open_tunnel(proxy: str, scheme: str, netloc: str) -> ClientConnection:
+        via = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
+        user, secret = (urllib.parse.unquote(part or "") for part in (via.username, via.password))
+        address = via.netloc.rpartition("@")[2]
+        login = {"Proxy-Authorization": basic_authorization(user, secret)} if user else {}
+        try:
+            connection = ClientConnection(address, 80)
+            connection.default_port = DEFAULT_PORTS.get(scheme, 80)
+            connection.set_tunnel(netloc, headers=login)
+            connection.connect()
+        except NETWORK_ERRORS as error:
+            raise ProxyError("the proxy %s fails (%s); check %s_proxy in the environment, or add "
+                             "the host to no_proxy" % (address, reason_of(error), scheme))
         return connection
 
     def send(self, request: ClientRequest) -> Reply:
@@ -4761,12 +4774,14 @@ class ConnectionPool:
                     raise
 
     @staticmethod
-    def _send_over(connection: http.client.HTTPConnection, request: ClientRequest,
-                   idle: List[http.client.HTTPConnection]) -> Reply:
+    def _send_over(connection: ClientConnection, request: ClientRequest,
+                   idle: List[ClientConnection]) -> Reply:
         """The reply; afterwards the connection is idle, closed or the reply's."""
         parts = urllib.parse.urlsplit(request.url)
         path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
         headers = dict(request.headers, **{"User-Agent": "tinyreg/" + __version__})
+        if request.authorization:
+            headers["Authorization"] = request.authorization
         connection.sock.settimeout(request.timeout or REMOTE_TIMEOUT)
         with contextlib.suppress(ConnectionError):
             # A refusal may cut the body of the request short; then it is there to be read.
@@ -4821,19 +4836,20 @@ class HttpClient:
 
     def __init__(self, host: str, ca: Optional[str], insecure: bool, plain_http: bool) -> None:
         self.host = host
-        self.address = "registry-1.docker.io" if host == "docker.io" else host
         self.is_lenient = insecure or is_this_machine(host)  # as docker is
         self.plain_http = plain_http
         self.pool = ConnectionPool(ca, self.is_lenient and not ca)
         self.scheme = ""  # until the first connection
 
     def base(self) -> str:
-        """The URL of the registry up to its path. It is https, unless --plain-http is given; on this
-        machine, and with --insecure, http where nobody speaks TLS. Raises UNAVAILABLE."""
+        """The URL of the registry up to its path. It begins with https, unless --plain-http is
+        given; on this machine, and with --insecure, it is http where nobody speaks TLS. Raises
+        UNAVAILABLE."""
+        netloc = "registry-1.docker.io" if self.host == "docker.io" else self.host
         if not self.scheme:
             scheme = "http" if self.plain_http else "https"
             try:
-                self.pool.connect(scheme, self.address).close()
+                self.pool.connect(scheme, netloc).close()
             except NETWORK_ERRORS as error:
                 is_silent = isinstance(error, (ssl.SSLError, ConnectionResetError))
                 if (not is_silent or "CERTIFICATE" in str(error)
@@ -4841,7 +4857,7 @@ class HttpClient:
                     raise RegistryError("UNAVAILABLE", message=self.describe(error))
                 scheme = "http"
             self.scheme = scheme
-        return "%s://%s" % (self.scheme, self.address)
+        return "%s://%s" % (self.scheme, netloc)
 
     def is_own(self, url: str) -> bool:
         """Whether a URL is one of the registry itself."""
@@ -4849,10 +4865,9 @@ class HttpClient:
 
     def describe(self, error: Exception) -> str:
         """One line about a failure of the network, with what to do."""
-        advice = network_advice(error)
-        if not advice:
-            advice = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            advice += "; if it speaks HTTPS, leave out --plain-http" if self.plain_http else ""
+        advice = network_advice(error) or reason_of(error)
+        if self.plain_http and advice == reason_of(error):
+            advice += "; if it speaks HTTPS, leave out --plain-http"
         return "can't reach %s: %s" % (self.host, advice)
 
     def refusal(self, reply: Reply, image: str = "") -> RegistryError:
@@ -4862,29 +4877,28 @@ class HttpClient:
             login = find_login(self.host, re.split("[:@]", image)[0])
             return login_error(self.host, login, reply.status)
         code = {404: "NAME_UNKNOWN", 408: "UNAVAILABLE", 429: "TOOMANYREQUESTS"}.get(
-            reply.status, "UNKNOWN" if reply.status >= 500 else "UNSUPPORTED")
-        message = http.client.responses.get(reply.status, "")
+            reply.status, "UNSUPPORTED" if reply.status < 500 else "UNKNOWN")
+        message = reply.reason
         with contextlib.suppress(ValueError, LookupError, TypeError):
             # Many registries answer in HTML, and none says why in the answer to a HEAD.
             entry = load_json(reply.content)["errors"][0]
-            message = str(entry.get("message") or message)[:MAX_MESSAGE]
-            if entry["code"] in ERRORS and reply.status not in RETRIED:
+            message = entry.get("message") or message
+            if reply.status < 500 and reply.status not in RETRIED and entry["code"] in ERRORS:
                 code = entry["code"]
+        message = "%s answered %d: %.*s" % (self.host, reply.status, MAX_MESSAGE, message)
         if reply.status == 404:
             advice = "" if "@" in image else "; check its name and tag"
             message = "%s has no %s%s" % (self.host, image, advice)
-        else:
-            message = "%s answered %d: %s" % (self.host, reply.status, message)
         if reply.status not in RETRIED:
             return RegistryError(code, message=message)
         failure = TemporaryFailure(code, message=message)
-        if re.fullmatch("[0-9]{1,9}", reply.header("Retry-After")):
-            failure.wait = float(reply.header("Retry-After"))
+        seconds = re.fullmatch("[0-9]{1,9}", reply.header("Retry-After"))
+        failure.wait = float(seconds.group()) if seconds else None
         return failure
 
     def send(self, request: ClientRequest) -> Reply:
-        """The reply, after the redirects that it takes. The Authorization header is not sent to
-        another host. Raises TemporaryFailure; UNAVAILABLE for redirects without end."""
+        """The reply, after the redirects that it takes. Its authorization is not sent
+        to another host. Raises TemporaryFailure; UNAVAILABLE for redirects without end."""
         for _ in range(MAX_REDIRECTS):
             try:
                 reply = self.pool.send(request)
@@ -4895,40 +4909,12 @@ class HttpClient:
                 raise self.refusal(reply)
             if reply.status not in REDIRECTS or request.method not in ("GET", "HEAD"):
                 return reply
-            origin = request.origin
-            request = request._replace(url=target)
-            if request.origin != origin:
-                headers = {key: value for key, value in request.headers.items()
-                           if key != "Authorization"}
-                request = request._replace(headers=headers)
+            former = request
+            request = former._replace(url=target)
+            if request.origin != former.origin:
+                request = request._replace(authorization=None)
         raise RegistryError("UNAVAILABLE", message="%s redirects more than %d times"
                             % (self.host, MAX_REDIRECTS))
-
-
-class Retries(NamedTuple):
-    """How often a request is repeated, and how many seconds a pause may take. `say` gets a line
-    about each long pause."""
-
-    limit: int
-    longest_wait: float
-    say: Callable[[str], Any]
-
-    def run(self, action: Callable[..., Any], *arguments: Any) -> Any:
-        """What `action` returns, called again after longer and longer pauses where its failure is
-        temporary. In the end that becomes an ordinary error, so that no caller repeats it all."""
-        for attempt in itertools.count():
-            try:
-                return action(*arguments)
-            except TemporaryFailure as error:
-                wait = error.wait
-                if wait is None:
-                    # At random, so that clients that failed together don't come back together.
-                    wait = min(0.5 * 2 ** attempt, 30.0) * random.uniform(0.5, 1.0)
-                if attempt >= self.limit or wait > self.longest_wait:
-                    raise RegistryError(error.code, message=error.message)
-                if wait > 1:
-                    self.say("%s; waiting %d s" % (error, wait))
-            time.sleep(wait)
 
 
 # Authorization
@@ -4942,10 +4928,10 @@ def parse_challenges(header: str) -> Challenges:
 
 
 class Token(NamedTuple):
-    """An Authorization header, how many seconds it lives, and the challenges that it answers."""
+    """An Authorization header, when it ends (monotonic), and the challenges that it answers."""
 
     header: str
-    life: float
+    ends: float
     challenges: Challenges
 
 
@@ -4953,27 +4939,27 @@ class Authenticator:
     """Answers a registry's challenges, as RFC 7617 and Distribution's token authentication have it,
     with the login of the user who runs tinyreg, or without one."""
 
-    def __init__(self, client: HttpClient, retries: Retries) -> None:
+    def __init__(self, client: HttpClient, retry: Callable[..., Any]) -> None:
         self.client = client
-        self.retries = retries
+        self.retry = retry
 
     def log_in(self, scope: str, refused: Optional[str], challenges: Challenges) -> Token:
         """A token for a scope, other than the header that was refused. Raises UNAUTHORIZED."""
         login = find_login(self.client.host, scope.split(":")[1])
         if "bearer" in challenges:
             request = self._token_request(challenges["bearer"], scope, login)
-            reply = self.retries.run(self.client.send, request)
+            reply = self.retry(self.client.send, request)
             answer = {}
             with contextlib.suppress(ValueError):  # no JSON, so no token
                 answer = load_json(reply.content)
-            token, life = answer.get("token") or answer.get("access_token"), answer.get("expires_in")
+            token = answer.get("token") or answer.get("access_token")
+            life = answer.get("expires_in")
+            if not isinstance(life, int) or life <= 0:
+                life = SHORT_LIFE
             if isinstance(token, str) and len(token) <= MAX_TOKEN:
-                life = life if isinstance(life, int) and life > 0 else SHORT_LIFE
-                return Token("Bearer " + token, life, challenges)
-        elif "basic" in challenges and login:
-            header = basic_authorization(login.user, login.secret)
-            if header != refused:
-                return Token(header, float("inf"), challenges)
+                return Token("Bearer " + token, time.monotonic() + life * 0.9, challenges)
+        elif "basic" in challenges and login and login.authorization != refused:
+            return Token(login.authorization, float("inf"), challenges)
         raise login_error(self.client.host, login)
 
     def _token_request(self, challenge: Dict[str, str], scope: str,
@@ -4982,61 +4968,58 @@ class Authenticator:
         realm = challenge.get("realm", "")
         is_leak = login and realm.startswith("http:") and self.client.base().startswith("https:")
         if is_leak or not re.match("https?://", realm):
-            raise RegistryError("UNAVAILABLE", message="%s wants the login sent to %r, without TLS; "
-                                "it was not" % (self.client.host, realm))
+            raise RegistryError("UNAVAILABLE", message="%s wants the login sent to %r, without "
+                                "TLS; it was not" % (self.client.host, realm))
         scopes = sorted(set(challenge.get("scope", "").split() + scope.split()))
-        service = {"service": challenge["service"]} if "service" in challenge else {}
+        query: Dict[str, Any] = {key: challenge[key] for key in challenge if key == "service"}
         if login and login.identity_token:
-            form = dict(service, scope=" ".join(scopes), grant_type="refresh_token",
-                        client_id="tinyreg", refresh_token=login.identity_token)
+            query.update(scope=" ".join(scopes), grant_type="refresh_token", client_id="tinyreg",
+                         refresh_token=login.identity_token)
             headers = {"Content-Type": "application/x-www-form-urlencoded"}
-            body = urllib.parse.urlencode(form).encode()
+            body = urllib.parse.urlencode(query).encode()
             return ClientRequest("POST", realm, headers, body, timeout=TOKEN_TIMEOUT)
-        query = urllib.parse.urlencode(dict(service, scope=scopes), doseq=True)
-        url = realm + ("&" if "?" in realm else "?") + query
-        headers = {"Authorization": basic_authorization(login.user, login.secret)} if login else {}
-        return ClientRequest("GET", url, headers, timeout=TOKEN_TIMEOUT)
+        url = add_query(realm, dict(query, scope=scopes))
+        authorization = login.authorization if login else None
+        return ClientRequest("GET", url, authorization=authorization, timeout=TOKEN_TIMEOUT)
 
 
 class TokenCache:
     """The tokens for one registry by scope, from `log_in`. Of several threads that need the same
-    token one gets it, and the others wait for that."""
+    token one gets it, and the others wait for that one; nobody holds the mutex meanwhile."""
 
     def __init__(self, log_in: Callable[[str, Optional[str], Challenges], Token]) -> None:
         self.log_in = log_in
-        self.tokens: Dict[str, Tuple[Token, float]] = {}  # with when they end
-        self.fetches: Dict[str, concurrent.futures.Future] = {}  # of tokens that are on their way
-        self.mutex = threading.Lock()  # of both; nobody has it while waiting for the network
+        self.tokens: Dict[str, concurrent.futures.Future] = {}
+        self.mutex = threading.Lock()  # of the tokens
 
     def find(self, scope: str) -> Optional[str]:
         """The Authorization header for a scope; None until a challenge wants one. A token that is
         about to end is renewed. Raises UNAUTHORIZED."""
-        token, ends = self.tokens.get(scope, (None, 0.0))
-        if token and time.monotonic() > ends:
+        future = self.tokens.get(scope)
+        if not future:
+            return None
+        token = future.result()
+        if time.monotonic() > token.ends:
             return self.replace(scope, token.header, token.challenges)
-        return token.header if token else None
+        return token.header
 
     def replace(self, scope: str, refused: Optional[str], challenges: Challenges) -> str:
         """Another Authorization header in place of one (None: none) that was refused or is about to
         end. Raises UNAUTHORIZED."""
         with self.mutex:
-            token, _ = self.tokens.get(scope, (None, 0.0))
-            if token and token.header != refused:
-                return token.header  # another thread was faster
-            others = self.fetches.get(scope)
-            fetch = others or self.fetches.setdefault(scope, concurrent.futures.Future())
-        if not others:
-            try:
-                token = self.log_in(scope, refused, challenges)
+            future: Any = self.tokens.get(scope)
+            is_fresh = future and not (future.done() and future.result().header == refused)
+            if not is_fresh:
                 if len(self.tokens) >= MAX_TOKENS:
                     self.tokens = {}
-                self.tokens[scope] = token, time.monotonic() + token.life * 0.9
-                fetch.set_result(token.header)
+                future = self.tokens[scope] = concurrent.futures.Future()
+        if not is_fresh:
+            try:
+                future.set_result(self.log_in(scope, refused, challenges))
             except BaseException as error:  # the threads that wait get it, too
-                fetch.set_exception(error)
-            finally:
-                del self.fetches[scope]
-        return fetch.result()
+                self.tokens.pop(scope, None)
+                future.set_exception(error)
+        return future.result().header
 
 
 # Blobs on their way
@@ -5049,7 +5032,8 @@ class RemoteBlob(Blob):
     def __init__(self, client: HttpClient, reply: Reply, offset: int) -> None:
         self.client = client
         self.reply = reply
-        surplus = offset if reply.status == 200 else 0  # without ranges the blob comes from its start
+        # A registry that knows no ranges sends the blob from its start.
+        surplus = offset if reply.status == 200 else 0
         length = reply.length
         if length is not None:
             surplus = min(surplus, length)
@@ -5117,7 +5101,8 @@ class Remote(Registry):
     """Another registry. `host` is as in an image's name; names of repositories are those that the
     registry uses. A failure of the network raises UNAVAILABLE.
 
-    `say` gets a line about each wait, none of which is longer than `patience` seconds."""
+    What fails for a time is tried up to `retries` times more. `say` gets a line about each long
+    pause; none is longer than `patience` seconds."""
 
     is_distant = True
 
@@ -5126,51 +5111,62 @@ class Remote(Registry):
                  say: Callable[[str], Any] = logger.warning,
                  patience: float = LONGEST_WAIT) -> None:
         self.host = host
-        self.retries = Retries(retries, patience, say)
+        self.retries, self.say, self.patience = retries, say, patience
         self.client = HttpClient(host, ca, insecure, plain_http)
-        self.tokens = TokenCache(Authenticator(self.client, self.retries).log_in)
+        self.tokens = TokenCache(Authenticator(self.client, self.retry).log_in)
         self.known_in: Dict[Digest, str] = {}  # a repository there that has the blob
         self.mounts: Dict[Tuple[str, Digest], str] = {}  # Location of an upload that a mount began
         self.without_referrers: Set[str] = set()  # repositories for which there is no referrers API
         self.takes_chunks = True  # until an upload shows otherwise
 
     def retry(self, action: Callable[..., Any], *arguments: Any) -> Any:
-        return self.retries.run(action, *arguments)
+        """As Reader has it: again after longer and longer pauses, while the failure is temporary.
+        In the end that becomes an ordinary error, so that no caller repeats it all."""
+        for attempt in itertools.count():
+            try:
+                return action(*arguments)
+            except TemporaryFailure as error:
+                wait = error.wait
+                if wait is None:
+                    # At random, so that clients that failed together don't come back together.
+                    wait = min(0.5 * 2 ** attempt, 30.0) * random.uniform(0.5, 1.0)
+                if attempt >= self.retries or wait > self.patience:
+                    raise RegistryError(error.code, message=error.message)
+                if wait > 1:
+                    self.say("%s; waiting %d s" % (error, wait))
+            time.sleep(wait)
 
-    def exchange(self, request: ClientRequest, scope: str) -> Reply:
-        """The reply to one request, whose URL may be a path. The Authorization for the scope is for
-        this registry alone: it goes to no other host that a Location or a redirect names. Raises
-        TemporaryFailure, RegistryError."""
+    def exchange(self, request: ClientRequest, scope: str, statuses: Sequence[int],
+                 image: str) -> Reply:
+        """The reply to one request, whose URL may be a path, if it has one of these statuses; the
+        image is for messages. The Authorization for the scope is for this registry alone: it goes
+        to no other host that a Location or a redirect names. Raises TemporaryFailure,
+        RegistryError."""
         request = request._replace(url=urllib.parse.urljoin(self.client.base(), request.url))
         is_own = self.client.is_own(request.url)
-
-        def send(header: Optional[str]) -> Reply:
-            headers = dict(request.headers, Authorization=header) if header else request.headers
-            return self.client.send(request._replace(headers=headers))
-
         header = self.tokens.find(scope) if is_own else None
-        reply = send(header)
-        if reply.status != 401 or not is_own or not self.client.is_own(reply.url):
-            return reply
-        challenges = parse_challenges(reply.header("WWW-Authenticate"))
-        header = self.tokens.replace(scope, header, challenges)
-        if not request.is_repeatable:
-            raise TemporaryFailure("UNAVAILABLE", message="the login at %s ended during an upload"
-                                                          % self.host)
-        return send(header)
+        reply = self.client.send(request._replace(authorization=header))
+        if reply.status == 401 and is_own and self.client.is_own(reply.url):
+            challenges = parse_challenges(reply.header("WWW-Authenticate"))
+            header = self.tokens.replace(scope, header, challenges)
+            if not request.is_repeatable:
+                raise TemporaryFailure("UNAVAILABLE", message="the login at %s ended during an "
+                                                              "upload" % self.host)
+            reply = self.client.send(request._replace(authorization=header))
+        if reply.status not in statuses:
+            raise self.client.refusal(reply, image)
+        return reply
 
     def call(self, method: str, name: str, path: str, statuses: Sequence[int] = (200,),
              action: str = "pull", **settings: Any) -> Reply:
-        """The reply to a request about a repository, if its status is one of these; the path is
-        below the repository or /v2/. The settings are a ClientRequest's. Raises RegistryError."""
+        """The reply to a request about a repository, repeated where that may help. The path is
+        below the repository or /v2/; the settings are a ClientRequest's. Raises RegistryError."""
         url = path if path.startswith("/v2/") else "/v2/%s%s" % (name, path)
         scope = "repository:%s:%s" % (name, action)
-        reply = self.retry(self.exchange, ClientRequest(method, url, **settings), scope)
-        if reply.status in statuses:
-            return reply
         reference = path.rpartition("/")[2]
-        separator = "@" if ":" in reference else ":"
-        raise self.client.refusal(reply, name + separator + reference)
+        image = name + ("@" if ":" in reference else ":") + reference
+        request = ClientRequest(method, url, **settings)
+        return self.retry(self.exchange, request, scope, statuses, image)
 
     # Reading
 
@@ -5195,8 +5191,9 @@ class Remote(Registry):
             yield from entries
             link = NEXT_LINK.search(reply.header("Link"))
             if link:
+                # The host in it is left out: behind a proxy it may be one that we can't reach.
                 target = urllib.parse.urlsplit(urllib.parse.urljoin(path, link.group(1)))
-                path = "%s?%s" % (target.path, target.query)  # the host that it names may be a proxy's
+                path = "%s?%s" % (target.path, target.query)
 
     def tags(self, name: str, last: str = "") -> Iterator[str]:
         tags = map(str, self._iter_list(name, "/v2/%s/tags/list" % name, "tags"))
@@ -5219,6 +5216,7 @@ class Remote(Registry):
         does not have the blob."""
         with contextlib.suppress(Unknown):  # that is the answer
             length = self.call("HEAD", name, "/blobs/" + digest).header("Content-Length")
+            self.known_in[digest] = name
             return int(length) if re.fullmatch("[0-9]{1,18}", length) else 0
         return None
 
@@ -5226,12 +5224,14 @@ class Remote(Registry):
         headers = {"Range": "bytes=%d-" % offset} if offset else {}
         reply = self.call("GET", name, "/blobs/" + digest, (200, 206, 416), headers=headers,
                           is_streamed=True)
-        if reply.status == 416:  # nothing is left; or what we have is wrong, as its digest will show
+        if reply.status == 416:
+            # Nothing is left; or what we have is wrong, as its digest will show.
             return Blob(None, 0, 0)
         return RemoteBlob(self.client, reply, offset)
 
     def referrer_digests(self, name: str, subject: Digest) -> List[Digest]:
-        """From the referrers API or, where there is none, from the tag that clients keep instead."""
+        """As Reader has it: from the referrers API or, where there is none, from the tag in which
+        clients keep them."""
         if name not in self.without_referrers:
             try:
                 path = "/v2/%s/referrers/%s" % (name, subject)
@@ -5254,29 +5254,25 @@ class Remote(Registry):
 
     # Writing
 
-    def present_bytes(self, name: str, descriptor: Descriptor) -> int:
-        size = self.find_size(name, descriptor.digest)
-        if size is not None:
-            self.known_in[descriptor.digest] = name
-        return size or 0
+    def present_bytes(self, name: str, blob: Descriptor) -> int:
+        return self.find_size(name, blob.digest) or 0
 
     def mount(self, name: str, digest: Digest, source: Optional[str] = None) -> bool:
         """As Writer has it; without a source, from a repository that is known to have the blob."""
         source = source or self.known_in.get(digest)
-        if source != name and self.find_size(name, digest) is None:
-            if source is None:
-                return False
-            query = urllib.parse.urlencode({"mount": digest, "from": source})
-            try:
-                reply = self.call("POST", name, "/blobs/uploads/?" + query, (201, 202),
-                                  "pull,push repository:%s:pull" % source)
-            except REFUSALS:
-                return False  # we may push here and not pull there; or the upload says what is wrong
-            if reply.status == 202:  # it would rather have the bytes, and has begun an upload
-                self.mounts[name, digest] = reply.header("Location")
-                return False
-        self.known_in[digest] = name
-        return True
+        if source == name or self.find_size(name, digest) is not None:
+            return True
+        if source is None:
+            return False
+        path = add_query("/blobs/uploads/", {"mount": digest, "from": source})
+        try:
+            reply = self.call("POST", name, path, (201, 202),
+                              "pull,push repository:%s:pull" % source)
+        except REFUSALS:
+            return False  # we may push here but not pull there; or the upload says what is wrong
+        if reply.status == 202:  # it would rather have the bytes, and has begun an upload
+            self.mounts[name, digest] = reply.header("Location")
+        return reply.status == 201
 
     def put_blob(self, name: str, digest: Digest, open_from: Callable[[int], Blob]) -> None:
         upload = RemoteUpload(self, name, self.mounts.pop((name, digest), ""))
@@ -5293,7 +5289,7 @@ class Remote(Registry):
             reply = self.call("PUT", name, "/manifests/" + reference, (200, 201, 202), "pull,push",
                               headers={"Content-Type": manifest.media_type}, body=manifest.content)
             if manifest.subject and not reply.header("OCI-Subject"):
-                self._add_to_tagged_referrers(name, manifest)
+                self._add_to_tagged_referrers(name, manifest.subject, manifest)
 
     def _is_at(self, name: str, reference: str, digest: Digest) -> bool:
         """Whether a reference means this manifest already."""
@@ -5302,13 +5298,12 @@ class Remote(Registry):
             return self.resolve(name, reference) == digest
         return False
 
-    def _add_to_tagged_referrers(self, name: str, manifest: Manifest) -> None:
-        entries = self._tagged_referrers(name, manifest.subject)
+    def _add_to_tagged_referrers(self, name: str, subject: Digest, manifest: Manifest) -> None:
+        entries = self._tagged_referrers(name, subject)
         if manifest.digest not in [entry.get("digest") for entry in entries]:
             index = {"schemaVersion": 2, "mediaType": OCI_INDEX,
                      "manifests": entries + [manifest.referrer()]}
-            self.put_manifest(name, parse_manifest(to_json(index)),
-                              [fallback_tag(manifest.subject)])
+            self.put_manifest(name, parse_manifest(to_json(index)), [fallback_tag(subject)])
 
 
 class RemoteUpload:
@@ -5331,8 +5326,7 @@ class RemoteUpload:
             self._request("POST", "/v2/%s/blobs/uploads/" % self.name, (202,))
         with open_from(self.offset) as blob:
             self._append(blob)
-        separator = "&" if "?" in self.location else "?"
-        url = self.location + separator + "digest=" + urllib.parse.quote(digest)
+        url = add_query(self.location, {"digest": digest})
         reply = self._request("PUT", url, (201, 204, 404), timeout=CLOSING_TIMEOUT)
         # A 404 is right where the request came twice: the blob is there, and the session is not.
         if reply.status == 404 and self.remote.find_size(self.name, digest) is None:
@@ -5341,9 +5335,8 @@ class RemoteUpload:
     def _request(self, method: str, url: str, statuses: Sequence[int], **settings: Any) -> Reply:
         """The reply, which says the next location. Raises RegistryError for another status."""
         request = ClientRequest(method, url, **settings)
-        reply = self.remote.exchange(request, "repository:%s:pull,push" % self.name)
-        if reply.status not in statuses:
-            raise self.remote.client.refusal(reply, self.name)
+        scope = "repository:%s:pull,push" % self.name
+        reply = self.remote.exchange(request, scope, statuses, self.name)
         self.location = reply.header("Location") or self.location or url
         return reply
 
@@ -5362,25 +5355,24 @@ class RemoteUpload:
     def _append(self, blob: Blob) -> None:
         """Send the rest of the blob in chunks. A single chunk goes without a range, as docker sends
         it. Raises TemporaryFailure where no chunks are taken: then the blob is sent whole."""
-        left = blob.length
-        limit = UPLOAD_CHUNK if self.remote.takes_chunks else left
-        is_whole = self.offset == 0 and left <= limit
-        while left:
-            length = min(left, limit)
+        end = self.offset + blob.length
+        limit = UPLOAD_CHUNK if self.remote.takes_chunks else blob.length
+        is_single = self.offset == 0 and end <= limit
+        while self.offset < end:
+            length = min(end - self.offset, limit)
             headers = {"Content-Type": OCTET_STREAM, "Content-Length": str(length)}
-            if not is_whole:
+            if not is_single:
                 headers["Content-Range"] = "%d-%d" % (self.offset, self.offset + length - 1)
             reply = self._request("PATCH", self.location, range(600), headers=headers,
                                   body=iter_blob(blob, length))
             if reply.status not in (201, 202, 204):
                 error = self.remote.client.refusal(reply, self.name)
-                if is_whole:
+                if is_single:
                     raise error
                 # Google's Artifact Registry takes blobs only whole.
                 self.remote.takes_chunks, self.location = False, ""
                 raise TemporaryFailure(error.code, message=error.message)
             self.offset += length
-            left -= length
 
 
 # A store in front of other registries
@@ -5393,44 +5385,47 @@ class Upstream(NamedTuple):
     prefix: str
 
 
+class Arrival(NamedTuple):
+    """A blob of `size` bytes that comes into a store, in whatever process. `begin` lets it come,
+    and returns an Event that is set at the end. Until then its bytes are in the file `partial`,
+    afterwards in `whole`."""
+
+    begin: Callable[[], threading.Event]
+    partial: str
+    whole: str
+    size: int
+
+
 class ArrivingBlob(Blob):
-    """A part of a blob of `size` bytes that comes into a store, in whatever process, and is read
-    meanwhile; but its last byte not before its digest has proved right.
+    """A part of a blob that is read while it comes; but its last byte is not read before its digest
+    has proved right. It begins to come with the first read."""
 
-    The blob begins to come when somebody reads: `begin` then returns an Event that is set at the
-    end. Until then the bytes are in the file `partial`, afterwards in `whole`."""
-
-    def __init__(self, begin: Callable[[], threading.Event], partial: str, whole: str, size: int,
-                 offset: int, length: int) -> None:
+    def __init__(self, arrival: Arrival, offset: int, length: int) -> None:
         super().__init__(None, offset, length)
-        self.begin = begin
-        self.partial = partial
-        self.whole = whole
-        self.size = size
+        self.arrival = arrival
         self.ended: Optional[threading.Event] = None
 
     def part(self, offset: int, length: int) -> Blob:
-        return ArrivingBlob(self.begin, self.partial, self.whole, self.size,
-                            self.offset + offset, length)
+        return ArrivingBlob(self.arrival, self.offset + offset, length)
 
     def readinto(self, view: Any) -> int:
         """Waits for bytes. Raises OSError where the upstream fails."""
-        self.ended = self.ended or self.begin()
-        while self.position < self.length:
-            is_whole = self.ended.is_set()
-            end = self.offset + self.length
-            if not is_whole:
-                end = min(end, self.size - 1)
-            start = self.offset + self.position
-            block = b""
+        self.ended = self.ended or self.arrival.begin()
+        start = self.offset + self.position
+        wanted = min(len(view), self.length - self.position)
+        while wanted:
+            has_ended = self.ended.is_set()
+            path, end = self.arrival.partial, self.arrival.size - 1
+            if has_ended:
+                path, end = self.arrival.whole, self.arrival.size
             with contextlib.suppress(FileNotFoundError):  # nothing has come yet, or nothing will
-                with open(self.whole if is_whole else self.partial, "rb", buffering=0) as file:
-                    block = os.pread(file.fileno(), max(min(len(view), end - start), 0), start)
-            if block:
-                view[:len(block)] = block
-                self.position += len(block)
-                return len(block)
-            if is_whole:
+                with open(path, "rb", buffering=0) as file:
+                    block = os.pread(file.fileno(), max(min(wanted, end - start), 0), start)
+                    if block:
+                        view[:len(block)] = block
+                        self.position += len(block)
+                        return len(block)
+            if has_ended:
                 raise OSError(errno.EIO, "the upstream did not send all of a blob")
             self.ended.wait(0.01)
         return 0
@@ -5463,34 +5458,26 @@ class PullThrough(Wrapper):
                 return upstream.remote, upstream.prefix + name[len(space) + 1:]
         return None, name
 
-    def _is_away(self, remote: Remote) -> bool:
-        return time.monotonic() < self.ask_again.get(remote, 0)
-
     def _ask(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
-        """What a method of the upstream's Remote returns; None without an upstream, where that
-        does not have it, and where it can't say."""
+        """What a method of the upstream's Remote returns; None where there is no upstream, where it
+        does not have that, and where it refuses. Raises UNAVAILABLE while it is away or fails."""
         remote, path = self._find_upstream(name)
-        if remote is None or self._is_away(remote):
+        if not remote:
             return None
         try:
-            return method(remote, path, *arguments)
+            if time.monotonic() >= self.ask_again.get(remote, 0):
+                return method(remote, path, *arguments)
         except Unknown:
             return None
         except RegistryError as error:
-            # Whatever the upstream fails at, what is here is served. Why it fails, and with which
-            # login, is for our log and not for clients.
+            # Why it fails, and with which login, is for our log and not for clients.
             logger.warning("upstream of %s: %s", name, error)
-            # An upstream that was reached and fails at one image (UNKNOWN) may have others.
-            if isinstance(error, Unavailable) and error.code != "UNKNOWN":
+            if not isinstance(error, Unavailable):
+                return None
+            if error.code != "UNKNOWN":  # one that answers, and fails at one image, may have others
                 self.ask_again[remote] = time.monotonic() + self.AWAY
-            return None
-
-    def _check_asked(self, name: str) -> None:
-        """Raises UNAVAILABLE while the upstream is away: what is missing here may be there."""
-        remote, _ = self._find_upstream(name)
-        if remote and self._is_away(remote):
-            raise RegistryError("UNAVAILABLE", message="the registry that %s comes from can't be "
-                                                       "reached at present" % name)
+        raise RegistryError("UNAVAILABLE", message="the registry that %s comes from can't be asked "
+                                                   "at present" % name)
 
     def version(self) -> None:
         """None: the upstream may have changed, and only a question tells."""
@@ -5505,10 +5492,10 @@ class PullThrough(Wrapper):
         age = time.time() - self.store.pushed(name, tag)
         if -CLOCK_SLACK <= age < self.ttl:
             return self.store.resolve(name, tag)
-        digest = self._ask(name, Remote.resolve, tag)
-        if digest:
-            with contextlib.suppress(Unknown, Unavailable):
-                # The upstream has lost the manifest, or is away now: the tag here still counts.
+        with contextlib.suppress(Unknown, Unavailable):
+            # The upstream is away, or has lost the manifest: the tag here still counts.
+            digest = self._ask(name, Remote.resolve, tag)
+            if digest:
                 self.store.put_manifest(name, self.manifest(name, digest), [tag], sparse=True)
         return self.store.resolve(name, tag)
 
@@ -5517,20 +5504,24 @@ class PullThrough(Wrapper):
             return self.store.manifest(name, digest)
         except Unknown:
             manifest = self._ask(name, Remote.manifest, digest)
-            if manifest is None:
-                self._check_asked(name)
+            if not manifest:
                 raise
         self.store.put_manifest(name, manifest, sparse=True)
         return manifest
 
     def tags(self, name: str, last: str = "") -> Iterator[str]:
-        return self._ask(name, Remote.tags, last) or self.store.tags(name, last)
+        with contextlib.suppress(Unavailable):  # the tags here still count
+            tags = self._ask(name, Remote.tags, last)
+            if tags is not None:
+                return tags
+        return self.store.tags(name, last)
 
     def referrers(self, name: str, subject: Digest, last: str = "") -> Iterator[Manifest]:
-        digests = self._ask(name, Remote.referrer_digests, subject) or []
-        for digest in digests[:PAGE_SIZE]:  # each is fetched and kept
-            with contextlib.suppress(Unknown, Unavailable):  # the others count all the same
-                self.manifest(name, digest)
+        with contextlib.suppress(Unavailable):  # those that are here still count
+            digests = self._ask(name, Remote.referrer_digests, subject) or []
+            for digest in digests[:PAGE_SIZE]:  # each is fetched and kept
+                with contextlib.suppress(Unknown):  # the others count all the same
+                    self.manifest(name, digest)
         return self.store.referrers(name, subject, last)
 
     def open_blob(self, name: str, digest: Digest, offset: int = 0) -> Blob:
@@ -5539,7 +5530,6 @@ class PullThrough(Wrapper):
         except Unknown:
             size = self._ask(name, Remote.find_size, digest)
             if size is None:
-                self._check_asked(name)
                 raise
         self.store.check_room(size)
         begin = functools.partial(self._begin_download, name, digest, size)
@@ -5548,7 +5538,7 @@ class PullThrough(Wrapper):
             return self.store.open_blob(name, digest, offset)
         session = DirectoryUpload(self.store, name, self.store.session_id_of_blob(name, digest))
         whole = self.store.layout.blob_path(digest)
-        return ArrivingBlob(begin, session.path, whole, size, 0, size).rest(offset)
+        return ArrivingBlob(Arrival(begin, session.path, whole, size), 0, size).rest(offset)
 
     def _begin_download(self, name: str, digest: Digest, size: int) -> threading.Event:
         """Let a blob of this size (0: unknown) come into the store, unless it is on its way.
@@ -5563,12 +5553,10 @@ class PullThrough(Wrapper):
             return ended
 
     def _download(self, name: str, digest: Digest, size: int, ended: threading.Event) -> None:
+        remote: Any
         remote, path = self._find_upstream(name)
         open_rest = functools.partial(remote.open_blob, path, digest)
-
-        def open_from(offset: int) -> Blob:
-            return LimitedBlob(open_rest, size, offset) if size else open_rest(offset)
-
+        open_from = functools.partial(LimitedBlob, open_rest, size or sys.maxsize)
         try:
             remote.retry(self.store.put_blob, name, digest, open_from)
         except (RegistryError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Room 8: other registries, as upstream and as target: Distribution (Debian's docker-registry), with and without
+"""Room 9: other registries, as upstream and as target: Distribution (Debian's docker-registry), with and without
 logins, behind a strict token server, behind proxies that cut, delay and redirect; and pull and push on top of it."""
 
 import base64
@@ -891,6 +891,21 @@ def test_overload_is_waited_for_as_long_as_the_server_says(filled, server, back,
     assert quick[:2] == [7.0, 11.0] and len(quick) == 3
 
 
+@pytest.mark.parametrize("method, part", [("HEAD", "/manifests/"), ("POST", "mount="), ("GET", "/referrers/")])
+def test_a_registry_that_fails_is_not_taken_for_one_that_lacks_something(filled, server, start_proxy, method, part):
+    """Neither the manifest that is to be compared, nor the blob to be mounted, nor what is about an image."""
+    proxy = start_proxy(server.host, lambda handler: handler.command == method and part in handler.path
+                        and handler.answer(500) or None)
+    remote, image = Remote(proxy.host, retries=0), filled.manifest("demo", filled.resolve("demo", "latest"))
+    with pytest.raises(RegistryError, match="answered 500"):
+        if method == "GET":
+            remote.referrer_digests("demo", image.digest)
+        else:
+            remote.mount("other", image.blobs[0].digest, "demo")
+            remote.put_manifest("demo", image, ["latest"])
+    assert not proxy.asked("PUT", "") and not [path for path in proxy.asked("POST", "") if "mount=" not in path]
+
+
 def test_retries_end_and_so_does_a_long_retry_after(start_proxy, quick):
     proxy = start_proxy(None, lambda handler: handler.answer(500))
     with pytest.raises(RegistryError, match="answered 500"):
@@ -1438,6 +1453,24 @@ def test_an_upstream_that_fails_at_one_image_is_asked_for_others(mirror, filled)
         for tag, status in (("bad", 404), ("latest", 200)):
             answer = client.ask("GET", "/v2/docker.io/library/demo/manifests/" + tag)
             assert (answer.status, bool(answer.body)) == (status, True)
+
+
+def test_what_an_upstream_that_is_away_may_have_is_not_called_missing(mirror, filled, server):
+    """A client that is told of a missing blob gives the image up; one that is told to come again does."""
+    front, proxy = mirror
+    name, image = "docker.io/library/demo", filled.manifest("demo", filled.resolve("demo", "latest"))
+    assert front.ask("GET", "/v2/%s/manifests/latest" % name).status == 200
+    for path in ("blobs/" + Digest.of(b"none"), "manifests/" + Digest.of(b"none")):
+        assert front.ask("GET", "/v2/%s/%s" % (name, path)).status == 404
+    server.stop()
+    proxy.server_close()
+    for path in ("blobs/" + image.blobs[1].digest, "manifests/" + Digest.of(b"none")):
+        answer = front.ask("GET", "/v2/%s/%s" % (name, path))
+        assert answer.status == 503 and b"can't be asked at present" in answer.body
+        assert proxy.host not in answer.text
+    assert front.ask("GET", "/v2/%s/manifests/latest" % name).status == 200
+    assert front.ask("GET", "/v2/%s/tags/list" % name).json["tags"] == ["latest"]
+    assert front.ask("GET", "/v2/%s/referrers/%s" % (name, image.digest)).status == 200
 
 
 def test_pull_through_logs_in_and_gives_no_login_away(filled, server, start_proxy, start_server, tmp_path, home):
