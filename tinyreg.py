@@ -3346,13 +3346,13 @@ TAR_HEADER = struct.Struct("100s24x12s12x8s1s100s6s82x155s12x")  # as read_tar_h
 SPOOL_BLOCK = 1 << 20        # bytes read at once from a stream
 MIN_SPARE = 64 << 20         # bytes of the disk that unpacking leaves free
 MAX_TAR_TEXT = 64 << 10      # bytes of a long name or pax header; a path has 4 KiB on Linux
-MAX_INDEX = 20 << 20         # bytes of an index.json or manifest.json, as for docker, containerd
+MAX_INDEX = 20 << 20         # bytes of index.json, manifest.json; docker and containerd refuse more
 TAR_FILES = (b"\0", b"0", b"7")
 HARD_LINK = b"1"
 TAR_LINKS = (HARD_LINK, b"2")
 TAR_FOLDER = b"5"
 PAX_HEADER = b"x"
-# Headers that describe the member after them; the value is what GNU's two kinds contain.
+# Headers that describe the member after them; for GNU's L and K, what of it they contain.
 TAR_TEXTS = {PAX_HEADER: b"", b"g": b"", b"L": b"path", b"K": b"linkpath"}
 # A blob with many zeros may have the same range often. But an archive that says so of a thousand
 # times its size would keep us reading for hours.
@@ -3362,11 +3362,11 @@ MAX_LINKS = 40               # links that lead to links; Linux follows as many
 
 REF_NAME = "org.opencontainers.image.ref.name"
 IMAGE_NAME = "io.containerd.image.name"
-SUBJECT = "io.containerd.manifest.subject"  # a referrer of this manifest: containerd, Docker 29
-OWN_NAME = "tinyreg.name"                   # the name here, where the others give another origin
+SUBJECT = "io.containerd.manifest.subject"  # on a referrer; read by containerd and Docker 29
+OWN_NAME = "tinyreg.name"                   # the name here, while other tools need one with a host
 PARTS = "tinyreg-parts.json"                # see Parts
 
-# What cosign save writes as the kind of a manifest: how cosign's tag for it ends ("": the image).
+# By the kind that cosign save writes of a manifest, how cosign's tag for it ends. "" is the image.
 COSIGN_KINDS = {"dev.cosignproject.cosign/" + kind: suffix for kind, suffix in (
     ("image", ""), ("imageIndex", ""), ("sigs", ".sig"), ("atts", ".att"), ("sboms", ".sbom"))}
 
@@ -3414,17 +3414,21 @@ class Member(NamedTuple):
 
 
 class JoinedBlob(Blob):
-    """A blob whose bytes lie in several members, one after the other.
+    """A blob that was cut into ranges, which are members. A member is only open while it is read,
+    so a blob in a thousand ranges takes one descriptor."""
 
-    A member is only open while it is read, so a blob in a thousand ranges takes one descriptor."""
-
-    def __init__(self, members: Tuple[Member, ...], offset: int, length: int) -> None:
-        super().__init__(None, offset, length)
+    def __init__(self, members: Sequence[Member], offset: int = 0,
+                 length: Optional[int] = None) -> None:
         self.members = members
         self.ends = list(itertools.accumulate(member.length for member in members))
+        super().__init__(None, offset, self.ends[-1] if length is None else length)
 
     def part(self, offset: int, length: int) -> Blob:
         return JoinedBlob(self.members, self.offset + offset, length)
+
+    def open(self) -> Blob:
+        """The same blob, to be read from its first byte."""
+        return self.part(0, self.length)
 
     def readinto(self, view: memoryview) -> int:
         count = min(len(view), self.length - self.position)
@@ -3439,20 +3443,7 @@ class JoinedBlob(Blob):
         return count
 
 
-class Joined(NamedTuple):
-    """A blob that was cut into ranges, and the members that are these ranges."""
-
-    members: Tuple[Member, ...]
-
-    @property
-    def length(self) -> int:
-        return sum(member.length for member in self.members)
-
-    def open(self) -> Blob:
-        return JoinedBlob(self.members, 0, self.length)
-
-
-def read_digest(member: Union[Member, Joined], algorithm: str = "sha256") -> Digest:
+def read_digest(member: Union[Member, JoinedBlob], algorithm: str = "sha256") -> Digest:
     """The digest of the content, which is read for it. Raises OSError."""
     hasher = hashlib.new(algorithm)
     with member.open() as blob:
@@ -3782,9 +3773,9 @@ class Parts:
             if present.issuperset(digests):
                 self.given.add(Part(archive, number))
 
-    def join(self, blobs: Dict[Digest, Member]) -> Dict[Digest, Joined]:
+    def join(self, blobs: Dict[Digest, Member]) -> Dict[Digest, JoinedBlob]:
         """The blobs that were cut, and of which all ranges are there. Raises ValueError."""
-        joined = {digest: Joined(tuple(blobs[part] for part in ranges))
+        joined = {digest: JoinedBlob([blobs[part] for part in ranges])
                   for digest, ranges in self.ranges.items()
                   if ranges and digest not in blobs and all(part in blobs for part in ranges)}
         present = sum(member.length for member in set(blobs.values()))
@@ -3967,11 +3958,11 @@ class Contents:
 
 # An archive as a registry
 
-class References(NamedTuple):
-    """The digests to which a manifest leads."""
+class Mentions(NamedTuple):
+    """The digests that a manifest mentions."""
 
-    manifests: Set[Digest]  # its children, and those that are about it and have no name
-    content: Set[Digest]    # of all blobs and manifests that it lists
+    manifests: Set[Digest]  # its children; also its referrers, if they have no name
+    content: Set[Digest]    # all blobs and manifests that it consists of
     subject: Optional[str]
 
 
@@ -4011,7 +4002,7 @@ class Archive(Registry):
         self.damaged: Dict[Digest, str] = {}   # the file with a damaged blob or range
         self._reach = functools.lru_cache(MAX_REACHES)(self._follow)
         # A hundred thousand names may lead to one large manifest.
-        self._references = functools.lru_cache(maxsize=None)(self._read_references)
+        self._mentions = functools.lru_cache(maxsize=None)(self._read_mentions)
         for path in paths:
             with unsupported_unless_valid(path):
                 members = self._read_members(path, scratch, partly)
@@ -4054,35 +4045,35 @@ class Archive(Registry):
             raise RegistryError("DIGEST_INVALID", digest, status=404,
                                 message="a manifest is damaged in the archive")
 
-    def _read_references(self, digest: Digest) -> References:
+    def _read_mentions(self, digest: Digest) -> Mentions:
         try:
             manifest = self._read_manifest(digest)
         except (Unknown, DigestInvalid):
             # A child was left out by --platform. A damaged one shows when it is copied.
-            return References(set(), set(), None)
+            return Mentions(set(), set(), None)
         children = {child.digest for child in manifest.manifests
                     if child.media_type in MANIFEST_TYPES}
-        return References(children | self.contents.loose.get(digest, set()),
+        return Mentions(children | self.contents.loose.get(digest, set()),
                           {entry.digest for entry in manifest.blobs + manifest.manifests},
                           manifest.subject)
 
     def _follow(self, roots: FrozenSet[Digest]) -> Reach:
-        reached: Dict[Digest, References] = {}
+        reached: Dict[Digest, Mentions] = {}
         queue = list(roots)
         for digest in queue:  # it grows
             if digest not in reached:
-                reached[digest] = self._references(digest)
+                reached[digest] = self._mentions(digest)
                 queue.extend(reached[digest].manifests)
         referrers: Dict[str, Set[Digest]] = {}
-        for digest, references in reached.items():
-            if references.subject:
-                referrers.setdefault(references.subject, set()).add(digest)
-        content = [references.content for references in reached.values()]
-        inner = [references.manifests for references in reached.values()]
+        for digest, mentions in reached.items():
+            if mentions.subject:
+                referrers.setdefault(mentions.subject, set()).add(digest)
+        content = [mentions.content for mentions in reached.values()]
+        inner = [mentions.manifests for mentions in reached.values()]
         inner += [referrers[subject] for subject in referrers.keys() & reached.keys()]
         return Reach(set(reached).union(*content), set(reached), set().union(*inner), referrers)
 
-    def _references_of(self, name: str) -> Dict[str, Digest]:
+    def _names_in(self, name: str) -> Dict[str, Digest]:
         """The tags and digests by which a repository's manifests are known. Raises NAME_UNKNOWN."""
         if name not in self.names:
             raise RegistryError("NAME_UNKNOWN", name)
@@ -4090,7 +4081,7 @@ class Archive(Registry):
 
     def _reach_of(self, name: str) -> Reach:
         """Raises NAME_UNKNOWN."""
-        return self._reach(frozenset(self._references_of(name).values()))
+        return self._reach(frozenset(self._names_in(name).values()))
 
     # Reader
 
@@ -4101,11 +4092,11 @@ class Archive(Registry):
         return name in self.names
 
     def tags(self, name: str, last: str = "") -> Iterator[str]:
-        references = sorted(self._references_of(name))
+        references = sorted(self._names_in(name))
         return (tag for tag in references if tag > last and not isinstance(tag, Digest))
 
     def resolve(self, name: str, tag: str) -> Digest:
-        references = self._references_of(name)
+        references = self._names_in(name)
         if tag not in references:
             raise RegistryError("MANIFEST_UNKNOWN", tag)
         return references[tag]
@@ -4172,12 +4163,11 @@ class Archive(Registry):
     def needed_parts(self, digest: Digest, keeps_ranges: bool = True) -> Set[Part]:
         """The parts that have what a blob lacks. A target that keeps no ranges needs all parts of a
         blob that was cut."""
-        ranges = self.parts.ranges.get(digest)
-        lacking = ranges or [digest]
-        if not ranges or keeps_ranges:
-            lacking = [piece for piece in lacking
-                       if piece not in self.blobs or piece in self.damaged]
-        return set().union(*(self.parts.holders.get(piece, ()) for piece in lacking))
+        pieces = self.parts.ranges.get(digest)
+        if not pieces or keeps_ranges:
+            pieces = [piece for piece in pieces or [digest]
+                      if piece not in self.blobs or piece in self.damaged]
+        return set().union(*(self.parts.holders.get(piece, ()) for piece in pieces))
 
 
 # Writing archives
@@ -4368,7 +4358,8 @@ class ArchiveWriter(Registry):
         that is larger than a part is cut into ranges, which are blobs of their own."""
         size = self.size(digests)
         least = size - sum(map(self._blob_size, digests))
-        # Bytes that PARTS may take, with names as long as a file may have.
+        # The bytes that PARTS may take. It lists all blobs, and for each part a name, of which
+        # each character may take six bytes, and the ranges in it.
         table = 2000 * (2 + size // max(limit - least, 1)) + sum(len(key) + 3 for key in digests)
         room = limit - least - table
         if room < table:
@@ -10903,7 +10894,7 @@ class ArchiveVerification(Verification):
         for name, reference, _ in archive.images():
             self._check_image(archive, name, reference)
 
-    def _read_blobs(self, path: str, blobs: Mapping[Digest, Union[Member, Joined]]) -> None:
+    def _read_blobs(self, path: str, blobs: Mapping[Digest, Union[Member, JoinedBlob]]) -> None:
         # Links give one file many names; it is read once.
         read = functools.lru_cache(maxsize=None)(read_digest)
         for digest, member in blobs.items():
@@ -10923,7 +10914,8 @@ class ArchiveVerification(Verification):
         except (Unknown, Invalid) as error:  # the plan has got as far as it could
             self.add(Finding("unreadable image", str(error), archive.root), image)
         for digest in plan.blobs:
-            if digest in archive.parts.left_out.difference(archive.blobs, archive.joined):
+            is_present = digest in archive.blobs or digest in archive.joined
+            if digest in archive.parts.left_out and not is_present:
                 self.left_out.add(digest)
                 continue
             for finding in self._lacks(archive, digest):

@@ -823,7 +823,7 @@ def test_docker_save_tars_are_loaded_and_served_with_one_digest(tmp_path, far, l
 def test_layers_of_docker_save_are_not_read_to_open_it(tmp_path, monkeypatch):
     members, layers = docker_save("docker 24")
     path = make_tar(tmp_path / "saved.tar", members)
-    monkeypatch.setattr("tinyreg.pour", lambda blob, length, *takers: pytest.fail("a layer is read")
+    monkeypatch.setattr("tinyreg.copy_bytes", lambda blob, length, *takers: pytest.fail("a layer is read")
                         if length != len(docker_config(*layers)) else takers[0](blob.read()))
     assert list(Archive([path]).tags(NAME)) == ["1"]
 
@@ -1023,7 +1023,7 @@ def test_a_file_with_many_names_is_read_once(tmp_path, monkeypatch):
     docker = {"manifest.json": json.dumps([{"Config": "c", "Layers": ["layer"] * 1000}]).encode(),
               "c": json.dumps(config).encode(), "layer": LARGE}
     read, copy_bytes = [], tinyreg.copy_bytes
-    monkeypatch.setattr("tinyreg.pour", lambda blob, *rest: read.append(blob.length) or copy_bytes(blob, *rest))
+    monkeypatch.setattr("tinyreg.copy_bytes", lambda blob, *rest: read.append(blob.length) or copy_bytes(blob, *rest))
     check = tinyreg.ArchiveVerification([make_tar(tmp_path / "linked.tar", members)])
     check.run()
     assert read.count(len(LARGE)) == 1 and len(check.damaged) == 1000
