@@ -435,26 +435,26 @@ def shorten(reference: str) -> str:
 
 # Names and references
 
-def _parse(pattern: Union[str, Pattern], text: str, code: str, message: Optional[str] = None,
-           **settings: Any) -> Match:
-    """The match of the whole text. Raises the code, with the begin of the text as its detail."""
-    match = re.fullmatch(pattern, text)
-    if not match:
-        raise RegistryError(code, text[:MAX_NAME], message=message, **settings)
-    return match
+def _check(pattern: Union[str, Pattern], text: str, code: str, message: Optional[str] = None,
+           status: Optional[int] = None) -> str:
+    """The text, if all of it fits the pattern. Else raises the code; its detail is the begin of the
+    text."""
+    if not re.fullmatch(pattern, text):
+        raise RegistryError(code, text[:MAX_NAME], message=message, status=status)
+    return text
 
 
 def parse_algorithm(text: str) -> str:
     """Raises DIGEST_INVALID unless the algorithm is sha256 or sha512."""
-    return _parse("|".join(ALGORITHMS), text, "DIGEST_INVALID",
-                  "unsupported digest algorithm; use sha256 or sha512").group()
+    return _check("|".join(ALGORITHMS), text, "DIGEST_INVALID",
+                  "unsupported digest algorithm; use sha256 or sha512")
 
 
 def parse_digest(text: str) -> Digest:
     """Raises DIGEST_INVALID; the message tells an unknown algorithm from a malformed digest."""
     if ":" in text and not DIGEST.fullmatch(text):
         parse_algorithm(text.partition(":")[0])
-    return Digest(_parse(DIGEST, text, "DIGEST_INVALID", "invalid digest").group())
+    return Digest(_check(DIGEST, text, "DIGEST_INVALID", "invalid digest"))
 
 
 def parse_name(text: str) -> str:
@@ -462,16 +462,16 @@ def parse_name(text: str) -> str:
     if len(text) > MAX_NAME:
         raise RegistryError("NAME_INVALID", text[:MAX_NAME] + "…",
                             message="repository name longer than 255 characters")
-    return _parse(NAME, text, "NAME_INVALID",
+    return _check(NAME, text, "NAME_INVALID",
                   "invalid repository name: components of lower-case letters and digits, "
-                  "joined by single separators . _ __ or -, with / between them").group()
+                  "joined by single separators . _ __ or -, with / between them")
 
 
 def parse_tag(text: str) -> str:
     """Raises MANIFEST_INVALID, because the specification has no code for tags."""
-    return _parse(TAG, text, "MANIFEST_INVALID",
+    return _check(TAG, text, "MANIFEST_INVALID",
                   "invalid tag: at most 128 letters, digits, underscores, full stops and hyphens, "
-                  "the first no full stop or hyphen").group()
+                  "the first no full stop or hyphen")
 
 
 def parse_reference(text: str) -> Union[str, Digest]:
@@ -481,14 +481,13 @@ def parse_reference(text: str) -> Union[str, Digest]:
 
 def parse_session_id(text: str) -> str:
     """The UUID of an upload session; Distribution's are UUIDs too. Raises BLOB_UPLOAD_UNKNOWN."""
-    return _parse(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", text,
-                  "BLOB_UPLOAD_UNKNOWN").group()
+    return _check(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", text, "BLOB_UPLOAD_UNKNOWN")
 
 
 def parse_count(text: str) -> int:
     """The `n` of a listing. Raises UNSUPPORTED with status 400."""
-    return int(_parse(r"[0-9]{1,18}", text, "UNSUPPORTED",
-                      "n must be a whole number, 0 or more", status=400).group())
+    return int(_check(r"[0-9]{1,18}", text, "UNSUPPORTED", "n must be a whole number, 0 or more",
+                      status=400))
 
 
 # Images
@@ -589,7 +588,7 @@ def names_to_try(name: str, origin: Optional[str] = None) -> List[str]:
     a short name: both may mean docker.io. Raises NAME_INVALID."""
     short = name if "/" in name else "library/" + name
     if origin:
-        _parse(HOST, origin, "NAME_INVALID", "ns must be the host of a registry: HOST[:PORT]")
+        _check(HOST, origin, "NAME_INVALID", "ns must be the host of a registry: HOST[:PORT]")
         host = canonical_host(origin.lower())
         return [origin_name(host, short if host == "docker.io" else name)]
     at_docker = "docker.io/" + short
@@ -690,13 +689,12 @@ def parse_range(header: str, size: int) -> Optional[Tuple[int, int]]:
 def parse_content_range(header: str) -> Tuple[int, int]:
     """The (first, last) byte of an uploaded chunk: `0-99` as in the specification, or HTTP's
     `bytes 0-99/*`, which regclient and older clients send. Raises RANGE_INVALID."""
-    message = "Content-Range must be FIRST-LAST, in bytes"
-    match = _parse(r"(?:bytes[ =])?[ \t]*([0-9]{1,18})-([0-9]{1,18})(?:/(?:[0-9]{1,18}|\*))?",
-                   header, "RANGE_INVALID", message)
-    first, last = map(int, match.groups())
-    if last < first:
-        raise RegistryError("RANGE_INVALID", header, message=message)
-    return first, last
+    match = re.fullmatch(r"(?:bytes[ =])?[ \t]*([0-9]{1,18})-([0-9]{1,18})"
+                         r"(?:/(?:[0-9]{1,18}|\*))?", header)
+    if not match or int(match.group(2)) < int(match.group(1)):
+        raise RegistryError("RANGE_INVALID", header[:MAX_NAME],
+                            message="Content-Range must be FIRST-LAST, in bytes")
+    return int(match.group(1)), int(match.group(2))
 
 
 # Patterns over names
