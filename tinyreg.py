@@ -7046,16 +7046,19 @@ class Observation:
 # -------------------------------------------------------------------------------------------------
 # 13  API
 #
-# The endpoints of distribution-spec, each a handler from a Request to a Response, and the table that finds it.
-# A handler writes nothing itself, so it runs in a test without a socket, and a late failure can still choose the
-# status. Locations are relative: right behind any proxy, and what oras and crane want.
+# The endpoints of distribution-spec: handlers, each from a Request to a Response, and the table of
+# routes that finds them. A handler writes nothing itself, so it runs in a test without a socket,
+# and a late failure can still choose the status. What a handler raises becomes a Response in
+# dispatch(). Locations are relative, so they are right behind any proxy; oras and crane need that.
 # -------------------------------------------------------------------------------------------------
+
+Headers = List[Tuple[str, str]]
 
 
 class Request(RequestHead):
-    """One request: its head, and its body, a file to read from once.
+    """One request: its head, and its body, a file to read once.
 
-    `ca` is the certificate of the CA that made the server's."""
+    `ca` is the certificate of the CA that made the server's certificate."""
 
     def __init__(self, method: str, target: str, headers: Optional[Dict[str, str]] = None,
                  body: Any = None, client: str = "", scheme: str = "http",
@@ -7064,186 +7067,231 @@ class Request(RequestHead):
         super().__init__(method, target, headers, client, scheme, certificate, version)
         self.body = body or io.BytesIO()
         self.ca = ca
-        self.route: Optional[Route] = None        # what dispatch chose, …
-        self.path_values: Dict[str, Any] = {}     # … and what the path names: name, digest, …
-        self.observation: Any = None  # the server's
-        self.go_on = lambda: None  # raises ClientLeft once nobody waits for the response
-
-    def read_body(self, limit: int) -> bytes:
-        """The whole body, or more than `limit` bytes from its begin if it is longer."""
-        content, block = bytearray(), memoryview(bytearray(COPY_BUFFER))
-        for count in iter(lambda: self.body.readinto(block), 0):
-            content += block[:count]
-            if len(content) > limit:
-                break
-        return bytes(content)
-
-
-class Response:
-    """A status, headers and a body: bytes, or a Blob or Stream that is sent and closed."""
-
-    def __init__(self, status, headers=(), body=b""):
-        self.status = status
-        self.headers = list(headers)
-        self.body = body
-        self.kept = False  # whether the same request may get it again while the registry has not changed
-
-    @property
-    def length(self):
-        return len(self.body) if isinstance(self.body, bytes) else self.body.length
-
-    @classmethod
-    def of_json(cls, value, headers=(), content_type=JSON):
-        return cls(200, [("Content-Type", content_type)] + list(headers), to_json(value))
-
-    @classmethod
-    def of_text(cls, text, status=200):
-        return cls(status, [("Content-Type", "text/plain; charset=utf-8")], text.encode("utf-8", "replace"))
-
-    @classmethod
-    def of_error(cls, error):
-        return cls(error.status, [("Content-Type", JSON)] + error.headers, error.body())
+        self.route: Optional[Route] = None     # None until one is found
+        self.path_values: Dict[str, Any] = {}  # what the path names: name, reference, digest, …
+        self.observation: Any = None           # the server's Observation
+        self.check_wanted: Callable[[], None] = do_nothing  # raises ClientLeft if the client left
 
 
 class Stream:
-    """A body that is made while it is sent: `write_to(send)` calls `send` with its blocks; an empty one only finds out
-    whether the client and the server still want the rest. `length` is None where nobody knows it."""
+    """A body that is made while it is sent. `write_to(send)` calls `send` with its blocks; an empty
+    block only asks whether client and server still want the rest. `length` is in bytes, None if
+    that is unknown."""
 
     file = None
 
-    def __init__(self, write_to, length=None):
+    def __init__(self, write_to: Callable[[Callable[[bytes], None]], Any],
+                 length: Optional[int] = None) -> None:
         self.write_to = write_to
         self.length = length
 
-    def close(self):
+    def close(self) -> None:
         """There is nothing to close."""
 
 
-def etag_matches(header, digest):
-    """Whether an If-None-Match header names this digest's ETag (RFC 9110, 13.1.2)."""
+class Response:
+    """A status, headers and a body: bytes, or a Blob or Stream, which the server closes."""
+
+    def __init__(self, status: int, headers: Iterable[Tuple[str, str]] = (),
+                 body: Union[bytes, Blob, Stream] = b"") -> None:
+        self.status = status
+        self.headers = list(headers)
+        self.body = body
+        # Whether the same request may get it again while the registry has not changed.
+        self.is_repeatable = False
+
+    @property
+    def length(self) -> Optional[int]:
+        """The bytes of the body; None if that is unknown."""
+        return len(self.body) if isinstance(self.body, bytes) else self.body.length
+
+    @classmethod
+    def of_json(cls, value: Any, headers: Iterable[Tuple[str, str]] = (),
+                content_type: str = JSON) -> "Response":
+        return cls(200, [("Content-Type", content_type)] + list(headers), to_json(value))
+
+    @classmethod
+    def of_text(cls, text: str, status: int = 200) -> "Response":
+        return cls(status, [("Content-Type", "text/plain; charset=utf-8")],
+                   text.encode("utf-8", "replace"))
+
+    @classmethod
+    def of_error(cls, error: RegistryError) -> "Response":
+        return cls(error.status, [("Content-Type", JSON)] + error.headers, error.body())
+
+
+# What several handlers need
+
+def etag_matches(request: Request, digest: Digest) -> bool:
+    """Whether If-None-Match names this digest's ETag (RFC 9110, 13.1.2)."""
+    header = request.header("if-none-match")
     return header.strip() == "*" or '"%s"' % digest in header
 
 
-def content_headers(digest, content_type):
-    """What every answer with a blob or manifest carries. The digest is in the algorithm that the client asked with:
-    containerd compares it to the letter. What another program stored may call itself what no header can say."""
+def content_headers(digest: Digest, content_type: str) -> Headers:
+    """The headers of each response with a blob or manifest.
+
+    The digest has the algorithm that the client asked with, because containerd compares the texts.
+    A type that no header may carry (another program stored it) is replaced by OCTET_STREAM."""
     if not re.fullmatch("[!-~]([ -~]*[!-~])?", content_type):
         content_type = OCTET_STREAM
-    return [("Content-Type", content_type), ("Docker-Content-Digest", digest), ("ETag", '"%s"' % digest)]
+    return [("Content-Type", content_type), ("Docker-Content-Digest", digest),
+            ("ETag", '"%s"' % digest)]
 
 
-def take_page(entries, count):
-    """The first `count` of an iterator, and whether there are more."""
-    page = list(itertools.islice(entries, min(count + 1, sys.maxsize)))
+def take_page(entries: Iterable[Any], count: int) -> Tuple[List[Any], bool]:
+    """The first `count` entries, and whether there are more."""
+    page = list(itertools.islice(entries, count + 1))
     return page[:count], len(page) > count
 
 
-def next_link(path, **query):
+def asked_count(request: Request, limit: int) -> int:
+    """How many entries the client wants at once, at most `limit`. Raises UNSUPPORTED."""
+    count = request.get("n")
+    return limit if count is None else min(parse_count(count), limit)
+
+
+def next_link(path: str, **query: Any) -> Headers:
     """A Link header to the next page (RFC 8288), relative."""
     return [("Link", '<%s?%s>; rel="next"' % (path, urllib.parse.urlencode(query)))]
 
 
+def list_page(key: str, path: str, entries: Iterable[str], count: int, **fields: str) -> Response:
+    """A page of a list as JSON, below `key`, with a link to the next one if there are more."""
+    page, has_more = take_page(entries, count)
+    link = next_link(path, n=count, last=page[-1]) if has_more and page else []
+    return Response.of_json(dict(fields, **{key: page}), link)
+
+
 # Handlers: determining support, content discovery
 
-def get_base(registry, access, request):
-    """That this is a registry (end-1). What docker login and every client's first request asks."""
+def get_base(registry: Registry, access: Access, request: Request) -> Response:
+    """That this is a registry (end-1): docker login and each client's first request ask that."""
     return Response.of_json({})
 
 
-def get_catalog(registry, access, request):
-    """The names of the repositories that the client may pull, in pages. Distribution's, not in the specification; crane
-    and pages use it."""
-    count = min(parse_count(request.get("n", str(PAGE_SIZE))), PAGE_SIZE)
-    found = (name for name in registry.repositories(request.get("last", "")) if access.lists(request, name))
-    names, more = take_page(found, count)
-    link = next_link("/v2/_catalog", n=count, last=names[-1]) if more and names else []
-    return Response.of_json({"repositories": names}, link)
+def get_catalog(registry: Registry, access: Access, request: Request) -> Response:
+    """The names of the repositories that the client may pull, in pages. The specification does not
+    have it, but Distribution does, and crane uses it."""
+    names = (name for name in registry.repositories(request.get("last", ""))
+             if access.lists(request, name))
+    return list_page("repositories", "/v2/_catalog", names, asked_count(request, PAGE_SIZE))
 
 
-def get_token(registry, access, request):
-    """A token for clients that were told Bearer (Distribution's token protocol). Raises UNAUTHORIZED."""
+def get_token(registry: Registry, access: Access, request: Request) -> Response:
+    """A token for a client that was told to use Bearer (Distribution's token protocol). Raises
+    UNAUTHORIZED."""
     token = access.make_token(request, request.query.get("scope", ()))
     return Response.of_json({"token": token, "access_token": token, "expires_in": TOKEN_LIFE},
                             [("Cache-Control", "no-store")])
 
 
-def get_tags(registry, access, request, name):
-    """The tags of a repository (end-8a, end-8b): all of them, unless the client asks for pages. Raises NAME_UNKNOWN."""
-    count = parse_count(request.get("n", "9" * 18))
-    tags, more = take_page(registry.tags(name, request.get("last", "")), count)
-    link = next_link("/v2/%s/tags/list" % name, n=count, last=tags[-1]) if more and tags else []
-    return Response.of_json({"name": name, "tags": tags}, link)
+def get_tags(registry: Registry, access: Access, request: Request, name: str) -> Response:
+    """The tags of a repository (end-8a, end-8b): all of them, unless the client asks for pages.
+    Raises NAME_UNKNOWN."""
+    return list_page("tags", "/v2/%s/tags/list" % name,
+                     registry.tags(name, request.get("last", "")),
+                     asked_count(request, sys.maxsize - 1), name=name)
 
 
-def get_referrers(registry, access, request, name, digest):
-    """The manifests that are about another (end-12a, end-12b), as an index, in pages that stay below the size of a
-    manifest. An unknown repository has none: oras asks before its first push, and takes a 404 for "unsupported"."""
-    wanted, count = request.get("artifactType"), min(parse_count(request.get("n", str(PAGE_SIZE))), PAGE_SIZE)
-    entries, size, more = [], 0, False
+def get_referrers(registry: Registry, access: Access, request: Request, name: str,
+                  digest: Digest) -> Response:
+    """The manifests that are about another (end-12a, end-12b) as an index, in pages that stay below
+    the size of a manifest.
+
+    A repository that is not there has none: oras asks before its first push, and would take a 404
+    for "unsupported"."""
+    count, artifact_type = asked_count(request, PAGE_SIZE), request.get("artifactType")
+    query = {} if artifact_type is None else {"artifactType": artifact_type}
+    headers = [("OCI-Filters-Applied", "artifactType")] if query else []
+    entries: List[Dict[str, Any]] = []
+    size = 0
     for manifest in registry.referrers(name, digest, request.get("last", "")):
         entry = manifest.referrer()
-        if wanted in (None, entry.get("artifactType")):
-            size += len(to_json(entry))
-            more = len(entries) == count or bool(entries) and size > MAX_MANIFEST - 1000
-            if more:  # no other is read: their annotations may fill the memory
-                break
-            entries.append(entry)
-    query = {} if wanted is None else {"artifactType": wanted}
-    headers = [("OCI-Filters-Applied", "artifactType")] if query else []
-    if more and entries:
-        headers += next_link("/v2/%s/referrers/%s" % (name, digest), n=count, last=entries[-1]["digest"], **query)
+        if query and entry.get("artifactType") != artifact_type:
+            continue
+        size += len(to_json(entry))
+        if len(entries) == count or entries and size > MAX_MANIFEST - 1000:
+            if entries:
+                headers += next_link("/v2/%s/referrers/%s" % (name, digest), n=count,
+                                     last=entries[-1]["digest"], **query)
+            break  # and read no other: annotations can fill the memory
+        entries.append(entry)
     index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
-    return Response.of_json(index, headers, content_type=OCI_INDEX)  # no charset: oras compares it to the letter
+    # The type has no charset, because oras compares the whole header.
+    return Response.of_json(index, headers, OCI_INDEX)
 
 
 # Handlers: manifests
 
-def get_manifest(registry, access, request, name, reference):
-    """A manifest as it was pushed, whatever Accept says (end-3). Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
-    digest = reference if isinstance(reference, Digest) else registry.resolve(name, reference)
+def resolve_reference(registry: Registry, name: str, reference: Union[str, Digest]) -> Digest:
+    """The digest that a tag or a digest means. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+    return reference if isinstance(reference, Digest) else registry.resolve(name, reference)
+
+
+def get_manifest(registry: Registry, access: Access, request: Request, name: str,
+                 reference: Union[str, Digest]) -> Response:
+    """A manifest as it was pushed, whatever Accept says (end-3). Raises NAME_UNKNOWN,
+    MANIFEST_UNKNOWN."""
+    digest = resolve_reference(registry, name, reference)
     manifest = registry.manifest(name, digest)
     headers = content_headers(digest, manifest.media_type)
-    if etag_matches(request.header("if-none-match"), digest):
+    if etag_matches(request, digest):
         return Response(304, headers)
     return Response(200, headers, manifest.content)
 
 
-def adopt(registry, access, request, name, digests):
-    """Mount blobs from where reads of this name look as well, since a HEAD there told the client not to send them.
-    Whether all were found."""
+def read_manifest_body(request: Request) -> bytes:
+    """The whole body. Raises MANIFEST_INVALID with status 413 for more than MAX_MANIFEST."""
+    content, block = bytearray(), memoryview(bytearray(COPY_BUFFER))
+    for count in iter(lambda: request.body.readinto(block), 0):
+        content += block[:count]
+        if len(content) > MAX_MANIFEST:
+            raise RegistryError("MANIFEST_INVALID", status=413,
+                                message="a manifest may have at most 4 MiB")
+    return bytes(content)
+
+
+def mount_missing(registry: Registry, access: Access, request: Request, name: str,
+                  digests: Iterable[str]) -> bool:
+    """Mount blobs from the other repositories that a read of this name may mean. A HEAD there told
+    the client that it need not send them. Returns whether all are here now."""
     for other in set(names_to_try(name, request.get("ns"))) - {name}:
         if access.allows(request, "pull", other):
-            digests = [digest for digest in digests if not registry.mount(name, Digest(digest), other)]
+            digests = [digest for digest in digests
+                       if not registry.mount(name, Digest(digest), other)]
     return not digests
 
 
-def put_manifest(registry, access, request, name, reference):
+def put_manifest(registry: Registry, access: Access, request: Request, name: str,
+                 reference: Union[str, Digest]) -> Response:
     """Store a manifest under a tag (end-7a), or under its digest and any tags (end-7b).
 
     Raises MANIFEST_INVALID, MANIFEST_BLOB_UNKNOWN, DIGEST_INVALID."""
-    by_digest = isinstance(reference, Digest)
-    tags = [parse_tag(tag) for tag in request.query.get("tag", ())] if by_digest else [reference]
-    content = request.read_body(MAX_MANIFEST)
-    if len(content) > MAX_MANIFEST:
-        raise RegistryError("MANIFEST_INVALID", message="a manifest may have at most 4 MiB", status=413)
-    manifest = parse_manifest(content, request.header("content-type"), reference if by_digest else None)
+    tags, digest = [reference], None
+    if isinstance(reference, Digest):
+        tags, digest = [parse_tag(tag) for tag in request.query.get("tag", ())], reference
+    manifest = parse_manifest(read_manifest_body(request), request.header("content-type"), digest)
+    put = functools.partial(registry.put_manifest, name, manifest, tags, request.check_wanted)
     try:
-        registry.put_manifest(name, manifest, tags, request.go_on)
-    except RegistryError as error:
-        if error.code != "MANIFEST_BLOB_UNKNOWN" or not adopt(registry, access, request, name, error.details):
+        put()
+    except BlobsMissing as error:
+        if not mount_missing(registry, access, request, name, error.details):
             raise
-        registry.put_manifest(name, manifest, tags, request.go_on)
+        put()
     headers = [("Location", "/v2/%s/manifests/%s" % (name, manifest.digest)),
                ("Docker-Content-Digest", manifest.digest)]
     if manifest.subject:
         headers.append(("OCI-Subject", manifest.subject))
-    if by_digest and tags:
+    if digest and tags:
         headers.append(("OCI-Tag", ", ".join(tags)))
     return Response(201, headers)
 
 
-def delete_manifest(registry, access, request, name, reference):
-    """Delete a tag, or a manifest with all tags that point to it (end-9). Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+def delete_manifest(registry: Registry, access: Access, request: Request, name: str,
+                    reference: Union[str, Digest]) -> Response:
+    """Delete a tag, or a manifest with all tags that point to it (end-9). Raises NAME_UNKNOWN,
+    MANIFEST_UNKNOWN."""
     if isinstance(reference, Digest):
         registry.delete_manifest(name, reference)
     else:
@@ -7253,27 +7301,33 @@ def delete_manifest(registry, access, request, name, reference):
 
 # Handlers: blobs
 
-def get_blob(registry, access, request, name, digest):
-    """A blob, or the one range asked for (end-2). Raises NAME_UNKNOWN, BLOB_UNKNOWN, RANGE_INVALID."""
-    headers = content_headers(digest, OCTET_STREAM) + [("Accept-Ranges", "bytes")]
-    wanted = request.header("range") if request.header("if-range", '"%s"' % digest) == '"%s"' % digest else ""
+def get_blob(registry: Registry, access: Access, request: Request, name: str,
+             digest: Digest) -> Response:
+    """A blob, or the one range of it that the client asks for (end-2). Raises NAME_UNKNOWN,
+    BLOB_UNKNOWN, RANGE_INVALID."""
+    headers = content_headers(digest, OCTET_STREAM)
+    headers.append(("Accept-Ranges", "bytes"))
+    etag = '"%s"' % digest
+    has_range = request.method == "GET" and request.header("if-range", etag) == etag
     blob = registry.open_blob(name, digest)
-    if etag_matches(request.header("if-none-match"), digest):
+    if etag_matches(request, digest):
         blob.close()
         return Response(304, headers)
     try:
-        found = parse_range(wanted, blob.length) if request.method == "GET" else None
-    except RegistryError:
+        part = parse_range(request.header("range"), blob.length) if has_range else None
+    except RangeInvalid:
         blob.close()
         raise
-    if found is None:
+    if part is None:
         return Response(200, headers, blob)
-    start, length = found
-    headers.append(("Content-Range", "bytes %d-%d/%d" % (start, start + length - 1, blob.length)))
+    start, length = part
+    last = start + length - 1
+    headers.append(("Content-Range", "bytes %d-%d/%d" % (start, last, blob.length)))
     return Response(206, headers, blob.part(start, length))
 
 
-def delete_blob(registry, access, request, name, digest):
+def delete_blob(registry: Registry, access: Access, request: Request, name: str,
+                digest: Digest) -> Response:
     """Take a blob from a repository (end-10). Raises NAME_UNKNOWN, BLOB_UNKNOWN."""
     registry.delete_blob(name, digest)
     return Response(202)
@@ -7281,100 +7335,124 @@ def delete_blob(registry, access, request, name, digest):
 
 # Handlers: uploads
 
-def upload_headers(session):
-    """Where an upload stands. `Range: 0-0` is an empty one's: docker's client can't read `0--1`."""
+def upload_headers(session: UploadSession) -> Headers:
+    """Where an upload stands. Without bytes the Range is 0-0: docker's client can't read 0--1."""
     location = "/v2/%s/blobs/uploads/%s" % (session.name, session.id)
-    location += "?state=" + session.state if session.state else ""
-    return [("Location", location), ("Range", "0-%d" % max(session.offset - 1, 0)), ("Docker-Upload-UUID", session.id)]
+    if session.state:
+        location += "?state=" + session.state
+    return [("Location", location), ("Range", "0-%d" % max(session.offset - 1, 0)),
+            ("Docker-Upload-UUID", session.id)]
 
 
-def created_blob(name, digest):
-    return Response(201, [("Location", "/v2/%s/blobs/%s" % (name, digest)), ("Docker-Content-Digest", digest)])
+def created_blob(name: str, digest: str) -> Response:
+    return Response(201, [("Location", "/v2/%s/blobs/%s" % (name, digest)),
+                          ("Docker-Content-Digest", digest)])
 
 
-def receive(session, request):
-    """Append the request's body to a session, at the place that its Content-Range names, if it has one.
+def append_body(session: UploadSession, request: Request) -> None:
+    """Append the request's body to an upload, at the place that its Content-Range names, if it has
+    one.
 
     Raises RANGE_INVALID, with the headers that tell the client where to go on; SIZE_INVALID."""
-    placed = request.header("content-range")
-    first, last = parse_content_range(placed) if placed else (None, None)
-    length = request.header("content-length")
-    if placed and length and int(length) != last - first + 1:
-        raise RegistryError("SIZE_INVALID", {"Content-Range": placed, "Content-Length": length})
+    first: Optional[int] = None
+    end: Optional[int] = None
+    content_range, length = request.header("content-range"), request.header("content-length")
+    if content_range:
+        first, last = parse_content_range(content_range)
+        end = last + 1
+        if length and int(length) != end - first:
+            raise RegistryError("SIZE_INVALID",
+                                {"Content-Range": content_range, "Content-Length": length})
     try:
         session.append(request.body, first)
-    except RegistryError as error:
-        if error.code == "RANGE_INVALID":
-            error.headers += upload_headers(session)
+    except RangeInvalid as error:
+        error.headers += upload_headers(session)
         raise
-    if placed and session.offset != last + 1:
-        raise RegistryError("SIZE_INVALID", {"Content-Range": placed, "offset": session.offset})
+    if end not in (None, session.offset):
+        raise RegistryError("SIZE_INVALID",
+                            {"Content-Range": content_range, "offset": session.offset})
 
 
-def start_upload(registry, access, request, name):
-    """Begin an upload (end-4a, end-4c), mount a blob instead (end-11), or take it whole (end-4b).
+def try_mount(registry: Registry, access: Access, request: Request, name: str,
+              digest: Digest) -> bool:
+    """Mount a blob from the repository in `from`; whether that has it.
 
-    Without `from`, a mount takes the blob from wherever it is, unless a part of the registry is closed to the client.
-    A blob that the client may not pull is as good as missing, and has to be uploaded. Raises DIGEST_INVALID,
-    NAME_INVALID."""
-    mount, whole = request.get("mount"), request.get("digest")
-    if mount is not None:
-        digest, source = parse_digest(mount), request.get("from")
-        source = parse_name(source) if source else None
-        may = access.allows(request, "pull", source) if source else access.pulls_everything(request)
-        if may and registry.mount(name, digest, source):
-            return created_blob(name, digest)
-    if whole is not None:
-        digest = parse_digest(whole)
-        session = registry.start_upload(name, digest.algorithm)
-        try:
-            receive(session, request)
-        except BaseException:
-            session.cancel()  # the client has no Location to go on with
-            raise
-        session.commit(digest)
-        return created_blob(name, digest)
-    session = registry.start_upload(name, parse_algorithm(request.get("digest-algorithm", "sha256")))
-    access.uploads.count(request.client, session, registry.has_upload)
-    return Response(202, upload_headers(session))
+    Without `from`, any repository will do if the client may pull from all. A blob that the client
+    may not pull counts as missing, so the client has to upload it. Raises NAME_INVALID."""
+    source = request.get("from") or None
+    if source:
+        may_pull = access.allows(request, "pull", parse_name(source))
+    else:
+        may_pull = access.pulls_everything(request)
+    return may_pull and registry.mount(name, digest, source)
 
 
-def get_upload(registry, access, request, name, session):
-    """How far an upload is (end-13). Raises BLOB_UPLOAD_UNKNOWN."""
-    return Response(204, upload_headers(registry.find_upload(name, session)))
+def start_upload(registry: Registry, access: Access, request: Request, name: str) -> Response:
+    """Mount a blob (end-11), or take it whole (end-4b), or begin an upload (end-4a, end-4c).
 
-
-def append_to_upload(registry, access, request, name, session):
-    """Take a chunk (end-5). Raises BLOB_UPLOAD_UNKNOWN, RANGE_INVALID, SIZE_INVALID."""
-    upload = registry.find_upload(name, session)
-    receive(upload, request)
-    return Response(202, upload_headers(upload))
-
-
-def finish_upload(registry, access, request, name, session):
-    """Take the last chunk, if there is one, and make the upload a blob (end-6).
-
-    Raises BLOB_UPLOAD_UNKNOWN, RANGE_INVALID, SIZE_INVALID, DIGEST_INVALID."""
-    upload = registry.find_upload(name, session)
-    state = request.get("state", "")
-    upload.state = state if re.fullmatch("[0-9a-f]{64}", state) else ""  # it comes back in a header
-    digest = parse_digest(request.get("digest") or "")
-    receive(upload, request)
-    upload.commit(digest)
+    Raises DIGEST_INVALID, NAME_INVALID."""
+    mount, digest = request.get("mount"), request.get("digest")
+    if mount is not None and try_mount(registry, access, request, name, parse_digest(mount)):
+        return created_blob(name, mount)
+    if digest is None:
+        algorithm = parse_algorithm(request.get("digest-algorithm", "sha256"))
+        session = registry.start_upload(name, algorithm)
+        access.uploads.count(request.client, session, registry.has_upload)
+        return Response(202, upload_headers(session))
+    digest = parse_digest(digest)
+    session = registry.start_upload(name, digest.algorithm)
+    try:
+        append_body(session, request)
+    except BaseException:  # whatever it was: the client knows no Location to go on with
+        session.cancel()
+        raise
+    session.commit(digest)
     return created_blob(name, digest)
 
 
-def cancel_upload(registry, access, request, name, session):
+def get_upload(registry: Registry, access: Access, request: Request, name: str,
+               session_id: str) -> Response:
+    """How far an upload is (end-13). Raises BLOB_UPLOAD_UNKNOWN."""
+    return Response(204, upload_headers(registry.find_upload(name, session_id)))
+
+
+def append_to_upload(registry: Registry, access: Access, request: Request, name: str,
+                     session_id: str) -> Response:
+    """Take a chunk (end-5). Raises BLOB_UPLOAD_UNKNOWN, RANGE_INVALID, SIZE_INVALID."""
+    session = registry.find_upload(name, session_id)
+    append_body(session, request)
+    return Response(202, upload_headers(session))
+
+
+def finish_upload(registry: Registry, access: Access, request: Request, name: str,
+                  session_id: str) -> Response:
+    """Take the last chunk, if there is one, and make the upload a blob (end-6).
+
+    Raises BLOB_UPLOAD_UNKNOWN, RANGE_INVALID, SIZE_INVALID, DIGEST_INVALID."""
+    session = registry.find_upload(name, session_id)
+    state = request.get("state", "")
+    # Checked, because upload_headers() may send it back.
+    session.state = state if re.fullmatch("[0-9a-f]{64}", state) else ""
+    digest = parse_digest(request.get("digest") or "")
+    append_body(session, request)
+    session.commit(digest)
+    return created_blob(name, digest)
+
+
+def cancel_upload(registry: Registry, access: Access, request: Request, name: str,
+                  session_id: str) -> Response:
     """Forget an upload (end-14). Raises BLOB_UPLOAD_UNKNOWN."""
-    registry.find_upload(name, session).cancel()
+    registry.find_upload(name, session_id).cancel()
     return Response(204)
 
 
-# Routes: {placeholders} are loose shapes with strict parsers, so that `/v2/Bad/tags/list` is NAME_INVALID.
+# Routes
 
+# The {placeholders} of a path match loosely, and these parsers decide: so /v2/Bad/tags/list is
+# NAME_INVALID and not an unknown path.
 PARSERS: Dict[str, Callable[[str], Any]] = {
     "name": parse_name, "reference": parse_reference, "digest": parse_digest,
-    "session": parse_session_id, "client": str,
+    "session_id": parse_session_id, "client": str,
 }
 
 
@@ -7436,13 +7514,14 @@ ROUTES = compile_routes([
           Words("delete {image}", "done; the blobs stay until garbage is collected"), DELETE),
     Route("POST", "/v2/{name}/blobs/uploads/?", "push", start_upload,  # end-4, end-11
           Words("a blob for {name} is coming", "send its bytes to the address in Location"), PUSH),
-    Route("GET HEAD", "/v2/{name}/blobs/uploads/{session}", "push", get_upload,  # end-13
+    Route("GET HEAD", "/v2/{name}/blobs/uploads/{session_id}", "push", get_upload,  # end-13
           Words("how far is my upload to {name}?", "so far as Range says; go on from there")),
-    Route("PATCH", "/v2/{name}/blobs/uploads/{session}", "push", append_to_upload,  # end-5
-          Words("here are bytes of a blob for {name} ({received})", "taken; more, or is that all?")),
-    Route("PUT", "/v2/{name}/blobs/uploads/{session}", "push", finish_upload,  # end-6
+    Route("PATCH", "/v2/{name}/blobs/uploads/{session_id}", "push", append_to_upload,  # end-5
+          Words("here are bytes of a blob for {name} ({received})",
+                "taken; more, or is that all?")),
+    Route("PUT", "/v2/{name}/blobs/uploads/{session_id}", "push", finish_upload,  # end-6
           Words("that was all of the blob for {name}"), PUSH),
-    Route("DELETE", "/v2/{name}/blobs/uploads/{session}", "push", cancel_upload,  # end-14
+    Route("DELETE", "/v2/{name}/blobs/uploads/{session_id}", "push", cancel_upload,  # end-14
           Words("forget my upload to {name}", "forgotten")),
     Route("GET", "/v2/{name}/blobs/{digest}", "pull", get_blob,  # end-2
           Words("the blob {reference} of {name}, please", "here it is ({sent})"), PULL),
@@ -7454,52 +7533,51 @@ ROUTES = compile_routes([
 ])
 
 
-def describe_target(registry: Registry, request: Request, action: str, digest: str) -> dict:
+def describe_target(registry: Registry, request: Request, action: str,
+                    digest: str) -> Dict[str, Any]:
     """What an event tells of the manifest or blob that it is about."""
     name = request.path_values["name"]
-    target = {"mediaType": "", "digest": digest, "size": 0, "repository": name}
     kind = "manifests" if "reference" in request.path_values else "blobs"
+    media_type, size = "", 0
     # It may have been deleted since.
     with contextlib.suppress(Unknown):
         if action != "delete" and kind == "manifests":
             manifest = registry.manifest(name, Digest(digest))
-            target.update(mediaType=manifest.media_type, size=len(manifest.content))
+            media_type, size = manifest.media_type, len(manifest.content)
         elif action != "delete":
             with registry.open_blob(name, Digest(digest)) as blob:
-                target.update(mediaType=OCTET_STREAM, size=blob.length)
+                media_type, size = OCTET_STREAM, blob.length
+    target = {"mediaType": media_type, "digest": digest, "size": size, "length": size,
+              "repository": name}
     if digest:
         target["url"] = "%s://%s/v2/%s/%s/%s" % (
             request.outer_scheme(), request.host(), name, kind, digest)
     if action == "mount" and request.get("from"):
         target["fromRepository"] = request.get("from")
-    return dict(target, length=target["size"])
+    return target
 
 
-def notify(registry: Registry, request: Request, response: Response) -> bool:
+def notify(registry: Registry, request: Request, response: Response, action: str) -> bool:
     """Queue the events of a request that has been carried out, as Distribution writes them, for the
     endpoints that want them. Returns whether there are any.
 
-    Raises OSError where a change can't be queued: then the client is not told of a success, and
-    makes its request again."""
-    action = request.route.events.get(response.status)
-    if not request.observation or not action:
-        return False
+    Raises OSError if a change can't be queued: then the client gets an error, and makes the request
+    again."""
     if action == "push" and request.get("mount"):
         action = "mount"
     name, headers = request.path_values["name"], dict(response.headers)
     queues = [queue for queue in request.observation.queues if queue.endpoint.wants(action, name)]
-    # A part of a blob that is not its first is no further pull.
+    # A later part of a blob is no further pull.
     if not queues or not headers.get("Content-Range", "bytes 0-").startswith("bytes 0-"):
         return False
     reference = request.path_values.get("reference") or request.path_values.get("digest", "")
-    tags: List[Optional[str]] = [None]
-    if "reference" not in request.path_values or isinstance(reference, Digest):
-        digest = headers.get("Docker-Content-Digest", reference)
-        if action == "push" and reference:
-            tags = request.query.get("tag") or [None]
-    else:
-        digest, tags = headers.get("Docker-Content-Digest", ""), [reference]
-    target = describe_target(registry, request, action, digest)
+    tags, digest = [reference], ""
+    if isinstance(reference, Digest):
+        tags = request.query.get("tag", [""]) if action == "push" else [""]
+        digest = reference
+    target = describe_target(registry, request, action,
+                             headers.get("Docker-Content-Digest", digest))
+    user = request.who.user if request.who else None
     for tag in tags:
         event = {
             "id": str(uuid.uuid4()), "timestamp": timestamp(), "action": action,
@@ -7507,7 +7585,7 @@ def notify(registry: Registry, request: Request, response: Response) -> bool:
             "request": {"id": str(uuid.uuid4()), "addr": request.client,
                         "host": request.header("host"), "method": request.method,
                         "useragent": request.header("user-agent")},
-            "actor": {"name": request.who.user} if request.who.user else {},
+            "actor": {"name": user} if user else {},
             "source": request.observation.source}
         for queue in queues:
             try:
@@ -7519,66 +7597,79 @@ def notify(registry: Registry, request: Request, response: Response) -> bool:
     return True
 
 
-def answer_read(registry, access, request, handler, name, **found):
-    """The answer from the repository that a read of this name means (names_to_try). Only one that
-    does not exist at all is looked for under another name: a tag that it lacks is no reason to
-    answer with docker.io's.
+# One request
 
-    `ns` is what a mirror's client calls the registry: a key to look up, never an address to dial.
-    Pushes ignore it.
-    """
-    origin = request.get("ns")
-    names = names_to_try(name, origin)
-    # Another image in place of one that the client may not pull would deceive.
-    access.check(request, "pull", names[0])
-    names = [other for other in names if access.allows(request, "pull", other)]
-    chosen = next(filter(registry.has_repository, names), names[0])
-    request.path_values["name"] = chosen
-    response = handler(registry, access, request, name=chosen, **found)
-    if origin and chosen != name:
-        response.headers.append(("OCI-Namespace", origin))
-    return response
+def find_route(request: Request) -> Optional[Route]:
+    """The route of a request, which gets it and its path_values; None for an unknown path.
 
-
-def answer(registry, access, request):
-    """Find the handler of a request and call it. Raises RegistryError, OSError, ClientLeft."""
-    if request.path.startswith("/v2/"):
-        access.check(request, "pull")  # first: clients look for the 401 wherever they happen to begin
-    for pattern, handlers in ROUTES:
+    Raises UNSUPPORTED if the path has no such method, and what PARSERS raise."""
+    for pattern, routes in ROUTES:
         match = pattern.fullmatch(request.path)
         if match:
-            break
-    else:
+            if request.method not in routes:
+                raise RegistryError("UNSUPPORTED", request.method,
+                                    headers=[("Allow", ", ".join(routes))])
+            request.route = routes[request.method]
+            request.path_values = {key: PARSERS[key](value)
+                                   for key, value in match.groupdict().items()}
+            return request.route
+    return None
+
+
+def find_stored_name(registry: Registry, access: Access, request: Request, name: str) -> str:
+    """The repository that a read of this name means: of those in names_to_try() that the client may
+    pull, the first that exists. A tag that this one lacks is not looked for under other names.
+
+    `ns` is what a mirror's client calls the registry that it means: a key to look up, never an
+    address to call. Pushes ignore it. Raises NAME_INVALID, DENIED, UNAUTHORIZED."""
+    names = names_to_try(name, request.get("ns"))
+    # An image from elsewhere, in place of one that the client may not pull, would deceive.
+    access.check(request, "pull", names[0])
+    names = [other for other in names if access.allows(request, "pull", other)]
+    return next(filter(registry.has_repository, names), names[0])
+
+
+def handle(registry: Registry, access: Access, request: Request) -> Response:
+    """Find the handler of a request and call it. Raises RegistryError, OSError, ClientLeft."""
+    is_api = request.path.startswith("/v2/")
+    if is_api:
+        # Before anything else: clients expect the 401 for whatever they ask first.
+        access.check(request, "pull")
+    route = find_route(request)
+    if not route:
         return Response.of_text("404: nothing here; the registry is at /v2/\n", 404)
-    if request.method not in handlers:
-        raise RegistryError("UNSUPPORTED", request.method, headers=[("Allow", ", ".join(handlers))])
-    request.route = handlers[request.method]
-    action, handler = request.route.action, request.route.handler
-    request.path_values = {key: PARSERS[key](value) for key, value in match.groupdict().items()}
-    if registry.is_read_only and action in ("push", "delete"):
+    if registry.is_read_only and route.action in ("push", "delete"):
         raise RegistryError("DENIED", message="this registry is read-only at present")
-    if action == "pull" and "name" in request.path_values:
-        response = answer_read(registry, access, request, handler, **request.path_values)
+    values = request.path_values
+    name = values.get("name")
+    if route.action == "pull" and name:
+        values["name"] = find_stored_name(registry, access, request, name)
     else:
-        access.check(request, action, request.path_values.get("name"))
-        response = handler(registry, access, request, **request.path_values)
-    response.kept = (not notify(registry, request, response) and action in ("login", "pull")
-                     and request.path.startswith("/v2/"))
+        access.check(request, route.action, name)
+    response = route.handler(registry, access, request, **values)
+    if values.get("name") != name and request.get("ns"):
+        response.headers.append(("OCI-Namespace", request.get("ns")))
+    event = route.events.get(response.status)
+    has_events = bool(event and request.observation
+                      and notify(registry, request, response, event))
+    # A response from memory would make no events.
+    response.is_repeatable = is_api and not has_events and route.action in ("login", "pull")
     return response
 
 
-def dispatch(registry, access, request):
+def dispatch(registry: Registry, access: Access, request: Request) -> Response:
     """The Response to a Request, whatever happens; only ClientLeft passes through."""
     try:
-        return answer(registry, access, request)
-    except RegistryError as error:
+        return handle(registry, access, request)
+    except RegistryError as error:  # this is what it is for: to tell the client
         return Response.of_error(error)
     except ClientLeft:
         raise
     except OSError as error:
         logger.error("%s %s: %s", request.method, request.path, error)
-        status, message = HOST_FAILURES.get(error.errno, (500, None))
-        return Response.of_error(RegistryError("UNAVAILABLE" if message else "UNKNOWN", message=message, status=status))
+        status, message = HOST_FAILURES.get(error.errno or 0, (500, None))
+        code = "UNAVAILABLE" if message else "UNKNOWN"
+        return Response.of_error(RegistryError(code, message=message, status=status))
     except Exception:  # a bug: the log gets the traceback, the client a 500
         logger.exception("%s %s", request.method, request.path)
         return Response.of_error(RegistryError("UNKNOWN"))
@@ -7933,11 +8024,6 @@ def pull_commands(request: Request, image: str) -> Content:
     image = "%s/%s" % (request.host(), image)
     commands = PULL_COMMANDS[request.outer_scheme()]
     return [fill("<h2>Pull it</h2>"), [command_line(command % image) for command in commands]]
-
-
-def resolve_reference(registry: Registry, name: str, reference: Reference) -> Digest:
-    """The digest that a reference is or points to. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
-    return reference if isinstance(reference, Digest) else registry.resolve(name, reference)
 
 
 def image_row(registry: Registry, name: str, reference: Reference) -> Sequence[Content]:
@@ -9201,7 +9287,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 response.body.close()
             exchange = self._exchange(request, response, body)
             self.worker.observation.record(exchange)
-        may_repeat = response.kept and response.status == 200 and body.is_empty
+        may_repeat = response.is_repeatable and response.status == 200 and body.is_empty
         if content and may_repeat and not self.close_connection:
             self.worker.cache.put(self._asker(), self.raw_requestline,
                                   CachedResponse(mark, content, exchange))
@@ -9220,7 +9306,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                           "https" if tls else "http", self.certificate, tls.ca if tls else None,
                           self.request_version[-3:])
         request.observation = self.worker.observation
-        request.go_on = self.rfile.check_client
+        request.check_wanted = self.rfile.check_client
         return body, request
 
     def _handle(self, request: Request) -> Response:
