@@ -5962,7 +5962,7 @@ def copy(source: Reader, target: Registry, name: str, reference: str,
 # Who sends a request, and what that client may do. Passwords knows the users and checks their
 # passwords, Tokens makes and reads tokens, Rules knows who may do what, UploadLimit counts upload
 # sessions; Access asks them for each request. The users file and the rules file are read again
-# when they change. This room knows the head of a request, but no sockets and no registry.
+# when they change. This room reads no request's body, and knows neither sockets nor registries.
 # -------------------------------------------------------------------------------------------------
 
 # A level is an index in LEVELS, and includes the levels before it.
@@ -5992,9 +5992,9 @@ class Who(NamedTuple):
     grants: Optional[Dict[str, int]]
 
 
-class RequestHead:
-    """The head of a request: the method, the decoded path, the query, and the headers by their
-    names in lower case.
+class BareRequest:
+    """A request without its body: the method, the decoded path, the query, and the headers by
+    their names in lower case.
 
     The values of a header that is repeated are joined by commas: docker sends its Accept in six
     lines. `client` is the address that the request came from, through proxies that we believe.
@@ -6366,7 +6366,7 @@ class Access:
 
     # Who sends a request
 
-    def identify(self, request: RequestHead) -> Who:
+    def identify(self, request: BareRequest) -> Who:
         """Who sent a request. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
         if request.who is None:
             if self.watch.changed():
@@ -6377,7 +6377,7 @@ class Access:
             request.who = self._identify(request)
         return request.who
 
-    def _identify(self, request: RequestHead) -> Who:
+    def _identify(self, request: BareRequest) -> Who:
         scheme, _, value = request.header("authorization").partition(" ")
         scheme = scheme.lower() if self.users_file else ""
         if scheme == "basic":
@@ -6393,7 +6393,7 @@ class Access:
             return who
         return Who(request.certificate, None)
 
-    def _unauthorized(self, request: RequestHead, message: Optional[str] = None,
+    def _unauthorized(self, request: BareRequest, message: Optional[str] = None,
                       **problem: str) -> RegistryError:
         """A 401 whose challenge makes the client send what it has.
 
@@ -6413,7 +6413,7 @@ class Access:
         return RegistryError("UNAUTHORIZED", message=message,
                              headers=[("WWW-Authenticate", challenge)])
 
-    def make_token(self, request: RequestHead, scopes: Iterable[str]) -> str:
+    def make_token(self, request: BareRequest, scopes: Iterable[str]) -> str:
         """A token for the client that sent a request, with a password or, if it needs none,
         without. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
         who = self.identify(request)
@@ -6423,7 +6423,7 @@ class Access:
 
     # What it may do
 
-    def allows(self, request: RequestHead, action: str, name: Optional[str] = None) -> bool:
+    def allows(self, request: BareRequest, action: str, name: Optional[str] = None) -> bool:
         """Whether the client may do this in a repository, or in any if there is no name. Raises as
         identify does."""
         who, needed = self.identify(request), NEEDED[action]
@@ -6438,16 +6438,16 @@ class Access:
                 return False
         return self.rules.level(who.user, name) >= needed
 
-    def lists(self, request: RequestHead, name: str) -> bool:
+    def lists(self, request: BareRequest, name: str) -> bool:
         """Whether the catalog shows a repository to the client, whatever its token grants."""
         return self.rules.level(self.identify(request).user, name) > 0
 
-    def pulls_everything(self, request: RequestHead) -> bool:
+    def pulls_everything(self, request: BareRequest) -> bool:
         """Whether the client may pull from all repositories, and no rule could say otherwise."""
         return (not self.rules.path and self.identify(request).grants is None
                 and self.allows(request, "pull"))
 
-    def check(self, request: RequestHead, action: str, name: Optional[str] = None) -> None:
+    def check(self, request: BareRequest, action: str, name: Optional[str] = None) -> None:
         """Raises UNAUTHORIZED if the client may not do this, but may with a password; else DENIED,
         with a message that docker prints. Raises TOOMANYREQUESTS."""
         who, needed = self.identify(request), NEEDED[action]
@@ -6470,7 +6470,7 @@ class Access:
         raise self._unauthorized(request, **problem)
 
     @staticmethod
-    def _scope(request: RequestHead, action: str, name: str) -> str:
+    def _scope(request: BareRequest, action: str, name: str) -> str:
         """The scopes for which the client should get a token."""
         actions = {"push": "pull,push", "delete": "*"}.get(action, "pull")
         scope = "repository:%s:%s" % (name, actions)
@@ -6489,7 +6489,7 @@ class Access:
                 user or "clients", IN_WORDS[level], " in " + name if name else "", option))
 
     @staticmethod
-    def _check_local(request: RequestHead, writes: bool) -> None:
+    def _check_local(request: BareRequest, writes: bool) -> None:
         """Raises DENIED for a request that is not meant for this machine.
 
         A browser here lets web pages send us requests: under a name of their own (DNS rebinding),
@@ -7055,7 +7055,7 @@ class Observation:
 Headers = List[Tuple[str, str]]
 
 
-class Request(RequestHead):
+class Request(BareRequest):
     """One request: its head, and its body, a file to read once.
 
     `ca` is the certificate of the CA that made the server's certificate."""
