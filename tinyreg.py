@@ -123,7 +123,7 @@ import uuid
 import zlib
 from typing import (
     Any, BinaryIO, Callable, ContextManager, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
-    NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
+    Match, NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
 )
 
 __version__ = "0.1"
@@ -10168,7 +10168,7 @@ class Service:
         self.tls = open_tls(options, self.store)
         folder = self.store.layout.own if isinstance(self.store, Directory) else None
         words = {(method, route.name): route.words
-                 for _, routes in ROUTES for method, route in routes.items()}
+                 for _, by_method in ROUTES for method, route in by_method.items()}
         self.observation = Observation(folder, style, words, options.notify, options.workers)
         self.root_is_gone = threading.Event()  # set in one process only
         if options.log_file:
@@ -10219,24 +10219,25 @@ class Service:
         return ["%sdocker tag alpine %s/alpine && docker push %s/alpine" % (login, host, host),
                 "docker pull %s/alpine" % host]
 
-    def banner(self) -> List[str]:
+    def banner(self) -> str:
         """What serve says first: where it listens and stores, who may do what, what to try."""
-        urls = [listener_url(listener, "https" if self.tls else "http")
-                for listener in self.listeners]
+        scheme = "https" if self.tls else "http"
+        urls = [listener_url(listener, scheme) for listener in self.listeners]
         reach = "whoever is on this machine" if self.is_local else "whoever can reach it"
+        access = self.access.in_words(reach, self.registry.is_read_only)
         stores = ("stores in", self.store.root)
         if isinstance(self.store, Archive):
             stores = ("serves", self.store.root + " (read-only)")
         rows = [("listens on", ", ".join(urls)), stores]
         if self.tls and self.tls.ca:
             rows.append(("CA", "/ca.crt, SHA-256 " + fingerprint(self.tls.ca)))
-        access = self.access.in_words(reach, self.registry.is_read_only)
-        rows += zip(["access"] + [""] * len(access), access)
+        next_line = "\n" + 14 * " "
+        rows.append(("access", next_line.join(access)))
         if self.access.users_file and not self.tls and not self.is_local:
             rows.append(("beware", "passwords cross the network in the clear; add --tls"))
-        rows += zip(("try", ""), self.commands_to_try())
-        return (["tinyreg " + __version__] + ["  %-10s  %s" % row for row in rows]
-                + ["  Ctrl-C ends it."])
+        rows.append(("try", next_line.join(self.commands_to_try())))
+        lines = ["  %-10s  %s" % row for row in rows]
+        return "\n".join(["tinyreg " + __version__] + lines + ["  Ctrl-C ends it."])
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -10244,7 +10245,7 @@ def serve(options: argparse.Namespace) -> int:
     service = Service(options)
     work = [functools.partial(service.work, number) for number in range(options.workers)]
     supervisor = Supervisor(work, service.listeners, service.reopen_log)
-    for line in service.banner():
+    for line in service.banner().splitlines():
         tell(line)
     flush_output()
     tell_systemd("READY=1")
