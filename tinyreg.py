@@ -253,6 +253,13 @@ def to_json(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
 
 
+def detail_text(detail: Any) -> str:
+    """A detail of an error for people: {"wanted": 1, "got": 2} is `wanted 1, got 2`."""
+    if isinstance(detail, dict):
+        return ", ".join("%s %s" % entry for entry in detail.items())
+    return str(detail)
+
+
 class RegistryError(Exception):
     """A refusal in the client's terms: an OCI error code, its HTTP status, a message and details.
 
@@ -270,9 +277,7 @@ class RegistryError(Exception):
         self.message = message or ERRORS[code].message
         self.status = status or ERRORS[code].status
         self.headers = list(headers)
-        texts = [", ".join("%s %s" % entry for entry in detail.items())
-                 if isinstance(detail, dict) else str(detail) for detail in details]
-        super().__init__(": ".join([self.message] + texts))
+        super().__init__(": ".join([self.message] + [detail_text(detail) for detail in details]))
 
     @classmethod
     def too_many(cls, wait: int, message: str) -> "RegistryError":
@@ -6531,7 +6536,9 @@ class Access:
             if self.rules.path:
                 allowed = "what the rules in %s say" % self.rules.path
             lines.append("those in %s may %s" % (self.users_file, allowed))
-        return lines + ["this registry is read-only"] * read_only
+        if read_only:
+            lines.append("this registry is read-only")
+        return lines
 
 # -------------------------------------------------------------------------------------------------
 # 12  Observation
