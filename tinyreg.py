@@ -9847,21 +9847,22 @@ def next_signal() -> int:
 # -------------------------------------------------------------------------------------------------
 # 16  Commands
 #
-# The command line. A command prints what it reports on stdout; what went wrong is one line on stderr and exit
-# status 1 (2 for a wrong command line).
+# The command line. A command is a function from the parsed options to the exit status: 0 done, 1
+# failed or damage found, 2 wrong command line. It prints what it reports on stdout, with --json in
+# a shape that programs may rely on; what went wrong is one line on stderr that says what to do.
+# Options and help texts are the tables at the end; all else about images is in the rooms above.
 # -------------------------------------------------------------------------------------------------
 
 
 def fitted(text: str, file: Any) -> str:
-    """The text as this file can show it: without control characters, and with escapes for what
-    its encoding lacks."""
+    """The text with escapes for control characters, and for what the encoding of the file lacks."""
     encoding = getattr(file, "encoding", None) or "utf-8"
     return harmless(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def tell(line: str) -> None:
-    """Print a line of what a command reports. Strangers' text may be in it, so all output goes
-    through this function, complain() or tell_progress()."""
+    """Print a line on stdout. Strangers' text may be in it, so all output goes through this
+    function, complain() or tell_progress()."""
     print(fitted(line, sys.stdout))
 
 
@@ -10263,7 +10264,7 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def names_repository(text: str) -> bool:
-    """Whether the name of an image has neither a tag nor a digest, so it may mean all of them."""
+    """Whether the name has neither a tag nor a digest, so that it means a whole repository."""
     return not re.search("[:@]", text.rpartition("/")[2])
 
 
@@ -10295,7 +10296,9 @@ def find_image(store: Directory, text: str, is_exact: bool = False) -> Tuple[str
     MANIFEST_INVALID, DIGEST_INVALID, MANIFEST_UNKNOWN."""
     names, given = parse_local(text)
     reference = given or "latest"
-    path = store.layout.revision_path if isinstance(reference, Digest) else store.layout.tag_path
+    path: Callable[..., str] = store.layout.tag_path
+    if isinstance(reference, Digest):
+        path = store.layout.revision_path
     present = list(filter(store.has_repository, names)) or names
     # Anyone may own team/app at docker.io, but library/alpine is Docker's.
     if is_exact or "/" in present[0]:
@@ -10321,20 +10324,20 @@ def list_image(registry: Reader, name: str, reference: str, pushed: float = 0.0)
              "pushed": timestamp(pushed) if pushed else None}
     try:
         return dict(describe(registry, name, digest or registry.resolve(name, reference)), **entry)
-    except RegistryError as error:  # whatever it is, the row of the image says so
+    except (Unknown, Invalid) as error:  # the row of the image says so
         return dict(entry, digest=digest, error=str(error))
 
 
 def list_stored(store: Directory, name: str, references: Iterable[str]) -> List[Dict[str, Any]]:
-    """What ls reports of images of a repository."""
+    """What ls reports of some images of one repository."""
     return [list_image(store, name, reference, store.pushed(name, reference))
             for reference in references]
 
 
 def list_word(store: Directory, text: str, only_digests: bool) -> List[Any]:
-    """What ls reports of an image or a repository of the store: of a repository first its tags,
-    then the manifests without one. Raises CommandError, NAME_INVALID, MANIFEST_INVALID,
-    DIGEST_INVALID, MANIFEST_UNKNOWN."""
+    """What ls reports of one word of the command line: of an image; or of all images of a
+    repository, first of those that have a tag; or the digests of its blobs. Raises CommandError,
+    NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID, MANIFEST_UNKNOWN."""
     if not names_repository(text):
         if only_digests:
             raise CommandError("%s: --digests lists all blobs of a repository or archive" % text)
@@ -10366,7 +10369,7 @@ def list_archives(archive: Archive) -> List[Dict[str, Any]]:
             absent = set(plan.blobs) - present
             entry["lacking"] = len(absent - archive.parts.left_out)
             entry["left_out"] = len(absent & archive.parts.left_out)
-        except RegistryError as error:  # whatever it is, the row of the image says so
+        except (Unknown, Invalid) as error:  # the row of the image says so
             entry["error"] = str(error)
         entries.append(dict(entry, digest=digest))
     return entries
@@ -10413,13 +10416,14 @@ def is_archive(text: str) -> bool:
 
 
 def list_store(options: argparse.Namespace) -> int:
-    """List the repositories; or images, of the store or of archives; or, with --digests, blobs.
-    A word that the store has a repository for is not taken for a file."""
+    """List the repositories of the store; or, of repositories, images and archives that are named,
+    the images. With --digests, list blobs instead. A word that names both a repository and a file
+    means the repository."""
     words, store = options.images, None
     try:
         store = open_store(options, renew=False)
         paths = [word for word in words if is_archive(word) and not find_repository(store, word)]
-    except CommandError:
+    except CommandError:  # there is no store; archives can be listed without
         if not words or not all(map(is_archive, words)):
             raise
         paths = words
@@ -10451,13 +10455,14 @@ def command_text(*words: str) -> str:
 
 
 def waiting_lines(size: str, until: float, command: List[str]) -> List[str]:
-    """What to say of bytes that gc keeps until then, and how this command frees them now."""
+    """Two lines on bytes that gc can't free yet: until when, and a command that does not wait.
+    `size` says how many, and that they can't be freed."""
     return ["%s before %s, since clients may be at it; while nobody pushes, this does not wait:"
             % (size, local_time(until)), command_text(*command, "--grace", "0")]
 
 
 def space_lines(options: argparse.Namespace, store: Directory, names: Iterable[str]) -> List[str]:
-    """How the space of what was deleted in these repositories comes back, and when."""
+    """When the space of what was deleted in these repositories can be freed, and how."""
     sizes, ends = zip(*(freed_bytes(store, name, GRACE_HOURS * 3600) for name in names))
     if not sum(sizes):
         return ["no space comes back: what is left needs all of it"]
@@ -10485,14 +10490,14 @@ def delete_image(store: Directory, image: str) -> Deletion:
                            % (image, image, image))
     try:
         name, reference = find_image(store, image, is_exact=True)
-        if isinstance(reference, Digest) and not reference.tag:
-            store.delete_manifest(name, reference)
-            return Deletion(image, name, reference)
         tag = reference.tag if isinstance(reference, Digest) else reference
-        digest = store.resolve(name, tag)
+        digest = store.resolve(name, tag) if tag else Digest(reference)
         if reference not in (tag, digest):
             raise CommandError("%s: the tag points to %s; nothing was deleted" % (image, digest))
-        store.delete_tag(name, tag)
+        if tag:
+            store.delete_tag(name, tag)
+        else:
+            store.delete_manifest(name, digest)
         return Deletion(image, name, digest)
     except RegistryError as error:  # whatever it is, the message names the image
         raise CommandError("%s: %s" % (image, error.message))
@@ -10508,8 +10513,8 @@ def deletion_lines(options: argparse.Namespace, store: Directory,
 
 
 def remove(options: argparse.Namespace) -> int:
-    """Delete tags and manifests. Their bytes stay until garbage is collected. What could be
-    deleted is reported also if another image can't be."""
+    """Delete tags and manifests; their bytes stay until gc. If one can't be deleted, those that
+    were deleted before it are reported all the same."""
     store = open_store(options)
     deletions: List[Deletion] = []
     try:
@@ -10675,15 +10680,15 @@ def clients(options: argparse.Namespace) -> int:
 
 
 class Progress:
-    """Shows how far the copying of several images is: on a terminal in a line that moves."""
+    """Shows how far a transfer is: on a terminal, in a line that is drawn again and again."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.is_quiet = options.quiet or options.json
         self.is_moving = sys.stderr.isatty() and not self.is_quiet
         self.total_bytes = 0  # of all images
         self.done_bytes = 0   # of the images that are done
-        self.next_time = 0.0  # on the monotonic clock, when the line may change again
-        self.mutex = threading.Lock()  # each thread that copies blobs reports here
+        self.next_time = 0.0  # of the monotonic clock; until then the line is not drawn again
+        self.mutex = threading.Lock()  # every thread that copies a blob calls watch()
 
     def clear(self) -> None:
         """Remove the line that moves."""
@@ -10728,29 +10733,30 @@ def summary(report: Report, is_planned: bool) -> str:
 
 
 def what_is_lacking(report: Report) -> str:
-    """What an image needs and its source lacks, or has damaged; "" where there is no such blob."""
+    """Which blobs the source lacks, or has damaged, in words; "" if there are none."""
     texts = ["%s in the source: %s" % (state, " ".join(digests)) for state, digests
              in (("missing", report.missing), ("damaged", report.damaged)) if digests]
     return "; ".join(["no tag was set"] + texts) if texts else ""
 
 
 def is_in_parts(copy: Copy) -> bool:
-    """Whether all that a copy lacks is in other parts of a split archive. load names them."""
+    """Whether all that a copy lacks is in other parts of a split archive. load says once for all
+    images which parts these are."""
     lacking = copy.report.missing + copy.report.damaged
     return isinstance(copy.source, Archive) and all(map(copy.source.needed_parts, lacking))
 
 
 def leave_at_once(number: int, frame: Any) -> None:
-    """On Ctrl-C, end as by kill -9. What was copied stays. (An orderly end would take a minute,
-    until the threads stop to wait for the network.)"""
+    """End on Ctrl-C as by kill -9: what was copied stays. An orderly end would take a minute, for
+    threads wait for the network until they time out."""
     os.write(2, b"\ntinyreg: interrupted; run it again, and it goes on from here\n")
     os._exit(130)
 
 
 def plan_copy(options: argparse.Namespace, report: Report, source: Reader, target: Registry,
               name: str, reference: str, target_name: Optional[str] = None) -> Copy:
-    """A Copy that is planned. It is told if the tag beside a digest means something else at the
-    source. Raises RegistryError."""
+    """A Copy, planned. Says so if the source has another digest for the tag of TAG@DIGEST. Raises
+    RegistryError."""
     copy = Copy(source, target, name, reference, target_name, options.platform,
                 not options.no_referrers, report, options.strip)
     copy.plan()
@@ -10761,10 +10767,10 @@ def plan_copy(options: argparse.Namespace, report: Report, source: Reader, targe
 
 
 class Transfer:
-    """Copies images to one target: all are planned, then all are copied.
+    """Copies several images to one target, after it has planned all of them.
 
-    An image that fails does not stop the others. From the start of a transfer on, Ctrl-C ends the
-    program at once."""
+    An image that fails does not stop the others. Once there is a Transfer, Ctrl-C ends the program
+    at once."""
 
     def __init__(self, options: argparse.Namespace, target: Registry, progress: Progress) -> None:
         self.options = options
@@ -10777,7 +10783,7 @@ class Transfer:
             signal.signal(signal.SIGINT, leave_at_once)
 
     def fail(self, image: str, reason: object, quietly: bool = False) -> None:
-        """Note why an image is not copied."""
+        """Note why an image is not copied; say it on stderr, unless `quietly`."""
         self.failures.append({"image": image, "error": str(reason)})
         self.progress.clear()
         if not quietly:
@@ -10829,7 +10835,7 @@ class Transfer:
             flush_output()  # who reads it from a pipe sees that the transfer goes on
 
     def _iter_lines(self, needed: int, free: Optional[int]) -> Iterator[str]:
-        """Yield what is said of all images without --json."""
+        """Yield what is said at the end, without --json."""
         if self.options.dry_run:
             room = "" if free is None else "; %s free" % in_units(free)
             blobs = counted(len(self.needed), "blob")
@@ -11279,14 +11285,15 @@ def parse_upstream(text: str) -> Tuple[str, str, bool, str]:
     """NS=URL as (NS, host, whether it speaks plain HTTP, prefix of the names there)."""
     match = re.fullmatch(r"([^=/]+)=(?:(https?)://)?([^/@]+)(?:/(.*?))?/*", text)
     if not match or not HOST.fullmatch(match.group(1)) or not HOST.fullmatch(match.group(3)):
-        raise CommandError("%r is no upstream: write for example docker.io=https://registry-1.docker.io"
-                           % text)
+        raise CommandError("%r is no upstream: write for example "
+                           "docker.io=https://registry-1.docker.io" % text)
     space, scheme, host, prefix = match.groups()
     return origin_of(space), canonical_host(host), scheme == "http", prefix + "/" if prefix else ""
 
 
 class Option(NamedTuple):
-    """An option of a command, or a word that it takes: what add_argument of argparse is called with."""
+    """An option of a command, or a word that it takes: the arguments of argparse's
+    add_argument()."""
 
     names: List[str]
     settings: Dict[str, Any]
@@ -11557,9 +11564,10 @@ class Parser(argparse.ArgumentParser):
     commands: Mapping[str, argparse.ArgumentParser] = {}  # by their names
 
     def error(self, message: str) -> NoReturn:
-        option = re.match("argument (--[a-z-]+)", message)
-        if option and os.environ.get(variable_of(option.group(1))):
-            message += "; %s is set" % variable_of(option.group(1))
+        match = re.match("argument (--[a-z-]+)", message)
+        variable = variable_of(match.group(1)) if match else ""
+        if os.environ.get(variable):
+            message += "; %s is set" % variable
         line = "%s: %s (see %s --help)" % (self.prog, message, self.prog)
         self.exit(2, fitted(line, sys.stderr) + "\n")
 
