@@ -2753,8 +2753,8 @@ class Expiry(NamedTuple):
 
     def applies_to(self, name: str) -> bool:
         """Whether tags of this repository may expire."""
-        is_named = not self.repositories or self.repositories.fullmatch(name)
-        return self.is_on and bool(is_named)
+        is_meant = not self.repositories or self.repositories.fullmatch(name)
+        return self.is_on and bool(is_meant)
 
     def choose(self, moved: Dict[str, float], latest: float) -> Set[str]:
         """The tags that go, of those that were last moved at these times; none that was moved after
