@@ -2753,8 +2753,8 @@ class Expiry(NamedTuple):
 
     def applies_to(self, name: str) -> bool:
         """Whether tags of this repository may expire."""
-        is_meant = not self.repositories or self.repositories.fullmatch(name)
-        return self.is_on and bool(is_meant)
+        is_named = not self.repositories or self.repositories.fullmatch(name)
+        return self.is_on and bool(is_named)
 
     def choose(self, moved: Dict[str, float], latest: float) -> Set[str]:
         """The tags that go, of those that were last moved at these times; none that was moved after
@@ -7718,6 +7718,7 @@ summary{cursor:pointer;padding:.2rem 0}#live p{margin:.2rem 0;border-bottom:1px 
 tr,td,dl{display:block}tr{padding:.4rem 0;border-bottom:1px solid #8886}td{border:0;padding:.1rem 0}
 td[data-label]::before{content:attr(data-label) " ";opacity:.75}}
 """
+
 PAGE_SCRIPT = """
 for(const b of document.querySelectorAll(".copy button")){b.hidden=false;b.onclick=()=>{
 getSelection().selectAllChildren(b.previousElementSibling);document.execCommand("copy");
@@ -7726,6 +7727,7 @@ const live=document.getElementById("live");
 if(live){const e=new EventSource("live/events");e.onmessage=m=>{const p=document.createElement("p");
 p.textContent=m.data;live.prepend(p);while(live.children.length>500)live.lastChild.remove()}}
 """
+
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>%s – tinyreg</title><link rel="icon" href="data:,"><style>%s</style></head>
@@ -7737,6 +7739,7 @@ PAGE = """<!DOCTYPE html>
 <footer>tinyreg %s, a registry in one file: <a href="tinyreg.py">take it with you</a></footer>
 <script>%s</script></body></html>
 """
+
 USE_PAGE = """<h2>1. Let your client trust it</h2>
 <p>Docker trusts a registry on its own machine as it is. Else, as root (crane, helm, oras, regctl,
 cosign and docker build trust what the system trusts):</p>%s%s%s
@@ -7802,9 +7805,11 @@ again() {{  # reload|restart SERVICE
 }}
 {steps})
 """
+
 RELOAD_DOCKER = """\
 case $wrote in */daemon.json) again reload docker ;; esac
 """
+
 # containerd reads certs.d only if config_path says so. Its version decides in which table that is.
 SET_CONFIG_PATH = r"""
 c=/etc/containerd/config.toml d=/etc/containerd/certs.d
@@ -7841,6 +7846,7 @@ else
     echo 'in 1.x below [plugins."io.containerd.grpc.v1.cri".registry]; then restart it' >&2
 fi
 """
+
 TRUST_IN_SYSTEM = """\
 if command -v update-ca-trust > /dev/null; then
     d=/etc/pki/ca-trust/source/anchors u=update-ca-trust
@@ -8213,11 +8219,10 @@ class ClientSetup(NamedTuple):
         return ("http://" if self.ca is None else "https://") + self.host
 
     def hosts_toml(self, ca_file: str) -> str:
-        """A hosts.toml for the images of this registry."""
+        """A hosts.toml for images of this registry. containerd 1.6 needs the CA in both places."""
         ca = 'ca = "%s"\n' % ca_file if self.ca else ""
-        # containerd 1.6 wants to be told of the CA twice.
-        return ('server = "{0}"\n{1}[host."{0}"]\n  capabilities = ["pull", "resolve", "push"]\n'
-                .format(self.url, ca) + ("  " + ca if ca else ""))
+        table = '[host."%s"]\n  capabilities = ["pull", "resolve", "push"]\n' % self.url
+        return 'server = "%s"\n%s%s%s' % (self.url, ca, table, "  " + ca if ca else "")
 
     def mirror_toml(self, ca_file: str) -> str:
         """A hosts.toml for the images of other registries. It has no `server`, so pushes, and pulls
