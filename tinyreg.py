@@ -8117,9 +8117,10 @@ def repositories_page(registry: Registry, access: Access, request: Request) -> R
                              if wanted in name and access.lists(request, name)), ROWS)
     rows = []
     for name in names:
-        tags, more_tags = take_page(registry.tags(name), 5)
-        links = [[" ", link(tag, repository=name, reference=tag)] for tag in tags]
-        rows.append((link(name, repository=name), [links, " …" if more_tags else None]))
+        with contextlib.suppress(Unknown):  # the repository was deleted since
+            tags, more_tags = take_page(registry.tags(name), 5)
+            links = [[" ", link(tag, repository=name, reference=tag)] for tag in tags]
+            rows.append((link(name, repository=name), [links, " …" if more_tags else None]))
     return page("Repositories", fill(
         '<form action="./" role="search"><label for="q">Name contains</label>'
         '<input type="search" name="q" id="q" value="%s"><button>Search</button></form>', wanted),

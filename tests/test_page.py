@@ -210,6 +210,22 @@ def test_repositories_are_searched_and_paged(store, monkeypatch):
     assert "team1/app" in text and "team11/app" in text and "team2/app" not in text
 
 
+def test_a_repository_that_is_deleted_while_its_page_is_made_is_left_out(store, monkeypatch):
+    for name in ("gone", "here"):
+        make_image(store, name)
+    list_tags = store.tags
+
+    def tags(name, last=""):
+        if name == "gone":
+            raise tinyreg.RegistryError("NAME_UNKNOWN", name)
+        return list_tags(name, last)
+
+    monkeypatch.setattr(store, "tags", tags)
+    answer = dispatch(store, Access("pull"), Request("GET", "/"))
+    assert answer.status == 200
+    assert b"repository=here" in answer.body and b"repository=gone" not in answer.body
+
+
 def test_only_what_one_may_pull_is_shown(store, tmp_path):
     fill(tmp_path / "registry")
     (tmp_path / "rules").write_text("** @anonymous pull\nlab/other @anonymous none\n")
