@@ -5698,15 +5698,14 @@ class Plan:
         # By the digest in the source, what goes to the target in place of a manifest: usually
         # itself. A manifest that stays behind is not there.
         self.going: Dict[Digest, Manifest] = {}
-        self.wanted: Dict[Digest, List[Descriptor]] = {}  # children of indexes, until they are read
-        self.children: List[Digest] = []                  # all that indexes name
-        self.attestations: Set[Digest] = set()            # manifests that have no referrers
-        self.free_memory = MAX_MANIFESTS                  # bytes that manifests may still take
+        self.children: List[Digest] = []        # all that indexes name
+        self.attestations: Set[Digest] = set()  # manifests whose referrers are not looked for
+        self.free_memory = MAX_MANIFESTS        # bytes that manifests may still take
 
     def plan(self) -> Report:
         """Raises NAME_UNKNOWN, and MANIFEST_UNKNOWN also if there is no image for the platforms."""
         tag = self._find_root()
-        for manifest in walk([self.root], self._read_needed, self._iter_needed):
+        for manifest in walk([self.root], self._read, self._iter_needed):
             if manifest.digest in self.going:
                 going = self.going[manifest.digest]
                 self.manifests[going.digest] = going
@@ -5714,6 +5713,8 @@ class Plan:
         if tag or self.source.is_named(self.name, root):
             self.tags.setdefault(root, []).append(tag or root)
         self.report.digest = root
+        self.report.stripped = {digest: manifest.digest for digest, manifest in self.going.items()
+                                if manifest.digest != digest}
         self.report.absent = [child for child in collections.OrderedDict.fromkeys(self.children)
                               if child not in self.manifests and child not in self.blobs]
         self.report.total_blobs = len(self.blobs)
@@ -5738,26 +5739,22 @@ class Plan:
     def read_manifest(self, digest: Digest) -> Manifest:
         return self.source.manifest(self.name, digest)
 
-    def _read_needed(self, digest: Digest) -> Optional[Manifest]:
-        """The manifest; None if it is not there, or is an index without a wanted platform, unless
-        that is the image itself: an index may be sparse, and a referrer may be deleted meanwhile.
-
-        Raises MANIFEST_UNKNOWN for the image itself, MANIFEST_INVALID."""
+    def _read(self, digest: Digest) -> Optional[Manifest]:
+        """The manifest; None if it is not there and is not the image itself, because an index may
+        be sparse, and a referrer may be deleted meanwhile. Raises MANIFEST_UNKNOWN,
+        MANIFEST_INVALID."""
         try:
             manifest = self.read_manifest(digest)
-            self.free_memory -= len(manifest.content) + MANIFEST_COST
-            if self.free_memory < 0:
-                raise RegistryError(
-                    "MANIFEST_INVALID", digest, message="the manifests of this image and of what "
-                    "is about it take more than %d MiB; copy one child by its digest, or leave the "
-                    "referrers behind" % (MAX_MANIFESTS >> 20))
-            self.wanted[digest] = self._wanted_children(manifest)
         except Unknown:
             if digest == self.root:
                 raise
             return None
-        # From now on, so that a referrer that contains its subject sees that this goes along.
-        self.going[digest] = manifest
+        self.free_memory -= len(manifest.content) + MANIFEST_COST
+        if self.free_memory < 0:
+            raise RegistryError(
+                "MANIFEST_INVALID", digest, message="the manifests of this image and of what is "
+                "about it take more than %d MiB; copy one child by its digest, or leave the "
+                "referrers behind" % (MAX_MANIFESTS >> 20))
         return manifest
 
     def _wanted_children(self, manifest: Manifest) -> List[Descriptor]:
@@ -5781,40 +5778,39 @@ class Plan:
         return wanted
 
     def _iter_needed(self, manifest: Manifest) -> Iterator[Digest]:
-        """Yield what goes along with a manifest: its wanted children, then its referrers.
+        """Yield the digests of the manifests that go along with this one: its wanted children, then
+        its referrers. An index without an image for the platforms stays behind; if it is the image
+        itself, MANIFEST_UNKNOWN is raised."""
+        digest = manifest.digest
+        # Now, so that a referrer that contains its subject sees that this one goes.
+        self.going[digest] = manifest
+        try:
+            yield from self._iter_children(manifest)
+        except Unknown:
+            if digest == self.root:
+                raise
+            del self.going[digest]
+            return
+        is_stripped = self.going[digest] is not manifest
+        # What is about an index is not about the one that is made of it.
+        if self.with_referrers and not is_stripped and digest not in self.attestations:
+            yield from self._iter_referrers(digest)
 
-        walk() plans each digest before it asks for the next one. So once it asks for the first
-        referrer all children are planned, and it is known whether the index is stripped."""
-        wanted = self.wanted.pop(manifest.digest)
+    def _iter_children(self, manifest: Manifest) -> Iterator[Digest]:
+        """Yield the digests of the wanted children, and plan the blobs. Raises MANIFEST_UNKNOWN."""
+        wanted = self._wanted_children(manifest)
         for child in wanted:
             if child.media_type in MANIFEST_TYPES:
                 yield child.digest
             else:
                 self.blobs[child.digest] = child  # BuildKit's cache is an index of layers
+        # walk() asks for more only when it has planned what it got, so the children are known here.
         self.children += [child.digest for child in manifest.manifests]
         self.blobs.update((blob.digest, blob) for blob in manifest.blobs if not blob.foreign)
-        if self.strip and manifest.manifests and self._strip(manifest, wanted):
-            return  # a referrer of an index is not about what is made of it
-        if self.with_referrers and manifest.digest not in self.attestations:
-            yield from self._iter_referrers(manifest.digest)
-
-    def _strip(self, index: Manifest, wanted: List[Descriptor]) -> bool:
-        """Let the index go without its absent children; whether that changes it. One without any
-        image stays behind. Raises MANIFEST_UNKNOWN if that is the image itself."""
-        kept = {child.digest: self.going.get(child.digest) for child in wanted
-                if child.digest in self.going or child.media_type not in MANIFEST_TYPES}
-        try:
-            going = strip_index(index, kept, self.attestations)
-        except Unknown:
-            if index.digest == self.root:
-                raise
-            del self.going[index.digest]
-            return True
-        if going is index:
-            return False
-        self.going[index.digest] = going
-        self.report.stripped[index.digest] = going.digest
-        return True
+        if self.strip and manifest.manifests:
+            kept = {child.digest: self.going.get(child.digest) for child in wanted
+                    if child.digest in self.going or child.media_type not in MANIFEST_TYPES}
+            self.going[manifest.digest] = strip_index(manifest, kept, self.attestations)
 
     def _iter_referrers(self, digest: Digest) -> Iterator[Digest]:
         """Yield what is about a manifest: its referrers, and what cosign has tagged with its
@@ -5846,13 +5842,11 @@ class Plan:
 
 class Copy(Plan):
     """The copy of one image to a target: plan() and measure() change nothing, run() moves the
-    bytes."""
+    bytes. `choices` are those of Plan."""
 
     def __init__(self, source: Reader, target: Registry, name: str, reference: str,
-                 target_name: Optional[str] = None, platforms: Sequence[str] = (),
-                 referrers: bool = True, report: Optional[Report] = None,
-                 strip: bool = False) -> None:
-        super().__init__(source, name, reference, platforms, referrers, report, strip)
+                 target_name: Optional[str] = None, **choices: Any) -> None:
+        super().__init__(source, name, reference, **choices)
         self.target, self.target_name = target, target_name or name
         self.begun: Set[Digest] = set()  # blobs whose bytes have been asked for
 
@@ -5954,10 +5948,9 @@ class Copy(Plan):
 
 
 def copy(source: Reader, target: Registry, name: str, reference: str,
-         target_name: Optional[str] = None, platforms: Sequence[str] = (), referrers: bool = True,
-         jobs: int = 4, report: Optional[Report] = None, strip: bool = False) -> Report:
+         target_name: Optional[str] = None, jobs: int = 4, **choices: Any) -> Report:
     """Plan and run a Copy."""
-    work = Copy(source, target, name, reference, target_name, platforms, referrers, report, strip)
+    work = Copy(source, target, name, reference, target_name, **choices)
     work.plan()
     return work.run(jobs)
 
@@ -10763,8 +10756,8 @@ def plan_copy(options: argparse.Namespace, report: Report, source: Reader, targe
               name: str, reference: str, target_name: Optional[str] = None) -> Copy:
     """A Copy, planned. Says so if the source has another digest for the tag of TAG@DIGEST. Raises
     RegistryError."""
-    copy = Copy(source, target, name, reference, target_name, options.platform,
-                not options.no_referrers, report, options.strip)
+    copy = Copy(source, target, name, reference, target_name, platforms=options.platform,
+                referrers=not options.no_referrers, report=report, strip=options.strip)
     copy.plan()
     for tag, digest in report.moved.items():
         complain("tinyreg: %s: the tag %s has moved to %s; the digest was taken, and gets the tag "
