@@ -1584,9 +1584,9 @@ def child_digests(manifest: Manifest) -> List[Digest]:
 
 def find_readable(registry: Reader, name: str, digest: Digest) -> Optional[Manifest]:
     """A manifest whose blobs and children can be listed; None if it is missing or malformed."""
-    with contextlib.suppress(Unknown, Invalid):
+    with contextlib.suppress(Unknown, Invalid):  # left out; or stored so by another program
         manifest = registry.manifest(name, digest)
-        _ = manifest.blobs, manifest.manifests  # raises if they are malformed
+        _ = manifest.blobs, manifest.manifests  # to read them is to check them
         return manifest
     return None
 
@@ -1721,7 +1721,7 @@ def read_config(registry: Reader, name: str, manifest: Manifest) -> Dict[str, An
     try:
         with registry.open_blob(name, manifest.blobs[0].digest) as blob:
             return load_json(blob.read())
-    except (RegistryError, ValueError, IndexError):
+    except (Unknown, Invalid, ValueError, IndexError):
         return {}
 
 
@@ -2065,7 +2065,7 @@ class Directory(Registry):
         is_there = False
         for folder in (self.layout.layer_path(name, digest),
                        self.layout.revision_path(name, digest)):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):  # it is only the other one, or neither
                 os.utime(self.layout.link_in(folder))
                 is_there = True
         return is_there
@@ -2235,6 +2235,7 @@ class Directory(Registry):
     def usage(self) -> Dict[str, Any]:
         """The last measurement, from a file that all processes share."""
         path = self.layout.usage
+        # The file may be missing, damaged, or another version's.
         with contextlib.suppress(ValueError, KeyError, OSError):
             usage = load_json(read_file(path, -1) or b"")
             if 0 <= time.time() - os.stat(path).st_mtime < max(USAGE_LIFE, 50 * usage["took"]):
@@ -2259,7 +2260,7 @@ class Directory(Registry):
         sizes, uploads = {}, 0
         owners: Dict[Digest, List[str]] = {}
         for digest, folder in self.layout.iter_blobs():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # deleted meanwhile, or its disk fails
                 sizes[digest] = os.stat(os.path.join(folder, "data")).st_size
         repositories = {name: [0, 0] for name in self.repositories()}
         for name in repositories:
@@ -2313,13 +2314,14 @@ class Directory(Registry):
     def has_upload(self, name: str, session_id: str) -> bool:
         return DirectoryUpload(self, name, session_id).resume()
 
-    @staticmethod
-    def session_id_of_blob(name: str, digest: Digest) -> str:
-        """The id of the upload session by which put_blob() stores a blob, in every process."""
-        return str(uuid.uuid5(uuid.NAMESPACE_URL, name + "@" + digest))
+    def session_of_blob(self, name: str, digest: Digest) -> "DirectoryUpload":
+        """The upload session by which put_blob() stores a blob; every process takes this one. It
+        may not have begun."""
+        session_id = str(uuid.uuid5(uuid.NAMESPACE_URL, name + "@" + digest))
+        return DirectoryUpload(self, name, session_id)
 
     def put_blob(self, name: str, digest: Digest, open_from: Callable[[int], Blob]) -> None:
-        session = DirectoryUpload(self, name, self.session_id_of_blob(name, digest))
+        session = self.session_of_blob(name, digest)
         with alone(os.path.join(self.layout.scratch, session.id)):
             while not self.mount(name, digest):  # another process has just stored it
                 if not session.resume():
@@ -2328,7 +2330,7 @@ class Directory(Registry):
                 try:
                     with open_from(session.offset) as blob:
                         session.append(blob, session.offset)
-                except BaseException:
+                except BaseException:  # an interrupted command, too
                     if not session.offset:
                         session.cancel()  # there is nothing to go on from
                     raise
@@ -2341,12 +2343,8 @@ class Directory(Registry):
                         raise
 
     def present_bytes(self, name: str, blob: Descriptor) -> int:
-        session_id = self.session_id_of_blob(name, blob.digest)
-        upload = DirectoryUpload(self, name, session_id)
-        for path in (self.layout.blob_path(blob.digest), upload.path):
-            with contextlib.suppress(OSError):
-                return os.stat(path).st_size
-        return 0
+        session = self.session_of_blob(name, blob.digest)
+        return look_at(self.layout.blob_path(blob.digest)).size or look_at(session.path).size
 
     def publish_blob(self, name: str, temporary: str, digest: Digest) -> None:
         """Rename a file whose content is checked and synced to its place among the blobs, and link
@@ -2464,7 +2462,7 @@ class Directory(Registry):
             for tag in list(self.tags(name)):
                 if self.layout.read_link(self.layout.current_path(name, tag)) == digest:
                     self.files.remove(self.layout.tag_path(name, tag))
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):  # it was not pinned
                 self.files.remove(self.layout.pin_path(name, digest))
             self.files.remove(revision)
 
@@ -2753,8 +2751,8 @@ class Expiry(NamedTuple):
 
     def applies_to(self, name: str) -> bool:
         """Whether tags of this repository may expire."""
-        is_named = not self.repositories or self.repositories.fullmatch(name)
-        return self.is_on and bool(is_named)
+        is_chosen = not self.repositories or self.repositories.fullmatch(name)
+        return self.is_on and bool(is_chosen)
 
     def choose(self, moved: Dict[str, float], latest: float) -> Set[str]:
         """The tags that go, of those that were last moved at these times; none that was moved after
@@ -5530,7 +5528,7 @@ class PullThrough(Wrapper):
         if not size:  # it is empty, or the upstream does not say: then all of it comes first
             begin().wait()
             return self.store.open_blob(name, digest, offset)
-        session = DirectoryUpload(self.store, name, self.store.session_id_of_blob(name, digest))
+        session = self.store.session_of_blob(name, digest)
         whole = self.store.layout.blob_path(digest)
         return ArrivingBlob(Arrival(begin, session.path, whole, size), 0, size).rest(offset)
 

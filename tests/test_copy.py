@@ -354,7 +354,9 @@ def test_a_spoilt_part_is_thrown_away_and_the_blob_fetched_anew(target):
     """After a power cut the part may hold anything: it was never synced."""
     content = os.urandom(5000)
     digest = Digest.of(content)
-    target.start_upload(NAME, "sha256", target.session_id_of_blob(NAME, digest)).append(io.BytesIO(b"\0" * 3000))
+    session = target.session_of_blob(NAME, digest)
+    session.begin("sha256")
+    session.append(io.BytesIO(b"\0" * 3000))
     target.put_blob(NAME, digest, lambda offset: Cut(content[offset:], 9000))
     assert read_blob(target, NAME, digest) == content
 

@@ -20,7 +20,7 @@ from conftest import TINYREG
 from samples import (CONFIG, descriptor, image, index, make_image, make_referrer, push_blob,
                      read_blob, to_bytes, to_manifest)
 from test_files import STEPS, Tracer
-from tinyreg import OCI_ARTIFACT, Digest, Directory, DirectoryUpload, ReadOnly, RegistryError
+from tinyreg import OCI_ARTIFACT, Digest, Directory, ReadOnly, RegistryError
 
 ALGORITHMS = ("sha256", "sha512")
 TREE = "docker/registry/v2/"
@@ -213,10 +213,10 @@ def test_a_store_is_ready_without_writing_if_it_is_read_only(store, root):
 
 def test_what_an_earlier_upload_with_the_same_id_had_is_no_proof(store):
     """put_blob's have the same id in all processes. One has begun a blob; another forgets that, and begins anew."""
-    digest, other, id = Digest.of(b"right"), Directory(store.root), store.session_id_of_blob("app", Digest.of(b"right"))
+    digest, other, id = Digest.of(b"right"), Directory(store.root), store.session_of_blob("app", Digest.of(b"right")).id
 
     def begin(store):
-        session = DirectoryUpload(store, "app", id)
+        session = store.session_of_blob("app", digest)
         session.begin("sha256")
         return session
 

@@ -281,7 +281,7 @@ def test_locks_are_of_files_that_are_opened_as_nfs_wants(tmp_path, monkeypatch):
         queue.deliver()
     store.delete_manifest("app", manifest.digest)
     collect_garbage(store)
-    alone = {"lock", "gc", "data", store.session_id_of_blob("app", digest), "token.key.lock", endpoint.key + ".sender",
+    alone = {"lock", "gc", "data", store.session_of_blob("app", digest).id, "token.key.lock", endpoint.key + ".sender",
              endpoint.key + ".lock"}
     assert {(name, fcntl.LOCK_EX) for name in alone} | {("lock", fcntl.LOCK_SH)} <= taken
     assert not os.path.exists(os.path.join(store.layout.own, "lock.changes"))

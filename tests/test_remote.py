@@ -711,7 +711,8 @@ def test_a_pull_that_was_killed_before_its_last_step_ends_well(store, distributi
     image = make_image(store, "demo", layers=(os.urandom(3 << 20),))
     copy(store, Remote(distribution), "demo", "latest")
     for blob in image.blobs:
-        session = back.start_upload("demo", blob.digest.algorithm, back.session_id_of_blob("demo", blob.digest))
+        session = back.session_of_blob("demo", blob.digest)
+        session.begin(blob.digest.algorithm)
         with store.open_blob("demo", blob.digest) as opened:
             session.append(opened)
     proxy = start_proxy(distribution)
@@ -725,7 +726,8 @@ def test_a_cache_that_was_killed_before_its_last_step_asks_for_nothing(mirror, f
     front, proxy = mirror
     blob, name = filled.manifest("demo", filled.resolve("demo", "latest")).blobs[1], "docker.io/library/demo"
     cache = Directory(front.root)
-    session = cache.start_upload(name, blob.digest.algorithm, cache.session_id_of_blob(name, blob.digest))
+    session = cache.session_of_blob(name, blob.digest)
+    session.begin(blob.digest.algorithm)
     with filled.open_blob("demo", blob.digest) as opened:
         session.append(opened)
     answer = front.ask("GET", "/v2/%s/blobs/%s" % (name, blob.digest))
