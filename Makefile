@@ -23,8 +23,7 @@ bench: .venv/test
 
 lint: .venv/lint
 	.venv/bin/ruff check --no-cache
-	.venv/bin/mypy --check-untyped-defs --no-strict-optional --allow-redefinition --cache-dir .venv/mypy \
-	    --disable-error-code var-annotated --disable-error-code override --disable-error-code misc tinyreg.py
+	.venv/bin/mypy --disallow-untyped-defs --allow-redefinition --cache-dir .venv/mypy tinyreg.py
 	.venv/bin/vermin --target=3.6- --no-tips --violations tinyreg.py
 
 .venv/test: Makefile

@@ -3278,7 +3278,7 @@ class StoreVerification(Verification):
         needs.update(revisions)  # {tag or digest: the digests that it can't do without}
         present = set(needs)
         for digest in revisions:
-            blobs, children = self.store.needs(digest)
+            blobs, children = self.store.needs(Digest(digest))
             needs[digest] = needs[digest] + blobs + children
             findings += [Finding("missing blob", blob, self.layout.layer_path(name, blob))
                          for blob in blobs if blob not in present]
@@ -4404,7 +4404,7 @@ class ArchiveWriter(Registry):
 
     # Writing
 
-    def write(self, digests: Sequence[Digest], take: Callable[[bytes], Any]) -> None:
+    def write(self, digests: Sequence[Digest], take: Callable[[Any], Any]) -> None:
         """Hand a tar with these blobs to a function, such as a file's write. Blobs are checked on
         their way. Raises DIGEST_INVALID, OSError."""
         for name, content in self._small_files(digests):
@@ -5589,7 +5589,8 @@ class PullThrough(Wrapper):
 
 MAX_MANIFESTS = 8 * MAX_MANIFEST  # bytes of an image's manifests with its referrers, in memory …
 MANIFEST_COST = 1 << 10           # … and what each of them takes there beside its bytes
-COSIGN_SUFFIXES = (".sig", ".att", ".sbom")  # cosign tags what is about a manifest sha256-HEX.sig …
+# cosign gives a manifest's signature the tag sha256-HEX.sig, and so on.
+COSIGN_SUFFIXES = (".sig", ".att", ".sbom")
 
 
 class Report:
@@ -6938,6 +6939,7 @@ class EventQueue:
                             logger.warning("%s takes notifications again", self.endpoint.shown)
                         delay = 0
                 except (OSError, ValueError, http.client.HTTPException) as error:
+                    # The endpoint is away, or refuses; or the disk failed. Try again later.
                     if not delay:
                         logger.warning("%s does not take notifications: %s; they are kept and "
                                        "tried again", self.endpoint.shown,
@@ -9408,17 +9410,17 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.send_header("Connection", "close" if self.close_connection else "keep-alive")
         self.end_headers()
         content = self._take_head()
-        if not has_body or isinstance(response.body, bytes):
-            body = response.body if has_body else b""
+        body = response.body if has_body else b""
+        if isinstance(body, bytes):
             self._send_all(content + body)
             self.sent = len(body)
             return content + body
         self._send_all(content)
         self.sent = 0
-        if isinstance(response.body, Stream):
-            self._send_stream(response.body, chunked)
+        if isinstance(body, Stream):
+            self._send_stream(body, chunked)
         else:
-            self._send_blob(response.body)
+            self._send_blob(body)
         return None
 
     def _take_head(self) -> bytes:
@@ -9939,7 +9941,8 @@ def open_registry(options: argparse.Namespace) -> Tuple[Union[Archive, Directory
     store = open_store(options, create=not options.read_only)
     registry: Registry = store
     if options.upstream:
-        upstreams = {space: Upstream(Remote(host, plain_http=plain, retries=1, patience=5.0), prefix)
+        upstreams = {space: Upstream(Remote(host, plain_http=plain, retries=1, patience=5.0),
+                                     prefix)
                      for space, host, plain, prefix in options.upstream}
         registry = PullThrough(store, upstreams, options.upstream_ttl)
     if options.immutable_tags:
@@ -11572,7 +11575,7 @@ class Parser(argparse.ArgumentParser):
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, where there are any, and leaves the examples as they are."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
         return super()._get_help_string(action) if action.default else action.help
 
 
