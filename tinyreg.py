@@ -6812,14 +6812,14 @@ class Metrics:
     def text(self, gauges: List[Tuple[str, float]]) -> str:
         """All metrics and the further gauges in Prometheus' format."""
         lines = []
-        samples = list(self._samples()) + gauges
+        by_metric: Dict[str, List[str]] = collections.defaultdict(list)
+        for name, number in itertools.chain(self._samples(), gauges):
+            metric = re.sub(r"(_bucket|_count|_sum)?(\{.*)?$", "", name)
+            by_metric[metric].append("tinyreg_%s %.15g" % (name, number))
         for metric, (kind, explanation) in METRICS.items():
-            own = metric + r"(_bucket|_count|_sum)?(\{.*)?"
-            shown = ["tinyreg_%s %.15g" % sample for sample in samples
-                     if re.fullmatch(own, sample[0])]
-            if shown:
+            if metric in by_metric:
                 lines += ["# HELP tinyreg_%s %s" % (metric, explanation),
-                          "# TYPE tinyreg_%s %s" % (metric, kind)] + shown
+                          "# TYPE tinyreg_%s %s" % (metric, kind)] + by_metric[metric]
         return "\n".join(lines + [""])
 
 
