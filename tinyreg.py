@@ -123,7 +123,7 @@ import uuid
 import zlib
 from typing import (
     Any, BinaryIO, Callable, ContextManager, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
-    NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
+    Match, NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
 )
 
 __version__ = "0.1"
@@ -10739,11 +10739,17 @@ def what_is_lacking(report: Report) -> str:
     return "; ".join(["no tag was set"] + texts) if texts else ""
 
 
+def lacking_digests(reports: Iterable[Report]) -> Set[Digest]:
+    """The digests of the blobs that images need and that their source lacks, or has damaged."""
+    return {digest for report in reports for digest in report.missing + report.damaged}
+
+
 def is_in_parts(copy: Copy) -> bool:
     """Whether all that a copy lacks is in other parts of a split archive. load says once for all
     images which parts these are."""
-    lacking = copy.report.missing + copy.report.damaged
-    return isinstance(copy.source, Archive) and all(map(copy.source.needed_parts, lacking))
+    source = copy.source
+    return isinstance(source, Archive) and all(map(source.needed_parts,
+                                                   lacking_digests([copy.report])))
 
 
 def leave_at_once(number: int, frame: Any) -> None:
@@ -11180,11 +11186,6 @@ def keep_ranges(store: Directory, archive: Archive) -> None:
                 store.files.fill(path, functools.partial(copy_bytes, blob, member.length))
 
 
-def lacking_digests(reports: Iterable[Report]) -> Set[Digest]:
-    """The digests of what images need, and of what is damaged."""
-    return {digest for report in reports for digest in report.missing + report.damaged}
-
-
 def iter_part_lines(archive: Archive, reports: List[Report], are_kept: bool) -> Iterator[str]:
     """Yield a line for each split archive of which more parts are needed. `are_kept` is whether
     the ranges of its blobs are kept until the next load."""
@@ -11204,7 +11205,7 @@ def iter_part_lines(archive: Archive, reports: List[Report], are_kept: bool) -> 
 
 
 def iter_archive_problems(archive: Archive, reports: List[Report]) -> Iterator[str]:
-    """Yield a line for each file of an archive that is damaged, and what to do about it."""
+    """Yield what is wrong with archives, a line for each file that is damaged, and what to do."""
     for entry in sorted(archive.unreadable.items()):
         yield "%s: %s" % entry
     for path in sorted(set(archive.damaged.values())):
@@ -11252,7 +11253,7 @@ def load(options: argparse.Namespace) -> int:
 
 
 def parse_positive(text: str) -> int:
-    """A number from 1. Raises CommandError, as the other functions that read an option's value."""
+    """A number from 1 to 9999. Raises CommandError, as do the functions below for their values."""
     if not re.fullmatch("[1-9][0-9]{0,3}", text):
         raise CommandError("%r is no number from 1 to 9999" % text)
     return int(text)
@@ -11267,7 +11268,7 @@ def parse_seconds(text: str) -> float:
 
 
 def parse_age(text: str) -> float:
-    """A time that has a unit, in seconds: 90 alone means seconds, and who types it means days."""
+    """A time that must have a unit, in seconds: who writes --older-than 90 means days."""
     if re.fullmatch("[0-9.]+", text):
         raise CommandError("%r has no unit: write for example %sd" % (text, text))
     return parse_seconds(text)
@@ -11542,8 +11543,8 @@ def variable_of(option: str) -> str:
 
 
 def with_environment(words: List[str]) -> List[str]:
-    """The arguments of serve, after those that the environment's variables make for options that
-    are not among them."""
+    """The arguments of serve, and before them those that the environment sets: the command line
+    counts more, so an option that it names is not taken from there."""
     named = {word.partition("=")[0] for word in words}
     added = []
     for (name, *_), settings in [QUIET] + SERVE_OPTIONS:
@@ -11552,14 +11553,14 @@ def with_environment(words: List[str]) -> List[str]:
             continue
         if settings.get("action") != "store_true":
             values = text.split() if settings.get("action") == "append" else [text]
-            added += ["%s=%s" % (name, value) for value in values]
+            added += ["%s=%s" % (name, word) for word in values]
         elif text.lower() not in ("0", "no", "false"):
             added.append(name)
     return added + words
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells an error in one line; the exit status is 2."""
+    """Says in one line what is wrong, and ends the program with exit status 2."""
 
     commands: Mapping[str, argparse.ArgumentParser] = {}  # by their names
 
@@ -11573,14 +11574,14 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, where there are any, and leaves the examples as they are."""
+    """Shows the defaults of the options that have one, and leaves the lines of examples alone."""
 
     def _get_help_string(self, action: argparse.Action) -> Optional[str]:
         return super()._get_help_string(action) if action.default else action.help
 
 
 def build_parser() -> Parser:
-    """The parser of the whole command line, from COMMANDS."""
+    """The parser of the command line, which is made of COMMANDS."""
     parser = Parser(
         prog="tinyreg.py", formatter_class=HelpFormatter,
         description="A container registry in one file.",
@@ -11603,8 +11604,8 @@ def build_parser() -> Parser:
 
 
 def with_command(words: List[str], parser: Parser) -> List[str]:
-    """The arguments with the command first: serve, if none is named. Ends the program where a
-    command stands behind options."""
+    """The command line with its command first, which is serve if none is named, and with what the
+    environment sets. Ends the program if the command is not the first word."""
     if not words or words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
         words = ["serve"] + words
     if words[0] != "serve":
@@ -11618,7 +11619,8 @@ def with_command(words: List[str], parser: Parser) -> List[str]:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command. Returns the exit status: 0 done, 1 failed, 130 ended by Ctrl-C; a wrong
+    command line ends the program with 2."""
     parser = build_parser()
     words = with_command(list(sys.argv[1:] if argv is None else argv), parser)
     options = parser.parse_args(words)
