@@ -6959,6 +6959,42 @@ class EventQueue:
         return numbers[-MAX_EVENTS:][:100]
 
 
+class Live:
+    """Shows the exchanges of all processes to the browsers that look at /live, by way of a file. It
+    is written only while somebody looks."""
+
+    def __init__(self, folder: str, metrics: Metrics) -> None:
+        # One for each host, because hosts would write over each other's lines.
+        self.path = os.path.join(folder, "live." + socket.gethostname())
+        self.metrics = metrics
+
+    def show(self, exchange: Exchange) -> None:
+        """Write an exchange for those who look."""
+        if self.metrics.total("watchers"):
+            # The disk may be full; then they miss an exchange.
+            with contextlib.suppress(OSError), open(self.path, "ab", buffering=0) as file:
+                if file.tell() > MAX_LIVE:
+                    file.truncate(0)
+                file.write(to_json(exchange))
+
+    def watch(self) -> Iterator[Optional[Exchange]]:
+        """Yield exchanges as they happen, for ever; and None five times a second while nothing
+        happens. Raises OSError."""
+        self.metrics.add("watchers")
+        try:
+            with open(self.path, "a+b") as file:
+                while True:
+                    if os.fstat(file.fileno()).st_size < file.tell():
+                        file.seek(0)  # the file has begun anew
+                    line = file.readline()
+                    with contextlib.suppress(ValueError):  # a line that the new begin has cut
+                        yield Exchange(*json.loads(line.decode())) if line else None
+                    if not line:
+                        time.sleep(0.2)
+        finally:
+            self.metrics.add("watchers", -1)
+
+
 class Observation:
     """Tells all observers of each exchange. It is made before the fork, and started in each
     process.
@@ -6975,13 +7011,12 @@ class Observation:
         self.words.update(routes)
         self.format = LOG_FORMATS.get(style, self.explain)
         self.metrics = Metrics(routes, processes)
-        host = socket.gethostname()
-        self.source = {"addr": host, "instanceID": str(uuid.uuid4())}  # of events
-        self.live = ""  # the file that /live follows
+        # What notifications name as their sender.
+        self.source = {"addr": socket.gethostname(), "instanceID": str(uuid.uuid4())}
+        self.live: Optional[Live] = None
         self.queues: List[EventQueue] = []
         if folder:
-            # One for each host, because hosts would write over each other's lines.
-            self.live = os.path.join(folder, "live." + host)
+            self.live = Live(folder, self.metrics)
             self.queues = [EventQueue(folder, endpoint, self.metrics) for endpoint in endpoints]
         keys = [endpoint.key for endpoint in endpoints]
         for endpoint in endpoints:
@@ -7002,31 +7037,10 @@ class Observation:
     def record(self, exchange: Exchange, cached: bool = False) -> None:
         """Tell all observers of an exchange; `cached` says that its response came from memory."""
         self.metrics.count(exchange, cached)
-        if self.live and self.metrics.total("watchers"):
-            # The disk may be full; /live then misses an exchange.
-            with contextlib.suppress(OSError), open(self.live, "ab", buffering=0) as file:
-                if file.tell() > MAX_LIVE:
-                    file.truncate(0)
-                file.write(to_json(exchange))
+        if self.live:
+            self.live.show(exchange)
         if self.style != "off":
             write_log(self.format(exchange))
-
-    def watch(self) -> Iterator[Optional[Exchange]]:
-        """Yield the exchanges of all processes as they happen, for ever; and None five times a
-        second while nothing happens. Raises OSError."""
-        self.metrics.add("watchers")
-        try:
-            with open(self.live, "a+b") as file:
-                while True:
-                    if os.fstat(file.fileno()).st_size < file.tell():
-                        file.seek(0)  # the file has begun anew
-                    line = file.readline()
-                    with contextlib.suppress(ValueError):  # a line that the new begin has cut
-                        yield Exchange(*json.loads(line.decode())) if line else None
-                    if not line:
-                        time.sleep(0.2)
-        finally:
-            self.metrics.add("watchers", -1)
 
     def gauges(self) -> List[Tuple[str, float]]:
         """The (name, number) of metrics that are looked up, not counted. Raises OSError."""
@@ -8467,7 +8481,7 @@ def send_live_events(access: Access, request: Request, send: Callable[[bytes], A
     While nothing happens, `send` gets an empty block several times a second, by which the server
     notices that it stops, and a line every few seconds, by which it notices that the client has
     left."""
-    for number, exchange in enumerate(request.observation.watch()):
+    for number, exchange in enumerate(request.observation.live.watch()):
         if exchange is None:
             send(b"\n" if number % 50 == 49 else b"")
             continue

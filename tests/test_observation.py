@@ -277,12 +277,12 @@ def test_a_server_stops_while_somebody_looks(start_server):
 def test_the_file_behind_live_stays_small(tmp_path, monkeypatch):
     monkeypatch.setattr(tinyreg, "MAX_LIVE", 2000)
     observation = Observation(str(tmp_path), "off", [])
-    lines = observation.watch()
+    lines = observation.live.watch()
     assert next(lines) is None
     for number in range(100):
         observation.record(exchange(target="/%d" % number))
         assert next(found for found in lines if found).target == "/%d" % number
-    assert os.stat(observation.live).st_size < 3000
+    assert os.stat(observation.live.path).st_size < 3000
     lines.close()
     assert observation.metrics.total("watchers") == 0
 
