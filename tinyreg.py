@@ -479,7 +479,10 @@ def parse_tag(text: str) -> str:
                   "the first no full stop or hyphen")
 
 
-def parse_reference(text: str) -> Union[str, Digest]:
+Reference = Union[str, Digest]  # a tag or a digest
+
+
+def parse_reference(text: str) -> Reference:
     """A tag or a Digest. Raises DIGEST_INVALID, MANIFEST_INVALID."""
     return parse_digest(text) if ":" in text else parse_tag(text)
 
@@ -497,7 +500,7 @@ def parse_count(text: str) -> int:
 
 # Images
 
-def image_text(name: str, reference: Union[str, Digest]) -> str:
+def image_text(name: str, reference: Reference) -> str:
     """NAME:TAG, NAME@DIGEST or NAME:TAG@DIGEST, as split_image reads it."""
     if not isinstance(reference, Digest):
         return "%s:%s" % (name, reference)
@@ -539,7 +542,7 @@ class Image(NamedTuple):
 
     host: str
     path: str
-    reference: Union[str, Digest]
+    reference: Reference
     stored_name: str
 
 
@@ -7238,13 +7241,13 @@ def get_referrers(registry: Registry, access: Access, request: Request, name: st
 
 # Handlers: manifests
 
-def resolve_reference(registry: Registry, name: str, reference: Union[str, Digest]) -> Digest:
+def resolve_reference(registry: Registry, name: str, reference: Reference) -> Digest:
     """The digest that a tag or a digest means. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
     return reference if isinstance(reference, Digest) else registry.resolve(name, reference)
 
 
 def get_manifest(registry: Registry, access: Access, request: Request, name: str,
-                 reference: Union[str, Digest]) -> Response:
+                 reference: Reference) -> Response:
     """A manifest as it was pushed, whatever Accept says (end-3). Raises NAME_UNKNOWN,
     MANIFEST_UNKNOWN."""
     digest = resolve_reference(registry, name, reference)
@@ -7278,7 +7281,7 @@ def mount_missing(registry: Registry, access: Access, request: Request, name: st
 
 
 def put_manifest(registry: Registry, access: Access, request: Request, name: str,
-                 reference: Union[str, Digest]) -> Response:
+                 reference: Reference) -> Response:
     """Store a manifest under a tag (end-7a), or under its digest and any tags (end-7b).
 
     Raises MANIFEST_INVALID, MANIFEST_BLOB_UNKNOWN, DIGEST_INVALID."""
@@ -7303,7 +7306,7 @@ def put_manifest(registry: Registry, access: Access, request: Request, name: str
 
 
 def delete_manifest(registry: Registry, access: Access, request: Request, name: str,
-                    reference: Union[str, Digest]) -> Response:
+                    reference: Reference) -> Response:
     """Delete a tag, or a manifest with all tags that point to it (end-9). Raises NAME_UNKNOWN,
     MANIFEST_UNKNOWN."""
     if isinstance(reference, Digest):
@@ -7553,14 +7556,15 @@ def describe_target(registry: Registry, request: Request, action: str,
     name = request.path_values["name"]
     kind = "manifests" if "reference" in request.path_values else "blobs"
     media_type, size = "", 0
-    # It may have been deleted since.
-    with contextlib.suppress(Unknown):
-        if action != "delete" and kind == "manifests":
-            manifest = registry.manifest(name, Digest(digest))
-            media_type, size = manifest.media_type, len(manifest.content)
-        elif action != "delete":
-            with registry.open_blob(name, Digest(digest)) as blob:
-                media_type, size = OCTET_STREAM, blob.length
+    if action != "delete":
+        # It may have been deleted since.
+        with contextlib.suppress(Unknown):
+            if kind == "manifests":
+                manifest = registry.manifest(name, Digest(digest))
+                media_type, size = manifest.media_type, len(manifest.content)
+            else:
+                with registry.open_blob(name, Digest(digest)) as blob:
+                    media_type, size = OCTET_STREAM, blob.length
     target = {"mediaType": media_type, "digest": digest, "size": size, "length": size,
               "repository": name}
     if digest:
@@ -7571,29 +7575,20 @@ def describe_target(registry: Registry, request: Request, action: str,
     return target
 
 
-def notify(registry: Registry, request: Request, response: Response, action: str) -> bool:
-    """Queue the events of a request that has been carried out, as Distribution writes them, for the
-    endpoints that want them. Returns whether there are any.
-
-    Raises OSError if a change can't be queued: then the client gets an error, and makes the request
-    again."""
-    if action == "push" and request.get("mount"):
-        action = "mount"
-    name, headers = request.path_values["name"], dict(response.headers)
-    queues = [queue for queue in request.observation.queues if queue.endpoint.wants(action, name)]
-    # A later part of a blob is no further pull.
-    if not queues or not headers.get("Content-Range", "bytes 0-").startswith("bytes 0-"):
-        return False
+def iter_events(registry: Registry, request: Request, response: Response,
+                action: str) -> Iterator[Dict[str, Any]]:
+    """Yield the events of a request that has been carried out, as Distribution writes them: one for
+    each tag that it names, or a single one."""
     reference = request.path_values.get("reference") or request.path_values.get("digest", "")
     tags, digest = [reference], ""
     if isinstance(reference, Digest):
         tags = request.query.get("tag", [""]) if action == "push" else [""]
         digest = reference
-    target = describe_target(registry, request, action,
-                             headers.get("Docker-Content-Digest", digest))
+    digest = dict(response.headers).get("Docker-Content-Digest", digest)
+    target = describe_target(registry, request, action, digest)
     user = request.who.user if request.who else None
     for tag in tags:
-        event = {
+        yield {
             "id": str(uuid.uuid4()), "timestamp": timestamp(), "action": action,
             "target": dict(target, tag=tag) if tag else target,
             "request": {"id": str(uuid.uuid4()), "addr": request.client,
@@ -7601,6 +7596,23 @@ def notify(registry: Registry, request: Request, response: Response, action: str
                         "useragent": request.header("user-agent")},
             "actor": {"name": user} if user else {},
             "source": request.observation.source}
+
+
+def notify(registry: Registry, request: Request, response: Response, action: str) -> bool:
+    """Queue the events of a request for the endpoints that want them; returns whether there are
+    any.
+
+    Raises OSError if a change can't be queued: then the client gets an error, and makes the request
+    again."""
+    if action == "push" and request.get("mount"):
+        action = "mount"
+    name = request.path_values["name"]
+    queues = [queue for queue in request.observation.queues if queue.endpoint.wants(action, name)]
+    # A later part of a blob is no further pull.
+    content_range = dict(response.headers).get("Content-Range", "bytes 0-")
+    if not queues or not content_range.startswith("bytes 0-"):
+        return False
+    for event in iter_events(registry, request, response, action):
         for queue in queues:
             try:
                 queue.put(event)
@@ -7986,7 +7998,6 @@ def age(created: Any) -> Optional[str]:
 
 # Pages of repositories and images
 
-Reference = Union[str, Digest]
 IMAGE_ROW = ("Name", "Platforms", "Size", "Built", "Digest")
 
 
