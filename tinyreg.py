@@ -1499,7 +1499,7 @@ class Writer:
         raise unsupported("take uploads")
 
     def find_upload(self, name: str, session_id: str) -> UploadSession:
-        """Raises BLOB_UPLOAD_UNKNOWN."""
+        """The session of this id. Raises BLOB_UPLOAD_UNKNOWN."""
         raise RegistryError("BLOB_UPLOAD_UNKNOWN", session_id)
 
     def has_upload(self, name: str, session_id: str) -> bool:
@@ -1579,10 +1579,9 @@ def walk(roots: Iterable[Digest], read: Callable[[Digest], Optional[Manifest]],
 
 
 def child_digests(manifest: Manifest) -> List[Digest]:
-    """The manifests that an index leads to. What else it lists are layers: BuildKit exports its
-    cache so. Raises MANIFEST_INVALID, DIGEST_INVALID."""
-    return [child.digest for child in manifest.manifests
-            if not child.media_type or child.media_type in MANIFEST_TYPES]
+    """The manifests that an index leads to. In an index as which BuildKit has exported its cache
+    they are layers. Raises MANIFEST_INVALID, DIGEST_INVALID."""
+    return [child.digest for child in manifest.manifests]
 
 
 def find_readable(registry: Reader, name: str, digest: Digest) -> Optional[Manifest]:
@@ -1656,6 +1655,7 @@ class ImmutableTags(Wrapper):
     def __init__(self, inner: Registry, patterns: Sequence[Any],
                  lock: Callable[[str], ContextManager[None]]) -> None:
         super().__init__(inner)
+        self.here = inner.at_hand()  # what is to be protected: no other registry is asked
         self.patterns = patterns
         self.lock = lock
 
@@ -1666,7 +1666,7 @@ class ImmutableTags(Wrapper):
     def _check_movable(self, name: str, tag: str, digest: Optional[Digest] = None) -> None:
         """Raises DENIED if the tag points to anything but this digest, MANIFEST_UNKNOWN if it
         does not exist."""
-        if self.inner.resolve(name, tag) != digest:
+        if self.here.resolve(name, tag) != digest:
             raise RegistryError("DENIED", message="the tag %s can't be moved or deleted "
                                 "(--immutable-tags)" % tag)
 
@@ -1682,22 +1682,22 @@ class ImmutableTags(Wrapper):
 
     def delete_tag(self, name: str, tag: str) -> None:
         if self.is_immutable(name, tag):
-            self._check_movable(name, tag)
+            self._check_movable(name, tag)  # raises in any case
         self.inner.delete_tag(name, tag)
 
     def _immutable_tags(self, name: str) -> Iterator[Tuple[str, Digest]]:
         """Yield each immutable tag of a repository, with its digest."""
         tags: Iterable[str] = []
         with contextlib.suppress(Unknown):  # the repository has no manifest
-            tags = self.inner.tags(name)
+            tags = self.here.tags(name)
         for tag in tags:
             with contextlib.suppress(Unknown):  # it was just deleted, or its link is damaged
                 if self.is_immutable(name, tag):
-                    yield tag, self.inner.resolve(name, tag)
+                    yield tag, self.here.resolve(name, tag)
 
     def _check_unneeded(self, name: str, digest: Digest) -> None:
         """Raises DENIED if an immutable tag leads to this manifest or blob."""
-        read = functools.partial(find_readable, self.inner, name)
+        read = functools.partial(find_readable, self.here, name)
         for tag, root in self._immutable_tags(name):
             needed = {root}
             for manifest in walk([root], read, child_digests):
@@ -1743,7 +1743,7 @@ def describe(registry: Reader, name: str, digest: Digest) -> Dict[str, Any]:
     platforms: List[str] = []
     sizes: Dict[Digest, int] = {}
     missing = []
-    reads = iter(range(MAX_DESCRIBED))
+    reads = iter(range(MAX_DESCRIBED))  # at most so many manifests are read
 
     def read(child: Digest) -> Optional[Manifest]:
         if next(reads, None) is None:
@@ -1753,12 +1753,16 @@ def describe(registry: Reader, name: str, digest: Digest) -> Dict[str, Any]:
             missing.append(child)
         return manifest
 
+    def leads_to(manifest: Manifest) -> List[Digest]:
+        # BuildKit exports its cache as an index of layers.
+        sizes.update((child.digest, child.size) for child in manifest.manifests
+                     if child.media_type not in MANIFEST_TYPES)
+        return [child for child in child_digests(manifest) if child not in sizes]
+
     # The root is read once only, and a malformed one raises.
-    for manifest in itertools.chain(walk(child_digests(root), read, child_digests), [root]):
-        layers = [child for child in manifest.manifests
-                  if child.media_type not in MANIFEST_TYPES]
+    for manifest in itertools.chain(walk(leads_to(root), read, leads_to), [root]):
         sizes[manifest.digest] = len(manifest.content)
-        sizes.update((blob.digest, blob.size) for blob in manifest.blobs + layers)
+        sizes.update((blob.digest, blob.size) for blob in manifest.blobs)
         if manifest.media_type in IMAGE_TYPES:
             config = read_config(registry, name, manifest)
             created = created or config.get("created")
@@ -1939,13 +1943,13 @@ class ReferrersIndex:
     but is never wrong: it needs no fsync and no lock, and a line that a crash has cut off is
     written again.
 
-    `version` is the store's: what was found is kept in memory until the store changes."""
+    What was read is kept in memory as long as `version()`, the store's, returns the same."""
 
     def __init__(self, layout: Layout, version: Callable[[], Optional[bytes]]) -> None:
         self.layout = layout
         self.version = version
         # {repository name: (state, {subject: digests of its referrers})}
-        self.kept: "collections.OrderedDict[str, Any]" = collections.OrderedDict()
+        self.cached: "collections.OrderedDict[str, Any]" = collections.OrderedDict()
 
     def _state(self, name: str) -> Any:
         """A value that differs after each manifest that is stored, by us or by another program.
@@ -1976,8 +1980,8 @@ class ReferrersIndex:
     def by_subject(self, name: str) -> Dict[str, Set[str]]:
         """{subject: digests of its referrers} of a repository. Raises OSError."""
         state = self._state(name)
-        kept_state, referrers = self.kept.get(name, (None, {}))
-        if state and kept_state == state:
+        cached_state, referrers = self.cached.get(name, (None, {}))
+        if state and cached_state == state:
             return referrers
         path = self.layout.referrers_path(name)
         content = read_file(path, -1) or b""
@@ -1995,9 +1999,9 @@ class ReferrersIndex:
             if subject != "-":
                 referrers.setdefault(subject, set()).add(digest)
         if state and all(digest in subjects for digest, _ in listed):
-            self.kept[name] = state, referrers
-            while len(self.kept) > INDEXED_REPOSITORIES:
-                self.kept.popitem(last=False)
+            self.cached[name] = state, referrers
+            while len(self.cached) > INDEXED_REPOSITORIES:
+                self.cached.popitem(last=False)
         return referrers
 
 
@@ -2427,7 +2431,7 @@ class Directory(Registry):
                 hasher = hash_of_file(blob.file, digest.algorithm, lambda size: check_wanted())
                 if hasher.hexdigest() == digest.encoded:
                     return True
-                path = self.layout.blob_path(digest)
+                path = blob.file.name
                 logger.warning("damaged blob, put aside; push it again: %s", path)
                 with self.lock.alone():
                     if is_at(blob.file, path):  # else a whole one has been pushed meanwhile

@@ -15,9 +15,9 @@ import urllib.parse
 import pytest
 from conftest import PATIENCE, TINYREG, ask, free_port, open_url, run_tinyreg, until, workers_of
 from engines import NGINX_BEGIN, own_address
-from samples import CONFIG, image, index, make_image, read_blob, to_manifest
+from samples import CONFIG, image, index, make_image, push_blob, read_blob, to_manifest
 
-from tinyreg import Digest, ImmutableTags, RegistryError, parse_glob
+from tinyreg import Digest, ImmutableTags, RegistryError, Wrapper, parse_glob
 
 
 def test_read_only_refuses_what_writes_and_says_so(start_server, store):
@@ -91,6 +91,29 @@ def test_what_an_immutable_tag_needs_can_not_be_deleted_from_under_it(start_serv
     for path in ["blobs/" + Digest.of(b"loose"), "manifests/" + loose.digest]:
         assert server.ask("DELETE", "/v2/app/" + path)[0] == 202
     assert store.manifest("app", child.digest) and read_blob(store, "app", Digest.of(b"child"))
+
+
+def test_what_an_immutable_tag_needs_is_looked_for_in_the_store_alone(store):
+    """Behind the store there may be another registry, and a deletion is no reason to ask it."""
+    class Behind(Wrapper):
+        def manifest(self, *arguments):
+            raise AssertionError("another registry was asked")
+
+        tags = resolve = manifest
+
+    manifest = make_image(store, "app", "v1")
+    registry = ImmutableTags(Behind(store), [parse_glob("v*")], store.lock_repository)
+    for delete, what in [(registry.delete_manifest, manifest.digest), (registry.delete_tag, "v1"),
+                         (registry.delete_blob, Digest.of(CONFIG))]:
+        with pytest.raises(RegistryError, match="the tag v1"):
+            delete("app", what)
+
+
+def test_a_blob_of_a_repository_without_manifests_can_be_deleted_beside_immutable_tags(store):
+    digest = push_blob(store, "blobs", b"content")
+    ImmutableTags(store, [parse_glob("*")], store.lock_repository).delete_blob("blobs", digest)
+    with pytest.raises(RegistryError):
+        store.open_blob("blobs", digest)
 
 
 def test_of_two_first_pushes_at_once_one_wins(store):
