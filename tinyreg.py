@@ -2649,17 +2649,17 @@ class DirectoryUpload(UploadSession):
 # and verification. It builds on the store's order of writes. It knows nothing of HTTP.
 #
 # Why gc deletes nothing that is needed:
-# - A run begins with the lock held alone, and reads the clock then. A push shares the lock while it
-#   writes. So the links of earlier pushes are in place, and later ones touch theirs: to be young is
-#   to have been touched after that moment, or in the grace period before it.
+# - A run begins by holding the lock alone, and reads the clock then. A push shares the lock while
+#   it writes links. So the links of earlier pushes are in place, and later pushes touch theirs
+#   after that moment. A file is young if it was touched since, or in the grace period before.
 # - The marking takes no lock. It reads what each manifest mentions, which never changes. If one of
 #   them, or a tag, can't be read, everything in its repository stays.
-# - A thing is deleted only with the lock held alone, and only if it is still old then. Putting a
-#   manifest touches the links of all that it mentions. If that comes first, these are young and
-#   stay; if gc comes first, the push is refused, and the client sends again what is missing.
+# - A thing is deleted only with the lock held alone, and only if it is still old then. To put a
+#   manifest is to touch the links of all that it mentions. If that comes first, these are young
+#   and stay. If gc comes first, the push is refused, and the client sends what is missing.
 # - The order is tags, manifests, links, blobs, and of manifests the parents first. Each step is
 #   durable before the next one begins, so a crash leaves at worst content for the next run.
-# - A manifest that turns out to be young keeps all that it leads to: that is not deleted yet.
+# - A manifest that has become young keeps all that it leads to, for that is still there.
 # - Blobs come last, when the links of all repositories are known. A blob that has got its first
 #   link since is young: an upload and a mount touch the blob, too.
 # -------------------------------------------------------------------------------------------------
@@ -2844,7 +2844,8 @@ class Sweep:
         self.counts["bytes"] += size
         self.tell(kind, name, size)
 
-    def _old(self, kind: str, batch: List[Entry], opened: bool = False) -> Dict[Entry, FileState]:
+    def _find_old(self, kind: str, batch: List[Entry],
+                  opened: bool = False) -> Dict[Entry, FileState]:
         """The entries that are old, with the states of the files that say so."""
         states = {(reference, folder): self._look(os.path.join(folder, DATED_BY[kind]), opened)
                   for reference, folder in batch}
@@ -2855,7 +2856,7 @@ class Sweep:
         young ones."""
         young: List[Entry] = []
         for batch in batches(entries, SWEEP_BATCH):
-            old = self._old(kind, batch)
+            old = self._find_old(kind, batch)
             if old and not self.dry_run:
                 old = self._delete(kind, list(old))
             for (reference, _), state in old.items():
@@ -2865,7 +2866,7 @@ class Sweep:
             young += [entry for entry in batch if entry not in old]
         return young
 
-    def _bury(self, paths: Iterable[str]) -> List[str]:
+    def _move_to_trash(self, paths: Iterable[str]) -> List[str]:
         """Move files and folders to the scratch folder; returns their paths there."""
         trash = []
         for path in paths:
@@ -2874,7 +2875,7 @@ class Sweep:
                 trash.append(self.store.files.bury(path))
         return trash
 
-    def _dispose(self, trash: List[str]) -> None:
+    def _empty_trash(self, trash: List[str]) -> None:
         for path in trash:
             self.store.files.dispose(path)
 
@@ -2883,14 +2884,14 @@ class Sweep:
         began = time.monotonic()
         with self.store.lock.alone():
             waited = time.monotonic() - began
-            old = self._old(kind, batch, opened=True)
-            trash = self._bury(folder for _, folder in old)
+            old = self._find_old(kind, batch, opened=True)
+            trash = self._move_to_trash(folder for _, folder in old)
         if kind != "blobs":
             # What leads to something is gone for good before that goes. A blob leads nowhere.
             for parent in {os.path.dirname(folder) for _, folder in old}:
                 with contextlib.suppress(FileNotFoundError):  # the whole repository is gone
                     sync_directory(parent)
-        self._dispose(trash)
+        self._empty_trash(trash)
         if waited > 0.001:
             time.sleep(waited)  # those who share the lock get as much time as they had to give
         return old
@@ -3102,7 +3103,7 @@ class Collection(Sweep):
             folders = self._empty_folders(path)
             if not folders:
                 return  # a push has come meanwhile
-            trash = self._bury(folders + [self.layout.pins_path(name),
+            trash = self._move_to_trash(folders + [self.layout.pins_path(name),
                                           self.layout.referrers_path(name)])
             # Another repository may be below.
             with contextlib.suppress(OSError):
@@ -3110,7 +3111,7 @@ class Collection(Sweep):
                     os.rmdir(path)
                     path = os.path.dirname(path)
         sync_directory(path)
-        self._dispose(trash)
+        self._empty_trash(trash)
         self._count("repositories", name)
 
     # What more could go
