@@ -1168,11 +1168,11 @@ class Files:
 
     def remove(self, path: str) -> None:
         """Delete a file, or a folder with its content, at once and durably. Raises OSError."""
-        trash = self.bury(path)
+        trash = self.move_to_trash(path)
         sync_directory(os.path.dirname(path))
-        self.dispose(trash)
+        self.empty_trash(trash)
 
-    def bury(self, path: str) -> str:
+    def move_to_trash(self, path: str) -> str:
         """Move a file or folder to the scratch folder; returns its path there. Raises OSError.
 
         That takes microseconds, however large it is, and no space on a full disk. The caller syncs
@@ -1181,7 +1181,7 @@ class Files:
         os.rename(path, trash)
         return trash
 
-    def dispose(self, trash: str) -> None:
+    def empty_trash(self, trash: str) -> None:
         """Delete what bury() moved; two processes may do so at once."""
         try:
             os.unlink(trash)
@@ -2872,12 +2872,12 @@ class Sweep:
         for path in paths:
             # Another process may have deleted it, or it was never there.
             with contextlib.suppress(FileNotFoundError):
-                trash.append(self.store.files.bury(path))
+                trash.append(self.store.files.move_to_trash(path))
         return trash
 
     def _empty_trash(self, trash: List[str]) -> None:
         for path in trash:
-            self.store.files.dispose(path)
+            self.store.files.empty_trash(path)
 
     def _delete(self, kind: str, batch: List[Entry]) -> Dict[Entry, FileState]:
         """Delete what is still old; returns that."""
@@ -2913,7 +2913,7 @@ class Sweep:
             # on blobs that are downloaded, which may be held for days.
             is_idle = "-" not in entry and self._look(path).mtime < limit
             if (is_idle or entry.endswith(".grave")) and not self.dry_run:
-                self.store.files.dispose(path)
+                self.store.files.empty_trash(path)
 
 
 class Collection(Sweep):
@@ -11663,7 +11663,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return options.function(options)
         finally:
             flush_output()
-    except (CommandError, RegistryError) as error:
+    except (CommandError, RegistryError) as error:  # it says what to do
         message = str(error)
     except KeyboardInterrupt:
         return 130
