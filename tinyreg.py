@@ -5589,36 +5589,32 @@ class PullThrough(Wrapper):
 # -------------------------------------------------------------------------------------------------
 # 10  Copy
 #
-# The one way from any registry to any other. A Plan reads manifests and decides what goes; then a
-# Copy moves the blobs, several at once, and after them the manifests: each after all that it refers
-# to, so that a tag never points to something that is not there yet. Bytes are never changed; only
-# --strip makes new indexes. It assumes nothing about the two registries but Reader and Writer.
+# The one way from any registry to any other. A Plan reads manifests and decides what is to go. A
+# Copy then moves the blobs, several at once, and after them the manifests: each one after all that
+# it refers to, so that no tag ever points to something that is not there yet. No bytes are changed,
+# except that --strip makes new indexes. It knows both registries only as Reader and Writer.
 # -------------------------------------------------------------------------------------------------
 
-MAX_MANIFESTS = 8 * MAX_MANIFEST  # bytes of an image's manifests with its referrers, in memory …
-MANIFEST_COST = 1 << 10           # … and what each of them takes there beside its bytes
+MAX_MANIFESTS = 8 * MAX_MANIFEST  # bytes of memory for the manifests of an image and its referrers
+MANIFEST_COST = 1 << 10           # bytes of memory that a manifest takes beside its content
 # cosign gives a manifest's signature the tag sha256-HEX.sig, and so on.
 COSIGN_SUFFIXES = (".sig", ".att", ".sbom")
 
 
 class Report:
-    """What became of one image, counted while it is copied. `watch(report)` is called after every
-    change, from any thread."""
+    """What becomes of one image, counted while it is copied. `watch(report)` is called each time
+    that a counter changes, from any thread."""
 
     def __init__(self, image: str = "", watch: Callable[["Report"], None] = do_nothing) -> None:
         self.image = image
         self.digest: Optional[Digest] = None
         self.watch = watch
         self.mutex = threading.Lock()
-        # All that the image refers to,
-        self.total_blobs = self.total_bytes = 0
-        # what the target lacked when it was asked,
-        self.needed_blobs = self.needed_bytes = 0
-        # what was moved,
-        self.copied_blobs = self.copied_bytes = 0
-        # and what the target had already.
-        self.present_bytes = 0
-        # (digest, type) of signatures, attestations, SBOMs and other referrers that go along
+        self.total_blobs = self.total_bytes = 0    # all that the image refers to
+        self.needed_blobs = self.needed_bytes = 0  # what the target lacks, by measure()
+        self.copied_blobs = self.copied_bytes = 0  # what was moved
+        self.present_bytes = 0                     # what the target had already
+        # (digest, type) of the signatures, attestations, SBOMs and other referrers that go along
         self.referrers: List[Tuple[Digest, str]] = []
         # children of indexes that stay behind: the source lacks them, or they are not wanted
         self.absent: List[Digest] = []
@@ -5689,8 +5685,8 @@ class Plan:
     `platforms` (OS/ARCH[/VARIANT]) leaves the other children of an index behind. The index keeps
     its bytes and so names children that are absent, unless `strip` takes these out of it.
 
-    `manifests` is in the order in which they are to be put; `blobs` and `tags` are by digest. What
-    plan() had added before it raised an error stays there."""
+    `manifests` is in the order in which they are to be put; `blobs` and `tags` are by digest.
+    If plan() raises an error, all that it has added by then stays."""
 
     def __init__(self, source: Reader, name: str, reference: str, platforms: Sequence[str] = (),
                  referrers: bool = True, report: Optional[Report] = None,
@@ -5702,15 +5698,16 @@ class Plan:
         self.manifests: Dict[Digest, Manifest] = collections.OrderedDict()
         self.blobs: Dict[Digest, Descriptor] = collections.OrderedDict()
         self.tags: Dict[Digest, List[str]] = {}
-        # By the digest in the source, what goes to the target in place of a manifest: usually
-        # itself. A manifest that stays behind is not there.
+        # {digest in the source: the manifest that goes in its place}, usually the same one. A
+        # manifest that stays behind has no entry.
         self.going: Dict[Digest, Manifest] = {}
         self.children: List[Digest] = []        # all that indexes name
         self.attestations: Set[Digest] = set()  # manifests whose referrers are not looked for
         self.free_memory = MAX_MANIFESTS        # bytes that manifests may still take
 
     def plan(self) -> Report:
-        """Raises NAME_UNKNOWN, and MANIFEST_UNKNOWN also if there is no image for the platforms."""
+        """Fill the plan. Raises NAME_UNKNOWN, and MANIFEST_UNKNOWN also if the image is for none of
+        the platforms."""
         tag = self._find_root()
         for manifest in walk([self.root], self._read, self._iter_needed):
             if manifest.digest in self.going:
@@ -5789,7 +5786,7 @@ class Plan:
         its referrers. An index without an image for the platforms stays behind; if it is the image
         itself, MANIFEST_UNKNOWN is raised."""
         digest = manifest.digest
-        # Now, so that a referrer that contains its subject sees that this one goes.
+        # Before the children and referrers: a referrer may contain its subject, that is, this one.
         self.going[digest] = manifest
         try:
             yield from self._iter_children(manifest)
@@ -5799,7 +5796,7 @@ class Plan:
             del self.going[digest]
             return
         is_stripped = self.going[digest] is not manifest
-        # What is about an index is not about the one that is made of it.
+        # A signature of an index is none of the index that strip makes of it.
         if self.with_referrers and not is_stripped and digest not in self.attestations:
             yield from self._iter_referrers(digest)
 
@@ -5811,7 +5808,8 @@ class Plan:
                 yield child.digest
             else:
                 self.blobs[child.digest] = child  # BuildKit's cache is an index of layers
-        # walk() asks for more only when it has planned what it got, so the children are known here.
+        # walk() comes back for more only when the child is planned, with all that it leads to. So
+        # from here on it is known which children go along.
         self.children += [child.digest for child in manifest.manifests]
         self.blobs.update((blob.digest, blob) for blob in manifest.blobs if not blob.foreign)
         if self.strip and manifest.manifests:
@@ -5820,8 +5818,8 @@ class Plan:
             self.going[manifest.digest] = strip_index(manifest, kept, self.attestations)
 
     def _iter_referrers(self, digest: Digest) -> Iterator[Digest]:
-        """Yield what is about a manifest: its referrers, and what cosign has tagged with its
-        digest."""
+        """Yield the digests of what is about a manifest: its referrers, and what cosign has tagged
+        with its digest."""
         for referrer in self.source.referrer_digests(self.name, digest):
             if referrer not in self.going:
                 yield referrer
@@ -5831,7 +5829,7 @@ class Plan:
             try:
                 referrer = self.source.resolve(self.name, tag)
             except Unknown:
-                continue
+                continue  # most images have no such tag
             self.attestations.add(referrer)
             yield referrer
             self._note_referrer(referrer, tag, "cosign's " + suffix)
@@ -5860,13 +5858,13 @@ class Copy(Plan):
     def read_manifest(self, digest: Digest) -> Manifest:
         """From the target, if it has the manifest and is nearer: Docker Hub counts reads."""
         if self.source.is_distant and not self.target.is_distant:
-            # The target lacks it, can't be read (an archive), or its copy is damaged.
+            # The target lacks it, can't be read (as an archive), or has it damaged.
             with contextlib.suppress(Unknown, Unsupported, Invalid):
                 return self.target.manifest(self.target_name, digest)
         return super().read_manifest(digest)
 
     def measure(self, jobs: int = 4) -> Dict[Digest, int]:
-        """How many bytes the target lacks of each blob of the plan, without those that it has."""
+        """{digest: bytes that the target lacks} of the blobs that it has not got whole."""
         present_bytes = functools.partial(self.target.present_bytes, self.target_name)
         blobs = self.blobs.values()
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -5942,8 +5940,8 @@ class Copy(Plan):
             raise self._explain_refusal(manifest, error)
 
     def _explain_refusal(self, manifest: Manifest, error: RegistryError) -> RegistryError:
-        """The error, with advice if the manifest is an index with absent children, for Distribution
-        and others refuse such a one."""
+        """The error, with advice if the manifest is an index with absent children: Distribution and
+        others take no such index."""
         absent = {child.digest for child in manifest.manifests}.intersection(self.report.absent)
         if not absent or error.details:
             return error
@@ -7089,10 +7087,11 @@ class Request(BareRequest):
         super().__init__(method, target, headers, client, scheme, certificate, version)
         self.body = body or io.BytesIO()
         self.ca = ca
-        self.route: Optional[Route] = None     # None until one is found
-        self.path_values: Dict[str, Any] = {}  # what the path names: name, reference, digest, …
+        self.route: Optional[Route] = None     # find_route() sets it, …
+        self.path_values: Dict[str, Any] = {}  # … and these: name, reference, digest, …
         self.observation: Any = None           # the server's Observation
-        self.check_wanted: Callable[[], None] = do_nothing  # raises ClientLeft if the client left
+        # Raises ClientLeft once nobody waits for the response any more.
+        self.check_wanted: Callable[[], None] = do_nothing
 
 
 class Stream:
@@ -7179,7 +7178,8 @@ def next_link(path: str, **query: Any) -> Headers:
 
 
 def list_page(key: str, path: str, entries: Iterable[str], count: int, **fields: str) -> Response:
-    """A page of a list as JSON, below `key`, with a link to the next one if there are more."""
+    """The first `count` entries as JSON, under `key`, and a link to the next page if there are
+    more."""
     page, has_more = take_page(entries, count)
     link = next_link(path, n=count, last=page[-1]) if has_more and page else []
     return Response.of_json(dict(fields, **{key: page}), link)
