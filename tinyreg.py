@@ -3734,7 +3734,7 @@ def parse_digests(values: Any) -> List[Digest]:
 
 
 def read_diff_ids(member: Member) -> List[Any]:
-    """The digests of an image's unpacked layers, unchecked, by its config. Raises ValueError."""
+    """The digests of an image's unpacked layers, as its config has them. Raises ValueError."""
     rootfs = expect(dict, load_json(member.read()).get("rootfs") or {})
     return expect(list, rootfs.get("diff_ids") or [])
 
@@ -4054,11 +4054,16 @@ class Archive(Registry):
             raise RegistryError("DIGEST_INVALID", digest, status=404,
                                 message="a manifest is damaged in the archive")
 
+    def _find_manifest(self, digest: Digest) -> Optional[Manifest]:
+        """None for a manifest that is missing or damaged."""
+        # --platform leaves children out on purpose. Whatever else is wrong, a copy will say so.
+        with contextlib.suppress(Unknown, DigestInvalid):
+            return self._read_manifest(digest)
+        return None
+
     def _read_mentions(self, digest: Digest) -> Mentions:
-        try:
-            manifest = self._read_manifest(digest)
-        except (Unknown, DigestInvalid):
-            # A child was left out by --platform. A damaged one shows when it is copied.
+        manifest = self._find_manifest(digest)
+        if not manifest:
             return Mentions(set(), set(), None)
         children = {child.digest for child in manifest.manifests
                     if child.media_type in MANIFEST_TYPES}
@@ -4101,14 +4106,14 @@ class Archive(Registry):
         return name in self.names
 
     def tags(self, name: str, last: str = "") -> Iterator[str]:
-        references = sorted(self._names_in(name))
-        return (tag for tag in references if tag > last and not isinstance(tag, Digest))
+        return (tag for tag in sorted(self._names_in(name))
+                if tag > last and not isinstance(tag, Digest))
 
     def resolve(self, name: str, tag: str) -> Digest:
-        references = self._names_in(name)
-        if tag not in references:
+        digest = self._names_in(name).get(tag)
+        if not digest:
             raise RegistryError("MANIFEST_UNKNOWN", tag)
-        return references[tag]
+        return digest
 
     def manifest(self, name: str, digest: Digest) -> Manifest:
         if digest not in self._reach_of(name).manifests:
@@ -4128,12 +4133,7 @@ class Archive(Registry):
                     yield self._read_manifest(digest)
 
     def manifests(self, name: str) -> Iterator[Manifest]:
-        for digest in self._reach_of(name).manifests:
-            try:
-                manifest = self._read_manifest(digest)
-            except (Unknown, DigestInvalid):  # left out, or damaged
-                continue
-            yield manifest
+        return filter(None, map(self._find_manifest, self._reach_of(name).manifests))
 
     def digests(self, name: Optional[str] = None) -> Iterator[Digest]:
         present = set(self.blobs).union(self.joined, self.contents.made)
@@ -4205,9 +4205,9 @@ def tar_header(name: str, length: int, kind: bytes = b"0") -> bytes:
     return before + header[:148] + b"%06o\0 " % sum(header) + header[156:]
 
 
-def tar_size(name: str, length: int) -> int:
-    """The bytes that a member takes in a tar, with its header."""
-    return len(tar_header(name, length)) + padded(length)
+def tar_member(name: str, content: bytes) -> bytes:
+    """A small file with its header, in whole blocks."""
+    return tar_header(name, len(content)) + content.ljust(padded(len(content)), b"\0")
 
 
 def find_subject(manifest: Manifest, reference: str) -> Optional[str]:
@@ -4256,8 +4256,8 @@ class ArchiveWriter(Registry):
         self.manifest_by_digest: Dict[Digest, Manifest] = {}
         self.images: Set[Tuple[str, str, Digest]] = set()  # repository; tag or digest; digest
         self.files: List[PlannedFile] = []
-        self.program: Optional[bytes] = None  # tinyreg.py, to travel along
-        self.index = self.table = b""         # the content of index.json and of PARTS
+        self.joined: Dict[Digest, List[Digest]] = {}  # the ranges of the blobs that are cut
+        self.program: Optional[bytes] = None          # tinyreg.py, to travel along
 
     def mount(self, name: str, digest: Digest, source: Optional[str] = None) -> bool:
         if digest in self.have and digest not in self.blobs:
@@ -4318,10 +4318,11 @@ class ArchiveWriter(Registry):
                 entry["RepoTags"].append(image_text(full_name(name), reference))
         return list(images.values())
 
-    def _make_table(self, names: List[str], joined: Dict[Digest, List[Digest]],
-                    holds: List[List[Digest]]) -> bytes:
+    def _make_table(self) -> bytes:
         """The content of PARTS: see Parts."""
-        return to_json({"files": names, "joined": joined, "holds": holds,
+        parts = self.files if len(self.files) > 1 else []
+        return to_json({"files": [os.path.basename(part.path) for part in parts],
+                        "joined": self.joined, "holds": [part.digests for part in parts],
                         "left_out": sorted(self.left_out)})
 
     def _small_files(self, digests: Iterable[Digest]) -> Iterator[Tuple[str, bytes]]:
@@ -4329,24 +4330,25 @@ class ArchiveWriter(Registry):
         if self.program:
             yield "tinyreg.py", self.program
         yield "oci-layout", b'{"imageLayoutVersion":"1.0.0"}'
-        yield "index.json", self.index
+        yield "index.json", self._make_index()
         images = self._docker_images(digests)
         if images:
             yield "manifest.json", to_json(images)
         for digest, manifest in sorted(self.manifest_by_digest.items()):
             yield blob_name(digest), manifest.content
-        if self.table:
-            yield PARTS, self.table
+        if self.left_out or len(self.files) > 1:
+            yield PARTS, self._make_table()
 
     # What goes into which file
 
     def _blob_size(self, digest: Digest) -> int:
         """The bytes that a blob takes in a tar."""
-        return tar_size(blob_name(digest), self.blobs[digest].length)
+        length = self.blobs[digest].length
+        return len(tar_header(blob_name(digest), length)) + padded(length)
 
     def size(self, digests: Sequence[Digest]) -> int:
         """The bytes of a tar with these blobs."""
-        small = sum(tar_size(name, len(content)) for name, content in self._small_files(digests))
+        small = sum(len(tar_member(*file)) for file in self._small_files(digests))
         return small + sum(map(self._blob_size, digests)) + len(TAR_END)
 
     def plan(self, path: str = "", program: Optional[bytes] = None,
@@ -4354,9 +4356,7 @@ class ArchiveWriter(Registry):
         """Decide what goes into which of the `files`: one at `path`, or, if it would have more than
         `limit` bytes, several beside it. Raises SIZE_INVALID if the limit is too small,
         DIGEST_INVALID, OSError."""
-        self.program, self.index = program, self._make_index()
-        if self.left_out:
-            self.table = self._make_table([], {}, [])
+        self.program = program
         digests = sorted(self.blobs.keys() - self.manifest_by_digest.keys())
         self.files = [PlannedFile(path, digests)]
         if limit and self.size(digests) > limit:
@@ -4374,15 +4374,14 @@ class ArchiveWriter(Registry):
         if room < table:
             raise RegistryError("SIZE_INVALID", message="a part has to be larger: what all parts "
                                 "have, the manifests above all, takes %d bytes" % least)
-        joined = {digest: self._cut(digest, room - 2 * BLOCK)
-                  for digest in digests if self._blob_size(digest) > room}
-        pieces = itertools.chain.from_iterable(joined.get(digest, [digest]) for digest in digests)
+        self.joined = {digest: self._cut(digest, room - 2 * BLOCK)
+                       for digest in digests if self._blob_size(digest) > room}
+        pieces = itertools.chain.from_iterable(
+            self.joined.get(digest, [digest]) for digest in digests)
         parts = self._pack(collections.OrderedDict.fromkeys(pieces), room)
         stem, extension = os.path.splitext(path)
         self.files = [PlannedFile("%s-%dof%d%s" % (stem, number, len(parts), extension), part)
                       for number, part in enumerate(parts, 1)]
-        names = [os.path.basename(file.path) for file in self.files]
-        self.table = self._make_table(names, joined, parts)
 
     def _cut(self, digest: Digest, step: int) -> List[Digest]:
         """Make a blob of each range of a blob; returns their digests. Raises DIGEST_INVALID,
@@ -4415,8 +4414,8 @@ class ArchiveWriter(Registry):
     def write(self, digests: Sequence[Digest], take: Callable[[Any], Any]) -> None:
         """Hand a tar with these blobs to a function, such as a file's write. Blobs are checked on
         their way. Raises DIGEST_INVALID, OSError."""
-        for name, content in self._small_files(digests):
-            take(tar_header(name, len(content)) + content.ljust(padded(len(content)), b"\0"))
+        for file in self._small_files(digests):
+            take(tar_member(*file))
         for digest in digests:
             blob, hasher = self.blobs[digest], hashlib.new(digest.algorithm)
             take(tar_header(blob_name(digest), blob.length))
