@@ -1341,7 +1341,7 @@ class Blob:
         return Blob(self.file, self.offset + offset, length)
 
     def rest(self, offset: int) -> "Blob":
-        """The same open file, narrowed to what follows `offset` in this slice, if anything."""
+        """The same open file, narrowed to this slice from `offset` on; empty past its end."""
         return self.part(offset, max(self.length - offset, 0))
 
     def readinto(self, view: memoryview) -> int:
@@ -1432,7 +1432,7 @@ class Reader:
         raise unsupported("list manifests")
 
     def open_blob(self, name: str, digest: Digest, offset: int = 0) -> Blob:
-        """What follows `offset` in a blob, if anything. Raises BLOB_UNKNOWN."""
+        """The bytes of a blob from `offset` on; none if it ends before. Raises BLOB_UNKNOWN."""
         raise unsupported("give blobs")
 
     def referrers(self, name: str, subject: Digest, last: str = "") -> Iterator[Manifest]:
@@ -1453,8 +1453,8 @@ class Reader:
         return None
 
     def is_named(self, name: str, digest: Digest) -> bool:
-        """Whether a tag or a pin names this manifest, so that a copy of it is to be kept. False
-        only for what was left over, without a name, in a registry whose tree this is."""
+        """Whether to pin a copy that was made of this manifest by its digest. False only in an
+        archive of a registry's tree, for a manifest that neither a tag nor a pin names there."""
         return True
 
     def at_hand(self) -> Any:
@@ -1841,7 +1841,6 @@ class Layout:
     def __init__(self, root: str) -> None:
         self.root = os.path.abspath(root)
         self.tree = os.path.join(self.root, "docker", "registry", "v2")
-        self.repositories = os.path.join(self.tree, "repositories")
         self.own = os.path.join(self.root, "tinyreg")
         self.repositories = os.path.join(self.tree, "repositories")
         self.scratch = os.path.join(self.own, "scratch")
@@ -2052,10 +2051,10 @@ class Directory(Registry):
         self.files.write(self.layout.link_in(folder), digest.encode("ascii"))
 
     def _touch_link_if_old(self, folder: str) -> bool:
-        """Whether a link is there; a client is then told of what it names.
+        """Whether a link is there. The caller then tells a client of what the link names.
 
-        A link's mtime says when that last happened. For its grace period gc leaves the link, and
-        the blob behind it."""
+        The link's mtime says when that last happened: gc leaves the link, and the blob behind it,
+        for its grace period after that."""
         link = self.layout.link_in(folder)
         try:
             if time.time() - os.stat(link).st_mtime > TOUCH_AGAIN_AFTER and self.renew:
@@ -2321,6 +2320,15 @@ class Directory(Registry):
     def has_upload(self, name: str, session_id: str) -> bool:
         return DirectoryUpload(self, name, session_id).resume()
 
+    def keep_hasher(self, session: "DirectoryUpload", hasher: Any) -> None:
+        """Keep the hash of an upload's bytes so far, for this process to go on from.
+
+        That only saves time. The file is the truth, and an upload without a hash is read again
+        when it is committed."""
+        self.hashers[session.id, session.offset] = hasher
+        while len(self.hashers) > HASHED_SESSIONS:
+            self.hashers.popitem(last=False)
+
     def session_of_blob(self, name: str, digest: Digest) -> "DirectoryUpload":
         """The upload session by which put_blob() stores a blob; every process takes this one. It
         may not have begun."""
@@ -2382,7 +2390,7 @@ class Directory(Registry):
     # Writing manifests
 
     def lock_repository(self, name: str) -> ContextManager[None]:
-        """A lock between processes for wrappers; the store itself does without it."""
+        """Lock a repository between processes. Wrappers do; the store itself does not."""
         return alone(os.path.join(self.layout.scratch,
                                   str(uuid.uuid5(uuid.NAMESPACE_URL, name))))
 
@@ -2398,7 +2406,7 @@ class Directory(Registry):
         if manifest.subject:
             mentioned.add(manifest.subject)
         with self.lock.shared():
-            # Gc may have taken one since. Once touched they stay, as gc sees that they are wanted.
+            # gc may have deleted some meanwhile. It leaves those whose links are touched here.
             gone = {digest for digest in mentioned if not self._touch_links(name, digest)}
             missing |= gone.intersection(sizes)
             if missing:
@@ -2480,15 +2488,6 @@ class Directory(Registry):
                 raise self._unknown(name, "BLOB_UNKNOWN", digest)
             self.files.remove(layer)
 
-    def keep_hasher(self, session: "DirectoryUpload", hasher: Any) -> None:
-        """Keep the hash of an upload's bytes so far, for this process to go on from.
-
-        That only saves time. The file is the truth, and an upload without a hash is read again
-        when it is committed."""
-        self.hashers[session.id, session.offset] = hasher
-        while len(self.hashers) > HASHED_SESSIONS:
-            self.hashers.popitem(last=False)
-
 
 class DirectoryUpload(UploadSession):
     """An upload session: the file _uploads/ID/data, whose size is the offset.
@@ -2537,7 +2536,7 @@ class DirectoryUpload(UploadSession):
                              message="the chunk must begin at the offset")
 
     def _sign(self, size: int, algorithm: str, encoded: str) -> str:
-        # The key dies with the server: after a restart bytes may be lost, or be other ones.
+        # A new server has a new key: if the host crashed, the file may have lost bytes since.
         text = "%s %d %s:%s" % (self.id, size, algorithm, encoded)
         return hmac.new(self.store.key, text.encode(), "sha256").hexdigest()
 
