@@ -4464,7 +4464,6 @@ ACCEPT = {"Accept": ", ".join(MANIFEST_TYPES)}
 RETRIED = (408, 429, 500, 502, 503, 504)  # statuses after which the same request may succeed
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 10
-DEFAULT_PORTS = {"http": 80, "https": 443}
 MAX_ANSWER = 2 * MAX_MANIFEST  # bytes of a body that is no blob; some list all tags in one page
 MAX_MESSAGE = 1000           # characters of another registry's error message that are passed on
 MAX_REFUSAL = 1 << 20        # bytes of the body of a refusal, which may say why …
@@ -4549,8 +4548,8 @@ def parse_login(entry: Dict[str, Any], file: str) -> Optional[Login]:
 
 
 def ask_helper(helper: str, host: str) -> Optional[Login]:
-    """The Login that a credential helper of docker has for a host. None also where the helper fails
-    or is not installed: then another file may have a login."""
+    """The Login that a credential helper of docker has for a host. None also if the helper fails or
+    is not installed: another file may have a login."""
     server = "https://index.docker.io/v1/" if host == "docker.io" else host
     program = "docker-credential-" + helper
     try:
@@ -4559,13 +4558,14 @@ def ask_helper(helper: str, host: str) -> Optional[Login]:
         answer = load_json(done.stdout)
         user, secret = answer["Username"], answer["Secret"]
     except (OSError, ValueError, KeyError, subprocess.SubprocessError):
-        return None
+        return None  # as if it had no login
     return Login(user, secret, secret if user == "<token>" else None, program)
 
 
 def find_login_in(file: str, keys: Sequence[str]) -> Optional[Login]:
     """The Login that a file, or the helper that it names, has for the first of these keys that has
-    one. The last key is the host alone. Raises what a damaged file leads to."""
+    one. The last key is the host alone. Raises OSError, and for a damaged file
+    ValueError, TypeError or AttributeError."""
     document = load_json(read_file(file) or b"{}")
     helpers, entries = [
         {login_key(key): value for key, value in (document.get(field) or {}).items()}
@@ -4701,7 +4701,7 @@ class ClientConnection(http.client.HTTPConnection):
 
 
 def reason_of(error: Exception) -> str:
-    """What a failure of the network says, without numbers."""
+    """What a failure of the network says of itself, without the number of an OSError."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -4728,7 +4728,7 @@ class ConnectionPool:
         if proxy and not urllib.request.proxy_bypass(netloc) and not is_this_machine(netloc):
             connection = self._open_tunnel(proxy, scheme, netloc)
         else:
-            connection = ClientConnection(netloc, DEFAULT_PORTS.get(scheme, 80))
+            connection = ClientConnection(netloc, 443 if scheme == "https" else 80)
             connection.connect()
         if scheme == "https":
             host = urllib.parse.urlsplit("//" + netloc).hostname
@@ -4743,7 +4743,7 @@ class ConnectionPool:
         login = {"Proxy-Authorization": basic_authorization(user, secret)} if user else {}
         try:
             connection = ClientConnection(address, 80)
-            connection.default_port = DEFAULT_PORTS.get(scheme, 80)
+            connection.default_port = 443 if scheme == "https" else 80
             connection.set_tunnel(netloc, headers=login)
             connection.connect()
         except NETWORK_ERRORS as error:
@@ -4758,17 +4758,17 @@ class ConnectionPool:
         idle = self.idle.setdefault(request.origin, [])
         while True:
             try:
-                connection, is_used = idle.pop(), True
+                connection, is_kept = idle.pop(), True
             except IndexError:
-                connection, is_used = self.connect(*request.origin), False
+                connection, is_kept = self.connect(*request.origin), False
             try:
                 return self._send_over(connection, request, idle)
-            except BaseException as error:
+            except BaseException as error:  # also an interrupt leaves the connection of no use
                 connection.close()
                 # The other side may have closed a kept connection: then another one is tried.
                 is_closed = isinstance(error, (ConnectionError, ssl.SSLError,
                                                http.client.BadStatusLine))
-                if not is_closed or not is_used or not request.is_repeatable:
+                if not is_closed or not is_kept or not request.is_repeatable:
                     raise
 
     @staticmethod
@@ -4818,7 +4818,7 @@ def network_advice(error: Exception) -> str:
 
 
 def login_error(host: str, login: Optional[Login], status: int = 401) -> RegistryError:
-    """The error for a registry that lets us in neither without nor with this login."""
+    """The error for a registry that refuses this login; None: it wants one and we have none."""
     if login:
         why = "does not let %s do this, with the login from %s" % (login.user or "us", login.source)
     else:
@@ -4829,15 +4829,16 @@ def login_error(host: str, login: Optional[Login], status: int = 401) -> Registr
 
 
 class HttpClient:
-    """HTTP with one registry, and with the hosts to which it leads: finds out whether the registry
-    speaks TLS, follows redirects, and turns failures into RegistryErrors. Knows no logins."""
+    """HTTP with one registry, and with the hosts to which it leads. Finds out whether the registry
+    speaks TLS, follows redirects, and turns failures into RegistryErrors. Sends no login by
+    itself."""
 
     def __init__(self, host: str, ca: Optional[str], insecure: bool, plain_http: bool) -> None:
         self.host = host
         self.is_lenient = insecure or is_this_machine(host)  # as docker is
         self.plain_http = plain_http
         self.pool = ConnectionPool(ca, self.is_lenient and not ca)
-        self.scheme = ""  # until the first connection
+        self.scheme = ""  # http or https, after the first connection
 
     def base(self) -> str:
         """The URL of the registry up to its path. It begins with https, unless --plain-http is
@@ -4863,9 +4864,10 @@ class HttpClient:
 
     def describe(self, error: Exception) -> str:
         """One line about a failure of the network, with what to do."""
-        advice = network_advice(error) or reason_of(error)
-        if self.plain_http and advice == reason_of(error):
-            advice += "; if it speaks HTTPS, leave out --plain-http"
+        advice = network_advice(error)
+        if not advice:
+            advice = reason_of(error)
+            advice += "; if it speaks HTTPS, leave out --plain-http" if self.plain_http else ""
         return "can't reach %s: %s" % (self.host, advice)
 
     def refusal(self, reply: Reply, image: str = "") -> RegistryError:
@@ -4880,9 +4882,9 @@ class HttpClient:
         with contextlib.suppress(ValueError, LookupError, TypeError):
             # Many registries answer in HTML, and none says why in the answer to a HEAD.
             entry = load_json(reply.content)["errors"][0]
-            message = entry.get("message") or message
-            if reply.status < 500 and reply.status not in RETRIED and entry["code"] in ERRORS:
+            if entry["code"] in ERRORS and reply.status < 500 and reply.status not in RETRIED:
                 code = entry["code"]
+            message = entry["message"] or message
         message = "%s answered %d: %.*s" % (self.host, reply.status, MAX_MESSAGE, message)
         if reply.status == 404:
             advice = "" if "@" in image else "; check its name and tag"
@@ -4895,8 +4897,8 @@ class HttpClient:
         return failure
 
     def send(self, request: ClientRequest) -> Reply:
-        """The reply, after the redirects that it takes. Its authorization is not sent
-        to another host. Raises TemporaryFailure; UNAVAILABLE for redirects without end."""
+        """The reply, after the redirects that it takes; the authorization is not sent to another
+        host. Raises TemporaryFailure; UNAVAILABLE for redirects without end."""
         for _ in range(MAX_REDIRECTS):
             try:
                 reply = self.pool.send(request)
@@ -4934,8 +4936,8 @@ class Token(NamedTuple):
 
 
 class Authenticator:
-    """Answers a registry's challenges, as RFC 7617 and Distribution's token authentication have it,
-    with the login of the user who runs tinyreg, or without one."""
+    """Answers the challenges of a registry with the login, if there is one, of the user who runs
+    tinyreg: as RFC 7617 (Basic) and the token authentication of Distribution (Bearer) have it."""
 
     def __init__(self, client: HttpClient, retry: Callable[..., Any]) -> None:
         self.client = client
@@ -4962,14 +4964,15 @@ class Authenticator:
 
     def _token_request(self, challenge: Dict[str, str], scope: str,
                        login: Optional[Login]) -> ClientRequest:
-        """What to ask the token server that a Bearer challenge names. Raises UNAVAILABLE."""
+        """The request to the token server that a Bearer challenge names. Raises UNAVAILABLE if it
+        would send a login without TLS."""
         realm = challenge.get("realm", "")
         is_leak = login and realm.startswith("http:") and self.client.base().startswith("https:")
         if is_leak or not re.match("https?://", realm):
             raise RegistryError("UNAVAILABLE", message="%s wants the login sent to %r, without "
                                 "TLS; it was not" % (self.client.host, realm))
         scopes = sorted(set(challenge.get("scope", "").split() + scope.split()))
-        query: Dict[str, Any] = {key: challenge[key] for key in challenge if key == "service"}
+        query: Any = {"service": challenge["service"]} if "service" in challenge else {}
         if login and login.identity_token:
             query.update(scope=" ".join(scopes), grant_type="refresh_token", client_id="tinyreg",
                          refresh_token=login.identity_token)
@@ -4983,7 +4986,7 @@ class Authenticator:
 
 class TokenCache:
     """The tokens for one registry by scope, from `log_in`. Of several threads that need the same
-    token one gets it, and the others wait for that one; nobody holds the mutex meanwhile."""
+    token one asks for it, and the others wait for its answer; nobody holds the mutex meanwhile."""
 
     def __init__(self, log_in: Callable[[str, Optional[str], Challenges], Token]) -> None:
         self.log_in = log_in
@@ -5006,6 +5009,7 @@ class TokenCache:
         end. Raises UNAUTHORIZED."""
         with self.mutex:
             future: Any = self.tokens.get(scope)
+            # Another thread may be faster: its token is here, or on its way.
             is_fresh = future and not (future.done() and future.result().header == refused)
             if not is_fresh:
                 if len(self.tokens) >= MAX_TOKENS:
@@ -5024,8 +5028,8 @@ class TokenCache:
 
 
 class RemoteBlob(Blob):
-    """The rest of a blob of another registry, from an offset on. A connection that is cut raises
-    TemporaryFailure: the reader keeps what came so far, and gets the rest by `retry`."""
+    """The rest of a blob of another registry, from an offset on. If the connection is cut, it
+    raises TemporaryFailure: the reader keeps what has come, and asks for the rest by retry()."""
 
     def __init__(self, client: HttpClient, reply: Reply, offset: int) -> None:
         self.client = client
@@ -5053,9 +5057,9 @@ class RemoteBlob(Blob):
 
 
 class LimitedBlob(Blob):
-    """The rest of a blob of `size` bytes, which `open_from` opens. More bytes than these raise
-    SIZE_INVALID: an endless blob would fill the disk. For an empty rest nothing is opened, except
-    of an empty blob. `count_bytes` hears of what comes."""
+    """The rest of a blob of `size` bytes, which `open_from(offset)` opens. Where more comes, it
+    raises SIZE_INVALID: an endless blob would fill the disk. An empty rest is not opened, unless
+    the whole blob is empty. `count_bytes` is called with the size of each piece that comes."""
 
     def __init__(self, open_from: Callable[[int], Blob], size: int, offset: int,
                  count_bytes: Callable[[int], Any] = do_nothing) -> None:
@@ -5096,11 +5100,11 @@ def iter_blob(blob: Blob, length: int) -> Iterator[bytes]:
 
 
 class Remote(Registry):
-    """Another registry. `host` is as in an image's name; names of repositories are those that the
+    """Another registry. `host` is the one in an image's name; repositories have the names that the
     registry uses. A failure of the network raises UNAVAILABLE.
 
-    What fails for a time is tried up to `retries` times more. `say` gets a line about each long
-    pause; none is longer than `patience` seconds."""
+    After a temporary failure a request is repeated up to `retries` times, after pauses of at most
+    `patience` seconds. `say` is called with a line about each longer pause."""
 
     is_distant = True
 
@@ -5118,8 +5122,8 @@ class Remote(Registry):
         self.takes_chunks = True  # until an upload shows otherwise
 
     def retry(self, action: Callable[..., Any], *arguments: Any) -> Any:
-        """As Reader has it: again after longer and longer pauses, while the failure is temporary.
-        In the end that becomes an ordinary error, so that no caller repeats it all."""
+        """Call a function, and call it again, after longer and longer pauses, while its failure is
+        temporary. The last failure becomes an ordinary error, so that no caller repeats it all."""
         for attempt in itertools.count():
             try:
                 return action(*arguments)
@@ -5136,10 +5140,11 @@ class Remote(Registry):
 
     def exchange(self, request: ClientRequest, scope: str, statuses: Sequence[int],
                  image: str) -> Reply:
-        """The reply to one request, whose URL may be a path, if it has one of these statuses; the
-        image is for messages. The Authorization for the scope is for this registry alone: it goes
-        to no other host that a Location or a redirect names. Raises TemporaryFailure,
-        RegistryError."""
+        """The reply to one request, whose URL may be a path. `image` is what messages call it.
+
+        The authorization for the scope is for this registry alone: it goes to no other host that a
+        Location or a redirect names. Raises RegistryError for other statuses than these, and
+        TemporaryFailure."""
         request = request._replace(url=urllib.parse.urljoin(self.client.base(), request.url))
         is_own = self.client.is_own(request.url)
         header = self.tokens.find(scope) if is_own else None
@@ -5157,8 +5162,9 @@ class Remote(Registry):
 
     def call(self, method: str, name: str, path: str, statuses: Sequence[int] = (200,),
              action: str = "pull", **settings: Any) -> Reply:
-        """The reply to a request about a repository, repeated where that may help. The path is
-        below the repository or /v2/; the settings are a ClientRequest's. Raises RegistryError."""
+        """The reply to a request about a repository, which is repeated where that may help. The
+        path begins with /v2/, or is below the repository. The settings are a ClientRequest's.
+        Raises RegistryError for other statuses than these."""
         url = path if path.startswith("/v2/") else "/v2/%s%s" % (name, path)
         scope = "repository:%s:%s" % (name, action)
         reference = path.rpartition("/")[2]
@@ -5169,8 +5175,8 @@ class Remote(Registry):
     # Reading
 
     def _iter_list(self, name: str, path: str, field: str) -> Iterator[Any]:
-        """Yield the entries that a list has in a field of its pages; a Link names the next page.
-        Raises UNSUPPORTED where it is no list, and UNKNOWN where it does not end."""
+        """Yield the entries of a list, which are in a field of each page. A Link header names the
+        next page. Raises UNSUPPORTED if there is no list, and UNKNOWN if it does not end."""
         pages: Set[str] = set()
         size, ends = 0, time.monotonic() + LIST_LIMIT
         while path not in pages:
@@ -5194,7 +5200,7 @@ class Remote(Registry):
                 path = "%s?%s" % (target.path, target.query)
 
     def tags(self, name: str, last: str = "") -> Iterator[str]:
-        tags = map(str, self._iter_list(name, "/v2/%s/tags/list" % name, "tags"))
+        tags = map(str, self._iter_list(name, "/tags/list", "tags"))
         return iter(sorted(tag for tag in tags if tag > last))
 
     def resolve(self, name: str, tag: str) -> Digest:
@@ -5214,7 +5220,6 @@ class Remote(Registry):
         does not have the blob."""
         with contextlib.suppress(Unknown):  # that is the answer
             length = self.call("HEAD", name, "/blobs/" + digest).header("Content-Length")
-            self.known_in[digest] = name
             return int(length) if re.fullmatch("[0-9]{1,18}", length) else 0
         return None
 
@@ -5232,11 +5237,10 @@ class Remote(Registry):
         clients keep them."""
         if name not in self.without_referrers:
             try:
-                path = "/v2/%s/referrers/%s" % (name, subject)
-                entries = self._iter_list(name, path, "manifests")
+                entries = self._iter_list(name, "/referrers/" + subject, "manifests")
                 return [parse_descriptor(entry).digest for entry in entries]
             except Refused:
-                pass  # a login may be there next time; the tag wants it as well
+                pass  # there may be a login next time; the tag wants it, too
             except REFUSALS:
                 # A registry without the API says so in any way, even with a web page.
                 self.without_referrers.add(name)
@@ -5252,13 +5256,20 @@ class Remote(Registry):
 
     # Writing
 
+    def _find_target_size(self, name: str, digest: Digest) -> Optional[int]:
+        """As find_size(); and remember for mount() that the repository has the blob."""
+        size = self.find_size(name, digest)
+        if size is not None:
+            self.known_in[digest] = name
+        return size
+
     def present_bytes(self, name: str, blob: Descriptor) -> int:
-        return self.find_size(name, blob.digest) or 0
+        return self._find_target_size(name, blob.digest) or 0
 
     def mount(self, name: str, digest: Digest, source: Optional[str] = None) -> bool:
         """As Writer has it; without a source, from a repository that is known to have the blob."""
         source = source or self.known_in.get(digest)
-        if source == name or self.find_size(name, digest) is not None:
+        if source == name or self._find_target_size(name, digest) is not None:
             return True
         if source is None:
             return False
@@ -5267,8 +5278,8 @@ class Remote(Registry):
             reply = self.call("POST", name, path, (201, 202),
                               "pull,push repository:%s:pull" % source)
         except REFUSALS:
-            return False  # we may push here but not pull there; or the upload says what is wrong
-        if reply.status == 202:  # it would rather have the bytes, and has begun an upload
+            return False  # we may not pull there; or else the upload will say what is wrong
+        if reply.status == 202:  # the registry wants the bytes instead, and has begun an upload
             self.mounts[name, digest] = reply.header("Location")
         return reply.status == 201
 
@@ -5279,8 +5290,8 @@ class Remote(Registry):
 
     def put_manifest(self, name: str, manifest: Manifest, tags: Iterable[str] = (),
                      check_wanted: Callable[[], None] = do_nothing) -> None:
-        """As Writer has it. Where there is no referrers API, the tag that stands for it is kept up
-        to date."""
+        """As Writer has it. For a referrer the tag that stands in for the referrers API gets an
+        entry, unless the registry has that API."""
         for reference in list(tags) or [manifest.digest]:
             if not manifest.subject and self._is_at(name, reference, manifest.digest):
                 continue
@@ -5305,8 +5316,8 @@ class Remote(Registry):
 
 
 class RemoteUpload:
-    """A blob on its way to another registry. `location` is the URL for the next request, as the
-    registry said in its last reply; "" before the first one."""
+    """A blob on its way to another registry. `location` is the URL for the next request, which the
+    last reply named; "" before the first one."""
 
     def __init__(self, remote: Remote, name: str, location: str) -> None:
         self.remote = remote
@@ -5315,7 +5326,7 @@ class RemoteUpload:
         self.offset = 0
 
     def put(self, digest: Digest, open_from: Callable[[int], Blob]) -> None:
-        """Try once, and go on where an earlier attempt ended. Raises TemporaryFailure,
+        """Send the blob, from where an earlier attempt ended. Raises TemporaryFailure,
         RegistryError, and what `open_from` raises."""
         if not self._resume():
             if self.location and self.remote.find_size(self.name, digest) is not None:
@@ -5326,12 +5337,13 @@ class RemoteUpload:
             self._append(blob)
         url = add_query(self.location, {"digest": digest})
         reply = self._request("PUT", url, (201, 204, 404), timeout=CLOSING_TIMEOUT)
-        # A 404 is right where the request came twice: the blob is there, and the session is not.
+        # If the request came twice, the session is gone and the blob is there: a 404 is all right.
         if reply.status == 404 and self.remote.find_size(self.name, digest) is None:
             raise self.remote.client.refusal(reply, self.name)
 
     def _request(self, method: str, url: str, statuses: Sequence[int], **settings: Any) -> Reply:
-        """The reply, which says the next location. Raises RegistryError for another status."""
+        """The reply; it may name the next location. Raises RegistryError for other statuses than
+        these, and TemporaryFailure."""
         request = ClientRequest(method, url, **settings)
         scope = "repository:%s:pull,push" % self.name
         reply = self.remote.exchange(request, scope, statuses, self.name)
@@ -5339,8 +5351,8 @@ class RemoteUpload:
         return reply
 
     def _resume(self) -> bool:
-        """Learn the offset of an upload that has begun; returns False where the registry has
-        forgotten it, or takes it for broken, as Distribution does after a chunk was cut."""
+        """Ask for the offset of an upload that has begun. False if none has, or if the registry has
+        forgotten it or takes it for broken, as Distribution does after a chunk was cut."""
         self.offset = 0
         if not self.location:
             return False
@@ -5351,8 +5363,9 @@ class RemoteUpload:
         return reply.status in (200, 204)
 
     def _append(self, blob: Blob) -> None:
-        """Send the rest of the blob in chunks. A single chunk goes without a range, as docker sends
-        it. Raises TemporaryFailure where no chunks are taken: then the blob is sent whole."""
+        """Send the rest of the blob in chunks; a single chunk goes without a range, as docker sends
+        it. Raises TemporaryFailure if the registry takes no chunks: the next attempt sends the blob
+        whole."""
         end = self.offset + blob.length
         limit = UPLOAD_CHUNK if self.remote.takes_chunks else blob.length
         is_single = self.offset == 0 and end <= limit
@@ -5384,9 +5397,9 @@ class Upstream(NamedTuple):
 
 
 class Arrival(NamedTuple):
-    """A blob of `size` bytes that comes into a store, in whatever process. `begin` lets it come,
-    and returns an Event that is set at the end. Until then its bytes are in the file `partial`,
-    afterwards in `whole`."""
+    """A blob of `size` bytes that comes into a store, by this process or another. `begin` lets it
+    come, and returns an Event that is set at the end. Its bytes are in the file `partial` until
+    then, and in the file `whole` afterwards."""
 
     begin: Callable[[], threading.Event]
     partial: str
@@ -5395,8 +5408,8 @@ class Arrival(NamedTuple):
 
 
 class ArrivingBlob(Blob):
-    """A part of a blob that is read while it comes; but its last byte is not read before its digest
-    has proved right. It begins to come with the first read."""
+    """A part of a blob that is read while the blob comes into a store. Its last byte is not read
+    before its digest has proved right. The first read lets the blob come."""
 
     def __init__(self, arrival: Arrival, offset: int, length: int) -> None:
         super().__init__(None, offset, length)
@@ -5407,7 +5420,7 @@ class ArrivingBlob(Blob):
         return ArrivingBlob(self.arrival, self.offset + offset, length)
 
     def readinto(self, view: Any) -> int:
-        """Waits for bytes. Raises OSError where the upstream fails."""
+        """Waits for the next bytes. Raises OSError if the upstream fails."""
         self.ended = self.ended or self.arrival.begin()
         start = self.offset + self.position
         wanted = min(len(view), self.length - self.position)
@@ -5418,11 +5431,10 @@ class ArrivingBlob(Blob):
                 path, end = self.arrival.whole, self.arrival.size
             with contextlib.suppress(FileNotFoundError):  # nothing has come yet, or nothing will
                 with open(path, "rb", buffering=0) as file:
-                    block = os.pread(file.fileno(), max(min(wanted, end - start), 0), start)
-                    if block:
-                        view[:len(block)] = block
-                        self.position += len(block)
-                        return len(block)
+                    count = Blob(file, start, min(wanted, end - start)).readinto(view)
+                if count:
+                    self.position += count
+                    return count
             if has_ended:
                 raise OSError(errno.EIO, "the upstream did not send all of a blob")
             self.ended.wait(0.01)
@@ -5430,10 +5442,10 @@ class ArrivingBlob(Blob):
 
 
 class PullThrough(Wrapper):
-    """A store in front of other registries. What is missing below the name NS/ is fetched from the
+    """A store in front of other registries. What a repository below NS/ lacks is fetched from the
     upstream of NS, passed on at once, and kept.
 
-    A tag is compared with the upstream's if that was last done `ttl` seconds ago. While the
+    A tag is compared with the upstream's if that was last done `ttl` seconds ago or more. While the
     upstream is away, what is here is served. Pushes below NS/ are refused, because the next
     comparison of a tag would undo them."""
 
@@ -5457,8 +5469,8 @@ class PullThrough(Wrapper):
         return None, name
 
     def _ask(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
-        """What a method of the upstream's Remote returns; None where there is no upstream, where it
-        does not have that, and where it refuses. Raises UNAVAILABLE while it is away or fails."""
+        """What a method of the upstream's Remote returns; None if there is no upstream, or if it
+        does not have that or refuses to give it. Raises UNAVAILABLE while it is away or fails."""
         remote, path = self._find_upstream(name)
         if not remote:
             return None
@@ -5472,21 +5484,21 @@ class PullThrough(Wrapper):
             logger.warning("upstream of %s: %s", name, error)
             if not isinstance(error, Unavailable):
                 return None
-            if error.code != "UNKNOWN":  # one that answers, and fails at one image, may have others
+            if error.code != "UNKNOWN":  # a 5xx: it is not away, and may have other images
                 self.ask_again[remote] = time.monotonic() + self.AWAY
         raise RegistryError("UNAVAILABLE", message="the registry that %s comes from can't be asked "
                                                    "at present" % name)
 
     def version(self) -> None:
-        """None: the upstream may have changed, and only a question tells."""
+        """None: a question alone tells whether the upstream has changed."""
         return None
 
     def has_repository(self, name: str) -> bool:
         return self._find_upstream(name)[0] is not None or self.store.has_repository(name)
 
     def resolve(self, name: str, tag: str) -> Digest:
-        # The link of a tag is written again each time the tag proves right. Its time may be in the
-        # future, by a wrong clock; that counts as long ago.
+        # A tag's link is written again each time the tag proves right: that is when it was last
+        # compared. A time in the future comes from a wrong clock, and counts as long ago.
         age = time.time() - self.store.pushed(name, tag)
         if -CLOCK_SLACK <= age < self.ttl:
             return self.store.resolve(name, tag)
@@ -5515,11 +5527,12 @@ class PullThrough(Wrapper):
         return self.store.tags(name, last)
 
     def referrers(self, name: str, subject: Digest, last: str = "") -> Iterator[Manifest]:
+        digests: List[Digest] = []
         with contextlib.suppress(Unavailable):  # those that are here still count
             digests = self._ask(name, Remote.referrer_digests, subject) or []
-            for digest in digests[:PAGE_SIZE]:  # each is fetched and kept
-                with contextlib.suppress(Unknown):  # the others count all the same
-                    self.manifest(name, digest)
+        for digest in digests[:PAGE_SIZE]:
+            with contextlib.suppress(Unknown, Unavailable):  # the others still count
+                self.manifest(name, digest)  # which fetches and keeps it
         return self.store.referrers(name, subject, last)
 
     def open_blob(self, name: str, digest: Digest, offset: int = 0) -> Blob:
@@ -5551,7 +5564,7 @@ class PullThrough(Wrapper):
             return ended
 
     def _download(self, name: str, digest: Digest, size: int, ended: threading.Event) -> None:
-        remote: Any
+        remote: Any  # it is one, since it has been asked for the size
         remote, path = self._find_upstream(name)
         open_rest = functools.partial(remote.open_blob, path, digest)
         open_from = functools.partial(LimitedBlob, open_rest, size or sys.maxsize)

@@ -25,8 +25,8 @@ import tinyreg
 from conftest import PATIENCE, TINYREG, Client, ask, free_port, get, open_url, run_tinyreg, until
 from samples import (EVIL, index, is_harmless, make_image, make_referrer, read_blob, to_manifest)
 from test_copy import make_multi
-from tinyreg import (ClientSetup, Digest, Directory, RegistryError, Remote, copy, find_login, mirror_files,
-                     copy_bytes)
+from tinyreg import (ClientSetup, Digest, Directory, RegistryError, Remote, copy, copy_bytes,
+                     find_login, mirror_files)
 
 DISTRIBUTION = shutil.which("docker-registry")
 needs_distribution = pytest.mark.skipif(not DISTRIBUTION, reason="docker-registry is not installed")
@@ -906,6 +906,21 @@ def test_a_registry_that_fails_is_not_taken_for_one_that_lacks_something(filled,
             remote.mount("other", image.blobs[0].digest, "demo")
             remote.put_manifest("demo", image, ["latest"])
     assert not proxy.asked("PUT", "") and not [path for path in proxy.asked("POST", "") if "mount=" not in path]
+
+
+@pytest.mark.parametrize("errors", [["text"], [[]], [5], [{}], {"code": "DENIED"}, [{"code": []}], [{"code": "DENIED"}],
+                                    [{"code": "NO_SUCH", "message": {"a": [1]}}], None])
+def test_an_error_whose_body_is_odd_is_an_error_like_others(start_proxy, errors):
+    body = json.dumps({"errors": errors}).encode()
+    proxy = start_proxy(None, lambda handler: handler.answer(400, {"Content-Type": "application/json"}, body))
+    with pytest.raises(RegistryError, match=re.escape(proxy.host) + " answered 400: "):
+        list(Remote(proxy.host).tags("demo"))
+
+
+def test_a_redirect_to_what_is_no_http_is_an_error_like_others(start_proxy, quick):
+    proxy = start_proxy(None, lambda handler: handler.answer(302, {"Location": "ftp://127.0.0.1:%d/x" % free_port()}))
+    with pytest.raises(RegistryError, match="can't reach " + proxy.host):
+        Remote(proxy.host).resolve("demo", "latest")
 
 
 def test_retries_end_and_so_does_a_long_retry_after(start_proxy, quick):
