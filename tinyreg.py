@@ -1176,13 +1176,14 @@ class Files:
         """Move a file or folder to the scratch folder; returns its path there. Raises OSError.
 
         That takes microseconds, however large it is, and no space on a full disk. The caller syncs
-        the folder it came from, and then calls dispose()."""
+        the folder it came from, and then calls
+        empty_trash()."""
         trash = self.scratch_path() + ".grave"
         os.rename(path, trash)
         return trash
 
     def empty_trash(self, trash: str) -> None:
-        """Delete what bury() moved; two processes may do so at once."""
+        """Delete what move_to_trash() moved; two processes may do so at once."""
         try:
             os.unlink(trash)
         except FileNotFoundError:
