@@ -221,6 +221,8 @@ TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 DIGEST = re.compile(r"(?:sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})")
 HOST = re.compile(r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
                   r"(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)*(?::[0-9]{1,5})?")
+SESSION_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+COUNT = re.compile(r"[0-9]{1,18}")
 ALGORITHMS = ("sha256", "sha512")
 
 logger = logging.getLogger("tinyreg")
@@ -440,18 +442,18 @@ def shorten(reference: str) -> str:
 
 # Names and references
 
-def _check(pattern: Union[str, Pattern], text: str, code: str, message: Optional[str] = None,
+def _check(pattern: Pattern, text: str, code: str, message: Optional[str] = None,
            status: Optional[int] = None) -> str:
     """The text, if all of it fits the pattern. Else raises the code; its detail is the begin of the
     text."""
-    if not re.fullmatch(pattern, text):
+    if not pattern.fullmatch(text):
         raise RegistryError(code, text[:MAX_NAME], message=message, status=status)
     return text
 
 
 def parse_algorithm(text: str) -> str:
     """Raises DIGEST_INVALID unless the algorithm is sha256 or sha512."""
-    return _check("|".join(ALGORITHMS), text, "DIGEST_INVALID",
+    return _check(re.compile("|".join(ALGORITHMS)), text, "DIGEST_INVALID",
                   "unsupported digest algorithm; use sha256 or sha512")
 
 
@@ -489,12 +491,12 @@ def parse_reference(text: str) -> Reference:
 
 def parse_session_id(text: str) -> str:
     """The UUID of an upload session; Distribution's are UUIDs too. Raises BLOB_UPLOAD_UNKNOWN."""
-    return _check(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", text, "BLOB_UPLOAD_UNKNOWN")
+    return _check(SESSION_ID, text, "BLOB_UPLOAD_UNKNOWN")
 
 
 def parse_count(text: str) -> int:
     """The `n` of a listing. Raises UNSUPPORTED with status 400."""
-    return int(_check(r"[0-9]{1,18}", text, "UNSUPPORTED", "n must be a whole number, 0 or more",
+    return int(_check(COUNT, text, "UNSUPPORTED", "n must be a whole number, 0 or more",
                       status=400))
 
 
