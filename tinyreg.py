@@ -7645,7 +7645,7 @@ def notify(registry: Registry, request: Request, response: Response, action: str
 # One request
 
 def find_route(request: Request) -> Optional[Route]:
-    """The route of a request, which gets it and its path_values; None for an unknown path.
+    """Set the route and the path_values of a request. Returns the route, None for an unknown path.
 
     Raises UNSUPPORTED if the path has no such method, and what PARSERS raise."""
     for pattern, routes in ROUTES:
@@ -7661,7 +7661,7 @@ def find_route(request: Request) -> Optional[Route]:
     return None
 
 
-def find_stored_name(registry: Registry, access: Access, request: Request, name: str) -> str:
+def choose_repository(registry: Registry, access: Access, request: Request, name: str) -> str:
     """The repository that a read of this name means: of those in names_to_try() that the client may
     pull, the first that exists. A tag that this one lacks is not looked for under other names.
 
@@ -7688,7 +7688,7 @@ def handle(registry: Registry, access: Access, request: Request) -> Response:
     values = request.path_values
     name = values.get("name")
     if route.action == "pull" and name:
-        values["name"] = find_stored_name(registry, access, request, name)
+        values["name"] = choose_repository(registry, access, request, name)
     else:
         access.check(request, route.action, name)
     response = route.handler(registry, access, request, **values)
