@@ -1178,8 +1178,7 @@ class Files:
         """Move a file or folder to the scratch folder; returns its path there. Raises OSError.
 
         That takes microseconds, however large it is, and no space on a full disk. The caller syncs
-        the folder it came from, and then calls
-        empty_trash()."""
+        the folder it came from, and then calls empty_trash()."""
         trash = self.scratch_path() + ".grave"
         os.rename(path, trash)
         return trash
@@ -3023,8 +3022,10 @@ class Collection(Sweep):
 
     def _mark(self, name: str, nodes: Dict[int, Node], tags: Dict[str, Digest]
               ) -> Tuple[Set[int], List[str]]:
-        """The keys of the manifests that stay, and of all that they mention; and the tags that
-        go."""
+        """The keys of the manifests that stay, and of all that they mention; and the tags that go.
+
+        What stays are the manifests that tags and pins lead to, and those that are young; without
+        `untagged` also all that no expired tag has led to."""
         expired: Set[str] = set()
         attached: Set[str] = set()  # tags that are about a manifest, and go with it
         if self.expiry.applies_to(name):

@@ -481,6 +481,15 @@ def test_signatures_are_no_tags_and_go_with_what_they_sign(aged):
     assert has_data(aged, b"alone")
 
 
+def test_a_signature_goes_with_an_untagged_manifest_also_where_no_tag_expires(aged):
+    untagged = make_image(aged, "app", None, layers=(b"untagged",))
+    make_image(aged, "app", "sha256-%s.sig" % untagged.digest.encoded, layers=(b"signed",))
+    make_old(aged)
+    gc(aged, keep=99, untagged=True)
+    assert list(aged.tags("app")) == list("12345")
+    assert not has_data(aged, b"untagged") and not has_data(aged, b"signed")
+
+
 def test_an_expired_tag_takes_along_neither_subject_nor_base_image(aged):
     """Both were pushed by their digest, on purpose: they stay as long as nobody says --untagged."""
     subject, base = [make_image(aged, "app", None, layers=(layer,)) for layer in (b"subject", b"base")]
