@@ -3426,8 +3426,8 @@ class Member(NamedTuple):
 
 
 class JoinedBlob(Blob):
-    """A blob that was cut into ranges, which are members. A member is only open while it is read,
-    so a blob in a thousand ranges takes one descriptor."""
+    """A blob that was cut into ranges. Each range is a member, and only open while it is read. So
+    a blob in a thousand ranges takes one descriptor."""
 
     def __init__(self, members: Sequence[Member], offset: int = 0,
                  length: Optional[int] = None) -> None:
@@ -3466,7 +3466,7 @@ def read_digest(member: Union[Member, JoinedBlob], algorithm: str = "sha256") ->
 # Reading tars
 
 class TarEntry(NamedTuple):
-    """What the header of a member says."""
+    """What the headers of a member say."""
 
     name: bytes
     kind: bytes
@@ -3476,7 +3476,7 @@ class TarEntry(NamedTuple):
 
 
 def parse_tar_number(field: bytes) -> int:
-    """Octal digits, or GNU's base 256 for a number that is too large for them; -1 for neither."""
+    """A number in octal digits, or in base 256, as GNU writes large ones; -1 for neither."""
     if field[0] & 0x80:
         return int.from_bytes(field, "big") - (0x80 << 8 * (len(field) - 1))
     digits = field.strip(b" \0")
@@ -3489,7 +3489,7 @@ def tar_text(field: bytes) -> bytes:
 
 
 def padded(length: int) -> int:
-    """The bytes that a content takes in a tar."""
+    """The bytes that so many bytes take in a tar."""
     return -(-length // BLOCK) * BLOCK
 
 
@@ -3547,8 +3547,8 @@ def iter_tar(tar: BinaryIO) -> Iterator[TarEntry]:
     """Yield the files and links of a tar in its order, by seeking from header to header.
 
     Reads old, GNU and pax tars. Raises ValueError for what is no tar, is damaged or cut off, or has
-    a sparse file or a device. The standard library's tarfile skips a damaged header in silence, and
-    what was behind it would just be missing."""
+    a sparse file or a device. The standard library's tarfile is not used, because it skips a
+    damaged header in silence: what follows would just be missing."""
     size, offset = os.fstat(tar.fileno()).st_size, 0
     texts: Dict[bytes, bytes] = {}
     while True:
@@ -3582,9 +3582,9 @@ def inner_path(name: bytes) -> str:
 
 
 def read_tar(path: str, tar: BinaryIO, members: Dict[str, Member]) -> None:
-    """Add the files of a tar to `members`, by name, also under the names of links to them.
+    """Add the files of a tar to `members`, by their names and by those of links to them.
 
-    Raises ValueError; `members` then has the files before the damage."""
+    If it raises ValueError, `members` has the files before the damage."""
     links: Dict[str, str] = {}
     for entry in iter_tar(tar):
         name, member = inner_path(entry.name), Member(path, tar, entry.offset, entry.length)
@@ -3623,9 +3623,8 @@ def find_compression(start: bytes) -> Optional[str]:
 
 
 def unpack(read: Callable[[int], bytes], scratch: str) -> BinaryIO:
-    """All that a stream's `read` gives, in a nameless file, where it can be read in any order.
-
-    Raises OSError, and ValueError if it is damaged or too large for the disk."""
+    """A nameless file with all that a stream's `read` gives; unlike a stream, a file can be read
+    in any order. Raises OSError, and ValueError if the stream is damaged or too large."""
     file = tempfile.TemporaryFile(dir=scratch)
     try:
         for block in iter(functools.partial(read, SPOOL_BLOCK), b""):
@@ -3672,7 +3671,7 @@ def parse_own_image(text: str) -> Tuple[str, str]:
 
 
 def parse_docker_image(text: str) -> Tuple[str, str]:
-    """The repository here, and the tag or digest, of an image as docker writes it, so without the
+    """The repository here, and the tag or digest, of an image as docker writes it: without the
     host if that is docker.io. Raises NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID."""
     image = parse_image(text)
     return image.stored_name, image.reference
@@ -3690,9 +3689,9 @@ def folder_image(folder: str, default: str) -> Tuple[str, str]:
 
 
 def find_entry_name(annotations: Dict[str, Any], default: str) -> Optional[Tuple[str, str]]:
-    """The repository, and the tag or digest, that an entry of index.json names, if it names one.
-
-    The keys: tinyreg's own; that of containerd and docker; the OCI's, which may be only a tag."""
+    """The repository, and the tag or digest, that an entry of index.json names; None if it names
+    none. Of the keys, OWN_NAME counts before containerd's, and that before the OCI's, which may
+    be only a tag."""
     for key in OWN_NAME, IMAGE_NAME, REF_NAME:
         text = annotations.get(key)
         if isinstance(text, str):
@@ -3813,14 +3812,14 @@ def find_tops(members: Dict[str, Member]) -> List[str]:
 class Contents:
     """What tars and directories contain, read by their formats.
 
-    These are: an OCI image layout, as docker, containerd, podman, skopeo and cosign write it; what
-    docker save wrote before version 25; a directory of skopeo; the tree of a registry, ours too."""
+    The formats: the OCI image layout, which docker, containerd, podman, skopeo and cosign write;
+    that of docker save before version 25; skopeo's directories; the tree of a registry."""
 
     def __init__(self) -> None:
         self.blobs: Dict[Digest, Member] = {}
         self.made: Dict[Digest, bytes] = {}            # manifests that docker save left out
         self.names: Dict[str, Dict[str, Digest]] = {}  # by repository, then by tag or digest
-        self.unnamed: Set[Tuple[str, Digest]] = set()  # in a registry, without a tag or a pin
+        self.unnamed: Set[Tuple[str, Digest]] = set()  # in a registry's tree, without tag or pin
         self.loose: Dict[str, Set[Digest]] = {}        # referrers without a name, by subject
         self.parts = Parts()
         # Several layers may be links to one file.
@@ -3863,8 +3862,8 @@ class Contents:
             self._add_tree(members)
 
     def _add_name(self, name: str, reference: str, digest: Digest) -> None:
-        """Give a manifest a tag, or only its digest. Of two that have one tag, the later counts, as
-        in a registry."""
+        """Note the tag or digest by which a manifest is known. If two manifests have one tag, the
+        later one gets it, as in a registry."""
         if isinstance(reference, Digest):
             reference = reference.tag or digest
         known = self.names.setdefault(name, {}).get(reference, digest)
@@ -3883,7 +3882,7 @@ class Contents:
         for entry in entries:
             media_type, digest = parse_descriptor(entry)[:2]
             if media_type and media_type not in MANIFEST_TYPES:
-                continue  # image-spec of types that a program doesn't know: it "MUST ignore" them
+                continue  # image-spec: a program "MUST ignore" types that it doesn't know
             annotations = expect(dict, entry.get("annotations") or {})
             name = find_entry_name(annotations, default)
             suffix = COSIGN_KINDS.get(str(annotations.get("kind")))
@@ -3942,8 +3941,8 @@ class Contents:
         """The descriptor of a layer of docker save; the layer is added to the blobs.
 
         Most layers are named by their digest. For others that are not compressed, the image's
-        config has it (`diff_id`). So most layers are not read, and a digest that lies shows only
-        when the layer is copied."""
+        config has the digest (`diff_id`). So most layers are not read now. Whether their digests
+        are right shows when they are copied."""
         with member.open() as blob:
             packed = find_compression(blob.read(8))
         digest = find_digest_in(name)
@@ -3989,7 +3988,7 @@ class Reach(NamedTuple):
 
 @contextlib.contextmanager
 def unsupported_unless_valid(path: str) -> Iterator[None]:
-    """What is found to be wrong is raised as UNSUPPORTED; the message starts with the path."""
+    """Whatever is wrong with an archive is raised as UNSUPPORTED, with its path."""
     try:
         yield
     except (ValueError, Invalid) as error:
@@ -4158,7 +4157,7 @@ class Archive(Registry):
         tag elsewhere in the repository."""
         for name, references in sorted(self.names.items()):
             tagged = {digest for reference, digest in references.items() if reference != digest}
-            shown = tagged | self._reach_of(name).inner  # by their tags, or by another manifest
+            shown = tagged | self._reach_of(name).inner  # under a tag, or with another image
             for reference, digest in sorted(references.items()):
                 if reference != digest or digest not in shown:
                     yield name, reference, digest
@@ -4195,8 +4194,8 @@ def check_hash(hasher: Any, digest: Digest) -> None:
 
 
 def tar_header(name: str, length: int, kind: bytes = b"0") -> bytes:
-    """The header of a member, as GNU's tar writes it, but without time and owner. The tarfile of
-    different versions of Python writes different ones."""
+    """The header of a member, as GNU's tar writes it, but without time and owner. The standard
+    library's tarfile is not used, because its headers depend on the version of Python."""
     encoded, before = name.encode("ascii"), b""
     if len(encoded) > 100:
         before = (tar_header("././@LongLink", len(encoded) + 1, b"L")
@@ -4214,8 +4213,8 @@ def tar_member(name: str, content: bytes) -> bytes:
 
 
 def find_subject(manifest: Manifest, reference: str) -> Optional[str]:
-    """The digest of the manifest that this one is about; cosign says it in the tag. (A tag is too
-    short for a sha512.)"""
+    """The digest of the manifest that this one is about. cosign has it in the tag, which is too
+    short for a sha512."""
     match = FALLBACK_TAG.fullmatch(reference)
     if manifest.subject or not match or match.group(1) != "sha256":
         return manifest.subject
@@ -4281,9 +4280,9 @@ class ArchiveWriter(Registry):
     def _index_entry(self, name: str, reference: str, digest: Digest) -> Dict[str, Any]:
         """The entry of index.json for an image.
 
-        containerd and docker make no image of an entry with SUBJECT. But older ones try to unpack
-        it if it has one of their names, and fail. So cosign's signatures have only our name, which
-        tells their tag."""
+        containerd and docker make no image of an entry with SUBJECT. But older versions try to
+        unpack it if it has IMAGE_NAME or REF_NAME, and fail. So a signature of cosign's has only
+        OWN_NAME, from which load knows its tag."""
         manifest, annotations = self.manifest_by_digest[digest], {}
         subject = find_subject(manifest, reference)
         if subject:
@@ -4310,7 +4309,7 @@ class ArchiveWriter(Registry):
         images: Dict[Digest, Dict[str, Any]] = {}
         present = set(self.manifest_by_digest).union(digests)
         for name, reference, digest in sorted(self.images):
-            # Of an index, the first image that can run.
+            # The image itself; of an index, the first image in it that can run.
             reachable = walk([digest], self.manifest_by_digest.get, child_digests)
             image = next(filter(is_runnable, reachable), None)
             if (image and not isinstance(reference, Digest)
@@ -4429,7 +4428,7 @@ class ArchiveWriter(Registry):
         take(TAR_END)
 
     def _save_file(self, path: str, digests: Sequence[Digest]) -> str:
-        """Write a file, beside its name until it is safe on the disk; returns its sha256."""
+        """Write a file; returns its sha256. It gets its name when it is safe on the disk."""
         hasher, temporary = hashlib.sha256(), "%s.%s.part" % (path, uuid.uuid4().hex[:8])
 
         def take(content: bytes) -> None:
