@@ -4459,8 +4459,8 @@ class ArchiveWriter(Registry):
 #
 # The client side of the protocol: another registry over HTTP, with its logins, redirects, retries,
 # and transfers that go on where they were cut. What goes wrong becomes a RegistryError whose one
-# line says what to do. PullThrough puts a store in front of other registries. This room has no
-# sockets of a server; which images are copied, and in which order, is the next room's.
+# line says what to do. PullThrough puts a store in front of other registries. This room opens no
+# server sockets. The next room decides which images are copied, and in which order.
 # -------------------------------------------------------------------------------------------------
 
 ACCEPT = {"Accept": ", ".join(MANIFEST_TYPES)}
@@ -4521,6 +4521,7 @@ class Login(NamedTuple):
 
     @property
     def authorization(self) -> str:
+        """The Authorization header with user and secret."""
         return basic_authorization(self.user, self.secret)
 
 
@@ -4740,6 +4741,7 @@ class ConnectionPool:
 
     @staticmethod
     def _open_tunnel(proxy: str, scheme: str, netloc: str) -> ClientConnection:
+        """A new connection through a proxy. Raises ProxyError."""
         via = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
         user, secret = (urllib.parse.unquote(part or "") for part in (via.username, via.password))
         address = via.netloc.rpartition("@")[2]
@@ -4931,7 +4933,8 @@ def parse_challenges(header: str) -> Challenges:
 
 
 class Token(NamedTuple):
-    """An Authorization header, when it ends (monotonic), and the challenges that it answers."""
+    """An Authorization header, when it has to be renewed (in time.monotonic()), and the challenges
+    that it answers."""
 
     header: str
     ends: float
@@ -5250,9 +5253,9 @@ class Remote(Registry):
         return [parse_descriptor(entry).digest for entry in self._tagged_referrers(name, subject)]
 
     def _tagged_referrers(self, name: str, subject: Digest) -> List[Any]:
-        """The entries of the index that lists the referrers of a manifest where no API does
-        (distribution-spec, "Referrers Tag Schema")."""
-        with contextlib.suppress(Unknown):  # a manifest without referrers
+        """The entries of the index that lists the referrers of a manifest where there is no API for
+        them (distribution-spec, "Referrers Tag Schema")."""
+        with contextlib.suppress(Unknown):  # then the manifest has no referrers
             digest = self.resolve(name, fallback_tag(subject))
             return self.manifest(name, digest).document.get("manifests") or []
         return []
@@ -5260,7 +5263,7 @@ class Remote(Registry):
     # Writing
 
     def _find_target_size(self, name: str, digest: Digest) -> Optional[int]:
-        """As find_size(); and remember for mount() that the repository has the blob."""
+        """What find_size() returns. Remembers for mount() that the repository has the blob."""
         size = self.find_size(name, digest)
         if size is not None:
             self.known_in[digest] = name
@@ -5306,7 +5309,7 @@ class Remote(Registry):
     def _is_at(self, name: str, reference: str, digest: Digest) -> bool:
         """Whether a reference means this manifest already."""
         with contextlib.suppress(*REFUSALS):
-            # It is not there; or we may push it, but not read it.
+            # There is no such manifest; or we may push here, but not read.
             return self.resolve(name, reference) == digest
         return False
 
@@ -5460,8 +5463,8 @@ class PullThrough(Wrapper):
         self.store = store
         self.upstreams = upstreams
         self.ttl = ttl
-        self.ask_again: Dict[Remote, float] = {}  # when to try one that is away
-        self.downloads: Dict[Tuple[str, Digest], threading.Event] = {}  # that have not ended
+        self.ask_again: Dict[Remote, float] = {}  # when, in time.monotonic(), if one is away
+        self.downloads: Dict[Tuple[str, Digest], threading.Event] = {}  # under way, by blob
         self.mutex = threading.Lock()  # of the downloads
 
     def _find_upstream(self, name: str) -> Tuple[Optional[Remote], str]:
@@ -5556,7 +5559,7 @@ class PullThrough(Wrapper):
 
     def _begin_download(self, name: str, digest: Digest, size: int) -> threading.Event:
         """Let a blob of this size (0: unknown) come into the store, unless it is on its way.
-        Returns an Event that is set when that has ended, with the blob or without."""
+        Returns an Event that is set when the download has ended, well or not."""
         with self.mutex:
             ended = self.downloads.get((name, digest))
             if ended is None:
