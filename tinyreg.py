@@ -123,7 +123,7 @@ import uuid
 import zlib
 from typing import (
     Any, BinaryIO, Callable, ContextManager, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
-    NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
+    Match, NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
 )
 
 __version__ = "0.1"
@@ -183,8 +183,10 @@ CLIENT_LEFT = 499            # status in logs if the client did not wait for one
 
 # Connections
 TICK = 5.0                   # seconds between two checks of a waiting connection's time limits
-MAX_CONNECTIONS = 256        # per client and worker, so that one laptop can't starve a room; not
-MAX_UPLOADS = 1000           # for this machine, where a proxy may run. As many upload sessions
+# No client has more in one worker, so that one laptop can't starve a room; but this machine has
+# no such limit, because a proxy may run on it.
+MAX_CONNECTIONS = 256
+MAX_UPLOADS = 1000           # upload sessions
 MAX_ALL_CONNECTIONS = 4096   # per worker, as each has a thread; fewer if few files may be open
 SPARE_THREADS = 16           # threads per listening socket that wait; others end after their work
 IDLE_LIMIT = 60.0            # seconds that a kept connection may wait for its next request
