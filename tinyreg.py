@@ -185,7 +185,7 @@ CLIENT_LEFT = 499            # status in logs if the client did not wait for one
 TICK = 5.0                   # seconds between two checks of a waiting connection's time limits
 # No client has more in one worker, so that one laptop can't starve a room; but this machine has
 # no such limit, because a proxy may run on it.
-MAX_CONNECTIONS = 256
+MAX_CONNECTIONS = 256        # connections
 MAX_UPLOADS = 1000           # upload sessions
 MAX_ALL_CONNECTIONS = 4096   # per worker, as each has a thread; fewer if few files may be open
 SPARE_THREADS = 16           # threads per listening socket that wait; others end after their work
