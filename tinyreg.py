@@ -3016,8 +3016,9 @@ class Collection(Sweep):
         If only expired tags point to a manifest, and a client was just told of it, the tags stay
         with it: without them no later run would know that it was to go."""
         moved = {tag: self.store.pushed(name, tag) for tag in tags}
-        latest = min(self.young_since, self.now - (self.expiry.older_than or 0.0))
-        expired = self.expiry.choose(moved, latest)
+        due = self.expiry.choose(moved, self.now - (self.expiry.older_than or 0.0))
+        expired = {tag for tag in due if moved[tag] < self.young_since}
+        self.has_spared = self.has_spared or expired != due
         kept = {tags[tag] for tag in tags.keys() - expired}
         return {tag for tag in expired if tags[tag] in kept
                 or not self.is_young(self.layout.revision_path(name, tags[tag]))}
@@ -5365,10 +5366,12 @@ class RemoteUpload:
         if not self.location:
             return False
         reply = self._request("GET", self.location, range(600))
+        if reply.status not in (200, 204):
+            return False
         match = re.fullmatch("(?:bytes=)?0-([0-9]{1,18})", reply.header("Range"))
         if match and match.group(1) != "0":
             self.offset = int(match.group(1)) + 1
-        return reply.status in (200, 204)
+        return True
 
     def _append(self, blob: Blob) -> None:
         """Send the rest of the blob in chunks; a single chunk goes without a range, as docker sends
@@ -5506,9 +5509,9 @@ class PullThrough(Wrapper):
 
     def resolve(self, name: str, tag: str) -> Digest:
         # A tag's link is written again each time the tag proves right: that is when it was last
-        # compared. A time in the future comes from a wrong clock, and counts as long ago.
-        age = time.time() - self.store.pushed(name, tag)
-        if -CLOCK_SLACK <= age < self.ttl:
+        # compared (0.0: never). A time in the future, from a wrong clock, counts as long ago.
+        compared = self.store.pushed(name, tag)
+        if compared and -CLOCK_SLACK <= time.time() - compared < self.ttl:
             return self.store.resolve(name, tag)
         with contextlib.suppress(Unknown, Unavailable):
             # The upstream is away, or has lost the manifest: the tag here still counts.
@@ -5542,6 +5545,9 @@ class PullThrough(Wrapper):
             with contextlib.suppress(Unknown, Unavailable):  # the others still count
                 self.manifest(name, digest)  # which fetches and keeps it
         return self.store.referrers(name, subject, last)
+
+    # The store's own would list only those that are here.
+    referrer_digests = Reader.referrer_digests
 
     def open_blob(self, name: str, digest: Digest, offset: int = 0) -> Blob:
         try:

@@ -533,6 +533,16 @@ def test_what_a_client_was_just_told_of_stays_with_its_tag(aged):
     assert list(aged.tags("app")) == ["1", "2", "4"] and has_blob(aged, "app", b"layer 4")
 
 
+@pytest.mark.parametrize("keep", [1, 4])
+def test_what_tags_hold_only_because_they_are_young_is_said_to_wait(aged, keep):
+    """In `app` only 5 is older than the grace period; 2, 3 and 4 would go with it."""
+    collection = collect(aged, keep=keep, grace=4.5 * HOUR)
+    assert list(aged.tags("app")) == list("1234") and has_blob(aged, "app", b"layer 4")
+    waiting, until_then = collection.waiting_bytes()
+    assert (waiting > len(b"layer 2layer 3layer 4")) is (keep == 1)
+    assert (until_then > time.time()) is (keep == 1)
+
+
 def test_no_tag_expires_where_a_manifest_is_damaged(aged):
     with open(aged.layout.blob_path(aged.resolve("app", "5")), "w"):
         pass

@@ -307,6 +307,26 @@ def test_an_upload_that_is_cut_goes_on_where_the_other_side_is(store, server, st
     assert holdings(Remote(server.host), "demo") == holdings(store, "demo")
 
 
+def test_an_upload_that_is_refused_after_a_cut_begins_anew_whatever_the_refusal_says_of_it(
+        store, server, start_proxy, monkeypatch, quick):
+    monkeypatch.setattr(tinyreg, "UPLOAD_CHUNK", 1 << 20)
+    make_image(store, "demo", layers=(os.urandom(3 << 20),))
+    cuts = []
+
+    def spoil(handler):
+        if handler.command == "PATCH" and handler.headers.get("Content-Range", "").startswith("1048576-") and not cuts:
+            cuts.append(1)
+            return handler.cut()
+        if handler.command == "GET" and "/uploads/" in handler.path:
+            return handler.answer(404, {"Range": "0-1048575"})
+
+    proxy = start_proxy(server.host, spoil)
+    copy(store, Remote(proxy.host), "demo", "latest")
+    chunks = [headers["content-range"] for _, _, headers in proxy.seen if "content-range" in headers]
+    assert cuts and chunks.count("0-1048575") == 2
+    assert holdings(Remote(server.host), "demo") == holdings(store, "demo")
+
+
 @needs_distribution
 def test_an_upload_that_distribution_forgets_after_a_cut_begins_anew(store, distribution, start_proxy, quick):
     make_image(store, "demo", layers=(os.urandom(3 << 20),))
@@ -1345,6 +1365,21 @@ def test_pull_through_fetches_once_and_serves_when_the_upstream_is_away(mirror, 
     proxy.server_close()
     assert Remote(front.host).resolve("docker.io/library/demo", "latest") == changed.digest
     assert front.ask("GET", "/v2/docker.io/library/demo/manifests/other").status == 404
+
+
+def test_an_archive_of_what_an_upstream_has_contains_the_signatures_that_it_has(mirror, filled):
+    front, proxy = mirror
+    note = make_referrer(filled, "demo", filled.manifest("demo", filled.resolve("demo", "latest")))
+    copy(filled, Remote(proxy.host), "demo", "latest", "library/demo")
+    answer = front.ask("GET", "/archive/docker.io/library/demo:latest.tar")
+    assert (answer.status, note.content in answer.body) == (200, True)
+
+
+def test_a_clock_that_begins_in_1970_hides_no_tag_of_an_upstream(filled, server, back, monkeypatch):
+    upstreams = {"far": tinyreg.Upstream(Remote(server.host), "")}
+    monkeypatch.setattr(tinyreg.time, "time", lambda: 60.0)
+    front = tinyreg.PullThrough(back, upstreams)
+    assert front.resolve("far/demo", "latest") == filled.resolve("demo", "latest")
 
 
 def test_an_upstream_is_not_asked_for_a_tag_that_our_own_repository_lacks(mirror, filled):
