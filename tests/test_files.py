@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -11,7 +12,9 @@ import threading
 import pytest
 
 from conftest import PATIENCE, TINYREG, until
-from tinyreg import Files, SharedLock, alone, is_at, list_directory, make_directories, read_file
+from tinyreg import (
+    Files, SharedLock, alone, is_at, list_directory, make_directories, read_file, sync_directory,
+)
 
 
 @pytest.fixture
@@ -219,6 +222,34 @@ def test_order_of_a_removal(files, tmp_path, monkeypatch):
 
 
 # Folders, removal, reading
+
+@pytest.mark.parametrize("refusal, calls", [(None, ["full"]), (errno.ENOTSUP, ["full", "fsync"])])
+def test_macos_is_asked_to_empty_the_cache_of_the_drive(tmp_path, monkeypatch, refusal, calls):
+    """fsync leaves the bytes in it; a network's file system knows nothing else."""
+    made = []
+
+    def full_sync(descriptor, command):
+        assert command == 51
+        made.append("full")
+        if refusal:
+            raise OSError(refusal, "not supported")
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", full_sync)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: made.append("fsync"))
+    sync_directory(str(tmp_path))
+    assert made == calls
+
+
+def test_an_error_of_the_drive_s_cache_is_an_error(tmp_path, monkeypatch):
+    def fail(descriptor, command):
+        raise OSError(errno.EIO, "the disk failed")
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", fail)
+    with pytest.raises(OSError, match="the disk failed"):
+        sync_directory(str(tmp_path))
+
 
 def test_make_directories(tmp_path):
     for _ in range(2):
