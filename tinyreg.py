@@ -4900,8 +4900,9 @@ class HttpClient:
         if reply.status in (401, 403):
             login = find_login(self.host, re.split("[:@]", image)[0])
             return login_error(self.host, login, reply.status)
-        code = {404: "NAME_UNKNOWN", 408: "UNAVAILABLE", 429: "TOOMANYREQUESTS"}.get(
-            reply.status, "UNSUPPORTED" if reply.status < 500 else "UNKNOWN")
+        code = {404: "NAME_UNKNOWN", 408: "UNAVAILABLE", 429: "TOOMANYREQUESTS",
+                501: "UNSUPPORTED"}.get(  # 501: "Not Implemented"
+                    reply.status, "UNSUPPORTED" if reply.status < 500 else "UNKNOWN")
         message = reply.reason
         with contextlib.suppress(ValueError, LookupError, TypeError):
             # Many registries answer in HTML, and none says why in the answer to a HEAD.

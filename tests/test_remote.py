@@ -380,6 +380,14 @@ def test_a_mount_that_is_refused_becomes_an_upload(store, server, start_proxy):
     assert holdings(Remote(server.host), "two") == holdings(store, "demo")
 
 
+def test_a_registry_that_knows_no_head_of_manifests_takes_images(store, server, start_proxy):
+    make_image(store, "demo")
+    proxy = start_proxy(server.host, lambda handler: handler.command == "HEAD" and "/manifests/" in handler.path
+                        and handler.answer(501) or None)
+    copy(store, Remote(proxy.host), "demo", "latest")
+    assert holdings(Remote(server.host), "demo") == holdings(store, "demo")
+
+
 def test_a_blob_that_can_not_be_read_here_is_no_failure_of_the_other_side(store, server, monkeypatch):
     make_image(store, "demo")
 
@@ -417,7 +425,7 @@ def test_an_index_without_all_its_children_is_refused_with_what_to_do(store, dis
         copy(store, Remote(distribution), "demo", "latest", platforms=["linux/amd64"])
 
 
-@pytest.mark.parametrize("status", [200, 400, 403, 406])
+@pytest.mark.parametrize("status", [200, 400, 403, 406, 501])
 def test_a_registry_that_knows_no_referrers_may_say_so_as_it_likes(store, server, start_proxy, status):
     manifest = make_image(store, "demo")
     note = make_referrer(store, "demo", manifest)
