@@ -4339,9 +4339,13 @@ class ArchiveWriter(Registry):
                 entry["RepoTags"].append(image_text(full_name(name), reference))
         return list(images.values())
 
+    def _is_split(self) -> bool:
+        """Whether there are parts. All ranges of a blob may be the same, and so in one file."""
+        return len(self.files) > 1 or bool(self.joined)
+
     def _make_table(self) -> bytes:
         """The content of PARTS: see Parts."""
-        parts = self.files if len(self.files) > 1 else []
+        parts = self.files if self._is_split() else []
         return to_json({"files": [os.path.basename(part.path) for part in parts],
                         "joined": self.joined, "holds": [part.digests for part in parts],
                         "left_out": sorted(self.left_out)})
@@ -4357,7 +4361,7 @@ class ArchiveWriter(Registry):
             yield "manifest.json", to_json(images)
         for digest, manifest in sorted(self.manifest_by_digest.items()):
             yield blob_name(digest), manifest.content
-        if self.left_out or len(self.files) > 1:
+        if self.left_out or self._is_split():
             yield PARTS, self._make_table()
 
     # What goes into which file
@@ -7604,8 +7608,8 @@ def describe_target(registry: Registry, request: Request, action: str,
     kind = "manifests" if "reference" in request.path_values else "blobs"
     media_type, size = "", 0
     if action != "delete":
-        # It may have been deleted since.
-        with contextlib.suppress(Unknown):
+        # It may have been deleted since, or its upstream be away: no reason to fail a pull.
+        with contextlib.suppress(Unknown, Unavailable):
             if kind == "manifests":
                 manifest = registry.manifest(name, Digest(digest))
                 media_type, size = manifest.media_type, len(manifest.content)

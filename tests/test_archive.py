@@ -19,10 +19,10 @@ import pytest
 
 import tinyreg
 from conftest import TINYREG, found_pythons, run_tinyreg, until
-from samples import (CONFIG, EVIL, image, index, is_harmless, make_image, make_referrer, push_blob,
-                     read_blob, to_manifest)
-from tinyreg import (OWN_NAME, PARTS, SUBJECT, Archive, Digest, Directory, RegistryError, iter_tar,
-                     tar_header)
+from samples import (CONFIG, EVIL, descriptor, image, index, is_harmless, make_image, make_referrer,
+                     push_blob, read_blob, to_manifest)
+from tinyreg import (OCI_ARTIFACT, OWN_NAME, PARTS, SUBJECT, Archive, ArchiveWriter, Digest,
+                     Directory, RegistryError, copy, iter_tar, tar_header)
 
 NAME = "docker.io/library/demo"
 RANDOM = random.Random(7)
@@ -417,6 +417,22 @@ def test_parts_cannot_come_one_by_one_into_another_registry_and_load_says_so(par
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "load all at once" in done.stderr
     done = run_tinyreg("load", *parts + there)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_blob_whose_ranges_are_all_the_same_is_joined_again(store, far, load, tmp_path):
+    digest = push_blob(store, NAME, bytes(4 << 20))
+    artifact = {"schemaVersion": 2, "mediaType": OCI_ARTIFACT, "artifactType": "x/zeros",
+                "blobs": [descriptor(bytes(4 << 20))]}
+    store.put_manifest(NAME, to_manifest(artifact), ["1"])
+    limit, length = 2 << 20, 0
+    while length != 1 << 20:  # until the ranges have a length of which the blob is a multiple
+        limit += (1 << 20) - length if length else 0
+        writer = ArchiveWriter()
+        copy(store, writer, NAME, "1")
+        writer.plan(str(tmp_path / "zeros.tar"), None, limit)
+        length = writer.blobs[writer.joined[digest][0]].length
+    assert len(set(writer.joined[digest])) == len(writer.save()) == 1
+    assert load(writer.files[0].path).returncode == 0 and same(store, far)
 
 
 def test_a_part_lists_for_docker_only_images_that_are_whole_in_it(store, parts, save, tmp_path):

@@ -12,7 +12,7 @@ import threading
 
 import pytest
 from conftest import PATIENCE, run_tinyreg, until
-from samples import CONFIG, image
+from samples import CONFIG, image, push_blob
 
 import tinyreg
 from tinyreg import OCI_MANIFEST, CommandError, Digest, Endpoint, EventQueue, Metrics
@@ -226,6 +226,30 @@ def test_a_push_whose_event_can_not_be_queued_is_not_acknowledged(start_server, 
     os.rename(str(queue) + ".away", str(queue))
     assert server.ask("PUT", "/v2/lab/app/manifests/v2", manifest).status == 201
     until(lambda: "v2" in hook.tags())
+
+
+def test_an_upstream_that_goes_away_before_its_pull_is_told_of_fails_no_pull(store):
+    class Leaving(tinyreg.Wrapper):
+        """A registry that opens one blob, and is away from then on."""
+
+        opened = 0
+
+        def open_blob(self, name, digest, offset=0):
+            self.opened += 1
+            if self.opened > 1:
+                raise tinyreg.RegistryError("UNAVAILABLE")
+            return self.inner.open_blob(name, digest, offset)
+
+    digest = push_blob(store, "lab/app", b"layer one")
+    endpoint = Endpoint("http://127.0.0.1:1/#actions=pull")
+    request = tinyreg.Request("GET", "/v2/lab/app/blobs/" + digest)
+    request.observation = tinyreg.Observation(store.layout.own, "off", {}, [endpoint])
+    response = tinyreg.dispatch(Leaving(store), tinyreg.Access("pull"), request)
+    assert response.status == 200
+    with response.body as blob:
+        assert blob.read() == b"layer one"
+    (queue,) = request.observation.queues
+    assert len(queue.numbers()) == 1
 
 
 @pytest.mark.parametrize("text", ["ftp://x/", "hook", "http:///x", "http://x/#actions=shout", "http://x/#colour=red",
