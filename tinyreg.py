@@ -12,6 +12,7 @@ It needs Python 3.6 or newer and nothing else, and runs on Linux, macOS and the 
                                                 containerd, podman, k3s
     python3 tinyreg.py pull IMAGE               copy an image from its registry into the store
     python3 tinyreg.py push IMAGE --to HOST     copy it to another registry
+    python3 tinyreg.py login HOST               keep the password for it
     python3 tinyreg.py save IMAGE -o FILE       write images into an archive
     python3 tinyreg.py load FILE                put the images of an archive into the store
     python3 tinyreg.py ls                       list what is in the store
@@ -4566,6 +4567,11 @@ def login_key(key: str) -> str:
     return canonical_host(url.partition("/")[0] if scheme else re.sub("/v[12]/?$", "", key))
 
 
+def server_key(host: str) -> str:
+    """The key under which docker writes the login of a host, and asks a helper for it."""
+    return "https://index.docker.io/v1/" if host == "docker.io" else host
+
+
 def parse_login(entry: Dict[str, Any], file: str) -> Optional[Login]:
     """The Login in one entry of a file; None where it is empty, as docker leaves it if a helper has
     the login. Raises ValueError."""
@@ -4577,11 +4583,11 @@ def parse_login(entry: Dict[str, Any], file: str) -> Optional[Login]:
 def ask_helper(helper: str, host: str) -> Optional[Login]:
     """The Login that a credential helper of docker has for a host. None also if the helper fails or
     is not installed: another file may have a login."""
-    server = "https://index.docker.io/v1/" if host == "docker.io" else host
     program = "docker-credential-" + helper
     try:
-        done = subprocess.run([program, "get"], input=server.encode(), stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, timeout=REMOTE_TIMEOUT, check=True)
+        done = subprocess.run([program, "get"], input=server_key(host).encode(),
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              timeout=REMOTE_TIMEOUT, check=True)
         answer = load_json(done.stdout)
         user, secret = answer["Username"], answer["Secret"]
     except (OSError, ValueError, KeyError, subprocess.SubprocessError):
@@ -4589,15 +4595,21 @@ def ask_helper(helper: str, host: str) -> Optional[Login]:
     return Login(user, secret, secret if user == "<token>" else None, program)
 
 
+def helper_for(document: Dict[str, Any], host: str) -> str:
+    """The credential helper that a file of logins names for this host; "" without."""
+    for key, helper in (document.get("credHelpers") or {}).items():
+        if login_key(key) == host and helper:
+            return helper
+    return document.get("credsStore") or ""
+
+
 def find_login_in(file: str, keys: Sequence[str]) -> Optional[Login]:
     """The Login that a file, or the helper that it names, has for the first of these keys that has
     one. The last key is the host alone. Raises OSError, and for a damaged file
     ValueError, TypeError or AttributeError."""
     document = load_json(read_file(file) or b"{}")
-    helpers, entries = [
-        {login_key(key): value for key, value in (document.get(field) or {}).items()}
-        for field in ("credHelpers", "auths")]
-    helper = helpers.get(keys[-1]) or document.get("credsStore")
+    entries = {login_key(key): entry for key, entry in (document.get("auths") or {}).items()}
+    helper = helper_for(document, keys[-1])
     login = ask_helper(helper, keys[-1]) if helper else None
     for key in keys:
         login = login or parse_login(entries.get(key) or {}, file)
@@ -4617,6 +4629,52 @@ def find_login(host: str, path: str = "") -> Optional[Login]:
         if login:
             return login
     return None
+
+
+def load_logins(file: str) -> Dict[str, Any]:
+    """The JSON of a file of logins. Raises OSError; CommandError where it is damaged."""
+    try:
+        document = load_json(read_file(file) or b"{}")
+        fields = [document.get(field) or {} for field in ("auths", "credHelpers")]
+        if not all(isinstance(field, dict) for field in fields):
+            raise ValueError("its logins are no JSON object")
+    except ValueError as error:
+        raise CommandError("%s is damaged: %s; mend it, or move it away" % (file, error))
+    return document
+
+
+def has_login(file: str, host: str) -> bool:
+    """Whether a file has an entry for this host. Raises OSError, CommandError."""
+    return any(login_key(key) == host for key in load_logins(file).get("auths") or {})
+
+
+def choose_login_file(host: str) -> str:
+    """The file that a login for this host belongs into. The first that has one hides the others;
+    else it is docker's, or the one that there is. Raises OSError, CommandError."""
+    files = login_files()
+    if os.environ.get("REGISTRY_AUTH_FILE"):
+        return files[0]
+    present = [file for file in files if os.path.exists(file)]
+    having = [file for file in present if has_login(file, host)]
+    return (having + present[::-1] + files[-1:])[0]
+
+
+def replace_login(file: str, host: str, login: Optional[Login]) -> None:
+    """Write the login of a host into a file as docker does, or remove it if it is None. All else in
+    the file stays. Raises OSError, CommandError."""
+    path = os.path.realpath(file)
+    make_directories(os.path.dirname(path))
+    with alone(path + ".lock"):
+        document = load_logins(path)
+        entries = {key: entry for key, entry in (document.get("auths") or {}).items()
+                   if login_key(key) != host}
+        if login:
+            entries[server_key(host)] = {"auth": login.authorization.partition(" ")[2]}
+        document["auths"] = entries
+        if os.path.exists(path):
+            os.chmod(path, 0o600)  # the file that replaces it has the same mode
+        content = json.dumps(document, indent="\t").encode()
+        Files(os.path.dirname(path)).write(path, content, private=True)
 
 
 # Connections
@@ -4853,7 +4911,7 @@ def login_error(host: str, login: Optional[Login], status: int = 401) -> Registr
         why = ("has no such image, or wants a login for it, and there is none in "
                + ", ".join(login_files()))
     return RegistryError("UNAUTHORIZED" if status == 401 else "DENIED",
-                         message="%s %s; log in with: docker login %s" % (host, why, host))
+                         message="%s %s; log in with: tinyreg.py login %s" % (host, why, host))
 
 
 class HttpClient:
@@ -4867,6 +4925,7 @@ class HttpClient:
         self.plain_http = plain_http
         self.pool = ConnectionPool(ca, self.is_lenient and not ca)
         self.scheme = ""  # http or https, after the first connection
+        self.login: Optional[Login] = None  # to be used instead of those in the files
 
     def base(self) -> str:
         """The URL of the registry up to its path. It begins with https, unless --plain-http is
@@ -4890,6 +4949,10 @@ class HttpClient:
         """Whether a URL is one of the registry itself."""
         return url.startswith(self.base() + "/")
 
+    def find_login(self, name: str) -> Optional[Login]:
+        """The Login for a repository of this registry."""
+        return self.login or find_login(self.host, name)
+
     def describe(self, error: Exception) -> str:
         """One line about a failure of the network, with what to do."""
         advice = network_advice(error)
@@ -4902,7 +4965,7 @@ class HttpClient:
         """The error for a reply whose status nobody wants, to a question about an image (NAME,
         NAME:TAG or NAME@DIGEST). It is a TemporaryFailure if the status is one of RETRIED."""
         if reply.status in (401, 403):
-            login = find_login(self.host, re.split("[:@]", image)[0])
+            login = self.find_login(re.split("[:@]", image)[0])
             return login_error(self.host, login, reply.status)
         code = {404: "NAME_UNKNOWN", 408: "UNAVAILABLE", 429: "TOOMANYREQUESTS",
                 501: "UNSUPPORTED"}.get(  # 501: "Not Implemented"
@@ -4974,8 +5037,9 @@ class Authenticator:
         self.retry = retry
 
     def log_in(self, scope: str, refused: Optional[str], challenges: Challenges) -> Token:
-        """A token for a scope, other than the header that was refused. Raises UNAUTHORIZED."""
-        login = find_login(self.client.host, scope.split(":")[1])
+        """A token for a scope ("": for no repository), other than the header that was refused.
+        Raises UNAUTHORIZED."""
+        login = self.client.find_login(scope.split(":")[1] if scope else "")
         if "bearer" in challenges:
             request = self._token_request(challenges["bearer"], scope, login)
             reply = self.retry(self.client.send, request)
@@ -5189,6 +5253,13 @@ class Remote(Registry):
         if reply.status not in statuses:
             raise self.client.refusal(reply, image)
         return reply
+
+    def try_login(self, login: Login) -> bool:
+        """Use this login from now on. Returns whether the registry has asked for it. Raises
+        UNAUTHORIZED or DENIED if it is wrong."""
+        self.client.login = login
+        self.retry(self.exchange, ClientRequest("GET", "/v2/"), "", (200,), "registry")
+        return self.tokens.find("") is not None
 
     def call(self, method: str, name: str, path: str, statuses: Sequence[int] = (200,),
              action: str = "pull", **settings: Any) -> Reply:
@@ -10605,22 +10676,23 @@ def remove(options: argparse.Namespace) -> int:
 
 # passwd and clients
 
-def read_password(user: str, from_stdin: bool) -> str:
-    """A password, from a line of standard input or, twice, from the terminal. Raises
-    CommandError."""
+def read_password(user: str, from_stdin: bool, is_new: bool = True) -> str:
+    """A password, from a line of standard input or from the terminal, where a new one is asked for
+    twice. Raises CommandError."""
+    limit = MAX_PASSWORD if is_new else MAX_TOKEN  # other registries take tokens as passwords
     try:
         if from_stdin:
             password = sys.stdin.buffer.readline().decode("utf-8").rstrip("\r\n")
         else:
             password = getpass.getpass("password of %s: " % user)
-            if password and getpass.getpass("once more: ") != password:
+            if password and is_new and getpass.getpass("once more: ") != password:
                 raise CommandError("the two passwords differ; nothing was changed")
         size = len(password.encode("utf-8"))
     except (EOFError, KeyboardInterrupt, UnicodeError):
         size = 0
-    if not 0 < size <= MAX_PASSWORD or "\0" in password:
+    if not 0 < size <= limit or "\0" in password:
         raise CommandError("a password has 1 to %d bytes of UTF-8; nothing was changed"
-                           % MAX_PASSWORD)
+                           % limit)
     return password
 
 
@@ -10939,11 +11011,11 @@ def named_images(options: argparse.Namespace) -> List[str]:
     return images
 
 
-def open_remote(options: argparse.Namespace, host: str, progress: Progress) -> Remote:
-    """The registry at a host, with REMOTE_OPTIONS. Raises CommandError for a wrong --ca."""
+def open_remote(options: argparse.Namespace, host: str, say: Callable[[str], Any]) -> Remote:
+    """The registry at a host, with CONNECTION_OPTIONS. Raises CommandError for a wrong --ca."""
     try:
         return Remote(host, options.ca, options.insecure, options.plain_http, options.retries,
-                      say=progress.say)
+                      say=say)
     except OSError as error:
         raise CommandError("can't use %s as the CA: %s"
                            % (options.ca, error.strerror or error))
@@ -10954,7 +11026,7 @@ def pull(options: argparse.Namespace) -> int:
     options.strip = False  # the store takes an index without its children
     store, progress = open_store(options, create=True), Progress(options)
     images = [parse_image(text) for text in named_images(options)]
-    remotes = {host: open_remote(options, host, progress)
+    remotes = {host: open_remote(options, host, progress.say)
                for host in {image.host for image in images}}
     transfer = Transfer(options, store, progress)
     for image in images:
@@ -10988,7 +11060,7 @@ def push(options: argparse.Namespace) -> int:
     """Copy images from the store to another registry."""
     store, progress = open_store(options), Progress(options)
     destination = parse_destination(options.to)
-    transfer = Transfer(options, open_remote(options, destination.host, progress), progress)
+    transfer = Transfer(options, open_remote(options, destination.host, progress.say), progress)
     for text in named_images(options):
         try:
             name, reference = find_image(store, text)
@@ -11297,7 +11369,7 @@ def load(options: argparse.Namespace) -> int:
     destination, scratch, ranges = Destination("", ""), tempfile.gettempdir(), None
     if options.to:
         destination = parse_destination(options.to)
-        target: Registry = open_remote(options, destination.host, progress)
+        target: Registry = open_remote(options, destination.host, progress.say)
     else:
         store = target = open_store(options, create=True)
         scratch, ranges = store.files.scratch, os.path.join(store.layout.own, "ranges")
@@ -11323,6 +11395,71 @@ def load(options: argparse.Namespace) -> int:
     for line in problems:
         complain("tinyreg: " + line)
     return 1 if problems else status
+
+
+# login and logout
+
+
+def parse_login_host(text: str) -> str:
+    """The host of a registry, also as docker writes it. Raises CommandError."""
+    host = login_key(text)
+    if not HOST.fullmatch(host):
+        raise CommandError("%r is no registry: write HOST or HOST:PORT" % text)
+    return host
+
+
+def ask_user(options: argparse.Namespace) -> str:
+    """The user to log in as, from --user or the terminal. Raises CommandError."""
+    user = options.user
+    if user is None and not options.stdin and sys.stdin.isatty():
+        with contextlib.suppress(EOFError):  # no name, which is said below
+            user = input("user name at %s: " % options.host)
+    if user is None:
+        raise CommandError("say who logs in: --user NAME")
+    check_user(user)
+    return user
+
+
+def log_in_to(options: argparse.Namespace) -> int:
+    """Try a login at a registry, and keep it where docker or podman would."""
+    host = options.host
+    file = choose_login_file(host)
+    helper = helper_for(load_logins(file), host)
+    if helper:
+        raise CommandError("%s leaves the logins for %s to docker-credential-%s, so nobody would "
+                           "read one in the file; log in with: docker login %s"
+                           % (file, host, helper, host))
+    user = ask_user(options)
+    login = Login(user, read_password(user, options.stdin, is_new=False), None, file)
+    try:
+        is_checked = open_remote(options, host, complain).try_login(login)
+    except Refused:
+        raise CommandError("%s does not take the user %s with this password; nothing was written"
+                           % (host, user))
+    replace_login(file, host, login)
+    if not options.quiet:
+        if not is_checked:
+            complain("%s asked for no password, so this one was not checked" % host)
+        tell("logged in to %s as %s; the password is in %s as base64, which is no encryption: who "
+             "can read the file can read it" % (host, user, file))
+    return 0
+
+
+def log_out_from(options: argparse.Namespace) -> int:
+    """Remove the login for a registry from every file in which it would be read."""
+    host = options.host
+    files = [file for file in login_files() if has_login(file, host)]
+    for file in files:
+        replace_login(file, host, None)
+    login = find_login(host)
+    if login:
+        raise CommandError("%s has a login for %s; log out with: docker logout %s"
+                           % (login.source, host, host))
+    if not files:
+        raise CommandError("there is no login for %s in %s" % (host, ", ".join(login_files())))
+    if not options.quiet:
+        tell("removed the login for %s from %s" % (host, ", ".join(files)))
+    return 0
 
 
 # The command line
@@ -11460,8 +11597,7 @@ STRIP = flag("--strip", "take out of an index what does not go along (--platform
              "that refuse it otherwise; its digest changes, those of its images and their "
              "signatures don't; where one image is left, the tag points to that")
 NO_REFERRERS = flag("--no-referrers", "leave signatures, SBOMs and the like behind")
-REMOTE_OPTIONS = [
-    value("--jobs", "N", "blobs that are copied at once", parse_positive, 4),
+CONNECTION_OPTIONS = [
     value("--retries", "N", "how often a request is tried again, with longer and longer pauses",
           int, 5),
     value("--ca", "FILE", "trust the certificates of this CA (PEM) as well"),
@@ -11469,6 +11605,10 @@ REMOTE_OPTIONS = [
          "whoever is on the way can read passwords and change tags"),
     flag("--plain-http", "use HTTP: whoever is on the way can read passwords and change tags"),
 ]
+REMOTE_OPTIONS = [value("--jobs", "N", "blobs that are copied at once", parse_positive, 4)]
+REMOTE_OPTIONS += CONNECTION_OPTIONS
+REMOTE_NOTES = ("\nLogins are those of tinyreg.py login, docker login and podman login. "
+                "HTTPS_PROXY, HTTP_PROXY and\nNO_PROXY in the environment are honoured.")
 
 
 class Command(NamedTuple):
@@ -11498,7 +11638,8 @@ COMMANDS = [
         "  tinyreg.py pull alpine:3.19 quay.io/prometheus/prometheus:v2.53.0\n"
         "  tinyreg.py pull -f images.txt --platform linux/amd64 --dry-run\n",
         [AS_JSON, value("images", "IMAGE", "as docker pull takes it", nargs="*"),
-         IMAGE_LIST, PLATFORM, NO_REFERRERS, DRY_RUN] + REMOTE_OPTIONS),
+         IMAGE_LIST, PLATFORM, NO_REFERRERS, DRY_RUN] + REMOTE_OPTIONS,
+        REMOTE_NOTES),
     Command(
         "push", push, "Copy images from the store to another registry.",
         "  tinyreg.py push alpine:3.19 --to lab.example:5000\n"
@@ -11507,7 +11648,24 @@ COMMANDS = [
         [AS_JSON, value("images", "IMAGE", "as pull took it, or as ls shows it", nargs="*"),
          IMAGE_LIST, PLATFORM, STRIP, NO_REFERRERS, DRY_RUN,
          value("--to", "HOST[:PORT][/PREFIX]", "the registry, and what its repositories' names "
-               "begin with", required=True)] + REMOTE_OPTIONS),
+               "begin with", required=True)] + REMOTE_OPTIONS,
+        REMOTE_NOTES),
+    Command(
+        "login", log_in_to, "Try a login at another registry, and keep it for pull, push and load.",
+        "  tinyreg.py login registry.lab:5000\n"
+        "  tinyreg.py login quay.io --user ci --stdin < ci-password\n"
+        "  tinyreg.py login docker.io --user alice\n",
+        [value("host", "HOST[:PORT]", "the registry; docker.io is Docker Hub", parse_login_host),
+         value("--user", "NAME", "who logs in (default: the terminal is asked)"),
+         flag("--stdin", "read the password from a line on standard input")] + CONNECTION_OPTIONS,
+        "\nIt is kept where docker login keeps it, or podman login if only that was used, so these "
+        "use it, too:\nin $REGISTRY_AUTH_FILE, ~/.docker/config.json or containers/auth.json. "
+        "There it is base64, which is no\nencryption. HTTPS_PROXY, HTTP_PROXY and NO_PROXY in the "
+        "environment are honoured."),
+    Command(
+        "logout", log_out_from, "Remove the login for another registry.",
+        "  tinyreg.py logout registry.lab:5000\n",
+        [value("host", "HOST[:PORT]", "the registry; docker.io is Docker Hub", parse_login_host)]),
     Command(
         "save", save, "Write images of the store into an archive.",
         "  tinyreg.py save alpine nginx:1.25 -o images.tar\n"

@@ -458,7 +458,7 @@ def test_basic_logins_come_from_docker_s_file(store, start_distribution, tmp_pat
     (tmp_path / "users").write_bytes(lines)
     host = start_distribution("auth: {htpasswd: {realm: lab, path: %s}}\n" % (tmp_path / "users"))
     make_image(store, "demo")
-    with pytest.raises(RegistryError, match="there is none in .*config.json.*; log in with: docker login " + host):
+    with pytest.raises(RegistryError, match="there is none in .*config.json.*; log in with: tinyreg.py login " + host):
         copy(store, Remote(host), "demo", "latest")
     save_login(home, host, password="wrong")
     with pytest.raises(RegistryError, match="does not let me do this, with the login from .*config.json"):
@@ -540,7 +540,7 @@ def test_a_token_server_gets_the_login_and_the_registry_never_does(store, server
     back = Directory(store.root + "-back")
     with pytest.raises(RegistryError) as caught:
         copy(Remote(proxy.host), back, "demo", "latest")
-    assert caught.value.code == "UNAUTHORIZED" and "docker login" in str(caught.value)
+    assert caught.value.code == "UNAUTHORIZED" and "tinyreg.py login" in str(caught.value)
     save_login(home, proxy.host)
     copy(Remote(proxy.host), back, "demo", "latest")
     assert holdings(back, "demo") == holdings(store, "demo")
@@ -564,7 +564,7 @@ def test_a_login_to_another_tinyreg(store, start_server, tmp_path, home):
     assert done.returncode == 0, done.stderr
     server = start_server(None, "--users", str(users))
     make_multi(store, "demo")
-    with pytest.raises(RegistryError, match="docker login"):
+    with pytest.raises(RegistryError, match="tinyreg.py login"):
         copy(store, Remote(server.host), "demo", "latest")
     save_login(home, server.host)
     copy(store, Remote(server.host), "demo", "latest")
@@ -609,6 +609,209 @@ def test_credential_helpers_are_asked_and_their_failure_is_no_login(home, monkey
     (home / ".docker" / "config.json").write_text(json.dumps(config))
     assert find_login("lab.example")[:3] == ("<token>", "s3", "s3")
     assert find_login("quay.io") is None and find_login("gone.example") is None
+
+
+# login and logout
+
+@pytest.fixture
+def guarded(start_server, store, tmp_path):
+    """A tinyreg that wants a password: that of me is "secret"."""
+    users = tmp_path / "users"
+    run_tinyreg("passwd", "me", "--users", users, "--stdin", input="secret\n")
+    make_multi(store, "demo")
+    return start_server(store.root, "--users", str(users))
+
+
+@pytest.fixture
+def open_to_pull(start_server, guarded, tmp_path):
+    """The same, of which everybody may pull: it asks with a Bearer challenge."""
+    return start_server(guarded.root, "--users", str(tmp_path / "users"), "--anonymous", "pull")
+
+
+def log_in(host, *options, user="me", password="secret"):
+    return run_tinyreg("login", host, "--user", user, "--stdin", *options, input=password + "\n")
+
+
+def fails(done, says):
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1) and says in done.stderr, done
+
+
+def logins(path):
+    return json.loads(path.read_text())
+
+
+def test_login_is_used_by_pull_and_by_skopeo(guarded, home, tmp_path):
+    image = guarded.host + "/demo:latest"
+    fails(run_tinyreg("pull", image, "--root", tmp_path / "there"), "log in with: tinyreg.py login " + guarded.host)
+    done = log_in(guarded.host)
+    file = home / ".docker" / "config.json"
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("\n") == 1
+    assert str(file) in done.stdout and "as base64, which is no encryption" in done.stdout
+    assert logins(file) == {"auths": {guarded.host: login_entry()}}
+    assert os.stat(str(file)).st_mode & 0o777 == 0o600 and os.listdir(str(file.parent)) == ["config.json"]
+    assert run_tinyreg("pull", image, "--root", tmp_path / "there").returncode == 0
+    if shutil.which("skopeo"):
+        subprocess.run(["skopeo", "inspect", "--raw", "--tls-verify=false", "docker://" + image], check=True,
+                       stdout=subprocess.PIPE)
+    done = run_tinyreg("logout", guarded.host)
+    assert (done.returncode, done.stderr) == (0, "") and logins(file) == {"auths": {}}
+    fails(run_tinyreg("pull", image, "--root", tmp_path / "elsewhere"), "tinyreg.py login")
+    fails(run_tinyreg("logout", guarded.host), "there is no login for " + guarded.host)
+
+
+def test_a_wrong_login_is_not_kept(guarded, open_to_pull, home):
+    for host in (guarded.host, open_to_pull.host):
+        for user, password, says in [
+                ("me", "wrong", "does not take the user me with this password; nothing was written"),
+                ("you", "secret", "does not take the user you"), ("a:b", "secret", "no user name"),
+                ("", "secret", "no user name"), ("me", "", "a password has 1 to")]:
+            fails(log_in(host, user=user, password=password), says)
+    assert not (home / ".docker").exists()
+
+
+def test_login_where_everybody_may_pull(open_to_pull, home):
+    assert log_in(open_to_pull.host, "--quiet").stdout == ""
+    assert find_login(open_to_pull.host).user == "me"
+
+
+def test_a_login_that_the_registry_does_not_ask_for_is_kept_and_said_to_be_unchecked(server):
+    done = log_in(server.host)
+    assert done.returncode == 0 and "was not checked" in done.stderr
+    assert find_login(server.host).secret == "secret"
+
+
+@pytest.mark.parametrize("host, says", [
+    ("a/b", "'a/b' is no registry"), ("", "'' is no registry"), ("127.0.0.1:1", "nothing listens there")])
+def test_login_at_what_is_no_registry(host, says):
+    done = log_in(host)
+    assert done.returncode in (1, 2) and done.stderr.count("\n") == 1 and says in done.stderr
+
+
+def test_a_login_of_a_page_that_is_no_registry(start_proxy, home):
+    proxy = start_proxy(None, lambda handler: handler.answer(404))
+    fails(log_in(proxy.host), "has no registry")
+    assert not (home / ".docker").exists()
+
+
+def test_login_keeps_all_else_in_the_file(guarded, home):
+    file = home / ".docker" / "config.json"
+    file.parent.mkdir()
+    other = {"HttpHeaders": {"X": "\u00e9\ud800"}, "psFormat": "table", "n": 1, "credHelpers": {"gcr.io": "gcloud"}}
+    auths = {"quay.io": {"auth": "eDp5", "email": "e"}, "http://" + guarded.host + "/v1/": {"identitytoken": "old"},
+             guarded.host + "/team": login_entry("team")}
+    file.write_text(json.dumps(dict(other, auths=auths)))
+    file.chmod(0o644)
+    real = home / "real.json"
+    file.rename(real)
+    file.symlink_to(real)
+    assert log_in(guarded.host).returncode == 0
+    del auths["http://" + guarded.host + "/v1/"]
+    assert logins(file) == dict(other, auths=dict(auths, **{guarded.host: login_entry()}))
+    assert file.is_symlink() and os.stat(str(real)).st_mode & 0o777 == 0o600
+    assert run_tinyreg("logout", guarded.host).returncode == 0
+    assert logins(file) == dict(other, auths=auths)
+
+
+def test_login_goes_where_it_is_read(guarded, home, monkeypatch, tmp_path):
+    """Docker's file, unless only another one is there, or another one has a login that would hide it."""
+    docker, user = home / ".docker" / "config.json", home / ".config" / "containers" / "auth.json"
+    runtime = tmp_path / "run" / "containers" / "auth.json"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    for file in (runtime, user):
+        file.parent.mkdir(parents=True)
+    runtime.write_text("{}")
+    assert log_in(guarded.host).returncode == 0 and guarded.host in logins(runtime)["auths"]
+    docker.parent.mkdir()
+    docker.write_text("{}")
+    assert log_in(guarded.host).returncode == 0 and logins(docker) == {}
+    runtime.unlink()
+    user.write_text("{}")
+    assert log_in(guarded.host).returncode == 0 and guarded.host in logins(docker)["auths"] and logins(user) == {}
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "new" / "auth.json"))
+    assert log_in(guarded.host).returncode == 0 and guarded.host in logins(tmp_path / "new" / "auth.json")["auths"]
+    monkeypatch.delenv("REGISTRY_AUTH_FILE")
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+    user.unlink()
+    assert log_in(guarded.host).returncode == 0 and guarded.host in logins(tmp_path / "docker" / "config.json")["auths"]
+
+
+def test_logout_takes_the_login_out_of_each_file(guarded, home):
+    save_login(home, guarded.host)
+    user = home / ".config" / "containers" / "auth.json"
+    user.parent.mkdir(parents=True)
+    user.write_text(json.dumps({"auths": {guarded.host: login_entry()}}))
+    done = run_tinyreg("logout", guarded.host)
+    assert done.returncode == 0 and "auth.json" in done.stdout and "config.json" in done.stdout
+    assert find_login(guarded.host) is None
+
+
+def test_docker_hub_s_login_has_docker_s_key(home):
+    file = tinyreg.choose_login_file("docker.io")
+    login = tinyreg.Login("me", "secret", None, file)
+    tinyreg.replace_login(file, "docker.io", login)
+    assert logins(home / ".docker" / "config.json") == {"auths": {"https://index.docker.io/v1/": login_entry()}}
+    assert find_login("docker.io") == login
+    assert run_tinyreg("logout", "registry-1.docker.io").returncode == 0 and find_login("docker.io") is None
+
+
+@pytest.mark.parametrize("field", ["credsStore", "credHelpers"])
+def test_login_writes_no_password_where_a_helper_has_them(guarded, home, field):
+    (home / ".docker").mkdir()
+    before = {field: "pass" if field == "credsStore" else {guarded.host: "pass"}}
+    (home / ".docker" / "config.json").write_text(json.dumps(before))
+    fails(log_in(guarded.host), "docker-credential-pass")
+    assert logins(home / ".docker" / "config.json") == before
+
+
+def test_logout_says_that_a_helper_still_has_the_login(home, monkeypatch, tmp_path):
+    helper = tmp_path / "docker-credential-test"
+    helper.write_text('#!/bin/sh\necho \'{"Username":"me","Secret":"s3"}\'\n')
+    helper.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path) + ":" + os.environ["PATH"])
+    (home / ".docker").mkdir()
+    (home / ".docker" / "config.json").write_text('{"credsStore": "test"}')
+    fails(run_tinyreg("logout", "lab.example"), "test has a login for lab.example; log out with: docker logout")
+
+
+@pytest.mark.parametrize("content", ["{", '{"auths": [1]}', '{"credHelpers": "x"}', "[]"])
+def test_login_leaves_a_damaged_file_alone(guarded, home, content):
+    (home / ".docker").mkdir()
+    (home / ".docker" / "config.json").write_text(content)
+    fails(log_in(guarded.host), "is damaged")
+    fails(run_tinyreg("logout", guarded.host), "is damaged")
+    assert (home / ".docker" / "config.json").read_text() == content
+
+
+def test_login_asks_on_the_terminal_once_and_shows_no_password(guarded, home):
+    import pty
+    process, terminal = pty.fork()
+    if not process:
+        os.execv(sys.executable, [sys.executable, tinyreg.__file__, "login", guarded.host])
+    shown = b""
+    for prompt, answer in ((b"user name at", b"me\n"), (b"password of me:", b"secret\n"), (b"logged in", b"")):
+        while prompt not in shown:
+            shown += os.read(terminal, 1000)
+        os.write(terminal, answer)
+    assert os.waitpid(process, 0)[1] == 0
+    os.close(terminal)
+    assert b"secret" not in shown and find_login(guarded.host).user == "me"
+
+
+def test_login_without_a_user_or_a_terminal(guarded):
+    fails(run_tinyreg("login", guarded.host, "--stdin", input="secret\n"), "--user NAME")
+    fails(run_tinyreg("login", guarded.host, input="secret\n"), "--user NAME")
+
+
+def test_a_crash_of_login_leaves_the_old_file(guarded, home):
+    """Killed by a file size limit in the middle of its write."""
+    save_login(home, "other.example")
+    file = home / ".docker" / "config.json"
+    before = json.dumps(dict(logins(file), filler="x" * 2000))
+    file.write_text(before)
+    done = subprocess.run(["sh", "-c", 'ulimit -f 1; echo secret | "$0" "$1" login "$2" --user me --stdin',
+                           sys.executable, tinyreg.__file__, guarded.host], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE)
+    assert done.returncode != 0 and b"Traceback" not in done.stderr and file.read_text() == before
 
 
 @pytest.mark.parametrize("header, found", [
