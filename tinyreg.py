@@ -8563,17 +8563,31 @@ def download_headers(content_type: str, file: str) -> List[Tuple[str, str]]:
     return [("Content-Type", content_type), ("Content-Disposition", "attachment; filename=" + file)]
 
 
-def get_archive(registry: Registry, access: Access, request: Request, name: str,
-                reference: Reference) -> Response:
-    """An image with its signatures and SBOMs, as a tar that docker load, podman load, ctr import
-    and tinyreg.py load read. Its blobs are read while they are sent. Raises NAME_UNKNOWN,
-    MANIFEST_UNKNOWN, BLOB_UNKNOWN."""
+def plan_archive(registry: Registry, name: str, reference: Reference) -> ArchiveWriter:
+    """What get_archive() sends. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN, BLOB_UNKNOWN; UNAVAILABLE
+    if an upstream is away."""
     writer = ArchiveWriter()
     report = Report(name)
     copy(registry, writer, name, reference, report=report)
     if report.missing:
         raise RegistryError("BLOB_UNKNOWN", *report.missing)
     writer.plan()
+    return writer
+
+
+def get_archive(registry: Registry, access: Access, request: Request, name: str,
+                reference: Reference) -> Response:
+    """An image with its signatures and SBOMs, as a tar that docker load, podman load, ctr import
+    and tinyreg.py load read. Its blobs are read while they are sent. Raises NAME_UNKNOWN,
+    MANIFEST_UNKNOWN, BLOB_UNKNOWN."""
+    try:
+        writer = plan_archive(registry, name, reference)
+    except Unavailable as error:
+        # While an upstream is away, what is here is served: of an index, what was pulled of it.
+        try:
+            writer = plan_archive(registry.at_hand(), name, reference)
+        except Unknown:
+            raise error
     (_, blobs), = writer.files
     file = re.sub("[^A-Za-z0-9._-]+", "_", "%s_%s" % (name, reference)) + ".tar"
     return Response(200, download_headers("application/x-tar", file),

@@ -1736,6 +1736,26 @@ def test_what_an_upstream_that_is_away_may_have_is_not_called_missing(mirror, fi
     assert front.ask("GET", "/v2/%s/referrers/%s" % (name, image.digest)).status == 200
 
 
+def test_while_an_upstream_is_away_what_was_pulled_of_an_index_is_an_archive(mirror, filled, server):
+    front, proxy = mirror
+    name = "docker.io/library/multi"
+    make_multi(filled, "multi", "1", attest=False)
+    copy(filled, Remote(server.host), "multi", "1", "library/multi")
+    multi = filled.manifest("multi", filled.resolve("multi", "1"))
+    first = filled.manifest("multi", multi.manifests[0].digest)
+    front.ask("GET", "/v2/%s/manifests/1" % name)
+    front.ask("GET", "/v2/%s/manifests/%s" % (name, first.digest))
+    for blob in first.blobs[1:]:
+        front.ask("GET", "/v2/%s/blobs/%s" % (name, blob.digest))
+    server.stop()
+    proxy.server_close()
+    target = "/archive/%s:1.tar" % name
+    assert front.ask("GET", target).status == 503  # it may come yet
+    copy(filled, Directory(front.root), "multi", first.digest, name)
+    answer = front.ask("GET", target)
+    assert (answer.status, b"amd64 layer" in answer.body) == (200, True)
+
+
 def test_pull_through_logs_in_and_gives_no_login_away(filled, server, start_proxy, start_server, tmp_path, home):
     copy(filled, Remote(server.host), "demo", "latest", "library/demo")
     proxy = start_proxy(server.host, TokenServer(users=[base64.b64encode(b"me:secret").decode()]))
