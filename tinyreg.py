@@ -12,10 +12,10 @@ It needs Python 3.6 or newer and nothing else, and runs on Linux, macOS and the 
                                                 containerd, podman, k3s
     python3 tinyreg.py pull IMAGE               copy an image from its registry into the store
     python3 tinyreg.py push IMAGE --to HOST     copy it to another registry
-    python3 tinyreg.py login HOST               keep the password for it
     python3 tinyreg.py save IMAGE -o FILE       write images into an archive
     python3 tinyreg.py load FILE                put the images of an archive into the store
     python3 tinyreg.py ls                       list what is in the store
+    python3 tinyreg.py tag IMAGE NAME:TAG       give an image one more tag
     python3 tinyreg.py rm NAME:TAG              delete a tag
     python3 tinyreg.py gc                       delete what nothing refers to
     python3 tinyreg.py verify                   read everything again, and name what is damaged
@@ -1892,6 +1892,10 @@ class Layout:
         """The folder whose link says what a tag points to now."""
         return os.path.join(self.tag_path(name, tag), "current")
 
+    def former_path(self, name: str, tag: str) -> str:
+        """The folder with a digest's folder for each manifest that a tag has pointed to."""
+        return os.path.join(self.tag_path(name, tag), "index")
+
     def uploads_path(self, name: str) -> str:
         """The folder of upload sessions: each is a folder whose name is the session's id."""
         return self.repository_path(name, "_uploads")
@@ -2243,6 +2247,15 @@ class Directory(Registry):
             return look_at(self.layout.pin_path(name, reference)).mtime
         return look_at(self.layout.link_in(self.layout.current_path(name, reference))).mtime
 
+    def history(self, name: str, tag: str) -> List[Tuple[Digest, float]]:
+        """What a tag has pointed to, and the Unix time when it was last moved there: first what it
+        points to now, then the latest. Raises MANIFEST_UNKNOWN."""
+        present = self.resolve(name, tag)
+        former = {digest: look_at(self.layout.link_in(folder)).mtime for digest, folder
+                  in digest_folders(self.layout.former_path(name, tag)) if digest != present}
+        return [(present, self.pushed(name, tag))] + sorted(
+            former.items(), key=lambda entry: entry[1], reverse=True)
+
     def pinned(self, name: str) -> Iterator[Digest]:
         """Yield the digests that gc keeps as if they had a tag, in order."""
         return (digest for digest, _ in digest_folders(self.layout.pins_path(name)))
@@ -2441,8 +2454,8 @@ class Directory(Registry):
         """Let a tag point to a manifest; pin the manifest if the tag is a digest."""
         if isinstance(tag, Digest):
             return self.files.write(self.layout.pin_path(name, tag), b"")
-        self.write_link(os.path.join(self.layout.tag_path(name, tag), "index",
-                                     digest.algorithm, digest.encoded), digest)
+        self.write_link(os.path.join(self.layout.former_path(name, tag), digest.algorithm,
+                                     digest.encoded), digest)
         self.write_link(self.layout.current_path(name, tag), digest)
 
     def _check_blob_or_quarantine(self, name: str, digest: Digest, sizes: Set[int],
@@ -10544,8 +10557,9 @@ def list_cells(entry: Dict[str, Any], is_alone: bool) -> List[str]:
         name = image_text(entry["repository"], entry["tag"])
     else:
         name = "%s@%s" % (entry["repository"], shorten(entry["digest"]))
+    pushed = entry["pushed"] or "-"
     if "error" in entry:
-        return [name, "-", "-", entry["digest"] or "-", entry["error"]]
+        return [name, "-", "-", pushed, entry["digest"] or "-", entry["error"]]
     platforms = ",".join(entry["platforms"]) or "-"
     if entry["missing"]:
         platforms += " (%d not here)" % entry["missing"]
@@ -10556,19 +10570,61 @@ def list_cells(entry: Dict[str, Any], is_alone: bool) -> List[str]:
         state = "complete with %s of the far side" % counted(entry["left_out"], "blob")
     elif "lacking" in entry:
         state = "complete"
-    return [name, in_units(entry["size"]), platforms, entry["digest"], state]
+    return [name, in_units(entry["size"]), platforms, pushed, entry["digest"], state]
 
 
 MAX_COLUMN = 80  # characters; the platforms of an image for ten take more
 
 
-def list_rows(entries: List[Dict[str, Any]], is_alone: bool) -> List[str]:
-    """The lines of a table of images."""
-    rows = [["TAG" if is_alone else "IMAGE", "SIZE", "PLATFORMS", "DIGEST", ""]]
-    rows += [[harmless(cell) for cell in list_cells(entry, is_alone)] for entry in entries]
+def table_lines(rows: List[List[str]]) -> List[str]:
+    """The lines of a table; strangers' text may be in it."""
+    rows = [[harmless(cell) for cell in row] for row in rows]
     # A longer cell moves the rest of its own row only.
     widths = [min(max(map(len, column)), MAX_COLUMN) for column in zip(*rows)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def list_rows(entries: List[Dict[str, Any]], is_alone: bool) -> List[str]:
+    """The lines of a table of images."""
+    rows = [["TAG" if is_alone else "IMAGE", "SIZE", "PLATFORMS", "PUSHED", "DIGEST", ""]]
+    rows += [list_cells(entry, is_alone) for entry in entries]
+    if not any(entry["pushed"] for entry in entries):  # archives don't tell
+        for row in rows:
+            del row[3]
+    return table_lines(rows)
+
+
+def parse_local_tag(text: str) -> Tuple[List[str], str]:
+    """The repositories here that NAME:TAG may mean, the likeliest first, and the tag. Raises
+    CommandError for what else may name an image; NAME_INVALID, MANIFEST_INVALID."""
+    names, tag = parse_local(text) if text else ([], None)
+    if tag is None or isinstance(tag, Digest):
+        raise CommandError("'%s' is no tag; write NAME:TAG" % text)
+    return names, tag
+
+
+def list_history(store: Directory, text: str) -> List[Dict[str, Any]]:
+    """What ls --history reports of a tag: what it points to, and has pointed to. Raises
+    CommandError, NAME_INVALID, MANIFEST_INVALID, MANIFEST_UNKNOWN."""
+    parse_local_tag(text)
+    name, tag = find_image(store, text)
+    history = store.history(name, tag)
+    return [{"repository": name, "tag": tag, "digest": digest, "pushed": timestamp(moment),
+             "present": digest == history[0][0],
+             "gone": find_readable(store, name, digest) is None} for digest, moment in history]
+
+
+def show_history(options: argparse.Namespace) -> int:
+    """Show what each of these tags points to, and has pointed to."""
+    store = open_store(options, renew=False)
+    entries = [entry for text in options.images or [""] for entry in list_history(store, text)]
+    rows = [["TAG", "PUSHED", "DIGEST", ""]]
+    for entry in entries:
+        states = [word for word in ("present", "gone") if entry[word]]
+        rows.append([image_text(entry["repository"], entry["tag"]), entry["pushed"],
+                     entry["digest"], ", ".join(states)])
+    show(options, entries, table_lines(rows))
+    return 0
 
 
 def is_archive(text: str) -> bool:
@@ -10578,8 +10634,10 @@ def is_archive(text: str) -> bool:
 
 def list_store(options: argparse.Namespace) -> int:
     """List the repositories of the store; or, of repositories, images and archives that are named,
-    the images. With --digests, list blobs instead. A word that names both a repository and a file
-    means the repository."""
+    the images. With --digests, list blobs instead, with --history what tags have pointed to. A word
+    that names both a repository and a file means the repository."""
+    if options.history:
+        return show_history(options)
     words, store = options.images, None
     try:
         store = open_store(options, renew=False)
@@ -11083,6 +11141,49 @@ def push(options: argparse.Namespace) -> int:
         else:
             transfer.plan(text, store, name, reference, destination.name_for(name))
     return transfer.run()
+
+
+def former_image(store: Directory, text: str) -> Tuple[str, Digest]:
+    """The repository of a tag, and the manifest that it pointed to before. Raises CommandError,
+    NAME_INVALID, MANIFEST_INVALID, MANIFEST_UNKNOWN."""
+    name, tag = find_image(store, text, is_exact=True)
+    former = store.history(name, tag)[1:]
+    if not former:
+        raise CommandError("%s has never pointed to anything else" % image_text(name, tag))
+    digest = former[0][0]
+    if not find_readable(store, name, digest):
+        raise CommandError("%s pointed to %s before, and that is gone; `tinyreg.py ls --history "
+                           "%s` shows what is not" % (image_text(name, tag), digest, text))
+    return name, digest
+
+
+def set_tag(options: argparse.Namespace) -> int:
+    """Give an image of the store one more tag; or let a tag point to what it pointed to before.
+
+    Into another repository the signatures go along. In the same one they are already."""
+    text = options.image if options.undo else options.tag
+    if bool(options.tag) == options.undo:
+        raise CommandError("write: tag IMAGE NAME:TAG, or: tag --undo NAME:TAG")
+    names, tag = parse_local_tag(text)
+    store = open_store(options)
+    target = next(filter(store.has_repository, names), names[0])
+    if options.undo:
+        name, reference = former_image(store, text)
+    else:
+        name, reference = find_image(store, options.image)
+    if not isinstance(reference, Digest):
+        reference = store.resolve(name, reference)
+    before = None
+    with contextlib.suppress(Unknown):  # the tag is new
+        before = store.resolve(target, tag)
+    report = copy(store, store, name, TaggedDigest(reference, tag), target,
+                  referrers=name != target)
+    if not report.complete:
+        raise CommandError("%s: %s" % (text, what_is_lacking(report)))
+    if not options.quiet:
+        was = ", and was " + before if before not in (None, report.digest) else ""
+        tell("%s is %s%s" % (image_text(target, tag), report.digest, was))
+    return 0
 
 
 def report_collection(options: argparse.Namespace, collection: Collection,
@@ -11711,11 +11812,25 @@ COMMANDS = [
         "  tinyreg.py ls\n"
         "  tinyreg.py ls alpine quay.io/a/b:1.0\n"
         "  tinyreg.py ls images.tar\n"
+        "  tinyreg.py ls --history alpine:3.19\n"
         "  tinyreg.py ls --digests > have.txt\n",
         [AS_JSON,
          value("images", "IMAGE", "list the tags of NAME, or NAME:TAG, or what is in an archive, "
-               "with sizes and platforms", nargs="*"),
+               "with sizes, platforms and (in the store) times of pushes", nargs="*"),
+         flag("--history", "list what each NAME:TAG points to and has pointed to, and since when; "
+              "the latest first"),
          flag("--digests", "list every blob held instead")]),
+    Command(
+        "tag", set_tag, "Give an image of the store one more tag, or take a tag's last move back.",
+        "  tinyreg.py tag alpine:3.19 alpine:stable\n"
+        "  tinyreg.py tag ci/app@sha256:0123... team/app:1.0\n"
+        "  tinyreg.py tag --undo team/app:1.0\n",
+        [value("image", "IMAGE", "NAME:TAG or NAME@DIGEST; with --undo the tag"),
+         value("tag", "NAME:TAG", "the new tag, in the same repository or in another one; a tag "
+               "that is there already is moved, whatever a server's --immutable-tags say",
+               nargs="?"),
+         flag("--undo", "let the tag point to what it pointed to before; a second time takes that "
+              "back")]),
     Command(
         "rm", remove, "Delete tags and manifests.",
         "  tinyreg.py rm alpine:3.19\n"

@@ -1,6 +1,7 @@
 """Commands: help, exit statuses, what is printed where; and the whole program under every Python found."""
 
 import calendar
+import errno
 import json
 import os
 import re
@@ -144,8 +145,8 @@ def test_ls_repository(run, store):
     assert found["multi"]["size"] > size + len(arm.content)  # the layers that both have count once
     assert len(found["helm"]["platforms"]) == 1
     lines = [re.split(r"  +", line) for line in run("ls", "lab/tools").stdout.splitlines()]
-    assert lines[0] == ["TAG", "SIZE", "PLATFORMS", "DIGEST"]
-    assert lines[1] == ["1.0", "%d B" % size, "linux/amd64", one.digest]
+    assert lines[0] == ["TAG", "SIZE", "PLATFORMS", "PUSHED", "DIGEST"]
+    assert lines[1] == ["1.0", "%d B" % size, "linux/amd64", tinyreg.timestamp(pushed), one.digest]
     assert lines[3][2] == "linux/amd64,linux/arm64/v8 (1 not here)"
 
 
@@ -342,6 +343,148 @@ def test_no_output_at_all(run, store):
     """`ls >&-`"""
     make_image(store, "a")
     assert run("ls", preexec_fn=lambda: os.close(1)).stdout == ""
+
+
+# tag
+
+@pytest.fixture
+def moved(store):
+    """The manifests that the tag app:prod has pointed to, the oldest first, a day apart."""
+    manifests = [make_image(store, "app", "prod", (layer,)) for layer in (b"one", b"two", b"three")]
+    for days, manifest in enumerate(manifests, 10):
+        os.utime(os.path.join(store.layout.former_path("app", "prod"), "sha256", manifest.digest.encoded, "link"),
+                 (days * 86400, days * 86400))
+    os.utime(os.path.join(store.layout.current_path("app", "prod"), "link"), (12 * 86400, 12 * 86400))
+    return [manifest.digest for manifest in manifests]
+
+
+def all_tags(store):
+    """{repository: {tag: digest}} of all that is there."""
+    return {name: {tag: store.resolve(name, tag) for tag in store.tags(name)} for name in store.repositories()}
+
+
+def test_tag_within_a_repository(run, store):
+    one, two = make_image(store, "a", "1"), make_image(store, "a", "2", (b"other",))
+    make_referrer(store, "a", one)
+    assert run("tag", "a:1", "a:stable").stdout == "a:stable is %s\n" % one.digest
+    assert run("tag", "a@" + two.digest, "a:stable").stdout == "a:stable is %s, and was %s\n" % (
+        two.digest, one.digest)
+    assert run("tag", "a:1@" + one.digest, "a:3", "--quiet").stdout == ""
+    assert all_tags(store) == {"a": {"1": one.digest, "2": two.digest, "3": one.digest, "stable": two.digest}}
+
+
+def test_tag_into_another_repository_brings_all_that_the_image_needs(run, store):
+    one, arm = make_image(store, "ci/app", None), make_image(store, "ci/app", None, (b"arm",))
+    both = to_manifest(index(one, arm))
+    store.put_manifest("ci/app", both, ["build-7"])
+    signature = make_referrer(store, "ci/app", both)
+    cosign = make_image(store, "ci/app", both.digest.replace(":", "-") + ".sig", (b"cosign",))
+    run("tag", "ci/app:build-7", "team/app:1.0")
+    run("rm", *["ci/app@" + digest for digest in list(store.revisions("ci/app"))])
+    run("gc", "--untagged", "--grace", "0")
+    assert store.resolve("team/app", "1.0") == both.digest
+    assert store.resolve("team/app", both.digest.replace(":", "-") + ".sig") == cosign.digest
+    assert [manifest.digest for manifest in store.referrers("team/app", both.digest)] == [signature.digest]
+    for manifest in (one, arm, signature, cosign):
+        assert {blob.digest for blob in manifest.blobs} <= set(store.digests("team/app"))
+        assert store.manifest("team/app", manifest.digest)
+    run("verify")
+
+
+def test_tag_finds_the_repository_of_an_image_that_was_pulled(run, store):
+    pulled = make_image(store, "docker.io/library/alpine", "3.19")
+    assert run("tag", "alpine:3.19", "alpine:stable").stdout.startswith("docker.io/library/alpine:stable is ")
+    run("tag", "alpine:3.19", "registry.lab:5000/base:1")
+    assert all_tags(store) == {
+        "docker.io/library/alpine": {"3.19": pulled.digest, "stable": pulled.digest},
+        "registry.lab_5000/base": {"1": pulled.digest}}
+
+
+def test_tag_sets_no_tag_whose_blobs_are_missing(run, store):
+    manifest = make_image(store, "a", "1")
+    os.unlink(store.layout.blob_path(manifest.blobs[1].digest))
+    assert manifest.blobs[1].digest in run("tag", "a:1", "b:1", status=1).stderr
+    assert all_tags(store) == {"a": {"1": manifest.digest}}
+
+
+@pytest.mark.parametrize("arguments", [
+    ["a:1"], ["a:1", "a"], ["a:1", "a@" + Digest.of(b"x")], ["a:1", "a:2@" + Digest.of(b"x")], ["a:1", "A:2"],
+    ["a:1", "a:-x"], ["a:1", ""], ["a:1", ":"], ["a:no", "a:2"], ["no:1", "a:2"], ["a@sha256:x", "a:2"],
+    ["--undo", "a:1"], ["--undo", "a:1", "a:2"], ["--undo", "a"], ["--undo", "a:no"], ["--undo", "no:1"],
+    ["--undo", "a@" + Digest.of(b"x")]])
+def test_tag_of_what_can_t_be(run, store, arguments):
+    manifest = make_image(store, "a", "1")
+    done = run("tag", *arguments, status=1)
+    assert done.stdout == "" and done.stderr.startswith("tinyreg: ")
+    assert all_tags(store) == {"a": {"1": manifest.digest}}
+
+
+def test_ls_history(run, store, moved):
+    run("rm", "app@" + moved[0])
+    entries = json.loads(run("ls", "--history", "app:prod", "--json").stdout)
+    assert entries == [
+        {"repository": "app", "tag": "prod", "digest": moved[2], "pushed": "1970-01-13T00:00:00Z",
+         "present": True, "gone": False},
+        {"repository": "app", "tag": "prod", "digest": moved[1], "pushed": "1970-01-12T00:00:00Z",
+         "present": False, "gone": False},
+        {"repository": "app", "tag": "prod", "digest": moved[0], "pushed": "1970-01-11T00:00:00Z",
+         "present": False, "gone": True}]
+    lines = [re.split("  +", line) for line in run("ls", "--history", "app:prod").stdout.splitlines()]
+    assert lines == [["TAG", "PUSHED", "DIGEST"],
+                     ["app:prod", "1970-01-13T00:00:00Z", moved[2], "present"],
+                     ["app:prod", "1970-01-12T00:00:00Z", moved[1]],
+                     ["app:prod", "1970-01-11T00:00:00Z", moved[0], "gone"]]
+
+
+@pytest.mark.parametrize("arguments", [[], ["app"], ["app:no"], ["no:1"], ["app@" + Digest.of(b"x")]])
+def test_ls_history_of_what_is_no_tag(run, store, moved, arguments):
+    assert run("ls", "--history", *arguments, status=1).stdout == ""
+
+
+def test_tag_undo(run, store, moved):
+    assert run("tag", "--undo", "app:prod").stdout == "app:prod is %s, and was %s\n" % (moved[1], moved[2])
+    entries = json.loads(run("ls", "--history", "app:prod", "--json").stdout)
+    assert [entry["digest"] for entry in entries] == [moved[1], moved[2], moved[0]]
+    assert entries[0]["present"] and entries[0]["pushed"] > "2"
+    run("tag", "--undo", "app:prod")
+    assert store.resolve("app", "prod") == moved[2]
+
+
+def test_tag_undo_of_a_move_to_what_it_was_once_before(run, store, moved):
+    """The time of a move back counts, not that of the first."""
+    run("tag", "app@" + moved[0], "app:prod")
+    assert moved[2] in run("tag", "--undo", "app:prod").stdout
+    assert store.resolve("app", "prod") == moved[2]
+
+
+def test_tag_undo_says_what_is_gone(run, store, moved):
+    run("rm", "app@" + moved[1])
+    assert moved[1] + " before, and that is gone" in run("tag", "--undo", "app:prod", status=1).stderr
+    assert store.resolve("app", "prod") == moved[2]
+
+
+def test_tag_on_a_disk_that_is_full_sets_no_tag_before_its_image_is_there(store, monkeypatch, capsys):
+    """Whichever file is the first that can't be written."""
+    one = make_image(store, "a", None)
+    both = to_manifest(index(one))
+    store.put_manifest("a", both, ["1"])
+    publish, left = tinyreg.Files.publish, [0]
+
+    def fail_later(files, temporary, path):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+        publish(files, temporary, path)
+
+    monkeypatch.setattr(tinyreg.Files, "publish", fail_later)
+    for written in range(20):
+        left[0], name = written, "b%d" % written
+        if tinyreg.main(["tag", "a:1", name + ":1", "--root", str(store.root)]) == 0:
+            break
+        assert "No space left" in capsys.readouterr().err and "1" not in all_tags(store).get(name, {})
+        for digest in store.revisions(name):
+            assert {blob.digest for blob in store.manifest(name, digest).blobs} <= set(store.digests(name))
+    assert written > 5 and store.resolve(name, "1") == both.digest
 
 
 # rm

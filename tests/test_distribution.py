@@ -98,6 +98,20 @@ def test_images_that_docker_registry_stored(distribution, serve, root):
     assert ours.blob("other", Digest.of(b"1")) is None  # another repository's
 
 
+def test_the_history_of_a_tag_that_docker_registry_moved_and_its_undo(distribution, root):
+    with distribution as theirs:
+        old, new = (push_image(theirs, "app", "prod", layer)["digest"] for layer in (b"old", b"new"))
+        os.utime(str(root / "docker/registry/v2/repositories/app/_manifests/tags/prod/index/sha256"
+                     / Digest(old).encoded / "link"), (1e9, 1e9))
+        history = json.loads(run_tinyreg("ls", "--history", "app:prod", "--json", "--root", root).stdout)
+        assert [(entry["digest"], entry["present"], entry["gone"]) for entry in history] == [
+            (new, True, False), (old, False, False)]
+        assert run_tinyreg("tag", "--undo", "app:prod", "--root", root).returncode == 0
+        assert run_tinyreg("tag", "app@" + new, "team/app:1", "--root", root).returncode == 0
+        assert (theirs.digest("app", "prod"), theirs.digest("team/app", "1")) == (old, new)
+        assert theirs.blob("team/app", Digest.of(b"new")) == b"new"
+
+
 def test_skopeo_copies_to_docker_registry(distribution, serve, start_server, skopeo, tmp_path):
     """An image goes from tinyreg to docker-registry, and that volume is served by tinyreg: the same digest."""
     made = make_image(Directory(str(tmp_path / "source")), "app", "1")
