@@ -15,7 +15,6 @@ It needs Python 3.6 or newer and nothing else, and runs on Linux, macOS and the 
     python3 tinyreg.py save IMAGE -o FILE       write images into an archive
     python3 tinyreg.py load FILE                put the images of an archive into the store
     python3 tinyreg.py ls                       list what is in the store
-    python3 tinyreg.py tag IMAGE NAME:TAG       give an image one more tag
     python3 tinyreg.py rm NAME:TAG              delete a tag
     python3 tinyreg.py gc                       delete what nothing refers to
     python3 tinyreg.py verify                   read everything again, and name what is damaged
@@ -96,6 +95,7 @@ import html
 import http
 import http.client
 import http.server
+import importlib
 import io
 import ipaddress
 import itertools
@@ -3420,6 +3420,8 @@ IMAGE_CONFIGS = ("application/vnd.oci.image.config.v1+json",
 LAYER_TYPES = re.compile(r"application/vnd\.(?:oci\.image\.layer|docker\.image\.rootfs)\.")
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz",
                 b"BZh": "bzip2"}  # by the first bytes of a file
+# The modules that decompress. A Python may lack one, zstd's before 3.14: then the command does it.
+DECOMPRESSORS = {"gzip": "gzip", "zstd": "compression.zstd", "xz": "lzma", "bzip2": "bz2"}
 
 # A file by which a folder with images is recognized; group 1 is that folder.
 ARCHIVE_ROOT = re.compile(
@@ -3665,26 +3667,54 @@ def unpack(read: Callable[[int], bytes], scratch: str) -> BinaryIO:
             if shutil.disk_usage(scratch).free < MIN_SPARE:
                 raise ValueError("unpacked it does not fit on the disk of %s" % scratch)
         file.flush()
-    except (EOFError, OSError, zlib.error) as error:
-        if getattr(error, "errno", None):  # the disk's; gzip raises OSError without an errno
+    except MemoryError:
+        raise ValueError("to decompress it takes more memory than there is")
+    except Exception as error:  # each decompressor has its own class of errors
+        # An OSError with an errno is the disk's; gzip and bz2 raise OSError without one.
+        if isinstance(error, ValueError) or getattr(error, "errno", None):
             raise
         raise ValueError("damaged: %s" % error)
     return file
 
 
+def unpack_by_command(program: str, source: BinaryIO, scratch: str) -> BinaryIO:
+    """What the program makes of a compressed file or pipe. Raises ValueError, OSError."""
+    if not source.seekable():  # what was read to recognize it is gone from the pipe
+        source = unpack(source.read, scratch)
+    os.lseek(source.fileno(), 0, os.SEEK_SET)
+    try:
+        process = subprocess.Popen([program, "-dc"], stdin=source, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
+    except FileNotFoundError:
+        raise ValueError("it is compressed with %s; install %s, or decompress it first"
+                         % (program, program))
+    with process:  # whoever leaves early closes the pipe, and so ends the program
+        assert process.stdout and process.stderr
+        file = unpack(process.stdout.read, scratch)
+        errors = process.stderr.read().decode("ascii", "replace")
+    if process.returncode:
+        raise ValueError("damaged: %s says: %s" % (program, " ".join(errors.split())))
+    return file
+
+
 def open_tar(path: str, scratch: Optional[str] = None) -> BinaryIO:
-    """A tar as an open file; gzipped ones and stdin (`-`) only with a scratch folder.
+    """A tar as an open file; compressed ones and stdin (`-`) only with a scratch folder.
 
     Raises ValueError, OSError."""
     is_stdin = path == "-" and scratch
     source = open(0 if is_stdin else path, "rb", closefd=not is_stdin)
     packed = find_compression(source.peek(8))
-    if packed and not (packed == "gzip" and scratch):
+    if packed and not scratch:
         raise ValueError("it is compressed with %s; decompress it first" % packed)
-    if scratch and (packed or path == "-"):
-        stream = gzip.GzipFile(fileobj=source) if packed else source
-        return unpack(stream.read, scratch)
-    return source
+    if not scratch or not (packed or is_stdin):
+        return source
+    if not packed:
+        return unpack(source.read, scratch)
+    try:
+        module = importlib.import_module(DECOMPRESSORS[packed])
+    except ImportError:
+        return unpack_by_command(packed, source, scratch)
+    return unpack(module.open(source).read, scratch)
 
 
 # Names in archives
@@ -3692,7 +3722,8 @@ def open_tar(path: str, scratch: Optional[str] = None) -> BinaryIO:
 def default_name(path: str) -> str:
     """The repository for images without a name, by their file: `demo` for /media/Demo.tar."""
     name = os.path.basename(os.path.abspath(path)).lower()
-    return re.sub(r"(?:\.tar|\.tgz|\.gz|\.oci)+$|[^a-z0-9]+", "-", name).strip("-") or "images"
+    suffixes_and_signs = r"(?:\.(?:tar|oci|t?(?:gz|zst|xz|bz2)))+$|[^a-z0-9]+"
+    return re.sub(suffixes_and_signs, "-", name).strip("-") or "images"
 
 
 def parse_own_image(text: str) -> Tuple[str, str]:
@@ -4031,9 +4062,9 @@ def unsupported_unless_valid(path: str) -> Iterator[None]:
 class Archive(Registry):
     """Tars and directories with images, as one registry that can only be read.
 
-    With `scratch`, a folder, tars may be gzipped, and `-` is stdin. `ranges` is a folder with the
-    ranges of blobs that came in earlier parts. With `partly`, tars that can't be read are passed
-    over, as long as one can be read; `unreadable` says why. Raises UNSUPPORTED, OSError."""
+    With `scratch`, a folder, tars may be compressed, and `-` is stdin. `ranges` is a folder with
+    the ranges of blobs that came in earlier parts. With `partly`, tars that can't be read are
+    passed over, as long as one can be read; `unreadable` says why. Raises UNSUPPORTED, OSError."""
 
     def __init__(self, paths: Sequence[str], scratch: Optional[str] = None,
                  ranges: Optional[str] = None, partly: bool = False) -> None:
@@ -11798,12 +11829,14 @@ COMMANDS = [
     Command(
         "load", load, "Put the images of archives into the store.",
         "  tinyreg.py load images.tar\n"
+        "  tinyreg.py load rke2-images.linux-amd64.tar.zst\n"
         "  tinyreg.py load images-*.tar --want want.txt\n"
         "  tinyreg.py load images.tar --to registry.lab:5000\n"
         "  docker save alpine | tinyreg.py load -\n",
         [AS_JSON,
          value("archives", "FILE", "an OCI image layout or what docker save wrote, as tar, .tar.gz "
-               "or directory; a registry's data directory; - is stdin", nargs="+"),
+               "(or .zst, .xz, .bz2) or directory; a registry's data directory; - is stdin",
+               nargs="+"),
          value("--want", "FILE", "write the digests that are missing into this file"),
          value("--to", "HOST[:PORT][/PREFIX]", "put them into this registry, not into the store"),
          PLATFORM, STRIP, NO_REFERRERS, DRY_RUN] + REMOTE_OPTIONS),

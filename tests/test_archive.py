@@ -19,6 +19,7 @@ import pytest
 
 import tinyreg
 from conftest import TINYREG, found_pythons, run_tinyreg, until
+from engines import require
 from samples import (CONFIG, EVIL, descriptor, image, index, is_harmless, make_image, make_referrer,
                      push_blob, read_blob, to_manifest)
 from tinyreg import (OCI_ARTIFACT, OWN_NAME, PARTS, SUBJECT, Archive, ArchiveWriter, Digest,
@@ -1093,11 +1094,135 @@ def test_an_index_of_indexes_without_end_is_walked_once(tmp_path, load, depth, s
     assert done.returncode == status and done.stderr.count("\n") == status, done.stderr
 
 
-def test_serve_says_what_to_do_with_compressed_archives(tmp_path):
+# Compressed archives
+
+WAYS = [(program, way) for program in sorted(tinyreg.DECOMPRESSORS) for way in ("module", "command")
+        if (program, way) != ("zstd", "module") or sys.version_info >= (3, 14)]
+
+
+@pytest.fixture(params=WAYS, ids=" by ".join)
+def compression(request, monkeypatch):
+    """The name of a compression. If the command is to decompress it, Python's module for it can't be imported."""
+    program, way = request.param
+    if way == "command":
+        monkeypatch.setitem(sys.modules, tinyreg.DECOMPRESSORS[program], None)
+    return program
+
+
+def compress(program, content):
+    require(program)
+    return subprocess.run([program, "-c"], input=content, stdout=subprocess.PIPE, check=True).stdout
+
+
+def airgap_images(tmp_path, program, suffix):
+    """A file as those with which k3s and RKE2 are installed: many images as docker save writes them, compressed."""
+    members, _ = docker_save("docker 24")
+    tar = make_tar(tmp_path / "k3s.tar", members)
+    path = tmp_path / ("k3s-airgap-images-amd64.tar." + suffix)
+    path.write_bytes(compress(program, open(tar, "rb").read()))
+    return str(path)
+
+
+def test_airgap_images_are_listed_and_loaded_as_they_come(tmp_path, far, compression, capsys):
+    path = airgap_images(tmp_path, compression, "zst")
+    assert tinyreg.main(["ls", path]) == 0 and "lab.example_5000/x:2" in capsys.readouterr().out
+    assert tinyreg.main(["load", "--root", far.root, path]) == 0
+    plain = Archive([str(tmp_path / "k3s.tar")])
+    assert far.resolve(NAME, "1") == far.resolve("lab.example_5000/x", "2") == plain.resolve(NAME, "1")
+    assert os.listdir(far.layout.scratch) == []
+
+
+@pytest.mark.parametrize("program", sorted(tinyreg.DECOMPRESSORS))
+def test_a_compressed_archive_comes_from_a_pipe(tmp_path, far, program):
+    content = open(airgap_images(tmp_path, program, "x"), "rb").read()
+    subprocess.run([sys.executable, TINYREG, "load", "--root", far.root, "-"], input=content, check=True)
+    assert far.resolve(NAME, "1") == Archive([str(tmp_path / "k3s.tar")]).resolve(NAME, "1")
+    assert os.listdir(far.layout.scratch) == []
+
+
+def test_streams_that_follow_one_another_are_one(tmp_path, far, compression):
+    """As parallel compressors write them, and who appends one file to the other."""
+    content = open(make_tar(tmp_path / "x.tar", docker_save("skopeo")[0]), "rb").read()
+    path = tmp_path / "x.tar.zst"
+    path.write_bytes(compress(compression, content[:700]) + compress(compression, content[700:]))
+    assert tinyreg.main(["load", "--root", far.root, str(path)]) == 0
+    assert far.resolve(NAME, "1") == Archive([str(tmp_path / "x.tar")]).resolve(NAME, "1")
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tgz", "tar.zst", "tar.xz", "tar.bz2", "txz", "oci.tar.gz"])
+def test_no_suffix_gets_into_a_name(suffix):
+    assert tinyreg.default_name("/media/Demo." + suffix) == "demo"
+
+
+@pytest.mark.parametrize("damage", ["cut off", "cut off early", "a flipped bit", "noise"])
+def test_a_damaged_stream_is_an_error_of_one_line(tmp_path, far, compression, damage, capsys):
+    content = bytearray(compress(compression, LARGE[:1 << 18]))
+    if damage == "a flipped bit":
+        content[len(content) // 2] ^= 1
+    path = tmp_path / "damaged.tar.zst"
+    path.write_bytes({"cut off": content[:-3], "cut off early": content[:9], "noise": content[:6] + LARGE[:10000]}
+                     .get(damage, content))
+    assert tinyreg.main(["load", "--root", far.root, str(path)]) == 1
+    errors = capsys.readouterr().err
+    assert "%s: damaged: " % path in errors and errors.count("\n") == 1, errors
+    assert os.listdir(far.layout.scratch) == [] and list(far.repositories()) == []
+
+
+def test_a_bomb_is_given_up_before_the_disk_is_full(far, tmp_path, monkeypatch, compression, capsys):
+    path, started, popen = tmp_path / "bomb.tar.zst", [], subprocess.Popen
+    path.write_bytes(compress(compression, bytes(32 << 20)))
+    monkeypatch.setattr(subprocess, "Popen", lambda *command, **settings: (
+        started.append(popen(*command, **settings)) or started[-1]))
+    usage = shutil.disk_usage(str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=(64 << 20) - 1))
+    assert tinyreg.main(["load", "--root", far.root, str(path)]) == 1
+    assert "does not fit" in capsys.readouterr().err
+    assert os.listdir(far.layout.scratch) == []
+    assert [process.returncode for process in started] in ([], [-signal.SIGPIPE])
+
+
+def test_a_full_disk_is_not_taken_for_damage(tmp_path, far, compression, monkeypatch, capsys):
+    path, disk_usage = airgap_images(tmp_path, compression, "zst"), shutil.disk_usage
+
+    def fail(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "disk_usage", fail)
+    assert tinyreg.main(["load", "--root", far.root, path]) == 1
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    errors = capsys.readouterr().err
+    assert "No space left" in errors and "damaged" not in errors
+
+
+def test_a_stream_that_takes_too_much_memory_is_not_taken_for_damage(tmp_path, far):
+    """Twenty bytes of xz may ask for gigabytes."""
+    require("xz")
+    path = tmp_path / "large.tar.xz"
+    path.write_bytes(subprocess.run(["xz", "--lzma2=preset=0,dict=512MiB"], input=b"x", stdout=subprocess.PIPE,
+                                    check=True).stdout)
+    done = subprocess.run(["sh", "-c", 'ulimit -v 400000; exec "$@"', "sh", sys.executable, TINYREG, "load",
+                           "--root", far.root, str(path)], stderr=subprocess.PIPE, universal_newlines=True)
+    assert done.returncode == 1
+    assert done.stderr == "tinyreg: %s: to decompress it takes more memory than there is\n" % path
+
+
+def test_what_nothing_here_can_decompress_names_the_remedy(tmp_path, far, monkeypatch, capsys):
+    path = airgap_images(tmp_path, "zstd", "zst")
+    monkeypatch.setitem(sys.modules, "compression.zstd", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for command in ["load", "--root", far.root, path], ["ls", path]:
+        assert tinyreg.main(command) == 1
+        assert capsys.readouterr().err == (
+            "tinyreg: %s: it is compressed with zstd; install zstd, or decompress it first\n" % path)
+
+
+@pytest.mark.parametrize("command", ["serve", "verify"])
+@pytest.mark.parametrize("program", sorted(tinyreg.DECOMPRESSORS))
+def test_serve_and_verify_say_what_to_do_with_compressed_archives(tmp_path, command, program):
     path = tmp_path / "x.tar.gz"
-    path.write_bytes(gzip.compress(b"x"))
-    done = run_tinyreg("serve", path)
-    assert done.returncode == 1 and "gzip; decompress it first" in done.stderr
+    path.write_bytes(compress(program, b"x"))
+    done = run_tinyreg(command, path)
+    assert done.returncode == 1 and program + "; decompress it first" in done.stderr
 
 
 # Interruptions
@@ -1132,17 +1257,6 @@ def test_load_says_beforehand_that_the_disk_is_too_small(store, far, save, monke
     assert tinyreg.main(["load", "--root", far.root, path]) == 1
     assert "are needed" in capsys.readouterr().err
     assert list(far.digests()) == []
-
-
-def test_a_bomb_is_given_up_before_the_disk_is_full(far, tmp_path, monkeypatch, capsys):
-    import tinyreg
-    path = tmp_path / "bomb.tar.gz"
-    path.write_bytes(gzip.compress(bytes(32 << 20)))
-    usage = shutil.disk_usage(str(tmp_path))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=(64 << 20) - 1))
-    assert tinyreg.main(["load", "--root", far.root, str(path)]) == 1
-    assert "does not fit" in capsys.readouterr().err
-    assert os.listdir(os.path.join(far.root, "tinyreg", "scratch")) == []
 
 
 def test_archive_errors_are_registry_errors_with_the_file_first(tmp_path):
