@@ -88,7 +88,6 @@ import errno
 import fcntl
 import functools
 import getpass
-import gzip
 import hashlib
 import hmac
 import html
@@ -121,7 +120,6 @@ import time
 import urllib.parse
 import urllib.request
 import uuid
-import zlib
 from typing import (
     Any, BinaryIO, Callable, ContextManager, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
     NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
