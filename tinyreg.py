@@ -120,6 +120,7 @@ import time
 import urllib.parse
 import urllib.request
 import uuid
+import warnings
 from typing import (
     Any, BinaryIO, Callable, ContextManager, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
     NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
@@ -1761,6 +1762,7 @@ def describe(registry: Reader, name: str, digest: Digest) -> Dict[str, Any]:
     created = None
     platforms: List[str] = []
     sizes: Dict[Digest, int] = {}
+    named: Dict[Digest, str] = {}  # the platforms that indexes name, for configs that are not here
     missing = []
     reads = iter(range(MAX_DESCRIBED))  # at most so many manifests are read
 
@@ -1776,6 +1778,9 @@ def describe(registry: Reader, name: str, digest: Digest) -> Dict[str, Any]:
         # BuildKit exports its cache as an index of layers.
         sizes.update((child.digest, child.size) for child in manifest.manifests
                      if child.media_type not in MANIFEST_TYPES)
+        if manifest.manifests:
+            named.update((child.digest, platform_name(entry.get("platform"))) for child, entry
+                         in zip(manifest.manifests, manifest.document["manifests"]))
         return [child for child in child_digests(manifest) if child not in sizes]
 
     # The root is read once only, and a malformed one raises.
@@ -1785,7 +1790,8 @@ def describe(registry: Reader, name: str, digest: Digest) -> Dict[str, Any]:
         if manifest.media_type in IMAGE_TYPES:
             config = read_config(registry, name, manifest)
             created = created or config.get("created")
-            platform = platform_name(config) or manifest.artifact_type or "-"
+            platform = (platform_name(config) or named.get(manifest.digest)
+                        or manifest.artifact_type or "-")
             if platform not in platforms + [NO_PLATFORM]:
                 platforms.append(platform)
     return {"digest": digest, "mediaType": root.media_type, "platforms": platforms,
@@ -5020,6 +5026,8 @@ class HttpClient:
                 code = entry["code"]
             message = entry["message"] or message
         message = "%s answered %d: %.*s" % (self.host, reply.status, MAX_MESSAGE, message)
+        if reply.status == 400 and self.plain_http:
+            message += "; if it speaks HTTPS, leave out --plain-http"
         if reply.status == 404:
             advice = "" if "@" in image else "; check its name and tag"
             message = "%s has no %s%s" % (self.host, image, advice)
@@ -10350,7 +10358,7 @@ def example(store: Union[Archive, Directory], host: str) -> str:
 def outer_address(listener: socket.socket, is_local: bool) -> str:
     """HOST:PORT by which clients reach a listening socket."""
     host, port = listener.getsockname()[:2]
-    if is_local:
+    if is_local and (host == "127.0.0.1" or not host.startswith("127.")):
         host = "localhost"
     elif host in ("::", "0.0.0.0"):
         host = socket.gethostname()
@@ -10440,6 +10448,11 @@ class Service:
         if isinstance(self.store, Archive):
             stores = ("serves", self.store.root + " (read-only)")
         rows = [("listens on", ", ".join(urls)), stores]
+        if isinstance(self.store, Archive):
+            absent = self.store.parts.left_out.difference(self.store.digests())
+            if absent:
+                rows.append(("lacks", "%s that save --have left out: what needs them can't be "
+                             "pulled from here; load it" % counted(len(absent), "blob")))
         if self.tls and self.tls.ca:
             rows.append(("CA", "/ca.crt, SHA-256 " + fingerprint(self.tls.ca)))
         next_line = "\n" + 14 * " "
@@ -10777,17 +10790,28 @@ def remove(options: argparse.Namespace) -> int:
 
 # passwd and clients
 
-def read_password(user: str, from_stdin: bool, is_new: bool = True) -> str:
-    """A password, from a line of standard input or from the terminal, where a new one is asked for
-    twice. Raises CommandError."""
-    limit = MAX_PASSWORD if is_new else MAX_TOKEN  # other registries take tokens as passwords
-    try:
-        if from_stdin:
-            password = sys.stdin.buffer.readline().decode("utf-8").rstrip("\r\n")
-        else:
+def ask_for_password(user: str, is_new: bool) -> Optional[str]:
+    """A password from the terminal, a new one asked for twice; None if there is no terminal.
+    Raises CommandError, EOFError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", getpass.GetPassWarning)
+        try:
             password = getpass.getpass("password of %s: " % user)
             if password and is_new and getpass.getpass("once more: ") != password:
                 raise CommandError("the two passwords differ; nothing was changed")
+        except getpass.GetPassWarning:  # what it reads would be seen
+            return None
+    return password
+
+
+def read_password(user: str, from_stdin: bool, is_new: bool = True) -> str:
+    """A password from the terminal, or, without one, from a line of standard input. Raises
+    CommandError."""
+    limit = MAX_PASSWORD if is_new else MAX_TOKEN  # other registries take tokens as passwords
+    try:
+        asked = None if from_stdin else ask_for_password(user, is_new)
+        line = sys.stdin.buffer.readline() if asked is None else b""
+        password: str = line.decode("utf-8").rstrip("\r\n") if asked is None else asked
         size = len(password.encode("utf-8"))
     except (EOFError, KeyboardInterrupt, UnicodeError):
         size = 0
@@ -11399,7 +11423,7 @@ def verify(options: argparse.Namespace) -> int:
 
 def digests_in(path: str) -> Iterable[Digest]:
     """The digests that a file lists, as `ls --digests` prints them, or those of an archive.
-    Raises UNSUPPORTED, CommandError, OSError."""
+    Raises CommandError, OSError."""
     if not os.path.exists(path):
         raise CommandError("--have %s: there is no such file (images are named before --have)"
                            % path)
@@ -11408,7 +11432,11 @@ def digests_in(path: str) -> Iterable[Digest]:
             if re.match(rb'[\s\["\]]*(?:sha(?:256|512):|\Z)', file.peek(100)):
                 text = file.read().decode("ascii", "replace")
                 return map(Digest, re.findall(DIGEST.pattern, text))
-    return Archive([path]).digests()
+    try:
+        return Archive([path]).digests()
+    except RegistryError as error:  # whatever it is, the message has it
+        raise CommandError("--have takes what `tinyreg.py ls --digests` printed, or an archive; "
+                           "%s" % error)
 
 
 def add_to_archive(options: argparse.Namespace, store: Directory, writer: ArchiveWriter,

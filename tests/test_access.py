@@ -648,6 +648,17 @@ def test_passwd_takes_only_utf_8(tmp_path, user, given):
     assert not (tmp_path / "users").exists()
 
 
+@needs_crypt
+def test_passwd_without_a_terminal_reads_a_line_and_warns_of_nothing(tmp_path):
+    path = tmp_path / "users"
+    done = passwd(path, "alice", input="secret\n", start_new_session=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    users = parse_users(path.read_bytes())
+    assert tinyreg.hash_password("secret", users["alice"]) == users["alice"]
+    done = passwd(path, "alice", input="", start_new_session=True)
+    assert done.returncode == 1 and "1 to 72 bytes" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_passwd_where_nothing_can_hash(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tinyreg, "load_crypt", lambda: None)
     monkeypatch.delattr("hashlib.scrypt", raising=False)

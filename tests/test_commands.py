@@ -209,6 +209,35 @@ def test_ls_does_not_put_off_gc(run, store):
     assert manifest.digest in run("gc", "--untagged", "--dry-run").stdout
 
 
+def test_ls_of_an_archive_without_its_configs_has_the_platforms_from_the_index(run, store, tmp_path):
+    one = make_image(store, "a", None, config=b'{"os":"linux","architecture":"arm64"}')
+    document = index(one)
+    document["manifests"][0]["platform"] = {"os": "linux", "architecture": "arm64"}
+    store.put_manifest("a", to_manifest(document), ["1"])
+    (tmp_path / "have.txt").write_text(run("ls", "--digests").stdout)
+    run("save", "a:1", "-o", tmp_path / "rest.tar", "--have", tmp_path / "have.txt")
+    assert json.loads(run("ls", "--json", tmp_path / "rest.tar").stdout)[0]["platforms"] == ["linux/arm64"]
+
+
+@pytest.mark.parametrize("content", [b"one, two\n", "sha256:".encode("utf-16")])
+def test_have_of_what_is_neither_a_list_nor_an_archive(run, store, tmp_path, content):
+    make_image(store, "a", "1")
+    (tmp_path / "have.txt").write_bytes(content)
+    done = run("save", "a:1", "-o", tmp_path / "rest.tar", "--have", tmp_path / "have.txt", status=1)
+    assert done.stderr.count("\n") == 1
+    assert "ls --digests" in done.stderr and "have.txt" in done.stderr
+
+
+def test_serve_of_an_archive_says_what_was_left_out_of_it(run, store, start_server, tmp_path):
+    make_image(store, "a", "1")
+    run("save", "a:1", "-o", tmp_path / "whole.tar")
+    run("save", "a:1", "-o", tmp_path / "rest.tar", "--have", tmp_path / "whole.tar")
+    for archive, says in (("whole.tar", False), ("rest.tar", True)):
+        server = start_server(None, tmp_path / archive)
+        server.stop()
+        assert ("blobs that save --have left out" in server.banner) is says
+
+
 def test_ls_of_archives_says_what_is_complete(run, store, tmp_path):
     one = make_image(store, "docker.io/library/a", "1")
     make_image(store, "b", "2", (b"layer one", b"another"))
@@ -707,14 +736,16 @@ def test_a_line_for_each_request(start_server, options, lines):
         assert [bool(re.fullmatch(line, shown)) for shown in sorted(found, key=len)] == [False, True]
 
 
-def test_the_banner_brackets_an_address_of_ipv6():
-    """What it says to try was no name of an image: docker pull fd00::1:5000/alpine:latest."""
+@pytest.mark.parametrize("host, is_local, says", [
+    ("fd00::1", False, "[fd00::1]:5000"), ("fd00::1", True, "localhost:5000"),
+    ("127.0.0.1", True, "localhost:5000"), ("127.0.0.2", True, "127.0.0.2:5000")])
+def test_the_banner_names_an_address_that_clients_can_use(host, is_local, says):
+    """What it says to try was no name of an image, or nobody listened there."""
     class Listener:
         def getsockname(self):
-            return "fd00::1", 5000, 0, 0
+            return host, 5000, 0, 0
 
-    assert tinyreg.outer_address(Listener(), is_local=False) == "[fd00::1]:5000"
-    assert tinyreg.outer_address(Listener(), is_local=True) == "localhost:5000"
+    assert tinyreg.outer_address(Listener(), is_local) == says
 
 
 # Every Python

@@ -1148,6 +1148,12 @@ def test_an_error_whose_body_is_odd_is_an_error_like_others(start_proxy, errors)
         list(Remote(proxy.host).tags("demo"))
 
 
+def test_where_plain_http_is_refused_the_option_is_named(start_proxy):
+    proxy = start_proxy(None, lambda handler: handler.answer(400, {}, b"HTTP request to an HTTPS server"))
+    with pytest.raises(RegistryError, match="leave out --plain-http"):
+        list(Remote(proxy.host, plain_http=True).tags("demo"))
+
+
 def test_a_redirect_to_what_is_no_http_is_an_error_like_others(start_proxy, quick):
     proxy = start_proxy(None, lambda handler: handler.answer(302, {"Location": "ftp://127.0.0.1:%d/x" % free_port()}))
     with pytest.raises(RegistryError, match="can't reach " + proxy.host):
