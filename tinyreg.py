@@ -88,6 +88,7 @@ import errno
 import fcntl
 import functools
 import getpass
+import gzip
 import hashlib
 import hmac
 import html
@@ -121,6 +122,7 @@ import urllib.parse
 import urllib.request
 import uuid
 import warnings
+import zlib
 from typing import (
     Any, BinaryIO, Callable, ContextManager, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
     NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
@@ -5428,8 +5430,8 @@ class Remote(Registry):
         try:
             reply = self.call("POST", name, path, (201, 202),
                               "pull,push repository:%s:pull" % source)
-        except REFUSALS:
-            return False  # we may not pull there; or else the upload will say what is wrong
+        except RegistryError:  # we may not pull there, or it can't mount: an upload does as well
+            return False
         if reply.status == 202:  # the registry wants the bytes instead, and has begun an upload
             self.mounts[name, digest] = reply.header("Location")
         return reply.status == 201
@@ -5453,8 +5455,8 @@ class Remote(Registry):
 
     def _is_at(self, name: str, reference: str, digest: Digest) -> bool:
         """Whether a reference means this manifest already."""
-        with contextlib.suppress(*REFUSALS):
-            # There is no such manifest; or we may push here, but not read.
+        # This only saves a PUT, which says what is wrong, if anything is.
+        with contextlib.suppress(RegistryError):
             return self.resolve(name, reference) == digest
         return False
 

@@ -1124,19 +1124,25 @@ def test_overload_is_waited_for_as_long_as_the_server_says(filled, server, back,
     assert quick[:2] == [7.0, 11.0] and len(quick) == 3
 
 
-@pytest.mark.parametrize("method, part", [("HEAD", "/manifests/"), ("POST", "mount="), ("GET", "/referrers/")])
-def test_a_registry_that_fails_is_not_taken_for_one_that_lacks_something(filled, server, start_proxy, method, part):
-    """Neither the manifest that is to be compared, nor the blob to be mounted, nor what is about an image."""
+def test_a_registry_that_fails_is_not_taken_for_one_that_has_no_referrers(filled, server, start_proxy):
+    proxy = start_proxy(server.host, lambda handler: "/referrers/" in handler.path and handler.answer(500) or None)
+    digest = filled.resolve("demo", "latest")
+    with pytest.raises(RegistryError, match="answered 500"):
+        Remote(proxy.host, retries=0).referrer_digests("demo", digest)
+
+
+@pytest.mark.parametrize("method, part", [("HEAD", "/manifests/"), ("POST", "mount=")])
+def test_a_push_goes_on_where_only_a_shortcut_fails(filled, server, start_proxy, method, part):
+    """A comparison with what is there saves a PUT, and a mount an upload: both can be done without."""
     proxy = start_proxy(server.host, lambda handler: handler.command == method and part in handler.path
                         and handler.answer(500) or None)
     remote, image = Remote(proxy.host, retries=0), filled.manifest("demo", filled.resolve("demo", "latest"))
-    with pytest.raises(RegistryError, match="answered 500"):
-        if method == "GET":
-            remote.referrer_digests("demo", image.digest)
-        else:
-            remote.mount("other", image.blobs[0].digest, "demo")
-            remote.put_manifest("demo", image, ["latest"])
-    assert not proxy.asked("PUT", "") and not [path for path in proxy.asked("POST", "") if "mount=" not in path]
+    remote.put_manifest("demo", image, ["again"])
+    assert Remote(server.host).resolve("demo", "again") == image.digest
+    blob = image.blobs[0].digest
+    assert remote.mount("other", blob, "demo") == (method == "HEAD")
+    remote.put_blob("other", blob, lambda offset: filled.open_blob("demo", blob, offset))
+    assert Remote(server.host).find_size("other", blob) == image.blobs[0].size
 
 
 @pytest.mark.parametrize("errors", [["text"], [[]], [5], [{}], {"code": "DENIED"}, [{"code": []}], [{"code": "DENIED"}],
