@@ -20,7 +20,8 @@ It needs Python 3.6 or newer and nothing else, and runs on Linux, macOS and the 
     python3 tinyreg.py verify                   read everything again, and name what is damaged
 
 The storage directory, ROOT, has the layout of CNCF Distribution: registry:2 and registry:3 can open
-it. Beside that tree there is one folder of our own. If it is lost, no image is.
+it. Beside that tree there is one folder of our own. Without it every image is still there, but gc
+no longer knows which ones are pinned.
 
     ROOT/docker/registry/v2/
         blobs/sha256/ab/abcd…/data          the bytes of each blob and manifest
@@ -88,7 +89,6 @@ import errno
 import fcntl
 import functools
 import getpass
-import gzip
 import hashlib
 import hmac
 import html
@@ -122,7 +122,6 @@ import urllib.parse
 import urllib.request
 import uuid
 import warnings
-import zlib
 from typing import (
     Any, BinaryIO, Callable, ContextManager, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
     NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
