@@ -12,9 +12,11 @@ It needs Python 3.6 or newer and nothing else, and runs on Linux, macOS and the 
                                                 containerd, podman, k3s
     python3 tinyreg.py pull IMAGE               copy an image from its registry into the store
     python3 tinyreg.py push IMAGE --to HOST     copy it to another registry
+    python3 tinyreg.py login HOST               keep the password for one
     python3 tinyreg.py save IMAGE -o FILE       write images into an archive
     python3 tinyreg.py load FILE                put the images of an archive into the store
     python3 tinyreg.py ls                       list what is in the store
+    python3 tinyreg.py tag IMAGE NAME:TAG       give an image one more tag
     python3 tinyreg.py rm NAME:TAG              delete a tag
     python3 tinyreg.py gc                       delete what nothing refers to
     python3 tinyreg.py verify                   read everything again, and name what is damaged
@@ -1123,6 +1125,17 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+@contextlib.contextmanager
+def deleted_on_error(path: str) -> Iterator[None]:
+    """Delete a file that the block makes, if the block fails."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # it was never made, or the disk failed
+            os.unlink(path)
+        raise
+
+
 class Files:
     """Durable writes and deletions, by way of a scratch folder on the same file system."""
 
@@ -1149,7 +1162,7 @@ class Files:
         A private file can be read by its owner only, from its first byte on; if it replaces one, it
         keeps that one's owner and group. Raises OSError, and what `give` raises."""
         temporary = self.scratch_path()
-        try:
+        with deleted_on_error(temporary):
             opener = functools.partial(os.open, mode=0o600) if private else None
             with open(temporary, "xb", opener=opener) as file:
                 if private and os.path.exists(path):
@@ -1160,10 +1173,6 @@ class Files:
                 file.flush()
                 sync(file.fileno())
             self.publish(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):  # it was never made, or the disk failed
-                os.unlink(temporary)
-            raise
 
     def publish(self, temporary: str, path: str) -> None:
         """Rename a file that is written and synced to its final path, durably. Raises OSError.
@@ -4508,16 +4517,12 @@ class ArchiveWriter(Registry):
             file.write(content)
             hasher.update(content)
 
-        try:
+        with deleted_on_error(temporary):
             with open(temporary, "xb") as file:
                 self.write(digests, take)
                 file.flush()
                 sync(file.fileno())
             os.rename(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):  # it was never made, or the disk failed
-                os.unlink(temporary)
-            raise
         sync_directory(os.path.dirname(os.path.abspath(path)))
         return hasher.hexdigest()
 
@@ -9943,10 +9948,10 @@ class Worker:
     def current_date(self) -> str:
         """Now, as the Date header has it."""
         second, text = self.date
-        if second != int(time.time()):
-            second = int(time.time())
-            text = email.utils.formatdate(second, usegmt=True)
-            self.date = second, text
+        now = int(time.time())
+        if now != second:
+            text = email.utils.formatdate(now, usegmt=True)
+            self.date = now, text
         return text
 
 

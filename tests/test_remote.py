@@ -290,17 +290,18 @@ def test_large_blobs_go_in_chunks(store, distribution, start_proxy, monkeypatch)
     assert holdings(Remote(distribution), "demo") == holdings(store, "demo")
 
 
+def cut_second_chunk(handler, cuts):
+    """Cut the connection on which the second chunk of 1 MiB comes, the first time."""
+    if handler.command == "PATCH" and handler.headers.get("Content-Range", "").startswith("1048576-") and not cuts:
+        cuts.append(1)
+        return handler.cut()
+
+
 def test_an_upload_that_is_cut_goes_on_where_the_other_side_is(store, server, start_proxy, monkeypatch, quick):
     monkeypatch.setattr(tinyreg, "UPLOAD_CHUNK", 1 << 20)
     make_image(store, "demo", layers=(os.urandom(3 << 20),))
     cuts = []
-
-    def spoil(handler):
-        if handler.command == "PATCH" and handler.headers.get("Content-Range", "").startswith("1048576-") and not cuts:
-            cuts.append(1)
-            return handler.cut()
-
-    proxy = start_proxy(server.host, spoil)
+    proxy = start_proxy(server.host, lambda handler: cut_second_chunk(handler, cuts))
     copy(store, Remote(proxy.host), "demo", "latest")
     chunks = [headers["content-range"] for _, _, headers in proxy.seen if "content-range" in headers]
     assert cuts and chunks.count("0-1048575") == 1
@@ -314,11 +315,9 @@ def test_an_upload_that_is_refused_after_a_cut_begins_anew_whatever_the_refusal_
     cuts = []
 
     def spoil(handler):
-        if handler.command == "PATCH" and handler.headers.get("Content-Range", "").startswith("1048576-") and not cuts:
-            cuts.append(1)
-            return handler.cut()
         if handler.command == "GET" and "/uploads/" in handler.path:
             return handler.answer(404, {"Range": "0-1048575"})
+        return cut_second_chunk(handler, cuts)
 
     proxy = start_proxy(server.host, spoil)
     copy(store, Remote(proxy.host), "demo", "latest")
