@@ -66,17 +66,20 @@ The rooms of this file. Each uses the rooms above it and none below:
      3 Values        digests, names, addresses, manifests
      4 Files         durable writes, locks, the change mark
      5 Registry      the interface of all registries, and rules that wrap one
-     6 Directory     the registry in ROOT
-     7 Upkeep        gc, expiry of tags, verify
-     8 Archive       registries in tar files
-     9 Remote        registries over HTTP, and the store that fetches from them
-    10 Copy          from any registry to any other
-    11 Access        users, tokens, rules
-    12 Observation   log, metrics, /live, notifications
-    13 API           the endpoints, and the way to them
-    14 Page          the pages for people
-    15 Server        sockets, TLS, time limits, processes
-    16 Commands      the command line
+     6 Signatures    cosign signatures, checked with a key
+     7 Directory     the registry in ROOT
+     8 Upkeep        gc, expiry of tags, verify
+     9 Archive       registries in tar files
+    10 Remote        registries over HTTP, and the store that fetches from them
+    11 Choice        which images are meant: lists, patterns, pins, new names
+    12 Copy          from any registry to any other
+    13 Artifacts     files and charts
+    14 Access        users, tokens, rules
+    15 Observation   log, metrics, /live, notifications
+    16 API           the endpoints, and the way to them
+    17 Page          the pages for people
+    18 Server        sockets, TLS, time limits, processes
+    19 Commands      the command line
 """
 
 import argparse
@@ -1831,7 +1834,15 @@ def untagged(registry: Reader, name: str,
                   if digest not in tagged | children and subject not in subjects)
 
 # -------------------------------------------------------------------------------------------------
-# 6  Directory
+# 6  Signatures
+#
+# Which images a given key has signed, and the wrapper that lets through no others. Signatures are
+# cosign's; the openssl command checks them. Keys come from files of the operator, never from what
+# is checked.
+# -------------------------------------------------------------------------------------------------
+
+# -------------------------------------------------------------------------------------------------
+# 7  Directory
 #
 # The store. Layout knows every path below ROOT: CNCF Distribution's file system layout, and our
 # own folder beside it. Content is written before the link to it, and the link before the tag;
@@ -2690,7 +2701,7 @@ class DirectoryUpload(UploadSession):
         return True
 
 # -------------------------------------------------------------------------------------------------
-# 7  Upkeep
+# 8  Upkeep
 #
 # What is done to a store now and then, beside pushes: garbage collection (gc), the expiry of tags,
 # and verification. It builds on the store's order of writes. It knows nothing of HTTP.
@@ -3391,7 +3402,7 @@ class StoreVerification(Verification):
         return targets
 
 # -------------------------------------------------------------------------------------------------
-# 8  Archive
+# 9  Archive
 #
 # Images in files: tars and directories. An archive is read in place: to open it, we read its
 # headers (of a directory, its names) and the small files that say what it holds, but no layers.
@@ -4533,7 +4544,7 @@ class ArchiveWriter(Registry):
                 for path, digests in self.files]
 
 # -------------------------------------------------------------------------------------------------
-# 9  Remote
+# 10  Remote
 #
 # The client side of the protocol: another registry over HTTP, with its logins, redirects, retries,
 # and transfers that go on where they were cut. What goes wrong becomes a RegistryError whose one
@@ -5760,7 +5771,14 @@ class PullThrough(Wrapper):
         self.store.put_manifest(name, manifest, tags, check_wanted)
 
 # -------------------------------------------------------------------------------------------------
-# 10  Copy
+# 11  Choice
+#
+# Which images are meant: lists in files of any kind, patterns, the newest versions, pins by digest,
+# and the names that images get where they go. It asks a Reader and changes nothing.
+# -------------------------------------------------------------------------------------------------
+
+# -------------------------------------------------------------------------------------------------
+# 12  Copy
 #
 # The one way from any registry to any other. A Plan reads manifests and decides what is to go. A
 # Copy then moves the blobs, several at once, and after them the manifests: each one after all that
@@ -6133,7 +6151,14 @@ def copy(source: Reader, target: Registry, name: str, reference: str,
     return work.run(jobs)
 
 # -------------------------------------------------------------------------------------------------
-# 11  Access
+# 13  Artifacts
+#
+# Files and Helm charts as images of one registry, in the form of oras and helm, and the way back to
+# files. How they are stored, copied and deleted is left to the rooms above.
+# -------------------------------------------------------------------------------------------------
+
+# -------------------------------------------------------------------------------------------------
+# 14  Access
 #
 # Who sends a request, and what that client may do. Passwords knows the users and checks their
 # passwords, Tokens makes and reads tokens, Rules knows who may do what, UploadLimit counts upload
@@ -6712,7 +6737,7 @@ class Access:
         return lines
 
 # -------------------------------------------------------------------------------------------------
-# 12  Observation
+# 15  Observation
 #
 # What the people who run a registry see of it: the log, metrics for Prometheus, /live, and
 # notifications. The server reports each Exchange to Observation. Processes share memory that was
@@ -7237,7 +7262,7 @@ class Observation:
         return gauges
 
 # -------------------------------------------------------------------------------------------------
-# 13  API
+# 16  API
 #
 # The endpoints of distribution-spec: handlers, each from a Request to a Response, and the table of
 # routes that finds them. A handler writes nothing itself, so it runs in a test without a socket,
@@ -7879,7 +7904,7 @@ def dispatch(registry: Registry, access: Access, request: Request) -> Response:
         return Response.of_error(RegistryError("UNKNOWN"))
 
 # -------------------------------------------------------------------------------------------------
-# 14  Page
+# 17  Page
 #
 # What a person sees who opens the registry in a browser, and what machines ask beside the API:
 # metrics, health, the CA, scripts that set up clients. Pages are HTML and CSS with nothing from
@@ -8780,7 +8805,7 @@ ROUTES += compile_routes([
 ])
 
 # -------------------------------------------------------------------------------------------------
-# 15  Server
+# 18  Server
 #
 # Sockets, on the frame of http.server: Server takes connections, Connection reads requests and
 # sends responses. What is stricter than http.server follows RFC 9112 to the letter, because a
@@ -10061,7 +10086,7 @@ def next_signal() -> int:
             return number
 
 # -------------------------------------------------------------------------------------------------
-# 16  Commands
+# 19  Commands
 #
 # The command line. A command is a function from the parsed options to the exit status: 0 done, 1
 # failed or damage found, 2 wrong command line. It prints what it reports on stdout, with --json in

@@ -1,4 +1,4 @@
-"""Room 10: who asks, what they may do, and what they are told; all by tables, through dispatch and without sockets."""
+"""Access: who asks, what they may do, and what they are told; all by tables, through dispatch and without sockets."""
 
 import base64
 import json

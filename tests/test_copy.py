@@ -1,4 +1,4 @@
-"""Room 9: one copy between any two registries, here between two stores; nothing is changed on the way."""
+"""Copy: one copy between any two registries, here between two stores; nothing is changed on the way."""
 
 import functools
 import io

@@ -1,4 +1,4 @@
-"""Room 9: other registries, as upstream and as target: Distribution (Debian's docker-registry), with and without
+"""Remote: other registries, as upstream and as target: Distribution (Debian's docker-registry), with and without
 logins, behind a strict token server, behind proxies that cut, delay and redirect; and pull and push on top of it."""
 
 import base64

@@ -1,4 +1,4 @@
-"""Room 14, TLS: the certificates that serve makes, raw bytes and wrong protocols on its port, client certificates."""
+"""Server, TLS: the certificates that serve makes, raw bytes and wrong protocols on its port, client certificates."""
 
 import base64
 import calendar
