@@ -744,6 +744,7 @@ class Glob:
         return bool(expected & self.end)
 
 
+@functools.lru_cache(maxsize=10000)
 def parse_glob(glob: str) -> Any:
     """An object whose `fullmatch` tells whether a text fits the glob: a regular expression, which
     is the fastest, unless it has enough stars to become slow."""
@@ -6170,11 +6171,11 @@ def copy(source: Reader, target: Registry, name: str, reference: str,
 LEVELS = ("none", "pull", "push", "admin")
 IN_WORDS = ("do nothing", "pull", "pull and push", "pull, push and delete")
 # The level that an action needs: the action of a route, or one in a token's scope.
-NEEDED = {"look": 0, "login": 0, "pull": 1, "push": 2, "delete": 3, "*": 3}
+NEEDED = {"look": 0, "login": 0, "watch": 1, "pull": 1, "push": 2, "delete": 3, "*": 3}
 
 # A user is none of the rules' own words, * and @anonymous, and is valid UTF-8.
 USER = re.compile(r"[^\s:#*@\x00-\x1f\x7f\ud800-\udfff][^\s:#\x00-\x1f\x7f\ud800-\udfff]{0,127}")
-RULE = re.compile(r"([a-z0-9._/*-]+)[ \t]+(\S+)[ \t]+(none|pull|push|admin)")
+RULE = re.compile(r"((?:[a-z0-9._/*-]|\{user\})+)[ \t]+(\S+)[ \t]+(none|pull|push|admin)")
 SCRYPT = re.compile(r"(\$scrypt\$ln=14,r=8,p=1\$([A-Za-z0-9+/]{24})\$)([A-Za-z0-9+/]{43})?")
 BCRYPT_LETTERS = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 MAX_PASSWORD = 72            # bytes; bcrypt reads no more, and Go's refuses more
@@ -6465,11 +6466,19 @@ class Tokens:
 # Rules
 
 class Rule(NamedTuple):
-    """A line of a rules file: what a user may do in the repositories that fit the pattern."""
+    """A line of a rules file: what a user may do in the repositories that fit the glob."""
 
-    pattern: Any
+    glob: str
     user: str
     level: int
+
+    def fits(self, user: str, name: str) -> bool:
+        """Whether it is about this repository. {user} in the glob is the name of who asks, if that
+        can be one component of a repository's name: no other could stand there, and a user called
+        ** shall not get everything."""
+        if "{user}" in self.glob and ("/" in user or not NAME.fullmatch(user)):
+            return False
+        return bool(parse_glob(self.glob.replace("{user}", user)).fullmatch(name))
 
 
 def parse_rules(content: bytes) -> List[Rule]:
@@ -6481,7 +6490,7 @@ def parse_rules(content: bytes) -> List[Rule]:
         match = RULE.fullmatch(text)
         if match:
             glob, user, level = match.groups()
-            rules.insert(0, Rule(parse_glob(glob), user, LEVELS.index(level)))
+            rules.insert(0, Rule(glob, user, LEVELS.index(level)))
         elif text:
             raise CommandError("--rules: line %d is no rule: %r; write REPOSITORY-GLOB "
                                "USER|*|@anonymous pull|push|admin|none" % (number, text))
@@ -6506,7 +6515,7 @@ class Rules:
         names = (user, "*") if user else ("@anonymous",)
         default = self.default if user else self.anonymous
         levels = (rule.level for rule in self.rules
-                  if rule.user in names and rule.pattern.fullmatch(name))
+                  if rule.user in names and rule.fits(user or "", name))
         level = next(levels, default)
         return max(level, self.level(None, name)) if user else level
 
@@ -6655,8 +6664,9 @@ class Access:
         if self.only_local and needed:
             self._check_local(request, needed > NEEDED["pull"])
         # At /v2/ a client is asked to log in even if anybody may pull: clients that have a password
-        # send it only if they are asked.
-        must_log_in = action == "login" and self.users_file and who == Who(None, None)
+        # send it only if they are asked. What others do is shown to nobody without a name.
+        must_log_in = self.users_file and (action == "login" and who == Who(None, None)
+                                           or action == "watch" and who.user is None)
         if not must_log_in and self.allows(request, action, name):
             return
         level = self.rules.anonymous_maximum()
@@ -7210,6 +7220,7 @@ class Observation:
     def __init__(self, folder: Optional[str], style: str, routes: Dict[Tuple[str, str], Words],
                  endpoints: Sequence[Endpoint] = (), processes: int = 1) -> None:
         self.style = style
+        self.metrics_open = False  # whether everyone may read the metrics
         self.folder = folder
         self.words = dict(OTHER_WORDS)
         self.words.update(routes)
@@ -8738,7 +8749,9 @@ USAGE_GAUGES = (("store_bytes", "bytes"), ("store_blobs", "blobs"),
 
 
 def get_metrics(registry: Registry, access: Access, request: Request) -> Response:
-    """Numbers for Prometheus."""
+    """Numbers for Prometheus. Raises DENIED, UNAUTHORIZED."""
+    if not request.observation.metrics_open:
+        access.check(request, "watch")
     gauges = request.observation.gauges()
     usage = registry.usage()
     if usage is not None:
@@ -8790,15 +8803,15 @@ def handle_plain_http(request: Request) -> Response:
 
 ROUTES += compile_routes([
     Route("GET HEAD", "/", "pull", get_page),
-    Route("GET HEAD", "/disk", "pull", disk_page),
+    Route("GET HEAD", "/disk", "watch", disk_page),
     Route("GET HEAD", "/use", "look", use_page),
     Route("GET HEAD", "/use/{client}[.]sh", "look", use_script),
     Route("GET HEAD", "/login", "login", log_in),
     Route("GET HEAD", "/archive/(?P<name>[^:@]+)[:@]{reference}[.]tar", "pull", get_archive),
     Route("GET HEAD", "/tinyreg.py", "look", get_own_source),
-    Route("GET HEAD", "/live", "pull", live_page),
-    Route("GET HEAD", "/live/events", "pull", live_events),
-    Route("GET HEAD", "/metrics", "pull", get_metrics),
+    Route("GET HEAD", "/live", "watch", live_page),
+    Route("GET HEAD", "/live/events", "watch", live_events),
+    Route("GET HEAD", "/metrics", "look", get_metrics),
     Route("GET HEAD", "/healthz", "look", get_health),
     Route("GET HEAD", "/readyz", "look", get_readiness),
     Route("GET HEAD", "/ca.crt", "look", get_ca),
@@ -10420,6 +10433,7 @@ class Service:
         words = {(method, route.name): route.words
                  for _, by_method in ROUTES for method, route in by_method.items()}
         self.observation = Observation(folder, style, words, options.notify, options.workers)
+        self.observation.metrics_open = options.metrics_open
         self.root_is_gone = threading.Event()  # set in one process only
         if options.log_file:
             open_log_file(options.log_file)
@@ -11750,7 +11764,10 @@ SERVE_OPTIONS = [
     value("--users", "FILE", "htpasswd file of those who may log in; see tinyreg.py passwd"),
     value("--rules", "FILE", "lines REPOSITORY-GLOB USER|*|@anonymous pull|push|admin|none; the "
           "last that matches counts; * stays within one component of a name, ** does not; the "
-          "user * is everyone who has logged in (without rules users may do everything)"),
+          "user * is everyone who has logged in; {user} in the glob is the name of who asks "
+          "(without rules users may do everything)"),
+    flag("--metrics-open", "with --users: let everyone read /metrics, for a Prometheus without a "
+         "password"),
     flag("--tls", "serve HTTPS, with a CA and a certificate for this host that are made and "
          "renewed as needed (with the openssl command); clients get the CA at /ca.crt; see "
          "tinyreg.py clients"),

@@ -140,6 +140,50 @@ def test_the_last_rule_that_matches_counts(world, user, level_of):
         assert reached == level, name
 
 
+def test_a_rule_with_user_lets_each_write_under_their_own_name(world):
+    access = world.access("** * pull\nstudents/{user}/** * push\nta/{user} alice push\n"
+                          "free/{user}/** @anonymous push\n")
+    may_push = {(user, name) for user in ("alice", "bob") for name in (
+        "students/alice/app", "students/bob/app/x", "students/alicex/app", "students/alice", "ta/alice", "ta/bob")
+        if world.status(access, "POST", "/v2/%s/blobs/uploads/" % name, user) == 202}
+    assert may_push == {("alice", "students/alice/app"), ("bob", "students/bob/app/x"), ("alice", "ta/alice")}
+    for name in ("free/alice/x", "free//x", "free/x"):
+        assert world.status(access, "POST", "/v2/%s/blobs/uploads/" % name) in (400, 401)  # who has no name
+
+
+@pytest.mark.parametrize("user", ["**", "*", "a/b", "a*", "Alice", "{user}", "..", "a.", "-a", "\u00e4", "al ice"])
+def test_a_user_whose_name_is_no_part_of_a_repositorys_name_gets_nothing_by_it(user):
+    rules = tinyreg.Rules("rules", "none")
+    rules.rules = parse_rules(b"students/{user}/** * push\n")
+    names = ("students/alice/app", "students/%s/app" % user, "students/a/b/app", "students/ab/app")
+    assert [rules.level(user, name) for name in names] == [0] * 4
+
+
+def test_what_others_do_is_shown_to_nobody_without_a_name_where_there_are_users(start_server, tmp_path):
+    (tmp_path / "users").write_text("alice:%s\n" % hashed("pw"))
+    alice = basic("alice", "pw")
+    anyone = ["--anonymous", "pull", "--log", "explain"]
+    targets = ("/metrics", "/disk", "/live", "/live/events", "/", "/use")
+
+    def statuses(server, **headers):
+        answers = {}
+        for target in targets:
+            with server.open("GET", target, connection="close", **headers) as response:
+                answers[target] = response.status
+        return answers
+
+    server = start_server(None, "--users", tmp_path / "users", *anyone)
+    assert statuses(server) == dict(dict.fromkeys(targets, 401), **{"/": 200, "/use": 200})
+    token = server.ask("GET", "/token?scope=repository:x:pull").json["token"]
+    assert server.ask("GET", "/metrics", authorization="Bearer " + token).status == 401  # nobody's
+    assert "Basic" in server.ask("GET", "/live").headers["WWW-Authenticate"]  # so a browser asks
+    assert set(statuses(server, authorization=alice).values()) == {200}
+    server = start_server(None, "--users", tmp_path / "users", "--metrics-open", *anyone)
+    assert [server.ask("GET", target).status for target in ("/metrics", "/disk")] == [200, 401]
+    server = start_server(None, *anyone)
+    assert set(statuses(server).values()) == {200}
+
+
 @pytest.mark.parametrize("rules, anonymous, user, expected", [
     (None,                  "none",  "alice", [200, 202, 404]),   # without rules a user may do everything
     (None,                  "none",  None,    [401, 401, 401]),
