@@ -35,11 +35,12 @@ no longer knows which ones are pinned.
                 tags/TAG/index/sha256/abcd…/link    each digest that it has stood for
             _uploads/UUID/data, startedat   an upload session
     ROOT/tinyreg/
+        shared                  several hosts have this directory open; see serve --shared
         scratch/                files while they are written, folders while they are deleted, and
                                 locks of blobs that are being fetched
         lock, lock.turnstile    pushes share this lock; deletions hold it alone
         lock.changes            eight bytes that differ after each change, for the caches of
-                                processes; not with --shared: hosts don't share memory
+                                processes; not of a shared store: hosts don't share memory
         pinned/NAME/_digests/sha256/abcd…   a manifest that was pulled or loaded by its digest;
                                 gc keeps it, although it has no tag
         referrers/NAME/_index   which manifests refer to which; rebuilt if it is missing
@@ -256,6 +257,11 @@ HOST_FAILURES = {
     errno.EMFILE: (503, "the registry has too many files open"),
     errno.ENFILE: (503, "the registry's host has too many files open"),
 }
+# What FUSE file systems, CephFS and NFS say while they can't reach their servers.
+HOST_FAILURES.update(dict.fromkeys(
+    (errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ESHUTDOWN,
+     errno.ENODEV, getattr(errno, "EBADFD", errno.ENOTCONN)),
+    (503, "the registry's network disk is away")))
 
 
 def to_json(value: Any) -> bytes:
@@ -1892,6 +1898,7 @@ class Layout:
         self.repositories = os.path.join(self.tree, "repositories")
         self.scratch = os.path.join(self.own, "scratch")
         self.usage = os.path.join(self.own, "usage")
+        self.shared = os.path.join(self.own, "shared")
 
     # Distribution's tree
 
@@ -2062,10 +2069,11 @@ class Directory(Registry):
     leave less than `min_free` bytes on the disk, or is larger than `max_blob` bytes, if that is
     not 0. Without `create`, a root that is no store yet is an error.
 
-    `shared` says that other hosts have the store open, too. They see of each other what the file
-    system promises: locks between hosts; a rename at once; and whoever opens a file reads what
-    another host wrote before it closed it. Then nothing is kept in memory. An upload may go on at
-    another host; that one reads it again at its end, since its `key` is another.
+    `shared` says that other hosts have the store open, too, as does the file ROOT/tinyreg/shared.
+    They see of each other what the file system promises: locks between hosts; a rename at once;
+    and whoever opens a file reads what another host wrote before it closed it. Then nothing is kept
+    in memory. An upload may go on at another host; that one reads it again at its end, since its
+    `key` is another.
 
     Without `renew` nothing that is read counts as told to a client: the mtimes of links stay, and
     gc's grace period goes on."""
@@ -2090,7 +2098,8 @@ class Directory(Registry):
             if create:
                 raise
         self.files = Files(self.layout.scratch)
-        self.lock = SharedLock(os.path.join(self.layout.own, "lock"), marked=not shared)
+        self.shared = shared or os.path.exists(self.layout.shared)
+        self.lock = SharedLock(os.path.join(self.layout.own, "lock"), marked=not self.shared)
         self.index = ReferrersIndex(self.layout, self.version)
         # {(session id, offset): the hash of all bytes before the offset}
         self.hashers: "collections.OrderedDict[Any, Any]" = collections.OrderedDict()
@@ -2557,8 +2566,9 @@ class DirectoryUpload(UploadSession):
     and only if the file still ends where the writer believes and is still the session's. The
     request that came last goes on, the other one fails. No lock is held while a client sends.
 
-    `state` is this server's signature of the id, the size and the digest of the bytes so far. The
-    client carries it to the process that commits, which then need not read the file again."""
+    `state` has the size and this server's signature of the id, the size and the digest of the
+    bytes so far. The client carries it to the process that commits, which then need not read the
+    file again."""
 
     def __init__(self, store: Directory, name: str, session_id: str) -> None:
         self.store = store
@@ -2598,13 +2608,20 @@ class DirectoryUpload(UploadSession):
     def _sign(self, size: int, algorithm: str, encoded: str) -> str:
         # A new server has a new key: if the host crashed, the file may have lost bytes since.
         text = "%s %d %s:%s" % (self.id, size, algorithm, encoded)
-        return hmac.new(self.store.key, text.encode(), "sha256").hexdigest()
+        return "%d-%s" % (size, hmac.new(self.store.key, text.encode(), "sha256").hexdigest())
 
     def _open(self) -> BinaryIO:
+        """Open the session's file. Raises BLOB_UPLOAD_UNKNOWN; UNAVAILABLE if it is shorter than
+        the client's state says: a network's file system may show what was a second ago."""
         try:
-            return open(self.path, "r+b", buffering=0)
+            file = open(self.path, "r+b", buffering=0)
         except FileNotFoundError:
             raise self.unknown()
+        if os.fstat(file.fileno()).st_size < int(self.state.partition("-")[0] or 0):
+            file.close()
+            raise RegistryError("UNAVAILABLE", headers=[("Retry-After", "1")], message="the "
+                                "registry's network disk does not show all of this upload yet")
+        return file
 
     @contextlib.contextmanager
     def _locked(self, file: BinaryIO) -> Iterator[os.stat_result]:
@@ -7647,10 +7664,20 @@ def get_upload(registry: Registry, access: Access, request: Request, name: str,
     return Response(204, upload_headers(registry.find_upload(name, session_id)))
 
 
+def carried_session(registry: Registry, request: Request, name: str,
+                    session_id: str) -> UploadSession:
+    """An upload session, with the state that the client carries. Raises BLOB_UPLOAD_UNKNOWN."""
+    session = registry.find_upload(name, session_id)
+    state = request.get("state", "")
+    # Checked, because upload_headers() may send it back.
+    session.state = state if re.fullmatch("[0-9]{1,18}-[0-9a-f]{64}", state) else ""
+    return session
+
+
 def append_to_upload(registry: Registry, access: Access, request: Request, name: str,
                      session_id: str) -> Response:
     """Take a chunk (end-5). Raises BLOB_UPLOAD_UNKNOWN, RANGE_INVALID, SIZE_INVALID."""
-    session = registry.find_upload(name, session_id)
+    session = carried_session(registry, request, name, session_id)
     append_body(session, request)
     return Response(202, upload_headers(session))
 
@@ -7660,10 +7687,7 @@ def finish_upload(registry: Registry, access: Access, request: Request, name: st
     """Take the last chunk, if there is one, and make the upload a blob (end-6).
 
     Raises BLOB_UPLOAD_UNKNOWN, RANGE_INVALID, SIZE_INVALID, DIGEST_INVALID."""
-    session = registry.find_upload(name, session_id)
-    state = request.get("state", "")
-    # Checked, because upload_headers() may send it back.
-    session.state = state if re.fullmatch("[0-9a-f]{64}", state) else ""
+    session = carried_session(registry, request, name, session_id)
     digest = parse_digest(request.get("digest") or "")
     append_body(session, request)
     session.commit(digest)
@@ -8761,6 +8785,10 @@ def get_metrics(registry: Registry, access: Access, request: Request) -> Respons
                     request.observation.metrics.text(gauges).encode())
 
 
+READINESS_WAIT = 5.0  # seconds; half of what load balancers commonly wait
+READINESS_LOCK = threading.Lock()  # held by the thread that asks the disk
+
+
 def get_health(registry: Registry, access: Access, request: Request) -> Response:
     """That the server is alive."""
     return Response.of_text("ok\n")
@@ -8768,9 +8796,30 @@ def get_health(registry: Registry, access: Access, request: Request) -> Response
 
 def get_readiness(registry: Registry, access: Access, request: Request) -> Response:
     """That the server can do its work: the store is there, has room, and can be written to unless
-    it is read-only. Raises OSError, UNAVAILABLE."""
-    registry.check_ready()
-    return Response.of_text("ready\n")
+    it is read-only. Raises OSError, UNAVAILABLE.
+
+    A network's disk that is away may answer nothing at all. So a thread asks, one at a time, and
+    is not waited for without end."""
+    errors: List[Exception] = []
+
+    def check() -> None:
+        try:
+            registry.check_ready()
+        except (RegistryError, OSError) as error:  # for the thread that waits, which raises it
+            errors.append(error)
+        finally:
+            READINESS_LOCK.release()
+
+    if READINESS_LOCK.acquire(timeout=READINESS_WAIT):
+        thread = threading.Thread(target=check, daemon=True)
+        thread.start()
+        thread.join(READINESS_WAIT)
+        if not thread.is_alive():
+            for error in errors:
+                raise error
+            return Response.of_text("ready\n")
+    raise RegistryError("UNAVAILABLE", message="the registry's disk has not answered for %g seconds"
+                        % READINESS_WAIT)
 
 
 def ca_response(request: Request) -> Response:
@@ -10184,6 +10233,46 @@ def check_writable(store: Directory) -> None:
                            % (store.root, error.strerror))
 
 
+SHARED_NOTE = (b"Several hosts have this directory open. When only one has it again, stop all "
+               b"servers and delete this file.\n")
+
+# They seem to work. But they don't lock, and rclone loses what it has not sent yet.
+LOCKLESS_FILE_SYSTEMS = ("fuse.rclone", "fuse.s3fs", "fuse.sshfs")
+
+
+def find_mount(path: str, table: str) -> Tuple[str, str]:
+    """The type and the options of the file system that a path is on, from Linux's table of mounts
+    (proc(5), mountinfo); empty texts without one."""
+    place, kind, settings = "", "", ""
+    for line in (read_file(table, -1) or b"").decode("utf-8", "replace").splitlines():
+        before, _, after = line.partition(" - ")
+        # A blank in a path is written as \\040; no other character of it matters here.
+        top = before.split(" ")[4].replace("\\040", " ")
+        is_above = (path + "/").startswith(top.rstrip("/") + "/")
+        if is_above and len(top) >= len(place):  # of two mounts at one place the later one counts
+            place, (kind, _, settings) = top, after.split(" ", 2)
+    return kind, settings
+
+
+def check_mount(root: str, table: str = "/proc/self/mountinfo") -> None:
+    """Check what can be seen of the file system that several hosts share. Raises CommandError if
+    it does not lock; logs a warning about an NFS mount that shows hosts old content."""
+    kind, settings = find_mount(os.path.realpath(root), table)
+    if kind in LOCKLESS_FILE_SYSTEMS:
+        raise CommandError("%s is on %s, which does not lock files between hosts: images would be "
+                           "lost; use NFS 4, CephFS or GlusterFS" % (root, kind))
+    if not kind.startswith("nfs"):
+        return
+    options = settings.split(",")
+    if "nolock" in options or any(option.startswith("local_lock=") and option != "local_lock=none"
+                                  for option in options):
+        logger.warning("%s is mounted without locks between hosts (nolock, local_lock): images "
+                       "may be lost; mount it with vers=4.2,hard,actimeo=0", root)
+    if "noac" not in options and "acregmax=0" not in options:
+        logger.warning("%s is mounted with attribute caching: for a minute a host may not see what "
+                       "another has stored; mount it with actimeo=0", root)
+
+
 def open_registry(options: argparse.Namespace) -> Tuple[Union[Archive, Directory], Registry]:
     """What serve serves: the archives, or the store; and the same behind the rules that clients
     meet. Raises CommandError, OSError; UNSUPPORTED for what is no archive."""
@@ -10202,9 +10291,13 @@ def open_registry(options: argparse.Namespace) -> Tuple[Union[Archive, Directory
         registry = PullThrough(store, upstreams, options.upstream_ttl)
     if options.immutable_tags:
         registry = ImmutableTags(registry, options.immutable_tags, store.lock_repository)
+    if store.shared:
+        check_mount(store.root)
     if options.read_only:
         return store, ReadOnly(registry)
     check_writable(store)
+    if options.shared:
+        store.files.write(store.layout.shared, SHARED_NOTE)
     return store, registry
 
 
@@ -10293,10 +10386,6 @@ def check_tls_options(options: argparse.Namespace) -> None:
         raise CommandError("--tls-key goes with --tls-cert, and --tls without both")
     if options.tls_client_ca and not (certificate or options.tls):
         raise CommandError("--tls-client-ca goes with --tls or --tls-cert")
-    if options.tls and options.shared:
-        raise CommandError("--tls makes a certificate for this host, and --shared has several: "
-                           "give each the same one with --tls-cert, or let the load balancer "
-                           "speak TLS")
 
 
 def open_tls(options: argparse.Namespace,
@@ -10308,6 +10397,10 @@ def open_tls(options: argparse.Namespace,
         return Certificates(options.tls_cert, options.tls_key, options.tls_client_ca)
     if not options.tls:
         return None
+    if isinstance(store, Directory) and store.shared:
+        raise CommandError("--tls makes a certificate for this host, and --shared has several: "
+                           "give each the same one with --tls-cert, or let the load balancer "
+                           "speak TLS")
     home = key_store(options, store)
     folder = tls_folder(home.root)
     # A scope (fe80::1%eth0) has no place in a certificate; the others mean every address.

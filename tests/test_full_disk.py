@@ -248,3 +248,22 @@ def test_each_step_of_a_push_fails_in_turn(tmp_path, no_fsync, error):
         assert make_image(store, "app", layers=(layer,)).digest == manifest.digest
         assert read_blob(store, "app", Digest.of(layer)) == layer
     assert 30 < steps < 399
+
+
+def test_rm_and_gc_work_on_a_full_disk_that_hosts_share(small_disk):
+    """They need no file there that was not made before."""
+    root = small_disk / "registry"
+    store = Directory(str(root), shared=True)
+    store.files.write(store.layout.shared, b"")
+    manifest = make_image(store, "app", "1", (os.urandom(3 * MEGABYTE),))
+    make_image(store, "app", "2", (b"small",))
+    with contextlib.suppress(OSError), open(str(small_disk / "filler"), "wb") as filler:
+        while True:
+            filler.write(bytes(4096))
+            filler.flush()
+    for command in (["rm", "app:1"], ["gc", "--grace", "0", "--untagged"]):
+        done = run_tinyreg(*command, "--root", root)
+        assert done.returncode == 0, done.stderr
+    assert free(small_disk) > 2 * MEGABYTE
+    assert not os.path.exists(store.layout.blob_path(manifest.digest))
+    assert not os.path.exists(store.lock.path + ".changes")

@@ -22,8 +22,8 @@ import pytest
 from conftest import TINYREG, Answer, Client, by_digest, run_tinyreg, until
 from engines import NGINX_BEGIN, private_folder, require, require_root, run, unavailable
 from samples import CONFIG, image, make_image, push_blob, to_manifest
-from tinyreg import (MANIFEST_TYPES, OCI_INDEX, Digest, Directory, Endpoint, EventQueue, Metrics, collect_garbage,
-                     token_key)
+from tinyreg import (MANIFEST_TYPES, OCI_INDEX, CommandError, Digest, Directory, Endpoint, EventQueue, Layout, Metrics,
+                     check_mount, collect_garbage, token_key)
 
 FRONT = "10.77.0.1"  # where the load balancer is
 HOSTS = (1, 2, 3)
@@ -249,6 +249,75 @@ def test_hosts_see_each_others_uploads_and_changes_at_once():
 def test_a_certificate_of_one_host_is_not_for_several(tmp_path):
     done = run_tinyreg("serve", "--root", tmp_path / "registry", "--listen", "127.0.0.1:0", "--shared", "--tls")
     assert done.returncode == 1 and "--tls-cert" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_shared_store_says_so_on_its_disk(start_server, tmp_path):
+    """So what is run beside the servers, without --shared, does as they do, until the note is deleted."""
+    root = tmp_path / "registry"
+    make_image(Directory(str(root), shared=True), "app", "1")
+    start_server(root, "--shared").stop()
+    store = Directory(str(root))
+    start_server(root).stop()
+    for command in (["ls"], ["tag", "app:1", "app:2"], ["rm", "app:1"], ["gc"], ["verify"]):
+        assert run_tinyreg(*command, "--root", root).returncode == 0
+    assert store.shared and not os.path.exists(store.lock.path + ".changes")
+    done = run_tinyreg("serve", "--root", root, "--listen", "127.0.0.1:0", "--tls")
+    assert done.returncode == 1 and "--shared has several" in done.stderr
+    with open(store.layout.shared) as note:
+        assert "delete this file" in note.read()
+    os.unlink(store.layout.shared)
+    assert run_tinyreg("rm", "app:2", "--root", root).returncode == 0
+    assert os.path.exists(store.lock.path + ".changes")
+
+
+def test_a_session_that_is_not_seen_whole_yet_blames_nobody_and_stays(server):
+    """Another host's file system may show the file as it was a second ago."""
+    location = server.ask("POST", "/v2/app/blobs/uploads/").headers["Location"]
+    location = server.ask("PATCH", location, b"hello").headers["Location"]
+    path, _, _ = location.partition("?")
+    data = os.path.join(Layout(server.root).uploads_path("app"), path.rpartition("/")[2], "data")
+    os.truncate(data, 2)
+    end = "&digest=" + Digest.of(b"hello!")
+    for method, query, headers in (("PATCH", "", {"content_range": "5-5"}), ("PUT", end, {}),
+                                   ("PUT", end, {"content_range": "5-5"})):
+        answer = server.ask(method, location + query, b"!", **headers)
+        assert (answer.status, answer.code, answer.headers["Retry-After"]) == (503, "UNAVAILABLE", "1")
+    assert server.ask("GET", path).status == 204
+    with open(data, "ab") as file:
+        file.write(b"llo")
+    assert server.ask("PUT", location + "&digest=" + Digest.of(b"hello!"), b"!").status == 201
+    assert server.ask("GET", "/v2/app/blobs/" + Digest.of(b"hello!")).body == b"hello!"
+
+
+MOUNTS = """\
+21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw,errors=remount-ro
+40 21 0:50 / /mnt/my\\040registry rw - fuse.rclone remote: rw,user_id=0
+41 21 0:51 / /mnt/s3 rw - fuse.s3fs s3fs rw
+42 21 0:52 / /mnt/ssh rw - fuse.sshfs host:/x rw
+43 21 0:53 / /mnt/nfs rw - nfs4 server:/x rw,vers=4.2,hard,proto=tcp,local_lock=none,addr=10.0.0.1
+44 21 0:54 / /mnt/nolock rw - nfs server:/x rw,vers=3,nolock,noac,local_lock=all,addr=10.0.0.1
+45 21 0:55 / /mnt/right rw - nfs4 server:/x rw,vers=4.2,acregmin=0,acregmax=0,acdirmin=0,acdirmax=0,hard,local_lock=none
+46 21 0:56 / /mnt/ceph rw - fuse.ceph-fuse ceph-fuse rw
+47 21 0:57 / /mnt/s3/over rw - xfs /dev/sdb rw
+"""
+
+
+@pytest.mark.parametrize("root,kind,word", [
+    ("/mnt/my registry/a", "refused", "fuse.rclone"), ("/mnt/s3", "refused", "fuse.s3fs"),
+    ("/mnt/ssh/registry", "refused", "fuse.sshfs"), ("/mnt/nfs/registry", "warned", "actimeo=0"),
+    ("/mnt/nolock", "warned", "without locks"), ("/mnt/right", "taken", ""), ("/mnt/ceph/x", "taken", ""),
+    ("/mnt/s3/over/x", "taken", ""), ("/mnt/nfsother", "taken", ""), ("/", "taken", "")])
+def test_a_file_system_that_can_t_be_shared_is_refused_or_named(root, kind, word, tmp_path, caplog):
+    table = tmp_path / "mountinfo"
+    table.write_text(MOUNTS)
+    if kind == "refused":
+        with pytest.raises(CommandError, match="lost") as error:
+            check_mount(root, str(table))
+        assert word in str(error.value)
+    else:
+        check_mount(root, str(table))
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == (kind == "warned") and all(word in line for line in warned)
 
 
 def test_locks_are_of_files_that_are_opened_as_nfs_wants(tmp_path, monkeypatch):

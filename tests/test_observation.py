@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 
 import pytest
@@ -12,8 +13,8 @@ from conftest import PATIENCE, Client, run_tinyreg, until
 from samples import make_image, push_blob
 
 import tinyreg
-from tinyreg import (Digest, Exchange, Metrics, Observation, harmless, without_names,
-                     without_secrets)
+from tinyreg import (Access, Digest, Exchange, Metrics, Observation, Registry, Request, dispatch, harmless,
+                     without_names, without_secrets)
 
 WORDS = {(method, route.name): route.words
          for _, routes in tinyreg.ROUTES for method, route in routes.items()}
@@ -365,3 +366,20 @@ def test_a_store_that_can_not_be_written_is_not_ready(start_server, tmp_path):
     server = start_server()
     (tmp_path / "registry" / "tinyreg" / "scratch").rename(tmp_path / "away")
     assert server.ask("GET", "/readyz").status >= 500 and server.ask("GET", "/healthz").status == 200
+
+
+def test_a_disk_that_answers_nothing_is_not_ready_and_readyz_does_not_hang(monkeypatch):
+    """As a network's disk may, while it is away; and when it is back, so is the answer."""
+    is_back, before = threading.Event(), threading.active_count()
+
+    class Away(Registry):
+        def check_ready(self, to_write=True):
+            is_back.wait()
+
+    monkeypatch.setattr("tinyreg.READINESS_WAIT", 0.05)
+    for _ in range(3):
+        answer = dispatch(Away(), Access(), Request("GET", "/readyz"))
+        assert answer.status == 503 and b"has not answered" in answer.body
+    assert threading.active_count() <= before + 1
+    is_back.set()
+    until(lambda: dispatch(Away(), Access(), Request("GET", "/readyz")).status == 200)
