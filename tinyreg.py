@@ -5795,6 +5795,133 @@ class PullThrough(Wrapper):
 # and the names that images get where they go. It asks a Reader and changes nothing.
 # -------------------------------------------------------------------------------------------------
 
+MAX_LIST_FILE = 64 << 20  # bytes of a file that names images; what kubectl says of 3000 pods
+MAX_NAMED_LINES = 10      # that can't be read and are shown
+
+# The value of an `image:` key in YAML or JSON. Group 1 is there if it is the ID of an image.
+IMAGE_KEY = re.compile(
+    r"""(?:^[ \t-]*|[{,][ \t]*)["']?image(ID)?["']?[ \t]*:(?:[ \t]+|(?=["']))"""
+    r"""("[^"]*"|'[^']*'|(?![ \t]|\{(?!\{))(?:\$\{[^{}]*\}|[^,}])+)""")
+ANCHOR = re.compile(r"""&([\w-]+)[ \t]+["']?([^\s"',}]+)""")
+VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^{}]*))?\})")
+TOKEN = re.compile(r"""[^\s"'`=,;|()\[\]{}<>\\]+""")
+
+
+class Choice(NamedTuple):
+    """An image that is meant, as a text, and FILE:LINE that names it, "" for the command line. A
+    guess may be no image, or none that exists, and that is no failure."""
+
+    image: str
+    where: str = ""
+    is_guess: bool = False
+
+
+def names_repository(text: str) -> bool:
+    """Whether the name has neither a tag nor a digest, so that it means a whole repository."""
+    return not re.search("[:@]", text.rpartition("/")[2])
+
+
+def parse_local(text: str) -> Tuple[List[str], Optional[str]]:
+    """The repositories here that the name of an image may mean, the likeliest first, and the tag
+    or digest, None if there is none. Raises NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID."""
+    try:
+        name, reference = split_image(text)
+        return names_to_try(name), reference
+    except Invalid:  # it may have a port: lab.example:5000/x:1
+        image = parse_image(text)
+        return [image.stored_name], None if names_repository(text) else image.reference
+
+
+def is_likely(text: str) -> bool:
+    """Whether any text looks like an image: HOST.DOMAIN[:PORT]/NAME, with a tag or digest."""
+    host, slash, _ = text.partition("/")
+    if not slash or "." not in without_port(host) or names_repository(text):
+        return False
+    with contextlib.suppress(Invalid):  # that is the answer
+        return bool(parse_image(text))
+    return False
+
+
+def iter_listed(lines: Iterable[str]) -> Iterator[Tuple[int, str, bool]]:
+    """Yield (line number, image, False) for the lines of a plain list."""
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        if text:
+            yield number, text, False
+
+
+def iter_mentioned(lines: Iterable[str]) -> Iterator[Tuple[int, str, bool]]:
+    """Yield (line number, image, whether it is a guess) for what YAML, JSON or a Dockerfile names.
+    Variables have their values from ARG and ${NAME:-VALUE}; what has none stays."""
+    values: Dict[str, str] = {}  # of variables, and of anchors as *NAME
+    stages = {"scratch"}
+
+    def fill_in(text: str) -> str:
+        return VARIABLE.sub(lambda match: values.get(match.group(1) or match.group(2))
+                            or match.group(3) or match.group(), text)
+
+    for number, line in enumerate(lines, 1):
+        words = [word for word in line.split() if not word.startswith("--")] or ["#"]
+        if words[0] == "ARG":
+            for name, _, text in (word.partition("=") for word in words[1:]):
+                values[name] = fill_in(text.strip("\"'"))
+        elif line.startswith("FROM "):
+            text = fill_in(" ".join(words[1:2] if words[2:3] in (["AS"], ["as"]) else words[1:]))
+            if text.lower() not in stages:
+                yield number, text, False
+            stages.update(word.lower() for word in words[3:])
+        elif not words[0].startswith("#"):
+            values.update(("*" + name, text) for name, text in ANCHOR.findall(line))
+            for is_id, text in IMAGE_KEY.findall(line):
+                text = re.sub(r"^&\S+\s+|\s#.*", "", text.strip()).strip("\"' \t")
+                text = fill_in(values.get(text, text))
+                # A pod's status may have a digest in place of the name that its spec has.
+                if not is_id and text not in ("", "null", "~") and not text.startswith("sha256:"):
+                    yield number, text, "{{" in text  # of a template inside a rendered chart
+            for token in TOKEN.findall(IMAGE_KEY.sub(" ", line)):
+                if is_likely(token.rstrip(".:")):
+                    yield number, token.rstrip(".:"), True
+
+
+def find_problem(choice: Choice) -> str:
+    """Why a line can't be read; "" if it can."""
+    if "$" in choice.image:
+        return "%s: %s: a variable has no value; put it in, for example with envsubst" % (
+            choice.where, choice.image)
+    with contextlib.suppress(Invalid):  # that is the problem
+        parse_local(choice.image.replace("*", "x"))
+        return ""
+    return "%s: %r is no image" % (choice.where, choice.image[:MAX_NAME])
+
+
+def read_choices(words: Iterable[str], paths: Iterable[str]) -> List[Choice]:
+    """The images that words and files name, each once, the guesses last. Raises CommandError with
+    every line that can't be read, OSError.
+
+    A file that has an `image:` key or a FROM in any line is no plain list."""
+    choices, problems = [Choice(word) for word in words], []
+    for path in paths:
+        with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
+            content = file.read(MAX_LIST_FILE + 1)
+        if len(content) > MAX_LIST_FILE:
+            raise CommandError("%s is larger than %s: take the lines that name images out of it"
+                               % (path, in_units(MAX_LIST_FILE)))
+        lines = content.decode("utf-8-sig", "replace").split("\n")
+        is_plain = not any(line.startswith("FROM ") or IMAGE_KEY.search(line) for line in lines)
+        for number, text, is_guess in (iter_listed if is_plain else iter_mentioned)(lines):
+            choice = Choice(text, "%s:%d" % (path, number), is_guess)
+            problem = "" if is_guess else find_problem(choice)
+            choices += [] if problem else [choice]
+            problems += [problem] if problem else []
+    if problems:
+        more = len(problems) - MAX_NAMED_LINES
+        raise CommandError("; ".join(problems[:MAX_NAMED_LINES])
+                           + ("; and %s more" % counted(more, "line") if more > 0 else ""))
+    unique: Dict[str, Choice] = collections.OrderedDict()
+    for choice in sorted(choices, key=lambda choice: choice.is_guess):
+        unique.setdefault(choice.image, choice)
+    return list(unique.values())
+
 # -------------------------------------------------------------------------------------------------
 # 12  Copy
 #
@@ -10617,22 +10744,6 @@ def serve(options: argparse.Namespace) -> int:
 # Images of the store
 
 
-def names_repository(text: str) -> bool:
-    """Whether the name has neither a tag nor a digest, so that it means a whole repository."""
-    return not re.search("[:@]", text.rpartition("/")[2])
-
-
-def parse_local(text: str) -> Tuple[List[str], Optional[str]]:
-    """The repositories here that the name of an image may mean, the likeliest first, and the tag
-    or digest, None if there is none. Raises NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID."""
-    try:
-        name, reference = split_image(text)
-        return names_to_try(name), reference
-    except Invalid:  # it may have a port: lab.example:5000/x:1
-        image = parse_image(text)
-        return [image.stored_name], None if names_repository(text) else image.reference
-
-
 def find_repository(store: Directory, text: str) -> Optional[str]:
     """The repository that is called so here or at its origin, or None."""
     with contextlib.suppress(Invalid):  # no repository can be called so; it may be a file
@@ -11261,17 +11372,13 @@ class Transfer:
             yield "the store is " + self.target.root
 
 
-def named_images(options: argparse.Namespace) -> List[str]:
-    """The images that the command line and the lists of -f name. Raises CommandError for none."""
-    images = list(options.images)
-    for path in options.file:
-        with sys.stdin if path == "-" else open(path, encoding="utf-8", errors="replace") as lines:
-            images += [line.partition("#")[0].strip() for line in lines]
-    images = [image for image in images if image]
-    if not images:
+def named_images(options: argparse.Namespace) -> List[Choice]:
+    """The images that the command line and the files of -f name. Raises CommandError for none."""
+    choices = read_choices(options.images, options.file)
+    if not choices:
         raise CommandError("no image is named; write for example alpine:3.19, or name a list of "
                            "images with -f FILE")
-    return images
+    return choices
 
 
 def open_remote(options: argparse.Namespace, host: str, say: Callable[[str], Any]) -> Remote:
@@ -11288,7 +11395,7 @@ def pull(options: argparse.Namespace) -> int:
     """Copy images from their registries into the store."""
     options.strip = False  # the store takes an index without its children
     store, progress = open_store(options, create=True), Progress(options)
-    images = [parse_image(text) for text in named_images(options)]
+    images = [parse_image(choice.image) for choice in named_images(options)]
     remotes = {host: open_remote(options, host, progress.say)
                for host in {image.host for image in images}}
     transfer = Transfer(options, store, progress)
@@ -11324,7 +11431,7 @@ def push(options: argparse.Namespace) -> int:
     store, progress = open_store(options), Progress(options)
     destination = parse_destination(options.to)
     transfer = Transfer(options, open_remote(options, destination.host, progress.say), progress)
-    for text in named_images(options):
+    for text, _, _ in named_images(options):
         try:
             name, reference = find_image(store, text)
         except (Unknown, Invalid) as error:
@@ -11604,7 +11711,8 @@ def save(options: argparse.Namespace) -> int:
     store = open_store(options)
     writer = ArchiveWriter(digest for paths in options.have for path in paths
                            for digest in digests_in(path))
-    reports = [add_to_archive(options, store, writer, text) for text in named_images(options)]
+    reports = [add_to_archive(options, store, writer, choice.image)
+               for choice in named_images(options)]
     writer.plan(options.output, None if options.no_self else read_file(__file__, -1),
                 options.split)
     needed = sum(writer.size(digests) for _, digests in writer.files)
