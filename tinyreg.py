@@ -1886,6 +1886,24 @@ def hash_of_file(file: BinaryIO, algorithm: str,
     return hasher
 
 
+def raise_unless_gone(error: OSError) -> None:
+    """For os.walk(), which would take a folder that can't be read for an empty one."""
+    if not isinstance(error, FileNotFoundError):  # another process has deleted the folder
+        raise error
+
+
+class Quota(NamedTuple):
+    """How many bytes an account may have: all repositories below a name that fits the glob."""
+
+    glob: str
+    limit: int
+
+    def account(self, name: str) -> Optional[str]:
+        """The account of a repository, None if it has none here."""
+        account = "/".join(name.split("/")[:self.glob.count("/") + 1])
+        return account if parse_glob(self.glob).fullmatch(account) else None
+
+
 class Layout:
     """Where everything lies below ROOT: the paths and links of Distribution's tree, and our own
     folder beside it. The folder of a blob, a manifest or a tag has a file `link` in it, whose
@@ -1947,6 +1965,16 @@ class Layout:
         return os.path.join(self.own, "referrers", name, "_index")
 
     # What is there
+
+    def iter_repositories(self, below: str = "") -> Iterator[str]:
+        """The names of all folders that are repositories, also those without manifests: of a
+        name and all below it, or of all. Raises OSError."""
+        os.stat(self.repositories)  # a disk that is not mounted must not look like an empty store
+        for folder, children, _ in os.walk(self.repository_path(below), onerror=raise_unless_gone,
+                                           followlinks=True):
+            if any(child.startswith("_") for child in children):
+                yield os.path.relpath(folder, self.repositories)
+            children[:] = [child for child in children if not child.startswith("_")]
 
     def iter_blobs(self) -> Iterator[Tuple[Digest, str]]:
         """Yield (digest, folder) for each blob. Raises OSError."""
@@ -2067,7 +2095,8 @@ class Directory(Registry):
 
     `sparse` stores image manifests whose blobs are missing. An upload is refused if it would
     leave less than `min_free` bytes on the disk, or is larger than `max_blob` bytes, if that is
-    not 0. Without `create`, a root that is no store yet is an error.
+    not 0; and what would be too much for a `quota`: the last one that an account fits counts.
+    Without `create`, a root that is no store yet is an error.
 
     `shared` says that other hosts have the store open, too, as does the file ROOT/tinyreg/shared.
     They see of each other what the file system promises: locks between hosts; a rename at once;
@@ -2079,12 +2108,14 @@ class Directory(Registry):
     gc's grace period goes on."""
 
     def __init__(self, root: str, sparse: bool = False, create: bool = True, min_free: int = 0,
-                 max_blob: int = 0, shared: bool = False, renew: bool = True) -> None:
+                 max_blob: int = 0, shared: bool = False, renew: bool = True,
+                 quota: Iterable[Quota] = ()) -> None:
         self.layout = Layout(root)
         self.root = self.layout.root
         self.sparse = sparse
         self.min_free = min_free
         self.max_blob = max_blob
+        self.quotas = quota
         self.renew = renew
         if create:
             for path in (os.path.join(self.layout.tree, "blobs"), self.layout.repositories):
@@ -2373,6 +2404,47 @@ class Directory(Registry):
                 "SIZE_INVALID", status=413, message="this registry takes blobs of up to %d bytes "
                 "(--max-blob)" % self.max_blob)
 
+    # Quotas
+
+    def _quota_limits(self, name: str) -> List[Tuple[str, int]]:
+        """(account, limit) of each account that a repository counts for, always in one order."""
+        limits = {quota.account(name): quota.limit for quota in self.quotas}
+        return sorted((account, limit) for account, limit in limits.items() if account)
+
+    def check_quota(self, name: str, size: int, digest: Optional[Digest] = None) -> float:
+        """How many bytes more a repository may have. Raises DENIED (507) if `size` is more, unless
+        its account has this digest already.
+
+        An account has the blobs and manifests to which its repositories have links, each once. They
+        are counted anew each time, so that all processes and deletions count; uploads do not, until
+        they are blobs."""
+        room = float("inf")
+        for account, limit in self._quota_limits(name):
+            linked: Set[Digest] = set()
+            for repository in self.layout.iter_repositories(account):
+                linked.update(other for iter_links in (self.layout.iter_layers,
+                                                       self.layout.iter_revisions)
+                              for other, _ in iter_links(repository))
+            used = sum(look_at(self.layout.blob_path(other)).size for other in linked)
+            if used + size > limit and digest not in linked:
+                raise RegistryError("DENIED", status=507, message="over the quota: %s has %s of %s "
+                                    "(--quota), and this does not fit into the rest; delete images "
+                                    "there, then gc frees their space"
+                                    % (account, in_units(used), in_units(limit)))
+            room = min(room, limit - used)
+        return room
+
+    @contextlib.contextmanager
+    def _within_quota(self, name: str, size: int, digest: Digest) -> Iterator[None]:
+        """Link content that fits into the quota, and let nobody else link to the same account
+        meanwhile. The caller does not have the store's lock yet. Raises DENIED."""
+        with contextlib.ExitStack() as locks:
+            for account, _ in self._quota_limits(name):
+                # The colon, because a repository may have the same name, and be locked by now.
+                locks.enter_context(self.lock_repository(account + ":"))
+            self.check_quota(name, size, digest)
+            yield
+
     # Writing blobs
 
     def start_upload(self, name: str, algorithm: str = "sha256") -> "DirectoryUpload":
@@ -2437,19 +2509,23 @@ class Directory(Registry):
         If the blob is there it is replaced: that costs nothing, and mends a damaged one. The
         folders of the link come first: on a full disk it is better that they fail than that a
         blob is left to which nothing refers."""
-        with self.lock.shared():
+        size = look_at(temporary).size
+        with self._within_quota(name, size, digest), self.lock.shared():
             os.utime(temporary)  # gc should see it as new, though its last byte may be old
             make_directories(self.layout.layer_path(name, digest))
             self.files.publish(temporary, self.layout.blob_path(digest))
             self.write_link(self.layout.layer_path(name, digest), digest)
 
     def mount(self, name: str, digest: Digest, source: Optional[str] = None) -> bool:
-        with self.lock.shared():
-            target: Optional[Digest] = digest
-            if source:
-                target = self.layout.read_link(self.layout.layer_path(source, digest))
-            blob = self._find_data(target) if target else None
-            if target is None or blob is None:
+        target: Optional[Digest] = digest
+        if source:
+            target = self.layout.read_link(self.layout.layer_path(source, digest))
+        if target is None:
+            return False
+        size = look_at(self.layout.blob_path(target)).size
+        with self._within_quota(name, size, digest), self.lock.shared():
+            blob = self._find_data(target)
+            if blob is None:
                 return False
             blob.close()
             os.utime(self.layout.blob_path(target))
@@ -2474,7 +2550,8 @@ class Directory(Registry):
         mentioned = {entry.digest for entry in manifest.blobs + manifest.manifests}
         if manifest.subject:
             mentioned.add(manifest.subject)
-        with self.lock.shared():
+        size = len(manifest.content)
+        with self._within_quota(name, size, manifest.digest), self.lock.shared():
             # gc may have deleted some meanwhile. It leaves those whose links are touched here.
             gone = {digest for digest in mentioned if not self._touch_links(name, digest)}
             missing |= gone.intersection(sizes)
@@ -2576,11 +2653,13 @@ class DirectoryUpload(UploadSession):
         self.id = session_id
         self.folder = os.path.join(store.layout.uploads_path(name), session_id)
         self.path = os.path.join(self.folder, "data")
+        self.room = 0.0  # so many bytes its quota allows
 
     def begin(self, algorithm: str) -> None:
         """Make the session's files. Raises UNAVAILABLE, OSError."""
         self.offset = 0
         self.store.check_room()
+        self.store.check_quota(self.name, 1)
         with self.store.lock.shared(changes=False):  # gc takes empty repositories away
             # Links will be below this folder, so it has to be durable; the session has not.
             make_directories(self.store.layout.repository_path(self.name))
@@ -2640,6 +2719,8 @@ class DirectoryUpload(UploadSession):
             self.offset = file.seek(0, os.SEEK_END)
             if start not in (None, self.offset):
                 raise self._misplaced()
+            # Of a request with a length it is known before its first byte is read.
+            self.room = self.store.check_quota(self.name, self.offset + getattr(body, "left", 0))
             # Another process may have begun the upload; then sha256 is a good guess.
             unused = None if self.offset else hashlib.sha256()
             hasher = self.store.hashers.pop((self.id, self.offset), unused)
@@ -2667,6 +2748,8 @@ class DirectoryUpload(UploadSession):
                 raise self._misplaced()
             try:
                 self.store.check_room(self.offset + len(block))
+                if self.offset + len(block) > self.room:
+                    self.room = self.store.check_quota(self.name, self.offset + len(block))
                 while block:
                     count = file.write(block)
                     self.offset += count
@@ -2786,23 +2869,6 @@ def reachable(roots: Iterable[Any], *edges: Mapping[Any, Iterable[Any]]) -> Set[
     return reached
 
 
-def raise_unless_gone(error: OSError) -> None:
-    """For os.walk(), which would take a folder that can't be read for an empty one."""
-    if not isinstance(error, FileNotFoundError):  # another process has deleted the folder
-        raise error
-
-
-def repository_folders(store: Directory) -> Iterator[str]:
-    """The names of all folders that are repositories, also those without manifests. Raises
-    OSError."""
-    top = store.layout.repositories
-    os.stat(top)  # a disk that is not mounted must not look like a store without repositories
-    for folder, children, _ in os.walk(top, onerror=raise_unless_gone, followlinks=True):
-        if any(child.startswith("_") for child in children):
-            yield os.path.relpath(folder, top)
-        children[:] = [child for child in children if not child.startswith("_")]
-
-
 def batches(entries: Iterable[Any], size: int) -> Iterator[List[Any]]:
     """The entries in lists of at most this size."""
     rest = iter(entries)
@@ -2846,7 +2912,8 @@ class Expiry(NamedTuple):
     def doubt_about_clock(self, store: Directory, now: float) -> Optional[str]:
         """A sentence, if the times of the tags and the clock don't fit together."""
         pushed = [(store.pushed(name, tag), image_text(name, tag))
-                  for name in repository_folders(store) for tag in store.layout.list_tags(name)]
+                  for name in store.layout.iter_repositories()
+                  for tag in store.layout.list_tags(name)]
         newest, image = max(pushed, default=(now, ""))
         # Where a number of tags stays, a quiet month is no reason to ask.
         longest = IMPLAUSIBLE_AGE if self.keep is not None else 0.0
@@ -2976,7 +3043,7 @@ class Sweep:
         """Delete upload sessions that nobody has written to for a day, and what crashes have left
         in the scratch folder. Raises OSError."""
         limit = self.now - UPLOAD_IDLE
-        for name in repository_folders(self.store):
+        for name in self.store.layout.iter_repositories():
             for session_id in list_directory(self.layout.uploads_path(name)):
                 session = DirectoryUpload(self.store, name, session_id)
                 written, size, _ = self._look(session.path)
@@ -3025,7 +3092,7 @@ class Collection(Sweep):
             if self.doubt and not self.force and not self.dry_run:
                 raise CommandError(self.doubt)
         self.purge()
-        for name in repository_folders(self.store):
+        for name in self.store.layout.iter_repositories():
             self.collect_repository(name)
             self._sweep_empty(name)
         self.sweep("blobs", ((digest, folder) for digest, folder in self.layout.iter_blobs()
@@ -3296,7 +3363,7 @@ class StoreVerification(Verification):
     def run(self) -> None:
         """Raises OSError."""
         self._read_blobs()
-        for name in repository_folders(self.store):
+        for name in self.store.layout.iter_repositories():
             findings = self._check_repository(name)
             if findings:
                 self._confirm(name, findings)
@@ -6996,7 +7063,7 @@ MEANINGS = {  # of statuses, whatever was asked
     429: "not so fast",
     CLIENT_LEFT: "the client left before that was said",
     503: "not at the moment; try again",
-    507: "the disk is full",
+    507: "there is no room for that: the disk or the quota is full",
 }
 
 
@@ -10339,6 +10406,7 @@ def open_store(options: argparse.Namespace, create: bool = False, renew: bool = 
     """The store at --root; with `create`, it is made if it is not there. Raises CommandError."""
     settings: Dict[str, Any] = {name: getattr(options, name, 0)
                                 for name in ("sparse", "min_free", "max_blob", "shared")}
+    settings["quota"] = getattr(options, "quota", ())
     path = os.path.abspath(options.root)
     try:
         return Directory(options.root, create=create, renew=renew, **settings)
@@ -11913,6 +11981,15 @@ def parse_size(text: str) -> int:
     return int(float(match.group(1)) * 1024 ** " KMGT".index(match.group(2).upper() or " "))
 
 
+def parse_quota(text: str) -> Quota:
+    """GLOB=SIZE."""
+    glob, _, size = text.rpartition("=")
+    if "**" in glob or not re.fullmatch(r"[a-z0-9._/*-]+", glob):
+        raise CommandError("%r is no quota: write for example students/*=2G; the glob names what "
+                           "counts together, so ** can't be in it" % text)
+    return Quota(glob, parse_size(size))
+
+
 def parse_upstream(text: str) -> Tuple[str, str, bool, str]:
     """NS=URL as (NS, host, whether it speaks plain HTTP, prefix of the names there)."""
     match = re.fullmatch(r"([^=/]+)=(?:(https?)://)?([^/@]+)(?:/(.*?))?/*", text)
@@ -12004,6 +12081,10 @@ SERVE_OPTIONS = [
     value("--min-free", "SIZE", "refuse uploads that would leave less than this free on the disk, "
           "for example 10G", parse_size, "0"),
     value("--max-blob", "SIZE", "refuse blobs that are larger; 0 is no limit", parse_size, "0"),
+    repeated("--quota", "GLOB=SIZE", "refuse what would make the repositories below each name that "
+             "fits larger than this, for example students/*=2G; content that several of them have "
+             "counts once; the last that fits counts; may be repeated (default: none)",
+             parse_quota),
     value("--gc-every", "TIME", "delete what nothing refers to this often, for example 24h; 0 is "
           "never", parse_seconds, "0"),
     value("--grace", "TIME", "how long --gc-every leaves what a client was told about",

@@ -1,16 +1,18 @@
 """Disks that are full, broken or read-only, and limits of the host: clear answers, and no lasting harm."""
 
+import concurrent.futures
 import contextlib
 import errno
 import io
 import json
 import os
+import re
 import resource
 import subprocess
 
 import pytest
 
-from conftest import Client, python_that_opens, run_tinyreg
+from conftest import Client, ask, by_digest, python_that_opens, run_tinyreg
 from samples import CONFIG, image, make_image, push_blob, read_blob, to_manifest
 from tinyreg import OCI_MANIFEST, Access, Digest, Directory, RegistryError, Request, dispatch
 
@@ -267,3 +269,83 @@ def test_rm_and_gc_work_on_a_full_disk_that_hosts_share(small_disk):
     assert free(small_disk) > 2 * MEGABYTE
     assert not os.path.exists(store.layout.blob_path(manifest.digest))
     assert not os.path.exists(store.lock.path + ".changes")
+
+
+# Quotas
+
+KILOBYTE = 1 << 10
+
+
+def refusal(answer):
+    """The message of a refused request, which says quota, used and limit."""
+    assert (answer.status, answer.code) == (507, "DENIED")
+    assert re.search(r"over the quota: \S+ has [0-9.]+ (B|KiB|MiB) of [0-9.]+ [KM]iB", answer.error["message"])
+    return answer.error["message"]
+
+
+def test_the_push_that_would_be_too_much_is_refused_and_not_the_next_one(start_server):
+    """However it comes: at the start if nothing fits, by its length, by its bytes, at its end, and by its manifest."""
+    server = start_server(None, "--quota", "students/*=64K", "--workers", "2")
+    layer = os.urandom(60 * KILOBYTE)
+    with Client(server) as client:
+        assert client.upload("students/alice/app", layer).status == 201
+        for content in (os.urandom(5 * KILOBYTE), os.urandom(MEGABYTE)):
+            assert "students/alice has 60.0 KiB of 64.0 KiB" in refusal(client.upload("students/alice/other", content))
+            digest = Digest.of(content)
+            refusal(client.ask("POST", "/v2/students/alice/b/blobs/uploads/?digest=" + digest, content))
+            refusal(client.ask("POST", "/v2/students/alice/b/blobs/uploads/?digest=" + digest, iter([content])))
+            assert client.blob("students/alice/other", digest) is None
+            assert client.upload("students/bob/app", b"mine").status == 201  # it is no matter of others
+        # What fits exactly fits; then nothing begins any more.
+        assert client.upload("students/alice/app", CONFIG).status == 201
+        assert client.upload("students/alice/x/y", os.urandom(4 * KILOBYTE - len(CONFIG))).status == 201
+        refusal(client.ask("POST", "/v2/students/alice/app/blobs/uploads/"))
+        refusal(put_image(client, "students/alice/app", "v1", (layer,)))
+        assert client.upload("students", os.urandom(70 * KILOBYTE)).status == 201  # its name is shorter than the glob
+        assert client.ask("GET", "/v2/students/alice/app/blobs/" + Digest.of(layer)).body == layer
+
+
+def test_what_comes_at_once_through_several_processes_does_not_exceed_the_quota(start_server):
+    """All uploads begin while there is room; only as many end as fit."""
+    server = start_server(None, "--quota", "students/*=10K", "--workers", "2")
+    layers = [os.urandom(3 * KILOBYTE) for _ in range(8)]
+    targets = []
+    for number, layer in enumerate(layers):
+        answer = ask(server, "POST", "/v2/students/alice/n%d/blobs/uploads/" % number)
+        targets.append(ask(server, "PATCH", answer.headers["Location"], layer).headers["Location"])
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda target, layer: ask(server, "PUT", by_digest(target, Digest.of(layer))),
+                                targets, layers))
+    assert sorted(answer.status for answer in answers) == [201] * 3 + [507] * 5
+
+
+def test_content_counts_once_for_an_account_and_a_mount_counts(start_server):
+    server = start_server(None, "--quota", "students/*=10K")
+    layer = os.urandom(6 * KILOBYTE)
+    with Client(server) as client:
+        mount = "/v2/%s/blobs/uploads/?mount=" + Digest.of(layer) + "&from=students/alice/a"
+        assert client.upload("students/alice/a", layer).status == 201
+        assert client.upload("students/bob/own", os.urandom(5 * KILOBYTE)).status == 201
+        assert client.ask("POST", mount % "students/alice/b").status == 201
+        assert client.ask("POST", mount % "students/carol/b").status == 201
+        assert "students/bob has 5.0 KiB" in refusal(client.ask("POST", mount % "students/bob/b"))
+
+
+def test_what_is_deleted_and_collected_comes_back_to_its_quota(start_server, tmp_path):
+    server = start_server(None, "--quota", "students/*=10K", "--quota", "students/bob=1K", "--immutable-tags", "v*")
+    with Client(server) as client:
+        layer = os.urandom(6 * KILOBYTE)
+        refusal(client.upload("students/bob/app", os.urandom(6 * KILOBYTE)))  # the last quota that fits counts
+        for content in (layer, CONFIG):
+            assert client.upload("students/alice", content).status == 201
+        client.put_manifest("students/alice", image((layer,)), "v1")
+        refusal(client.upload("students/alice", os.urandom(6 * KILOBYTE)))
+        for arguments in (["rm", "students/alice:v1"], ["gc", "--untagged", "--grace", "0"]):
+            assert run_tinyreg(*arguments, "--root", server.root).returncode == 0
+        assert client.upload("students/alice", os.urandom(6 * KILOBYTE)).status == 201
+
+
+@pytest.mark.parametrize("text", ["students/*", "students/**=2G", "=2G", "students/*=much", "Students/*=2G"])
+def test_what_is_no_quota_is_said_in_a_line(tmp_path, text):
+    done = run_tinyreg("serve", "--quota", text, cwd=str(tmp_path))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--quota" in done.stderr

@@ -377,7 +377,7 @@ def test_a_folder_that_can_not_be_read_stops_it(store, monkeypatch):
     real = os.scandir
 
     def refuse(path):
-        if str(path).endswith("repositories"):
+        if str(path).rstrip("/").endswith("repositories"):
             raise PermissionError(13, "Permission denied", path)
         return real(path)
 
