@@ -1917,6 +1917,7 @@ class Layout:
         self.scratch = os.path.join(self.own, "scratch")
         self.usage = os.path.join(self.own, "usage")
         self.shared = os.path.join(self.own, "shared")
+        self.collected = os.path.join(self.own, "gc")  # locked during a run, and written at its end
 
     # Distribution's tree
 
@@ -2128,6 +2129,10 @@ class Directory(Registry):
         except OSError:  # a volume of Distribution's that is only read needs no such folder
             if create:
                 raise
+        if create and not os.path.exists(self.layout.collected):
+            # Made now, because a full disk, which needs gc, takes no new file.
+            open(self.layout.collected, "ab").close()
+            os.utime(self.layout.collected, (0, 0))  # there was no run yet
         self.files = Files(self.layout.scratch)
         self.shared = shared or os.path.exists(self.layout.shared)
         self.lock = SharedLock(os.path.join(self.layout.own, "lock"), marked=not self.shared)
@@ -3275,7 +3280,7 @@ class Collection(Sweep):
 def collect_garbage(store: Directory, **settings: Any) -> Collection:
     """Run a Collection with these settings, and return it. Raises what run() raises, and
     BlockingIOError if another process collects garbage."""
-    with open(os.path.join(store.layout.own, "gc"), "ab") as lock:
+    with open(store.layout.collected, "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         collection = Collection(store, **settings)
         collection.run()
@@ -10628,7 +10633,7 @@ def feed_watchdog() -> None:
 
 def seconds_to_collection(store: Directory, every: float) -> float:
     """How many seconds until the next garbage collection, which may be overdue."""
-    passed = time.time() - look_at(os.path.join(store.layout.own, "gc")).mtime
+    passed = time.time() - look_at(store.layout.collected).mtime
     # A file server's clock may be ahead by a little. If the last collection lies further in the
     # future, some clock was wrong then.
     return every - passed if passed >= -every else 0.0

@@ -245,7 +245,8 @@ class Server:
 
     `limits` replaces constants of the module (IDLE_LIMIT=1), for tests that wait until one is reached."""
 
-    def __init__(self, root, *options, python=sys.executable, listen="127.0.0.1:0", environment=None, **limits):
+    def __init__(self, root, *options, python=sys.executable, listen="127.0.0.1:0", environment=None, log_path=None,
+                 **limits):
         self.root = str(root)
         self.options = list(options)
         self.python = python
@@ -255,7 +256,7 @@ class Server:
         if limits:
             self.program = ["-c", "import sys; sys.path.insert(0, %r); import tinyreg; vars(tinyreg).update(%r); "
                             "sys.exit(tinyreg.main())" % (os.path.dirname(TINYREG), limits)]
-        self.log_path = self.root.rstrip("/") + ".log"
+        self.log_path = log_path or self.root.rstrip("/") + ".log"
         self.start()
 
     def start(self):
