@@ -163,6 +163,9 @@ VAGUE_TYPES = ("", JSON, OCTET_STREAM, "application/x-www-form-urlencoded", "tex
 FOREIGN_LAYER_TYPES = re.compile(
     r"application/vnd\.(docker\.image\.rootfs\.foreign\.|oci\.image\.layer\.nondistributable\.).*")
 
+# Layers of files, which a client unpacks and runs.
+LAYER_TYPES = re.compile(r"application/vnd\.(?:oci\.image\.layer|docker\.image\.rootfs)\.")
+
 # Manifests and names
 MAX_MANIFEST = 4 << 20       # bytes; the specification asks for 4 MB, Distribution takes 4 MiB
 MAX_DEPTH = 100              # levels of JSON; Python's own limit differs by version and caller
@@ -805,13 +808,22 @@ def _parse_json_number(text: str) -> Union[int, float]:
     return int(text) if abs(value) < 1e20 and text.lstrip("-").isdigit() else value
 
 
-def load_json(content: bytes) -> Document:
+def _unique_keys(pairs: List[Tuple[str, Any]]) -> Document:
+    """Raises ValueError if a key comes twice: readers would not agree on its value."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key comes twice")
+    return value
+
+
+def load_json(content: bytes, is_strict: bool = False) -> Document:
     """The JSON object in these bytes. Raises ValueError with a reason, however deep or odd the
-    text is."""
+    text is; if `is_strict`, also where an object has a key twice."""
     try:
         number = _parse_json_number
         value = json.loads(content.decode("utf-8"), parse_int=number, parse_float=number,
-                           parse_constant=number)
+                           parse_constant=number,
+                           object_pairs_hook=_unique_keys if is_strict else None)
     except RecursionError:
         raise ValueError("nested too deeply")
     if not isinstance(value, dict):
@@ -1133,6 +1145,24 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def openssl(*arguments: str, folder: Optional[str] = None, check: bool = True) -> Optional[str]:
+    """Run the openssl command in a folder; returns its output.
+
+    Raises CommandError if the command is missing or fails. Without `check` it may fail, and None is
+    returned."""
+    try:
+        done = subprocess.run(("openssl",) + arguments, cwd=folder, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    except OSError as error:
+        raise CommandError(
+            "this needs the openssl command (%s); install it, or, instead of --tls, bring your own "
+            "certificate with --tls-cert and --tls-key" % error.strerror)
+    output = done.stdout.decode("utf-8", "replace").strip()
+    if check and done.returncode:
+        raise CommandError("openssl %s failed: %s" % (arguments[0], output))
+    return None if done.returncode else output
 
 
 @contextlib.contextmanager
@@ -1843,10 +1873,182 @@ def untagged(registry: Reader, name: str,
 # -------------------------------------------------------------------------------------------------
 # 6  Signatures
 #
-# Which images a given key has signed, and the wrapper that lets through no others. Signatures are
-# cosign's; the openssl command checks them. Keys come from files of the operator, never from what
-# is checked.
+# Which images the keys of --signed-by have signed. Signatures are cosign's, of both forms: its
+# "simple signing" under the tag sha256-HEX.sig, and its bundles among the referrers. The openssl
+# command checks them. Keys come from files of the operator, never from what is checked.
 # -------------------------------------------------------------------------------------------------
+
+# What a bundle's envelope and its statement have to be: it may be about an SBOM instead.
+STATEMENT = ("application/vnd.in-toto+json", "https://in-toto.io/Statement/v1",
+             "https://sigstore.dev/cosign/sign/v1")
+MAX_SIGNED = 1 << 20         # bytes of a signed text; it has a few hundred, a bundle some thousand
+MAX_SIGNATURES = 100         # signatures of an image, and manifests about it, that are looked at
+
+# The openssl command that checks a signature, by a word in openssl's description of the key.
+CHECK_DIGEST = ("dgst", "-sha256", "-verify", "key", "-signature", "signature", "signed")
+CHECKS = {"prime256v1": CHECK_DIGEST, "Modulus": CHECK_DIGEST, "ED25519": (
+    "pkeyutl", "-verify", "-pubin", "-inkey", "key", "-rawin", "-sigfile", "signature",
+    "-in", "signed")}
+
+
+def openssl_reads(files: Dict[str, bytes], *arguments: str) -> Optional[str]:
+    """What an openssl command prints that reads files with this content; None if it fails. Raises
+    CommandError, OSError."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(content)
+        return openssl(*arguments, folder=folder, check=False)
+
+
+class PublicKey(NamedTuple):
+    """A key in PEM, and the openssl command that checks its signatures."""
+
+    pem: bytes
+    check: Tuple[str, ...]
+
+
+def parse_key(path: str, pem: bytes) -> PublicKey:
+    """A public key of a file. Raises CommandError for one that can't be used."""
+    text = openssl_reads({"key": pem}, "pkey", "-pubin", "-noout", "-text", "-in", "key") or ""
+    checks = [check for word, check in CHECKS.items() if word in text]
+    if not checks:
+        raise CommandError("%s has a key that is neither ECDSA P-256, RSA nor Ed25519" % path)
+    if "-rawin" in checks[0] and "-rawin" not in (openssl("pkeyutl", "-help", check=False) or ""):
+        raise CommandError("%s has an Ed25519 key, which takes OpenSSL 3; here is an older one, "
+                           "for ECDSA P-256 and RSA" % path)
+    return PublicKey(pem, checks[0])
+
+
+def read_keys(path: str) -> List[PublicKey]:
+    """The public keys in a file. Raises CommandError."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_SIGNED)
+    except OSError as error:
+        raise CommandError("can't read the keys in %s: %s" % (path, error.strerror))
+    if b"PRIVATE KEY-----" in content:
+        raise CommandError("%s has a private key: keep it secret, and name the file of the public "
+                           "one (cosign.pub; openssl pkey -pubout makes it)" % path)
+    keys = re.findall(b"-----BEGIN PUBLIC KEY-----[^-]+-----END PUBLIC KEY-----\n?", content)
+    if not keys:
+        raise CommandError("%s has no public key in PEM, as cosign.pub is one" % path)
+    return [parse_key(path, key) for key in keys]
+
+
+# What a signature says: the digests that it is about, the bytes that are signed, and the
+# signature in base64.
+Claim = Tuple[List[str], bytes, str]
+
+
+def read_simple_signing(layer: Document, content: bytes) -> Claim:
+    """The Claim in cosign's first form. Raises ValueError, LookupError, TypeError, as does the
+    function below, for what is none."""
+    critical = load_json(content, is_strict=True)["critical"]
+    if critical["type"] != "cosign container image signature":
+        raise ValueError("no signature of an image")
+    return ([critical["image"]["docker-manifest-digest"]], content,
+            layer["annotations"]["dev.cosignproject.cosign/signature"])
+
+
+def read_bundle(layer: Document, content: bytes) -> Claim:
+    """The Claim in the form of cosign 3: an in-toto statement, in an envelope of DSSE."""
+    envelope = load_json(content, is_strict=True)["dsseEnvelope"]
+    payload = base64.b64decode(envelope["payload"], validate=True)
+    statement = load_json(payload, is_strict=True)
+    if (envelope["payloadType"], statement["_type"], statement["predicateType"]) != STATEMENT:
+        raise ValueError("no signature of an image")
+    (signature,) = envelope["signatures"]
+    head = "DSSEv1 %d %s %d " % (len(STATEMENT[0]), STATEMENT[0], len(payload))
+    return (["sha256:" + subject["digest"]["sha256"] for subject in statement["subject"]],
+            head.encode() + payload, signature["sig"])
+
+
+READERS = {  # by the media type of the layer
+    "application/vnd.dev.cosign.simplesigning.v1+json": read_simple_signing,
+    "application/vnd.dev.sigstore.bundle.v0.3+json": read_bundle,
+}
+
+
+class Signed(Wrapper):
+    """A registry of which only that is read which one of the keys has signed.
+
+    A tag has to point to a manifest whose own digest is signed. What can't run is read under
+    cosign's tags as it is. Blobs are not checked: they are no image without a manifest.
+
+    In front of a cache, `is_checked` says in which repositories, and clients name by their digests
+    what a manifest has led them to: there, a digest may also be that of something that can't run,
+    or that has a signed index in the cache. Raises DENIED."""
+
+    def __init__(self, inner: Any, keys: Iterable[PublicKey],
+                 is_checked: Optional[Callable[[str], bool]] = None) -> None:
+        super().__init__(inner)
+        self.keys = keys
+        self.is_checked = is_checked
+        self.check = functools.lru_cache(MAX_TYPES)(self._check)  # an error is not kept
+
+    def _read(self, name: str, layer: Document) -> Claim:
+        """The Claim in the blob of a layer. Raises what says that it is none."""
+        read, blob = READERS[layer["mediaType"]], parse_descriptor(layer)
+        content = bytearray()
+        with self.inner.open_blob(name, blob.digest) as opened:
+            copy_bytes(opened, min(blob.size, MAX_SIGNED), content.extend)
+        return read(layer, bytes(content))
+
+    def _iter_claims(self, name: str, digest: Digest) -> Iterator[Dict[str, bytes]]:
+        """Yield the files for openssl of what claims to be a signature of this manifest."""
+        about: List[Digest] = []
+        with contextlib.suppress(Unknown):  # there is none in cosign's first form
+            about.append(self.inner.resolve(name, fallback_tag(digest) + ".sig"))
+        about += self.inner.referrer_digests(name, digest)
+        read = functools.partial(find_readable, self.inner, name)
+        layers = (layer for manifest in filter(None, map(read, about[:MAX_SIGNATURES]))
+                  for layer in manifest.document.get("layers") or ())
+        for layer in itertools.islice(layers, MAX_SIGNATURES):
+            # What is no signature, or can't be read, counts for nothing.
+            with contextlib.suppress(Unknown, OSError, ValueError, LookupError, TypeError):
+                digests, signed, signature = self.inner.retry(self._read, name, layer)
+                if digest in digests:
+                    yield {"signed": signed,
+                           "signature": base64.b64decode(signature, validate=True)}
+
+    def is_signed(self, name: str, digest: Digest) -> bool:
+        """Whether one of the keys has signed this digest."""
+        return any(openssl_reads(dict(files, key=key.pem), *key.check) is not None
+                   for files in self._iter_claims(name, digest) for key in self.keys)
+
+    def _iter_indexes(self, name: str, manifest: Manifest) -> Iterator[Digest]:
+        """Yield the indexes in the cache that a manifest is a part of."""
+        for index in self.inner.at_hand().manifests(name):
+            with contextlib.suppress(Invalid):  # another program has stored it
+                if manifest.digest in child_digests(index):
+                    yield index.digest
+
+    def _check(self, name: str, reference: Reference, digest: Digest) -> None:
+        """Raises DENIED unless the manifest may be read that this reference points to."""
+        read = functools.partial(find_readable, self.inner, name)
+        in_cache = self.is_checked and isinstance(reference, Digest)
+        if in_cache or FALLBACK_TAG.fullmatch(reference):
+            manifest = read(digest)
+            types = [blob.media_type for blob in manifest.blobs] if manifest else []
+            if types and not any(map(LAYER_TYPES.match, types)):
+                return  # it can't run
+        manifests = walk([digest], read, lambda manifest: self._iter_indexes(name, manifest)
+                         if in_cache else ())
+        if not any(self.is_signed(name, manifest.digest) for manifest in manifests):
+            raise RegistryError("DENIED", message="no key of --signed-by has signed %s" % digest)
+
+    def resolve(self, name: str, tag: str) -> Digest:
+        digest = self.inner.resolve(name, tag)
+        if not self.is_checked or self.is_checked(name):
+            self.check(name, tag, digest)
+        return digest
+
+    def manifest(self, name: str, digest: Digest) -> Manifest:
+        manifest = self.inner.manifest(name, digest)
+        if not self.is_checked or self.is_checked(name):
+            self.check(name, digest, digest)
+        return manifest
 
 # -------------------------------------------------------------------------------------------------
 # 7  Directory
@@ -3329,6 +3531,7 @@ class Verification:
         self.left_out: Set[Digest] = set()  # blobs that whoever made an archive left out of it
         self.leftovers: List[str] = []      # links as Distribution's garbage collection leaves them
         self.moved: List[str] = []          # where damaged files are now
+        self.unsigned: List[str] = []       # images that no key of --signed-by has signed
         self.mutex = threading.Lock()
         self.began = self.last_progress = time.monotonic()
 
@@ -3532,7 +3735,6 @@ COSIGN_KINDS = {"dev.cosignproject.cosign/" + kind: suffix for kind, suffix in (
 
 IMAGE_CONFIGS = ("application/vnd.oci.image.config.v1+json",
                  "application/vnd.docker.container.image.v1+json")
-LAYER_TYPES = re.compile(r"application/vnd\.(?:oci\.image\.layer|docker\.image\.rootfs)\.")
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz",
                 b"BZh": "bzip2"}  # by the first bytes of a file
 # The modules that decompress. A Python may lack one, zstd's before 3.14: then the command does it.
@@ -5721,7 +5923,7 @@ class PullThrough(Wrapper):
         self.downloads: Dict[Tuple[str, Digest], threading.Event] = {}  # under way, by blob
         self.mutex = threading.Lock()  # of the downloads
 
-    def _find_upstream(self, name: str) -> Tuple[Optional[Remote], str]:
+    def find_upstream(self, name: str) -> Tuple[Optional[Remote], str]:
         """The registry behind a repository (None: it is ours), and the name that it has there."""
         for space, upstream in self.upstreams.items():
             if name.startswith(space + "/"):
@@ -5731,7 +5933,7 @@ class PullThrough(Wrapper):
     def _ask(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
         """What a method of the upstream's Remote returns; None if there is no upstream, or if it
         does not have that or refuses to give it. Raises UNAVAILABLE while it is away or fails."""
-        remote, path = self._find_upstream(name)
+        remote, path = self.find_upstream(name)
         if not remote:
             return None
         try:
@@ -5754,7 +5956,7 @@ class PullThrough(Wrapper):
         return None
 
     def has_repository(self, name: str) -> bool:
-        return self._find_upstream(name)[0] is not None or self.store.has_repository(name)
+        return self.find_upstream(name)[0] is not None or self.store.has_repository(name)
 
     def resolve(self, name: str, tag: str) -> Digest:
         # A tag's link is written again each time the tag proves right: that is when it was last
@@ -5828,7 +6030,7 @@ class PullThrough(Wrapper):
 
     def _download(self, name: str, digest: Digest, size: int, ended: threading.Event) -> None:
         remote: Any  # it is one, since it has been asked for the size
-        remote, path = self._find_upstream(name)
+        remote, path = self.find_upstream(name)
         open_rest = functools.partial(remote.open_blob, path, digest)
         open_from = functools.partial(LimitedBlob, open_rest, size or sys.maxsize)
         try:
@@ -5843,7 +6045,7 @@ class PullThrough(Wrapper):
 
     def _check_ours(self, name: str) -> None:
         """Raises DENIED below the name of an upstream."""
-        if self._find_upstream(name)[0]:
+        if self.find_upstream(name)[0]:
             raise RegistryError("DENIED", name, message="what is below this name is another "
                                 "registry's, and kept here as it is there; push under another name")
 
@@ -9411,24 +9613,6 @@ def alternative_names(names: Iterable[str]) -> str:
     return ",".join(entries)
 
 
-def openssl(*arguments: str, folder: Optional[str] = None, check: bool = True) -> Optional[str]:
-    """Run the openssl command in a folder; returns its output.
-
-    Raises CommandError if the command is missing or fails. Without `check` it may fail, and None is
-    returned."""
-    try:
-        done = subprocess.run(("openssl",) + arguments, cwd=folder, stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    except OSError as error:
-        raise CommandError(
-            "--tls needs the openssl command, to make certificates (%s); install it, or bring your "
-            "own certificate with --tls-cert and --tls-key" % error.strerror)
-    output = done.stdout.decode("utf-8", "replace").strip()
-    if check and done.returncode:
-        raise CommandError("openssl %s failed: %s" % (arguments[0], output))
-    return None if done.returncode else output
-
-
 def is_valid(path: str, days: int) -> bool:
     """Whether a certificate is valid now, by this machine's clock, and for so many days to come."""
     output = openssl("x509", "-noout", "-dates", "-in", path, check=False) or ""
@@ -10482,13 +10666,19 @@ def open_registry(options: argparse.Namespace) -> Tuple[Union[Archive, Directory
     if options.archives:
         archive = Archive(options.archives)
         return archive, ReadOnly(archive)
+    if options.signed_by and not options.upstream:
+        raise CommandError("--signed-by is for what --upstream fetches; tinyreg.py verify "
+                           "--signed-by checks what is in the store, or in archives")
     store = open_store(options, create=not options.read_only)
     registry: Registry = store
     if options.upstream:
         upstreams = {space: Upstream(Remote(host, plain_http=plain, retries=1, patience=5.0),
                                      prefix)
                      for space, host, plain, prefix in options.upstream}
-        registry = PullThrough(store, upstreams, options.upstream_ttl)
+        cache = registry = PullThrough(store, upstreams, options.upstream_ttl)
+        if options.signed_by:
+            registry = Signed(cache, sum(options.signed_by, []),
+                              lambda name: cache.find_upstream(name)[0] is not None)
     if options.immutable_tags:
         registry = ImmutableTags(registry, options.immutable_tags, store.lock_repository)
     if store.shared:
@@ -11361,6 +11551,9 @@ def plan_copy(options: argparse.Namespace, report: Report, source: Reader, targe
     copy = Copy(source, target, name, reference, target_name, platforms=options.platform,
                 referrers=not options.no_referrers, report=report, strip=options.strip)
     copy.plan()
+    if getattr(options, "signed_by", None):  # pull and load have it
+        # The root is a digest, and from here on no tag is looked up: what is checked is copied.
+        Signed(source, sum(options.signed_by, [])).check(name, reference, copy.root)
     for tag, digest in report.moved.items():
         complain("tinyreg: %s: the tag %s has moved to %s; the digest was taken, and gets the tag "
                  "here" % (report.image, tag, digest))
@@ -11684,6 +11877,9 @@ def verdict_on(check: Verification) -> str:
                    "again" % len(check.findings))
         if all(finding.problem.startswith("part ") for finding in check.findings):
             verdict = "what was given is well; give all parts to know about the rest"
+    if check.unsigned:
+        verdict = verdict.replace("all is well", "nothing is damaged")
+        verdict += "; %s not signed" % counted(len(check.unsigned), "image")
     if check.left_out:
         verdict += "; %s left out: on the far side already" % counted(len(check.left_out), "blob")
     return verdict
@@ -11697,6 +11893,7 @@ def report_verification(options: argparse.Namespace, check: Verification) -> Non
         lines.append("%s: %s (%s)" % finding)
         lines += ["    harms " + image for image in sorted(images)]
     lines += ["put aside: " + path for path in check.moved]
+    lines += ["not signed by a key of --signed-by: " + image for image in check.unsigned]
     if not options.quiet:
         if check.leftovers:
             lines.append("%s to blobs that are gone and that no image needs: %s" % (
@@ -11708,7 +11905,21 @@ def report_verification(options: argparse.Namespace, check: Verification) -> Non
                "harms": sorted(images)} for finding, images in findings]
     show(options, {"blobs": check.blobs, "size": check.bytes, "damage": damage,
                    "left_out": len(check.left_out), "moved": check.moved,
+                   "unsigned": check.unsigned,
                    "leftovers": len(check.leftovers)}, lines)
+
+
+def iter_unsigned(registry: Registry, keys: Iterable[PublicKey]) -> Iterator[str]:
+    """Yield the images that none of the keys has signed, with and without a tag."""
+    signed = Signed(registry, keys)
+    for name in registry.repositories():
+        for reference in itertools.chain(registry.tags(name), untagged(registry, name) or ()):
+            try:
+                signed.check(name, reference, resolve_reference(registry, name, reference))
+            except Refused:
+                yield image_text(name, reference)
+            except Unknown:
+                pass  # a damaged tag; it is among the findings
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -11728,12 +11939,16 @@ def verify(options: argparse.Namespace) -> int:
     if options.archives:
         check = ArchiveVerification(options.archives, progress)
     else:
-        check = StoreVerification(open_store(options), progress, options.rate, options.repair)
+        store = open_store(options)
+        check = StoreVerification(store, progress, options.rate, options.repair)
     check.run()
+    if options.signed_by:
+        registry = Archive(options.archives, partly=True) if options.archives else store
+        check.unsigned = list(iter_unsigned(registry, sum(options.signed_by, [])))
     if shown:
         complain("")
     report_verification(options, check)
-    return 1 if check.findings else 0
+    return 1 if check.findings or check.unsigned else 0
 
 
 # Archives
@@ -12033,6 +12248,10 @@ def repeated(names: str, metavar: str, text: str, parse: Callable = str, **setti
 
 QUIET = flag("--quiet", "say nothing but errors")
 AS_JSON = flag("--json", "print JSON")
+SIGNED_BY = repeated(
+    "--signed-by", "FILE", "refuse and name what none of the public keys in this file (PEM: ECDSA "
+    "P-256, RSA, Ed25519) has signed with cosign; keyless signatures and Notation's don't count; "
+    "may be repeated (default: take anything)", read_keys)
 DRY_RUN = flag("--dry-run", "say what would be copied, and copy nothing")
 
 # Each of these, and QUIET, is a variable of the environment as well.
@@ -12081,6 +12300,7 @@ SERVE_OPTIONS = [
              "(example: docker.io=https://registry-1.docker.io)", parse_upstream),
     value("--upstream-ttl", "TIME", "how long a tag is taken as right before the upstream is "
           "asked again", parse_seconds, "5m"),
+    SIGNED_BY,
     value("--drain", "TIME", "how long running transfers may take to end after SIGTERM",
           parse_seconds, "30s"),
     value("--min-free", "SIZE", "refuse uploads that would leave less than this free on the disk, "
@@ -12145,7 +12365,7 @@ COMMANDS = [
         "  tinyreg.py pull alpine:3.19 quay.io/prometheus/prometheus:v2.53.0\n"
         "  tinyreg.py pull -f images.txt --platform linux/amd64 --dry-run\n",
         [AS_JSON, value("images", "IMAGE", "as docker pull takes it", nargs="*"),
-         IMAGE_LIST, PLATFORM, NO_REFERRERS, DRY_RUN] + REMOTE_OPTIONS,
+         IMAGE_LIST, PLATFORM, SIGNED_BY, NO_REFERRERS, DRY_RUN] + REMOTE_OPTIONS,
         REMOTE_NOTES),
     Command(
         "push", push, "Copy images from the store to another registry.",
@@ -12193,6 +12413,7 @@ COMMANDS = [
         "  tinyreg.py load rke2-images.linux-amd64.tar.zst\n"
         "  tinyreg.py load images-*.tar --want want.txt\n"
         "  tinyreg.py load images.tar --to registry.lab:5000\n"
+        "  tinyreg.py load images.tar --signed-by cosign.pub\n"
         "  docker save alpine | tinyreg.py load -\n",
         [AS_JSON,
          value("archives", "FILE", "an OCI image layout or what docker save wrote, as tar, .tar.gz "
@@ -12200,7 +12421,7 @@ COMMANDS = [
                nargs="+"),
          value("--want", "FILE", "write the digests that are missing into this file"),
          value("--to", "HOST[:PORT][/PREFIX]", "put them into this registry, not into the store"),
-         PLATFORM, STRIP, NO_REFERRERS, DRY_RUN] + REMOTE_OPTIONS),
+         PLATFORM, STRIP, SIGNED_BY, NO_REFERRERS, DRY_RUN] + REMOTE_OPTIONS),
     Command(
         "ls", list_store, "List repositories, images, or what archives hold.",
         "  tinyreg.py ls\n"
@@ -12259,10 +12480,11 @@ COMMANDS = [
         "verify", verify, "Read everything again; name what is damaged, and what it harms.",
         "  tinyreg.py verify --rate 50M\n"
         "  tinyreg.py verify --repair\n"
-        "  tinyreg.py verify /media/stick/images-*.tar\n",
+        "  tinyreg.py verify /media/stick/images-*.tar --signed-by cosign.pub\n",
         [AS_JSON,
          value("archives", "FILE", "re-read these archives instead of the store", nargs="*"),
          value("--rate", "SIZE", "read so much a second; 0 is no limit", parse_size, "0"),
+         SIGNED_BY,
          flag("--repair", "move what is damaged into ROOT/tinyreg/damaged, so that pushing the "
               "image again mends it")]),
     Command(
