@@ -8,15 +8,13 @@ import json
 import os
 import random
 import signal
-import socket
-import subprocess
 import threading
 import uuid
 
 import pytest
-from conftest import Answer, Client, Server, run_tinyreg, until
+from conftest import Answer, Server, run_tinyreg, until
 from engines import private_folder, require, require_root, run, unavailable
-from samples import CONFIG, image
+from samples import CONFIG
 from test_crash import check_store
 from test_hosts import put_image
 from tinyreg import Digest, Directory
@@ -156,7 +154,8 @@ class CephFS(Cluster):
         self.run("ceph-fuse", "--id", "admin", path)
 
     def forget(self, host):
-        for session in json.loads(self.run("ceph", "tell", "mds.m", "session", "ls").stdout.partition("\n[")[2].join("[ ")):
+        shown = self.run("ceph", "tell", "mds.m", "session", "ls").stdout
+        for session in json.loads(shown[shown.index("\n["):]):  # above it may be lines of a log
             if session["client_metadata"].get("mount_point") == self.at(host):
                 self.run("ceph", "tell", "mds.m", "session", "evict", "id=%d" % session["id"])
 
@@ -232,8 +231,8 @@ class GlusterFS(Cluster):
             os.kill(int(file.read()), signal.SIGTERM)
 
 
-@pytest.fixture(scope="module", params=[pytest.param(kind, marks=pytest.mark.xdist_group(kind.__name__), id=kind.__name__)
-                                        for kind in (CephFS, GlusterFS)])
+@pytest.fixture(scope="module", params=[
+    pytest.param(kind, marks=pytest.mark.xdist_group(kind.__name__), id=kind.__name__) for kind in (CephFS, GlusterFS)])
 def cluster(request):
     require_root()
     if not os.path.exists("/dev/fuse"):
@@ -270,6 +269,11 @@ class Site:
         except OSError:
             return Answer(0, {}, b"")
 
+    def becomes_ready(self, host, status):
+        """Wait until /readyz answers with this status; returns the Answer."""
+        return until(lambda: [answer for answer in [self.at(host, "GET", "/readyz")] if answer.status == status],
+                     what="/readyz with %d" % status)[0]
+
     def end(self):
         for server in self.servers.values():
             server.stop(signal.SIGKILL)
@@ -302,7 +306,7 @@ def test_hosts_see_at_once_what_another_has_changed(site):
 
 
 def test_a_host_that_dies_in_a_storm_takes_nothing_along(site):
-    """Clients push at all hosts while gc runs; one host is killed with its mount. All that was acknowledged is there."""
+    """Clients push at all hosts while gc runs; one host is killed with its mount. What was acknowledged is there."""
     acknowledged, failures, stop = {}, [], threading.Event()
     living = list(site.servers)
 
@@ -358,14 +362,13 @@ def test_a_disk_that_was_away_needs_no_restart(site):
     site.cluster.lose_disk()
     try:
         for host in site.servers:
-            answer = until(lambda: [answer for answer in [site.at(host, "GET", "/readyz")] if answer.status == 503],
-                           what="that the disk is missed")[0]
+            answer = site.becomes_ready(host, 503)
             assert b"network disk is away" in answer.body or b"has not answered" in answer.body
             assert site.at(host, "GET", "/healthz").status == 200
     finally:
         site.cluster.disk_is_back()
     for host in site.servers:
-        until(lambda: site.at(host, "GET", "/readyz").status == 200, what="that the disk is back")
+        site.becomes_ready(host, 200)
     assert put_image(site.ask, "app", "2", (b"another layer",))
     assert {site.at(host, "HEAD", "/v2/app/manifests/1").headers["Docker-Content-Digest"]
             for host in site.servers} == {pushed}
