@@ -188,6 +188,8 @@ MAX_CACHED = 16 << 20        # bytes of responses that one worker caches
 CACHE_LIFE = 1.0             # seconds; a token's end or a new rule takes effect within this time
 PAGE_SIZE = 1000             # entries per page of the catalog or of referrers; n may ask for less
 ROWS = 100                   # entries in one table of the web page
+LARGEST = 20                 # repositories that the web page lists by their size
+PAGE_PATIENCE = 1.0          # seconds that the web page may wait for a new measurement of the store
 MAX_PAGE_READ = 2 << 20      # bytes of manifests that a web page reads to find those without a tag
 CLIENT_LEFT = 499            # status in logs if the client did not wait for one, as in nginx's
 
@@ -216,7 +218,7 @@ SWEEP_BATCH = 64             # folders that gc deletes per exclusive lock: some 
 CLOCK_SLACK = 60.0           # seconds by which the clocks of hosts that share a store may differ
 IMPLAUSIBLE_AGE = 180 * 86400.0  # seconds; if the newest tag is older, gc doubts the clock
 MIN_FREE_SPACE = 64 << 20    # bytes; with less free space, a server says that it is not ready
-USAGE_LIFE = 60.0            # seconds that a measurement is used, or 50 times what it took
+USAGE_LIFE = 5.0             # seconds that a measurement is used, or 50 times what it took
 ROOT_CHECK_PERIOD = 1.0      # seconds between two checks that the store still exists
 UPKEEP_PERIOD = 3600.0       # seconds between two searches for idle upload sessions
 
@@ -1517,10 +1519,21 @@ class Reader:
         """The digests of all blobs and manifests: of one repository, or of all."""
         raise unsupported("list digests")
 
-    def usage(self) -> Optional[Dict[str, Any]]:
+    def usage(self, longest: float = float("inf")) -> Optional[Dict[str, Any]]:
         """What takes how much space, as Directory.measure() says, up to some minutes ago; None if
-        nobody knows."""
+        nobody knows. If the last measurement took more than `longest` seconds it is not renewed,
+        however old it is."""
         return None
+
+    def pushed(self, name: str, reference: Reference) -> float:
+        """Unix time when a tag was last pushed, pulled or loaded, or a manifest by its digest
+        alone; 0.0 if that is unknown."""
+        return 0.0
+
+    def history(self, name: str, tag: str) -> List[Tuple[Digest, float]]:
+        """What a tag has pointed to, and the Unix time when it was last moved there: first what it
+        points to now, then the latest. Raises MANIFEST_UNKNOWN."""
+        return [(self.resolve(name, tag), self.pushed(name, tag))]
 
     def is_named(self, name: str, digest: Digest) -> bool:
         """Whether to pin a copy that was made of this manifest by its digest. False only in an
@@ -2513,16 +2526,12 @@ class Directory(Registry):
         except (Unknown, Invalid):  # there is none, or it is damaged
             return set()
 
-    def pushed(self, name: str, reference: Union[str, Digest]) -> float:
-        """Unix time when a tag was last pushed, pulled or loaded, or a manifest by its digest
-        alone; 0.0 if that is unknown."""
+    def pushed(self, name: str, reference: Reference) -> float:
         if isinstance(reference, Digest):
             return look_at(self.layout.pin_path(name, reference)).mtime
         return look_at(self.layout.link_in(self.layout.current_path(name, reference))).mtime
 
     def history(self, name: str, tag: str) -> List[Tuple[Digest, float]]:
-        """What a tag has pointed to, and the Unix time when it was last moved there: first what it
-        points to now, then the latest. Raises MANIFEST_UNKNOWN."""
         present = self.resolve(name, tag)
         former = {digest: look_at(self.layout.link_in(folder)).mtime for digest, folder
                   in digest_folders(self.layout.former_path(name, tag)) if digest != present}
@@ -2545,13 +2554,14 @@ class Directory(Registry):
 
     # Space
 
-    def usage(self) -> Dict[str, Any]:
+    def usage(self, longest: float = float("inf")) -> Dict[str, Any]:
         """The last measurement, from a file that all processes share."""
         path = self.layout.usage
         # The file may be missing, damaged, or another version's.
         with contextlib.suppress(ValueError, KeyError, OSError):
             usage = load_json(read_file(path, -1) or b"")
-            if 0 <= time.time() - os.stat(path).st_mtime < max(USAGE_LIFE, 50 * usage["took"]):
+            age = time.time() - os.stat(path).st_mtime
+            if usage["took"] > longest or 0 <= age < max(USAGE_LIFE, 50 * usage["took"]):
                 return usage
             os.utime(path)  # the other processes use the old one while this one measures anew
         usage = self.measure()
@@ -8352,29 +8362,81 @@ def dispatch(registry: Registry, access: Access, request: Request) -> Response:
 # The texts of this room. Its code begins below them, at source_hash().
 
 PAGE_STYLE = """
-:root{color-scheme:light dark;font:1rem/1.5 system-ui,sans-serif}
+:root{color-scheme:light dark;font:1rem/1.5 system-ui,sans-serif;
+--page:#f5f7fa;--card:#fff;--text:#1b2330;--soft:#566072;--line:#d9dfe8;--link:#0a58ad;
+--own:#2f6fd0;--shared:#8a56d1;--untagged:#c05d0c;--other:#6d788a;--free:#dfe4ec}
+@media(prefers-color-scheme:dark){:root{
+--page:#11161d;--card:#19202a;--text:#e6eaf0;--soft:#a5afbf;--line:#323c4b;--link:#82bbff;
+--own:#5b9bf5;--shared:#b48af0;--untagged:#ef9a4d;--other:#7d889b;--free:#2b3442}}
 *{box-sizing:border-box}
-body{max-width:70rem;margin:auto;padding:0 1rem;overflow-wrap:break-word}
-code{overflow-wrap:anywhere}
-header,nav,form,.copy{display:flex;flex-wrap:wrap;gap:.3rem 1rem;align-items:baseline}
-header{padding:.6rem 0;border-bottom:1px solid #8886}footer{margin:2rem 0 1rem}
-h1{font-size:1.5rem;margin:.8rem 0}h2{font-size:1.15rem;margin:1.6rem 0 .4rem}
-a:focus-visible,button:focus-visible,input:focus-visible{outline:3px solid}
-pre{flex:1;min-width:0;margin:.4rem 0;padding:.5rem .7rem;white-space:pre-wrap}
-pre{background:#8882;border-radius:.3rem}
-input,button{font:inherit;padding:.3rem .7rem}input{flex:1;min-width:8rem}
-table{border-collapse:collapse;width:100%}caption{padding-top:1rem}
-caption,th,dt,footer{text-align:left;opacity:.75}
-th,td{text-align:left;vertical-align:top;padding:.35rem .8rem .35rem 0}
-th,td{border-bottom:1px solid #8886}
-dl{display:grid;grid-template-columns:minmax(6rem,max-content) 1fr;gap:.2rem 1rem}
-dd{margin:0;min-width:0}
-svg{display:block;width:100%;height:1.1rem}
-.own{fill:#3b82f6}.shared{fill:#a06cf0}.other{fill:#888}.free{fill:#8885}
-summary{cursor:pointer;padding:.2rem 0}#live p{margin:.2rem 0;border-bottom:1px solid #8886}
-@media(max-width:40rem){thead{position:absolute;clip-path:inset(50%)}td:empty{display:none}
-tr,td,dl{display:block}tr{padding:.4rem 0;border-bottom:1px solid #8886}td{border:0;padding:.1rem 0}
-td[data-label]::before{content:attr(data-label) " ";opacity:.75}}
+body{margin:0;background:var(--page);color:var(--text);overflow-wrap:anywhere}
+header,main,footer{max-width:72rem;margin:auto;padding:0 1rem}
+header{padding-top:.9rem;border-bottom:1px solid var(--line)}
+header,nav,form,.copy,.tools{display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;align-items:baseline}
+header>strong{margin-right:1rem}
+nav a{padding:.3rem 0 .6rem;color:var(--soft);text-decoration:none}
+nav a[aria-current]{color:var(--text);box-shadow:inset 0 -3px var(--own)}
+a{color:var(--link)}a:hover{text-decoration-thickness:2px}
+:focus-visible{outline:3px solid var(--own);outline-offset:2px;border-radius:2px}
+.skip{position:absolute;left:-99rem;padding:.6rem 1rem;background:var(--card)}
+.skip:focus{left:.5rem;top:.5rem}
+h1{font-size:1.6rem;line-height:1.25;margin:1.4rem 0 1rem}
+h2{font-size:1.15rem;margin:2rem 0 .6rem}caption h2{margin-top:0}
+.crumbs{margin:1.2rem 0 -1.1rem}.tools,.soft,footer{color:var(--soft)}
+footer{padding:1.5rem 1rem;margin-top:3rem;border-top:1px solid var(--line)}
+code,pre{font:.875em/1.5 ui-monospace,Menlo,Consolas,monospace}
+pre{flex:1;min-width:0;margin:0;padding:.55rem .8rem;white-space:pre-wrap;background:var(--card);
+border:1px solid var(--line);border-radius:.4rem}
+details pre{max-height:24rem;overflow:auto}
+.copy{gap:.5rem;margin:.3rem 0;align-items:center}
+td .copy,dd .copy{margin:0}
+.id{max-width:20ch;overflow:hidden;text-overflow:ellipsis;white-space:nowrap;user-select:all}
+dd .id{max-width:100%}
+input,button{font:inherit;padding:.4rem .8rem;color:inherit;background:var(--card);
+border:1px solid var(--soft);border-radius:.4rem}
+input{flex:1;min-width:8rem;max-width:28rem}
+button{cursor:pointer}.copy button{padding:.1rem .6rem;font-size:.875rem;color:var(--soft);
+border-color:var(--line)}
+form{margin:0 0 1rem;gap:.6rem;align-items:center}
+table{width:100%;margin:1.6rem 0;border-collapse:separate;border-spacing:0;background:var(--card)}
+tr:last-child td{border-bottom:0}
+caption{padding-bottom:.5rem;text-align:left}caption h2{margin:0}
+table,dl{border:1px solid var(--line);border-radius:.4rem}
+th{font-size:.875rem;font-weight:600;color:var(--soft)}
+th,td{text-align:left;vertical-align:top;padding:.5rem .8rem;border-bottom:1px solid var(--line)}
+th,[data-label=Size],[data-label=Pushed],[data-label=Own],[data-label=Shared]{white-space:nowrap}
+[data-label=Digest] a{white-space:nowrap}
+[data-label=Repository]{width:40%}[data-label=Tags]{width:34%}[data-label="Made by"]{width:34%}
+[data-label="Also in"]{width:27%;font-size:.875rem}
+[data-label=Size]{width:10%}[data-label=Layer]{width:9rem}[data-label=Picture]{width:25%}
+[data-label=Layer] svg,[data-label=Picture] svg{margin-top:.4rem}
+td:first-child>a{font-weight:600}
+[data-label=Tags] a{display:inline-block;margin:0 .3rem .2rem 0;padding:0 .5rem;
+border:1px solid var(--line);border-radius:.8rem;font-size:.875rem;text-decoration:none}
+[data-label=Tags] a:hover{border-color:var(--link)}
+.steps{counter-reset:step}.steps h2::before{counter-increment:step;content:counter(step) ". "}
+dl pre{background:var(--page)}
+dl{display:grid;align-items:baseline;grid-template-columns:minmax(7rem,max-content) 1fr;
+gap:.35rem 1.2rem;margin:1rem 0;padding:.8rem;background:var(--card)}
+dt{color:var(--soft)}dd{margin:0;min-width:0}
+svg{display:block;width:100%;height:.7rem;border-radius:.2rem;background:var(--free)}
+.whole svg{height:2rem;border-radius:.4rem}
+.legend{display:flex;flex-wrap:wrap;gap:.3rem 1.6rem;padding:0;list-style:none}
+.legend svg{display:inline-block;width:.9rem;height:.9rem;margin-right:.5rem}
+.own{fill:var(--own)}.shared{fill:var(--shared)}.untagged{fill:var(--untagged)}
+.other{fill:var(--other)}.free{fill:var(--free)}
+summary{cursor:pointer;padding:.4rem 0}
+#live p{margin:.2rem 0;border-bottom:1px solid var(--line)}
+@media(max-width:45rem){thead{position:absolute;width:1px;height:1px;
+overflow:hidden;clip-path:inset(50%)}
+table,tr,td,tbody,caption,dl{display:block}table{border:0;background:none}
+tbody{background:var(--card);border:1px solid var(--line);border-radius:.4rem}
+tr{padding:.6rem .8rem;border-bottom:1px solid var(--line)}tr:last-child{border:0}
+td,td[data-label]{border:0;padding:.1rem 0;width:auto}dd{margin-bottom:.5rem}h1{font-size:1.35rem}
+td[data-label=Size],td[data-label=Pushed],td[data-label=Own],td[data-label=Shared]{
+display:inline-block;margin-right:1.2rem}td[data-label]:empty{display:none}
+[data-label=Picture]::before{display:none}td .copy{display:inline-flex}
+td[data-label]:not(:first-child)::before{content:attr(data-label) " ";color:var(--soft)}}
 """
 
 PAGE_SCRIPT = """
@@ -8389,30 +8451,54 @@ p.textContent=m.data;live.prepend(p);while(live.children.length>500)live.lastChi
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>%s – tinyreg</title><link rel="icon" href="data:,"><style>%s</style></head>
-<body><header><strong>Container registry</strong>
-<nav aria-label="Pages"><a href="./">Repositories</a>
-<a href="use">How to use it</a> <a href="disk">Disk use</a> <a href="live">Live</a></nav></header>
-<main><h1>%s</h1>
+<body><a class="skip" href="#main">Skip to the content</a>
+<header><strong>Container registry</strong><nav aria-label="Pages">%s</nav></header>
+<main id="main">%s<h1>%s</h1>
 %s</main>
 <footer>tinyreg %s, a registry in one file: <a href="tinyreg.py">take it with you</a></footer>
 <script>%s</script></body></html>
 """
 
-USE_PAGE = """<h2>1. Let your client trust it</h2>
-<p>Docker trusts a registry on its own machine as it is. Else, as root (crane, helm, oras, regctl,
-cosign and docker build trust what the system trusts):</p>%s%s%s
-<h2>2. Pull an image</h2><p>Look for one among the <a href="./">repositories</a>, then:</p>%s
-<h2>3. Push your own</h2>%s
-<h2>As a mirror</h2><p>Then docker pull alpine comes from here, if it is here:</p>%s"""
+GC_COMMANDS = """python3 tinyreg.py gc --untagged --dry-run
+python3 tinyreg.py gc --untagged"""
+
+SEARCH_FORM = """<form action="./" role="search"><label for="q">Name contains</label>
+<input type="search" name="q" id="q" value="%s"><input type="hidden" name="order" value="%s">
+<button>Search</button></form>"""
+
+CRUMBS = '<p class="crumbs">%s / %s</p>'
+
+NO_REPOSITORIES = """<p>There is none of that name here. <a href="./">Show all repositories</a>, or
+read <a href="use">how to push an image</a>. On the registry's own machine, where it has a network,
+this fetches one:</p>%s"""
+
+NAVIGATION = """
+<a href="./">Repositories</a> <a href="use">How to use it</a> <a href="disk">Disk use</a>
+<a href="live">Live</a>"""
+
+
+USE_PAGE = """<div class="steps">%s<h2>Let your client trust it</h2>
+<p>Docker trusts a registry on its own machine as it is. On other machines, run the line for your
+client. It fetches a script, and runs it as root:</p>%s
+%s<h2>Pull an image</h2><p>Look for one among the <a href="./">repositories</a>: its page has the
+line for every client.</p>%s<h2>Push your own</h2>%s</div>
+<h2>As a mirror</h2><p>After this, docker pull alpine comes from here, if it is here:</p>%s"""
+
+USE_CA = """<h2>Get its certificate</h2>%s<p>The second line must print <code>%s</code>, and whoever
+runs the registry must tell you the same. (<a href="ca.crt">The certificate</a>)</p>"""
+
+USE_LOGIN = """<h2>Log in</h2>%s
+<p>And <a href="login">here</a>, to see what only you may see.</p>"""
 
 DISK_FACTS = """
-<dl><dt>The disk</dt><dd>%s</dd>
-<dt>Blobs and manifests</dt><dd>%s, %s</dd>
-<dt>In no repository</dt><dd>%s, which garbage collection frees</dd>
+<dl><dt>Blobs and manifests</dt><dd>%s</dd>
 <dt>Uploads under way</dt><dd>%s</dd>
 <dt>Measured</dt><dd>%s</dd></dl>
-<h2>The largest repositories</h2>
-<p>What only this repository has, and what it shares with others, which is stored once.</p>"""
+<h2>What garbage collection would free</h2>
+<p>%s. On the registry's machine, the first line says what goes, the second one deletes it:</p>%s"""
+
+DISK_PARTS = ("own to one repository", "shared by several, and stored once",
+              "untagged, nor needed by what has a tag", "other files on this disk", "free")
 
 LIVE_PAGE = """\
 <p>What clients ask this registry, and what its answers tell them. The newest is on top.</p>
@@ -8559,24 +8645,26 @@ def fill(template: str, *contents: Content) -> Markup:
     return Markup(template % tuple(markup(content) for content in contents))
 
 
-def link(text: Content, **query: str) -> Markup:
+def link(text: Content, **query: Any) -> Markup:
     """A link to the page of a repository, of an image, or of a search."""
+    query = {key: value for key, value in query.items() if value}
     return fill('<a href="./?%s">%s</a>', urllib.parse.urlencode(query), text)
 
 
 def table(caption: str, headings: Sequence[str],
           rows: Sequence[Sequence[Content]]) -> Optional[Markup]:
-    """A table, or None if it has no rows. On a phone it becomes a list: CSS writes each cell's
-    heading, which is in its data-label, before it."""
+    """A table, without the columns in which nothing stands; None if it has no rows. On a phone it
+    becomes a list: CSS writes each cell's heading, which is in its data-label, before it."""
     if not rows:
         return None
-    head = [fill('<th scope="col">%s</th>', heading) for heading in headings]
+    columns = [number for number, cells in enumerate(zip(*rows)) if any(cells)]
+    head = [fill('<th scope="col">%s</th>', headings[number]) for number in columns]
     body = []
     for row in rows:
-        cells = [fill('<td role="cell" data-label="%s">%s</td>', heading, cell)
-                 for heading, cell in zip(headings, row)]
+        cells = [fill('<td role="cell" data-label="%s">%s</td>', headings[number], row[number])
+                 for number in columns]
         body.append(fill('<tr role="row">%s</tr>\n', cells))
-    return fill('<table role="table"><caption>%s</caption><thead><tr>%s</tr></thead>'
+    return fill('<table role="table"><caption><h2>%s</h2></caption><thead><tr>%s</tr></thead>'
                 "<tbody>%s</tbody></table>", caption, head, body)
 
 
@@ -8586,7 +8674,8 @@ def definitions(heading: Optional[str], pairs: Iterable[Tuple[str, Content]]) ->
     items = []
     for term, value in pairs:
         if isinstance(value, dict):
-            value = [fill("%s=%s", key, part) for key, part in sorted(value.items())]
+            value = [fill("%s=%s", key, part) if part else key
+                     for key, part in sorted(value.items())]
         if isinstance(value, list):
             value = [fill("<code>%s</code><br>", part) for part in value]
         if value not in (None, "", []):
@@ -8596,17 +8685,43 @@ def definitions(heading: Optional[str], pairs: Iterable[Tuple[str, Content]]) ->
     return fill("%s<dl>%s</dl>", fill("<h2>%s</h2>", heading) if heading else None, items)
 
 
+def copyable(shown: Content) -> Markup:
+    """A text with a button to copy it, which only the script shows."""
+    return fill('<div class="copy">%s<button type="button" hidden>Copy</button></div>\n', shown)
+
+
 def command_line(text: str) -> Markup:
-    """Commands, or the lines of a file, and a button to copy them, which only the script shows."""
+    """Commands, or the lines of a file, to copy."""
     # harmless() would escape the ends of lines, too.
     lines = Markup("\n".join(markup(line) for line in text.splitlines()))
-    return fill('<div class="copy"><pre>%s</pre><button type="button" hidden>Copy</button></div>\n',
-                lines)
+    return copyable(fill("<pre>%s</pre>", lines))
 
 
-def page(title: str, *content: Content) -> Response:
-    """A whole page."""
-    text = fill(PAGE, title, Markup(PAGE_STYLE), title, content, __version__, Markup(PAGE_SCRIPT))
+def digest_text(digest: str) -> Markup:
+    """A digest to copy. CSS cuts what is seen of it where there is little room."""
+    return copyable(fill('<code class="id">%s</code>', digest))
+
+
+def bar(parts: Iterable[Tuple[str, int]], whole: int, words: str) -> Markup:
+    """A bar as SVG. `parts` are (CSS class, amount) from the left, `whole` is the amount that fills
+    the bar, and `words` say the same to those who can't see it. A small part can be seen, too."""
+    shapes = []
+    left = 0.0
+    for kind, amount in parts:
+        width = max(100.0 * amount / (whole or 1), 0.5 if amount else 0.0)
+        shapes.append(fill('<rect class="%s" x="%s" width="%s" height="10"/>', kind, left, width))
+        left += width
+    return fill('<svg viewBox="0 0 100 10" preserveAspectRatio="none" role="img" aria-label="%s">'
+                "%s</svg>", words, shapes)
+
+
+def page(title: str, *content: Content, above: Content = None) -> Response:
+    """A whole page. `above` stands above its title, and leads to where it belongs."""
+    here = ">%s<" % (title if title in NAVIGATION else "Repositories")
+    navigation = NAVIGATION.replace(here, ' aria-current="page"' + here)
+    heading = Markup(markup(title).replace("/", "/<wbr>"))
+    text = fill(PAGE, title, Markup(PAGE_STYLE), Markup(navigation), above, heading, content,
+                __version__, Markup(PAGE_SCRIPT))
     return Response(200, PAGE_HEADERS, text.encode("utf-8", "replace"))
 
 
@@ -8625,19 +8740,47 @@ def ago(moment: float) -> str:
     return "a moment ago"
 
 
-def age(created: Any) -> Optional[str]:
+def when(moment: float) -> Optional[Markup]:
+    """How long ago a Unix time is, and the time itself for who points at it; None for 0.0."""
+    if not moment:
+        return None
+    return fill('<time title="%s">%s</time>', timestamp(moment), ago(moment))
+
+
+def age(created: Any) -> Optional[Markup]:
     """How long ago an RFC 3339 time is. None for what is no time, and for the first ten years of
     Unix time and before: builds that shall be reproducible set such dates."""
     try:
         moment = calendar.timegm(time.strptime(str(created)[:19], "%Y-%m-%dT%H:%M:%S"))
     except ValueError:
         return None
-    return ago(moment) if moment > 86400 * 3660 else None
+    return when(moment) if moment > 86400 * 3660 else None
 
 
 # Pages of repositories and images
 
-IMAGE_ROW = ("Name", "Platforms", "Size", "Built", "Digest")
+IMAGE_ROW = ("Name", "Platforms", "Size", "Pushed", "About it", "Digest")
+
+# What people call that which is about an image, by words in its types.
+KINDS = """\
+signature simplesigning cosign.artifact.sig cosign/sign notary.signature
+SBOM spdx cyclonedx syft sbom
+attestation in-toto dsse attest
+"""
+
+PULL_COMMANDS = {  # by the scheme that the registry speaks
+    "https": """\
+docker pull %s
+podman pull %s
+ctr images pull %s
+skopeo copy docker://%s oci-archive:image.tar
+""",
+    "http": """\
+docker pull %s
+podman pull --tls-verify=false %s
+ctr images pull --plain-http %s
+skopeo copy --src-tls-verify=false docker://%s oci-archive:image.tar
+"""}
 
 
 def member(document: Dict[str, Any], key: str, kind: Type[Any]) -> Any:
@@ -8646,23 +8789,121 @@ def member(document: Dict[str, Any], key: str, kind: Type[Any]) -> Any:
     return value if isinstance(value, kind) else kind()
 
 
+def host_in(name: str) -> str:
+    """The first component of a repository's name, if it is the host that the images come from;
+    else "": they were pushed here."""
+    host, slash, _ = name.partition("/")
+    return host if slash and re.search(r"\.|_[0-9]+$", host) else ""
+
+
+def by_name(name: str) -> Any:
+    """The key that sorts repositories, or tags, as people do: those from one host together, and
+    student2 before student10."""
+    parts = [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", name)]
+    return host_in(name), parts
+
+
+def tag_times(registry: Registry, name: str) -> Dict[str, float]:
+    """The tags of a repository, and when each was pushed; without those that are about an image.
+    Raises NAME_UNKNOWN."""
+    return {tag: registry.pushed(name, tag) for tag in registry.tags(name)
+            if not FALLBACK_TAG.fullmatch(tag)}
+
+
+def one_page(request: Request, entries: Iterable[str], noun: str,
+             pushed: Callable[[str], float]) -> Tuple[List[str], Markup]:
+    """ROWS of these repositories or tags, in the order that the request asks for: that of their
+    names, or the last pushed first. And links to the other order and to the pages around."""
+    entries = sorted(entries, key=by_name)
+    name, wanted, order = map(request.get, ("repository", "q", "order"))
+    if order:
+        entries.sort(key=pushed, reverse=True)
+    first = parse_count(request.get("start", "0"))
+    links = [link("by name" if order else "newest first", repository=name, q=wanted,
+                  order="" if order else "newest")]
+    for text, start in ("previous page", first - ROWS), ("next page", first + ROWS):
+        if start in range(len(entries)):
+            links.append(link(text, repository=name, q=wanted, order=order, start=start))
+    return entries[first:first + ROWS], fill(
+        '<p class="tools">%s%s</p>\n', counted(len(entries), noun), [[" ", one] for one in links])
+
+
+# The page of an image
+
+def attached(registry: Registry, name: str, digest: Digest) -> Iterator[Tuple[str, Manifest]]:
+    """Yield (kind, manifest) of what is about a manifest: its referrers, at most ROWS of them, and
+    what cosign has tagged with its digest."""
+    digests = registry.referrer_digests(name, digest)[:ROWS]
+    for suffix in COSIGN_SUFFIXES:
+        with contextlib.suppress(Unknown):  # most have no such tag
+            digests.append(registry.resolve(name, fallback_tag(digest) + suffix))
+    for manifest in filter(None, [find_readable(registry, name, other) for other in digests]):
+        said = "%s %s" % (manifest.referrer(), manifest.blobs)
+        kinds = [kind for kind, *words in map(str.split, KINDS.splitlines())
+                 if any(word in said for word in words)]
+        yield (kinds or [manifest.artifact_type or manifest.media_type])[0], manifest
+
+
+def image_row(registry: Registry, name: str, reference: Reference,
+              text: Content = None) -> Sequence[Content]:
+    """The row of a tag or manifest in a table with the headings IMAGE_ROW."""
+    try:
+        digest = resolve_reference(registry, name, reference)
+        image = describe(registry, name, digest)
+        kinds = {kind for kind, _ in attached(registry, name, digest)}
+    except (Unknown, Invalid) as error:  # one that is missing or damaged must not hide the others
+        return text or shorten(reference), "not here: %s" % error.message, None, None, None, None
+    return (link(text or shorten(reference), repository=name, reference=reference),
+            None if text else ", ".join(image["platforms"]), in_units(image["size"]),
+            when(registry.pushed(name, reference)), ", ".join(sorted(kinds)), digest_text(digest))
+
+
+def image_table(caption: str, registry: Registry, name: str,
+                references: Iterable[Reference]) -> Optional[Markup]:
+    """A table of the images that these references point to."""
+    return table(caption, IMAGE_ROW, [image_row(registry, name, reference)
+                                      for reference in references])
+
+
+def platform_table(registry: Registry, name: str, index: Manifest) -> Optional[Markup]:
+    """A table of the manifests of an index. BuildKit says that its attestations are for no
+    platform."""
+    children = zip(index.manifests[:ROWS], member(index.document, "manifests", list))
+    return table("Platforms", IMAGE_ROW, [
+        image_row(registry, name, child.digest, platform_name(entry.get("platform"))
+                  .replace(NO_PLATFORM, "attestation")) for child, entry in children])
+
+
 def layer_table(registry: Registry, access: Access, request: Request, name: str,
-                layers: Sequence[Descriptor], commands: Sequence[Any]) -> Optional[Markup]:
+                layers: Sequence[Descriptor], history: Sequence[Any]) -> Optional[Markup]:
     """The layers with the commands that made them, and with the other repositories that have them,
     as far as the client may pull those. Unless there is one command for each layer, nobody can
     tell which made which."""
-    if len(commands) != len(layers):
-        commands = [None] * len(layers)
-    usage = registry.usage()
+    history = [step for step in history if isinstance(step, dict)]
+    if len([step for step in history if not step.get("empty_layer")]) != len(layers):
+        history = [{}] * len(layers)
+    usage = registry.usage(PAGE_PATIENCE)
     sharers = usage["shared"] if usage else {}
-    rows = []
-    for number, (layer, command) in enumerate(zip(layers, commands), 1):
-        others = [[" ", link(other, repository=other)] for other in sharers.get(layer.digest, ())
-                  if other != name and access.allows(request, "pull", other)]
-        blob = fill('<a href="v2/%s/blobs/%s">%s</a>', name, layer.digest, shorten(layer.digest))
-        made_by = fill("<code>%s</code>", command or layer.media_type)
-        rows.append((number, in_units(layer.size), made_by, others, blob))
-    return table("Layers, the lowest first", ("No.", "Size", "Made by", "Also in", "Digest"), rows)
+    rest, rows = iter(layers), []
+    largest = max((layer.size for layer in layers), default=1)
+    for step in history:
+        # What docker build writes around a command says nothing.
+        command = re.sub(r"^(RUN )?/bin/sh -c (#\(nop\) +)?| # buildkit$", r"\1",
+                         member(step, "created_by", str))
+        row: List[Content] = [None, None, fill("<code>%s</code>", command), None, None]
+        if not step.get("empty_layer"):
+            layer = next(rest)
+            size = in_units(layer.size)
+            others = [[link(other, repository=other), " "]
+                      for other in sharers.get(layer.digest, ())
+                      if other != name and access.allows(request, "pull", other)]
+            row = [bar([("own", layer.size)], largest, size), size,
+                   fill("<code>%s</code>", command or layer.media_type), others,
+                   fill('<a href="v2/%s/blobs/%s">%s</a>', name, layer.digest,
+                        shorten(layer.digest))]
+        rows.append(row)
+    return table("Layers, the lowest first", ("Layer", "Size", "Made by", "Also in", "Digest"),
+                 rows)
 
 
 def image_details(registry: Registry, access: Access, request: Request, name: str,
@@ -8672,60 +8913,51 @@ def image_details(registry: Registry, access: Access, request: Request, name: st
     if not manifest.blobs:
         return None
     config = read_config(registry, name, manifest)
-    history = [entry for entry in member(config, "history", list) if isinstance(entry, dict)]
-    commands = [step.get("created_by") for step in history if not step.get("empty_layer")]
-    others = [step.get("created_by") for step in history if step.get("empty_layer")]
+    settings = member(config, "config", dict)
+    words = member(settings, "Entrypoint", list) + member(settings, "Cmd", list)
+    command = " ".join(shlex.quote(str(word)) for word in words)
     layers = manifest.blobs[1:] if manifest.document.get("config") else manifest.blobs
-    settings = sorted(member(config, "config", dict).items())
-    return [layer_table(registry, access, request, name, layers, commands),
-            definitions("Config", [("Author", config.get("author"))] + settings
-                        + [("Steps without a layer", others)])]
+    return [layer_table(registry, access, request, name, layers, member(config, "history", list)),
+            definitions("Config", [("Runs", fill("<code>%s</code>", command) if words else None)]
+                        + [(re.sub("(?<=[a-z])(?=[A-Z])", " ", key), value)
+                           for key, value in sorted(settings.items())
+                           if value and key not in ("Entrypoint", "Cmd")]
+                        + [("Author", config.get("author"))])]
 
 
-PULL_COMMANDS = {  # by the scheme that the registry speaks
-    "https": ("docker pull %s", "podman pull %s", "ctr images pull %s"),
-    "http": ("docker pull %s", "podman pull --tls-verify=false %s",
-             "ctr images pull --plain-http %s"),
-}
-
-
-def pull_commands(request: Request, image: str) -> Content:
+def pull_commands(request: Request, image: str) -> Optional[Markup]:
     """What to type to get an image, for each client."""
     image = "%s/%s" % (request.host(), image)
-    commands = PULL_COMMANDS[request.outer_scheme()]
-    return [fill("<h2>Pull it</h2>"), [command_line(command % image) for command in commands]]
+    return definitions("Pull it", [
+        (line.split()[0].replace("ctr", "containerd"), command_line(line % image))
+        for line in PULL_COMMANDS[request.outer_scheme()].splitlines()])
 
 
-def image_row(registry: Registry, name: str, reference: Reference) -> Sequence[Content]:
-    """The row of a tag or manifest in a table with the headings IMAGE_ROW."""
-    try:
-        digest = resolve_reference(registry, name, reference)
-        image = describe(registry, name, digest)
-    except (Unknown, Invalid) as error:  # one that is missing or damaged must not hide the others
-        return shorten(reference), "not here: %s" % error.message
-    return (link(shorten(reference), repository=name, reference=reference),
-            ", ".join(image["platforms"]), in_units(image["size"]), age(image["created"]),
-            shorten(digest))
-
-
-def image_table(caption: str, registry: Registry, name: str,
-                references: Iterable[Reference]) -> Optional[Markup]:
-    """A table of the images that these references point to."""
-    rows = [image_row(registry, name, reference) for reference in references]
-    return table(caption, IMAGE_ROW, rows)
-
-
-def image_facts(registry: Registry, name: str, manifest: Manifest) -> Optional[Markup]:
+def image_facts(registry: Registry, name: str, reference: Reference,
+                manifest: Manifest) -> Optional[Markup]:
     """What the top of an image's page says."""
     image = describe(registry, name, manifest.digest)
     size = "%s in %s, the manifests included" % (in_units(image["size"]),
                                                  counted(image["count"], "blob"))
     missing = "%d of the platforms" % image["missing"] if image["missing"] else None
+    subject = find_subject(manifest, reference)
     return definitions(None, [
-        ("Repository", link(name, repository=name)), ("Digest", manifest.digest),
-        ("Type", manifest.media_type), ("Artifact type", manifest.document.get("artifactType")),
-        ("Platforms", ", ".join(image["platforms"])), ("Built", age(image["created"])),
-        ("Size", size), ("Not here", missing)])
+        ("Pushed", when(registry.pushed(name, reference))), ("Built", age(image["created"])),
+        ("Size", size), ("Platforms", ", ".join(image["platforms"])), ("Not here", missing),
+        ("Digest", digest_text(manifest.digest)), ("Type", manifest.media_type),
+        ("Artifact type", manifest.document.get("artifactType")),
+        ("About", link(shorten(subject), repository=name, reference=subject) if subject
+         else None)])
+
+
+def history_table(registry: Registry, name: str, reference: Reference) -> Optional[Markup]:
+    """What a tag has pointed to; None if it was never moved."""
+    history = [] if isinstance(reference, Digest) else registry.history(name, reference)
+    rows = [(when(moment), link(digest, repository=name, reference=digest)
+             if find_readable(registry, name, digest) else digest + ", deleted since")
+            for digest, moment in history[:ROWS]]
+    return table("What this tag has pointed to", ("Pushed", "Manifest"),
+                 rows if len(rows) > 1 else [])
 
 
 def image_page(registry: Registry, access: Access, request: Request, name: str,
@@ -8733,58 +8965,77 @@ def image_page(registry: Registry, access: Access, request: Request, name: str,
     """All that is known of one manifest. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
     manifest = registry.manifest(name, resolve_reference(registry, name, reference))
     image = image_text(name, reference)
-    referrers = [(link(referrer.artifact_type or referrer.media_type, repository=name,
-                       reference=referrer.digest),
-                  in_units(len(referrer.content)), shorten(referrer.digest))
-                 for referrer in itertools.islice(registry.referrers(name, manifest.digest), ROWS)]
+    about = [(link(kind, repository=name, reference=referrer.digest),
+              referrer.artifact_type or referrer.media_type, digest_text(referrer.digest))
+             for kind, referrer in attached(registry, name, manifest.digest)]
     return page(
-        image, image_facts(registry, name, manifest),
+        image, image_facts(registry, name, reference, manifest),
         pull_commands(request, image),
-        image_table("Manifests", registry, name,
-                    [child.digest for child in manifest.manifests[:ROWS]]),
+        platform_table(registry, name, manifest),
         image_details(registry, access, request, name, manifest),
+        table("About this image", ("Kind", "Type", "Digest"), about),
+        history_table(registry, name, reference),
         definitions("Annotations", sorted(member(manifest.document, "annotations", dict).items())),
-        table("About this image: signatures, SBOMs and the like", ("Type", "Size", "Digest"),
-              referrers),
-        fill('<p><a href="archive/%s.tar">Download it as an archive</a>, for docker load; or '
-             '<a href="v2/%s/manifests/%s">the manifest as it is</a>.</p>',
-             image, name, manifest.digest))
+        fill('<h2>Take it with you</h2><p><a href="archive/%s.tar">Download it as an archive</a>, '
+             'for docker load; or <a href="v2/%s/manifests/%s">the manifest as it is</a>.</p>',
+             image, name, manifest.digest),
+        above=fill(CRUMBS, link("Repositories", q=request.get("q")),
+                   link(name, repository=name, q=request.get("q"))))
 
+
+# Lists
 
 def tags_page(registry: Registry, request: Request, name: str) -> Response:
-    """One page of a repository's tags. The last one has the manifests without a tag, too, unless
-    there is too much to look for them. Raises NAME_UNKNOWN."""
-    tags, more = take_page(registry.tags(name, request.get("last", "")), ROWS)
-    digests = [] if more else untagged(registry, name, MAX_PAGE_READ)
-    references: Sequence[Reference] = tags or digests or ()
+    """One page of a repository's tags, and the manifests without a tag, unless there is too much to
+    look for them. What is about a manifest is on the page of that. Raises NAME_UNKNOWN."""
+    pushed = functools.partial(registry.pushed, name)
+    tags, tools = one_page(
+        request, [tag for tag in registry.tags(name) if not FALLBACK_TAG.fullmatch(tag)
+                  or not find_readable(registry, name, Digest("sha256:" + tag[7:71]))],
+        "tag", pushed)
+    digests = untagged(registry, name, MAX_PAGE_READ)
+    latest = max(tags or digests or (), key=pushed, default=None)
     return page(
-        name,
-        pull_commands(request, image_text(name, references[0])) if references else None,
-        image_table("Tags", registry, name, tags) or fill("<p>No tags.</p>"),
+        name, tools,
+        image_table("Tags", registry, name, tags),
         image_table("Without a tag", registry, name, (digests or [])[:ROWS]),
         fill("<p>What has no tag is not looked for here, among so much; tinyreg.py ls %s lists it."
              "</p>", name) if digests is None else None,
-        link("Next page", repository=name, last=tags[-1]) if more else None)
+        pull_commands(request, image_text(name, latest)) if latest else None,
+        above=fill(CRUMBS, link("Repositories", q=request.get("q")), None))
 
 
 def repositories_page(registry: Registry, access: Access, request: Request) -> Response:
-    """One page of the repositories, each with its first tags. A search looks at all names."""
-    wanted = request.get("q", "").strip().lower()
-    names, more = take_page((name for name in registry.repositories(request.get("last", ""))
-                             if wanted in name and access.lists(request, name)), ROWS)
-    rows = []
+    """One page of the repositories, each with its last tags. A search looks at all names."""
+    wanted, order = request.get("q", "").strip().lower(), request.get("order")
+
+    def last_push(name: str) -> float:
+        with contextlib.suppress(Unknown):  # the repository was deleted since
+            return max(tag_times(registry, name).values(), default=0.0)
+        return 0.0
+
+    names, tools = one_page(request, [name for name in registry.repositories() if wanted in name
+                                      and access.lists(request, name)], "repository", last_push)
+    usage = registry.usage(PAGE_PATIENCE)
+    sizes = usage["repositories"] if usage else {}
+    tables: Dict[str, List[Sequence[Content]]] = collections.OrderedDict()
     for name in names:
         with contextlib.suppress(Unknown):  # the repository was deleted since
-            tags, more_tags = take_page(registry.tags(name), 5)
-            links = [[" ", link(tag, repository=name, reference=tag)] for tag in tags]
-            rows.append((link(name, repository=name), [links, " …" if more_tags else None]))
-    return page("Repositories", fill(
-        '<form action="./" role="search"><label for="q">Name contains</label>'
-        '<input type="search" name="q" id="q" value="%s"><button>Search</button></form>', wanted),
-        table("in the order of their names", ("Repository", "Tags"), rows)
-        or fill("<p>There is nothing of that kind here. "
-                '<a href="use">How to push an image</a></p>'),
-        link("Next page", last=names[-1], q=wanted) if more else None)
+            times = tag_times(registry, name)
+            tags = sorted(times, key=lambda tag: (times[tag], by_name(tag)), reverse=True)
+            links = [link(tag, repository=name, reference=tag, q=wanted) for tag in tags[:4]]
+            more = " and %d more" % (len(tags) - 4) if len(tags) > 4 else None
+            group = "Newest first" if order else host_in(name)
+            shown = name if order else name[len(group):].lstrip("/")
+            tables.setdefault(group, []).append((
+                link(shown, repository=name, q=wanted), [links, more],
+                in_units(sum(sizes[name])) if name in sizes else None,
+                when(max(times.values(), default=0.0))))
+    return page(
+        "Repositories", fill(SEARCH_FORM, wanted, order), tools,
+        [table(group or "Pushed here", ("Repository", "Tags", "Size", "Pushed"), rows)
+         for group, rows in tables.items()],
+        None if names else fill(NO_REPOSITORIES, command_line("python3 tinyreg.py pull alpine")))
 
 
 def get_page(registry: Registry, access: Access, request: Request) -> Response:
@@ -8804,30 +9055,26 @@ def get_page(registry: Registry, access: Access, request: Request) -> Response:
 
 # Disk use
 
-def bar(parts: Iterable[Tuple[str, int]], whole: int, words: str) -> Markup:
-    """A bar as SVG. `parts` are (CSS class, amount) from the left, `whole` is the amount that fills
-    the bar, and `words` say the same to those who can't see it."""
-    shapes = []
-    left = 0.0
-    for kind, amount in parts:
-        width = 100.0 * amount / (whole or 1)
-        shapes.append(fill('<rect class="%s" x="%s" width="%s" height="10"/>', kind, left, width))
-        left += width
-    return fill('<svg viewBox="0 0 100 10" preserveAspectRatio="none" role="img" aria-label="%s">'
-                "%s</svg>", words, shapes)
-
-
 def largest_repositories(sizes: Sequence[Tuple[int, int, str]]) -> Optional[Markup]:
     """A table of repositories, the largest first. `sizes` are (bytes that only it has, bytes that
     others have, too, name)."""
-    sizes = sorted(sizes, reverse=True)[:ROWS]
+    sizes = sorted(sizes, reverse=True)[:LARGEST]
     most = max((own + shared for own, shared, _ in sizes), default=1)
     rows = []
     for own, shared, name in sizes:
         words = "%s of its own, %s shared" % (in_units(own), in_units(shared))
         rows.append((link(name, repository=name), in_units(own), in_units(shared),
                      bar([("own", own), ("shared", shared)], most, words)))
-    return table("at most %d" % ROWS, ("Repository", "Own", "Shared", "Picture"), rows)
+    return table("The largest repositories", ("Repository", "Own", "Shared", "Picture"), rows)
+
+
+@functools.lru_cache(maxsize=1)
+def garbage(store: Directory, measured: float) -> int:
+    """The bytes that nothing leads to from a tag. It takes long, so it is known once for each
+    measurement. Raises OSError."""
+    collection = Collection(store, untagged=True, dry_run=True)
+    collection.run()
+    return collection.counts["bytes"]
 
 
 def disk_page(registry: Registry, access: Access, request: Request) -> Response:
@@ -8836,15 +9083,22 @@ def disk_page(registry: Registry, access: Access, request: Request) -> Response:
     if usage is None:
         return page("Disk use", fill("<p>This registry is served from an archive; it takes no "
                                      "space of its own.</p>"))
-    used, free = usage["bytes"], usage["free"]
-    other = usage["total"] - free - used
-    words = "the store takes %s, other files %s, free are %s" % (
-        in_units(used), in_units(other), in_units(free))
+    used, free, freed = usage["bytes"], usage["free"], usage["unlinked"]
+    own = sum(pair[0] for pair in usage["repositories"].values()) + freed
+    if usage["took"] < PAGE_PATIENCE:
+        freed = garbage(registry.at_hand(), usage["time"])
+    own = max(own - freed, 0)
+    sizes = own, used - own - freed, freed, usage["total"] - free - used, free
+    parts = [(words.split()[0].strip(","), size) for words, size in zip(DISK_PARTS, sizes)]
+    legend = [("%s %s" % (in_units(size), words), bar([(kind, 1)], 1, kind))
+              for (kind, size), words in zip(parts, DISK_PARTS)]
     return page(
         "Disk use",
-        bar([("own", used), ("other", other), ("free", free)], usage["total"], words),
-        fill(DISK_FACTS, words, usage["blobs"], in_units(used), in_units(usage["unlinked"]),
-             usage["uploads"], ago(usage["time"])),
+        fill('<div class="whole">%s</div><ul class="legend">%s</ul>',
+             bar(parts, usage["total"], ", ".join(words for words, _ in legend)),
+             [fill("<li>%s%s</li>\n", picture, words) for words, picture in legend]),
+        fill(DISK_FACTS, "%d, %s" % (usage["blobs"], in_units(used)), usage["uploads"],
+             ago(usage["time"]), in_units(freed), command_line(GC_COMMANDS)),
         largest_repositories([(own, shared, name)
                               for name, (own, shared) in usage["repositories"].items()
                               if access.allows(request, "pull", name)]))
@@ -8997,9 +9251,8 @@ def known_origins(registry: Registry, is_listed: Callable[[str], bool] = bool) -
         name = next(names, None)
         if name is None:
             return sorted(origins)
-        host, slash, _ = name.partition("/")
-        is_host = slash and re.search(r"\.|_[0-9]+$", host)
-        if is_host and is_listed(name):
+        host = host_in(name)
+        if host and is_listed(name):
             origins.add(re.sub(r"_([0-9]+)$", r":\1", host))
             # Skip all other repositories of this host: their names sort before HOST/~. Each skip
             # lists folders again, so a client must not cause any number of them.
@@ -9034,13 +9287,15 @@ def use_script(registry: Registry, access: Access, request: Request, client: str
     return Response.of_text(client_script(client, setup) or "# nothing is needed\n")
 
 
-def client_help(setup: ClientSetup) -> List[Markup]:
-    """The scripts for all clients, each folded."""
+def client_help(setup: ClientSetup) -> Optional[Markup]:
+    """What to run on a machine to set up each of the clients."""
     query = "?mirror" if setup.mirror else ""
-    return [fill('<details><summary>%s</summary><p><a href="use/%s.sh%s">The script alone</a></p>'
-                 "%s</details>\n", client, client, query,
-                 command_line(client_script(client, setup) or "# nothing is needed"))
-            for client in CLIENTS]
+    ca = "--cacert tinyreg-ca.crt " if setup.ca else ""
+    return definitions(None, [
+        (client, (command_line("curl -fsS %s%s | sudo sh" % (
+            ca, shlex.quote("%s/use/%s.sh%s" % (setup.url, client, query)))),
+                  fill('<a href="use/%s.sh%s">what it does</a>', client, query)))
+        for client in CLIENTS if client_script(client, setup)])
 
 
 def fingerprint(certificate: bytes) -> str:
@@ -9052,18 +9307,15 @@ def fingerprint(certificate: bytes) -> str:
 def use_page(registry: Registry, access: Access, request: Request) -> Response:
     """How to use this registry, for a person who was told its address and nothing else."""
     host = outside_host(access, request)
-    ca, login = None, None
-    if request.ca:
-        ca = fill('<p><a href="ca.crt">The certificate of its CA</a> has the SHA-256 fingerprint '
-                  "<code>%s</code>; compare it with its owner's.</p>", fingerprint(request.ca))
-    if access.users_file:
-        login = [fill('<p><a href="login">Log in</a> here, to see what only you may see, and there:'
-                      "</p>"),
-                 command_line("docker login " + host)]
+    ca = request.ca and fill(USE_CA, command_line(
+        "curl -fsS -o tinyreg-ca.crt http://%s/ca.crt\n"
+        "openssl x509 -noout -fingerprint -sha256 -in tinyreg-ca.crt" % host),
+        fingerprint(request.ca))
+    login = access.users_file and fill(USE_LOGIN, command_line("docker login " + host))
     setup, mirror = [client_help(client_setup(registry, access, request, mirror))
                      for mirror in (False, True)]
-    return page("How to use this registry", fill(
-        USE_PAGE, setup, ca, login, command_line("docker pull %s/NAME:TAG" % host),
+    return page("How to use it", fill(
+        USE_PAGE, ca, setup, login, command_line("docker pull %s/NAME:TAG" % host),
         command_line("docker tag alpine {0}/me/alpine\ndocker push {0}/me/alpine".format(host)),
         mirror))
 

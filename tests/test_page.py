@@ -1,20 +1,27 @@
 """What a person sees in a browser: what the pages say, and that what an image says stays text."""
 
+import base64
+import fcntl
 import hashlib
 import html.parser
 import json
+import os
 import re
 import shutil
+import ssl
 import subprocess
 import tarfile
+import time
 import urllib.parse
 
 import pytest
-from conftest import TINYREG, get, open_url, run_tinyreg
-from samples import make_docker_image, make_image, make_referrer, index, to_manifest
+from conftest import TINYREG, ask, get, open_url, run_tinyreg
+from engines import require
+from samples import (descriptor, image as image_document, index, make_docker_image, make_image, make_referrer,
+                     push_blob, to_manifest)
 
 import tinyreg
-from tinyreg import Access, Digest, Directory, Request, dispatch
+from tinyreg import Access, Digest, Directory, Request, collect_garbage, dispatch
 
 ATTACK = "\"'><script>document.title='attacked'</script><img src=x onerror=\"document.title='attacked'\">\u202e"
 CONFIG = {
@@ -47,7 +54,7 @@ class Document(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
-        if tag not in ("meta", "link", "input", "br"):
+        if tag not in ("meta", "link", "input", "br", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -66,7 +73,7 @@ PAGES = ["", "?q=lab", "?q=nothing", "?repository=lab/app", "?repository=lab/app
 
 
 @pytest.fixture
-def registry(start_server, tmp_path):
+def registry(start_server, tmp_path, no_fsync):
     fill(tmp_path / "registry")
     return start_server(tmp_path / "registry", "--log", "explain")
 
@@ -100,7 +107,7 @@ def check_page(answer):
     assert text.index("<title>") < text.index("<body>")
     assert "width=device-width" in [meta.get("content") for meta in document.all("meta")]
     labelled = {label["for"] for label in document.all("label")}
-    assert all(field["id"] in labelled for field in document.all("input"))
+    assert all(field["id"] in labelled for field in document.all("input") if field["type"] != "hidden")
     assert all(heading.get("scope") == "col" for heading in document.all("th"))
     assert len(document.all("caption")) == len(document.all("table"))
     assert all(picture["role"] == "img" and picture["aria-label"] for picture in document.all("svg"))
@@ -142,11 +149,11 @@ def test_an_image_page_tells_layers_commands_labels_sharing_and_referrers(regist
     document = Document(get(registry.url + "/?repository=lab/app&reference=1.0").text)
     text = document.text
     for words in ("linux/amd64", "ADD base.tar /", "RUN make", "ENV A=B", "PATH=/bin", "maker", "27.3 KiB",
-                  "application/vnd.example.signature", "years ago", "note"):
+                  "application/vnd.example.signature", "years ago", "note", "serve"):
         assert words in text, words
     assert "./?repository=lab%2Fother" in [link["href"] for link in document.all("a")]  # which has the base as well
     text = Document(get(registry.url + "/?repository=lab/app&reference=multi").text).text
-    assert "linux/amd64, linux/arm64" in text
+    assert "linux/amd64, linux/arm64" in text and "Platforms" in text
 
 
 def test_pull_commands_name_the_host_that_the_client_sees(registry):
@@ -164,7 +171,8 @@ def test_pull_commands_name_the_host_that_the_client_sees(registry):
 def test_what_is_to_be_copied_has_its_lines(registry):
     text = Document(get(registry.url + "/use").text).text
     assert "docker tag alpine {0}/me/alpine\ndocker push {0}/me/alpine".format(registry.host) in text
-    assert '[[registry]]\nlocation = "%s"\ninsecure = true' % registry.host in text
+    assert "curl -fsS %s/use/docker.sh | sudo sh" % registry.url in text
+    assert "curl -fsS '%s/use/podman.sh?mirror' | sudo sh" % registry.url in text
     assert "\\n" not in text
 
 
@@ -191,23 +199,173 @@ def test_an_index_of_indexes_that_unfolds_for_ever_is_read_once(registry, store)
     assert get(registry.url + "/?repository=deep&reference=top")[0] == 200
 
 
+def show(store, target, access=None):
+    """A page as a Document; its text has no empty lines."""
+    answer = dispatch(store, access or Access("pull"), Request("GET", target))
+    assert answer.status == 200, answer.body
+    return Document(answer.body.decode())
+
+
+def links_to(document, key):
+    """The values of a parameter in the links of a page, in their order."""
+    queries = [urllib.parse.parse_qs(urllib.parse.urlsplit(link["href"]).query) for link in document.all("a")]
+    return [query[key][0] for query in queries if key in query and len(query) == 1 + (key == "reference")]
+
+
+def date(store, name, tag, age):
+    """Let a tag have been pushed so many seconds ago."""
+    path = os.path.join(store.layout.current_path(name, tag), "link")
+    os.utime(path, (time.time() - age,) * 2)
+
+
 def test_repositories_are_searched_and_paged(store, monkeypatch):
     monkeypatch.setattr(tinyreg, "ROWS", 5)
     for number in range(12):
         make_docker_image(store, "team%d/app" % number)
-
-    def show(target):
-        return Document(dispatch(store, Access("pull"), Request("GET", target)).body.decode())
-
     seen, target, pages = [], "/", 0
     while target:
-        links = [link["href"] for link in show(target).all("a")]
-        seen += [link for link in links if link.startswith("./?repository=") and "reference" not in link]
-        target = next((link[1:] for link in links if "last=" in link), None)
+        document = show(store, target)
+        seen += links_to(document, "repository")
+        start = max(int(first) for first in re.findall("start=([0-9]+)", target + "start=0"))
+        following = [link["href"][1:] for link in document.all("a") if "start=%d" % (start + 5) in link["href"]]
+        target = following[0] if following else None
         pages += 1
-    assert pages == 3 and len(seen) == len(set(seen)) == 12
-    text = show("/?q=TEAM1").text
-    assert "team1/app" in text and "team11/app" in text and "team2/app" not in text
+    assert pages == 3 and seen == ["team%d/app" % number for number in range(12)]
+    document = show(store, "/?q=TEAM1")
+    assert document.all("input")[0]["value"] == "team1"
+    assert "team1/app" in document.text and "team11/app" in document.text and "team2/app" not in document.text
+
+
+def test_repositories_stand_by_their_origin_in_the_order_that_people_count_in(store):
+    names = ["student2", "student10", "docker.io/library/alpine", "lab.example_5000/b", "team/app"]
+    for age, name in enumerate(names):
+        make_image(store, name)
+        date(store, name, "latest", 1000 * (age + 1))
+    date(store, "student10", "latest", 10)
+    document = show(store, "/")
+    assert links_to(document, "repository") == ["student2", "student10", "team/app"] + names[2:4]
+    headings = re.findall("<h2>(.*?)</h2>", dispatch(store, Access("pull"), Request("GET", "/")).body.decode())
+    assert headings == ["Pushed here", "docker.io", "lab.example_5000"]
+    assert "16 minutes ago" in document.text and "33 minutes" not in document.text
+    assert "./?order=newest" in [link["href"] for link in document.all("a")]
+    text = show(store, "/?order=newest").text
+    assert sorted(names, key=text.index) == ["student10", "student2"] + names[2:]
+
+
+def test_a_search_keeps_its_place_on_the_way_to_an_image_and_back(store):
+    make_image(store, "team/app", "1")
+    make_image(store, "other", "1")
+    searched = show(store, "/?q=app&order=newest")
+    assert [field["value"] for field in searched.all("input")] == ["app", "newest"]
+    target = next(link["href"][1:] for link in searched.all("a") if "reference=1" in link["href"])
+    for _ in range(2):  # the image, then its repository
+        document = show(store, target)
+        back = [link["href"] for link in document.all("a") if "q=app" in link["href"]]
+        assert back[0] == "./?q=app"
+        target = back[-1][1:]
+    assert "other" not in show(store, "/?q=app").text
+
+
+def sign(store, name, image, tagged):
+    """Push a cosign signature of an image, under cosign's tag, or as a referrer of today's form."""
+    if not tagged:
+        return make_referrer(store, name, image, artifactType="application/vnd.dev.sigstore.bundle.v0.3+json",
+                             annotations={"dev.sigstore.bundle.predicateType": "https://sigstore.dev/cosign/sign/v1"})
+    push_blob(store, name, b"{}")
+    document = image_document((), b"{}")
+    document["layers"] = [descriptor(b"{}", "application/vnd.dev.cosign.simplesigning.v1+json")]
+    push_blob(store, name, b"{}")
+    manifest = to_manifest(document)
+    store.put_manifest(name, manifest, [image.digest.replace(":", "-") + ".sig"])
+    return manifest
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+def test_signatures_are_on_the_image_that_they_sign(store, tagged):
+    image = make_image(store, "app", "1.0")
+    signature = sign(store, "app", image, tagged)
+    make_referrer(store, "app", image, artifactType="application/spdx+json")
+    front, tags = show(store, "/"), show(store, "/?repository=app")
+    assert "sha256-" not in front.text + tags.text and links_to(front, "reference") == ["1.0"]
+    assert "SBOM, signature" in tags.text and "1 tag" in tags.text
+    page = show(store, "/?repository=app&reference=1.0")
+    assert signature.digest in links_to(page, "reference") and "signature" in page.text
+    its_own = show(store, "/?repository=app&reference=" + (
+        image.digest.replace(":", "-") + ".sig" if tagged else signature.digest))
+    assert image.digest in links_to(its_own, "reference")
+    store.delete_manifest("app", image.digest)
+    if tagged:  # what is about nothing that is here can be seen all the same
+        assert "sha256-" in show(store, "/?repository=app").text
+
+
+def test_a_tag_tells_what_it_has_pointed_to(store):
+    images = [make_image(store, "app", "1", (layer,)) for layer in (b"a", b"b", b"c")]
+    date(store, "app", "1", 5 * 86400)
+    store.delete_manifest("app", images[0].digest)
+    page = show(store, "/?repository=app&reference=1")
+    text = page.text.partition("What this tag has pointed to")[2]
+    assert [digest in text for digest in (image.digest for image in images)] == [True, True, True]
+    assert images[0].digest + ", deleted since" in text and "5 days ago" in text
+    assert links_to(page, "reference") == [images[2].digest, images[1].digest]
+    make_image(store, "app", "2")
+    assert "What this tag" not in show(store, "/?repository=app&reference=2").text
+
+
+def test_a_config_is_written_as_people_read_it(store):
+    config = {"os": "linux", "architecture": "amd64", "config": {
+        "Entrypoint": ["/bin/sh", "-c"], "Cmd": ["echo $HOME"], "WorkingDir": "/srv", "Tty": False,
+        "ExposedPorts": {"80/tcp": {}}, "Labels": {"a": "b"}},
+        "history": [{"created_by": "/bin/sh -c #(nop) ADD file:1 in / "}, {"created_by": "/bin/sh -c #(nop)  CMD []",
+                    "empty_layer": True}, {"created_by": "RUN /bin/sh -c make # buildkit"}]}
+    make_image(store, "app", "1", config=json.dumps(config).encode())
+    text = show(store, "/?repository=app&reference=1").text
+    for words in ("/bin/sh -c 'echo $HOME'", "Working Dir/srv", "Exposed Ports80/tcp\n", "a=b", "RUN make", "CMD []"):
+        assert words in text, words
+    assert "#(nop)" not in text and "buildkit" not in text and "Tty" not in text
+
+
+def test_the_disk_page_tells_what_garbage_collection_would_free(store):
+    make_image(store, "app", "1", (b"old" * 10000,))
+    make_image(store, "app", "1", (b"new",))
+    push_blob(store, "app", b"orphan" * 5000)
+    text = show(store, "/disk").text
+    freed = collect_garbage(store, untagged=True, dry_run=True).counts["bytes"]
+    assert "%s untagged" % tinyreg.in_units(freed) in text and freed > 60000
+    collect_garbage(store, untagged=True)
+    os.unlink(store.layout.usage)
+    assert "0 B untagged" in show(store, "/disk").text
+
+
+def test_the_first_page_of_a_large_store_reads_no_manifest_and_measures_nothing(store, monkeypatch):
+    for number in range(3):
+        make_image(store, "team%d/app" % number)
+    store.usage()
+    with open(store.layout.usage) as file:
+        usage = json.load(file)
+    with open(store.layout.usage, "w") as file:
+        json.dump(dict(usage, took=5.0), file)
+    os.utime(store.layout.usage, (0, 0))
+    for method in ("manifest", "manifests", "open_blob", "measure"):
+        monkeypatch.setattr(store, method, None)
+    for target in ("/", "/?order=newest", "/?q=team1"):
+        assert "B" in show(store, target).text.partition("team1/app")[2]
+
+
+def test_every_step_of_how_to_use_it_is_a_command_that_works(start_server, tmp_path):
+    require("curl", "openssl")
+    server = start_server(None, "--tls")
+    port = server.host.partition(":")[2]
+    context = ssl.create_default_context(cafile=server.root + "/tinyreg/tls/ca.crt")
+    page = ask(server, "GET", "/use", context=context).text
+    assert "docker" in page
+    commands = [html.unescape(text) for text in re.findall("<pre>(.*?)</pre>", page, re.DOTALL)]
+    fetch = next(text for text in commands if "docker.sh" in text and "mirror" not in text)
+    assert fetch.endswith(" | sudo sh")
+    done = subprocess.run(["sh", "-ec", commands[0] + "\n" + fetch.replace(" | sudo sh", "")], cwd=str(tmp_path),
+                          stdout=subprocess.PIPE, universal_newlines=True, check=True)
+    printed, _, script = done.stdout.partition("\n")
+    assert printed.partition("=")[2] in page and len(printed) > 90
+    assert script == ask(server, "GET", "/use/docker.sh", context=context).text and port in script
 
 
 def test_a_repository_that_is_deleted_while_its_page_is_made_is_left_out(store, monkeypatch):
@@ -294,29 +452,198 @@ def test_disk_use_counts_what_is_shared_once(store, tmp_path):
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-def browse(url, profile, *options):
-    """Open a page in headless Chromium; returns what it printed, and its console."""
-    done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--enable-logging=stderr", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--user-data-dir=%s" % profile] + list(options) + [url],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=60, check=True)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+class Browser:
+    """Headless Chromium with one tab, driven through its DevTools protocol: JSON over two pipes."""
+
+    def __init__(self, profile, log):
+        # Chromium reads its descriptor 3 and writes to 4, so none of ours may have these numbers.
+        pipes = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in self.pipe_ends()]
+        commands, self.commands, answers, written = pipes
+        self.answers = os.fdopen(answers, "rb", buffering=0)
+        self.process = subprocess.Popen(
+            ["bash", "-c", 'exec "$@" 3<&%d 4>&%d' % (commands, written), "chromium", CHROMIUM, "--headless",
+             "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--remote-debugging-pipe", "--user-data-dir=%s" % profile], pass_fds=(commands, written), stderr=log)
+        os.close(commands)
+        os.close(written)
+        self.unread, self.number, self.session = b"", 0, {}
+        self.console = []  # what the page, or the browser about it, complained of
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Log", "Accessibility"):
+            self.ask(domain + ".enable")
+
+    @staticmethod
+    def pipe_ends():
+        for end in os.pipe() + os.pipe():
+            yield end
+            os.close(end)
+
+    def read(self):
+        """The next message."""
+        while b"\0" not in self.unread:
+            block = self.answers.read(1 << 20)
+            assert block, "chromium has ended"
+            self.unread += block
+        message, _, self.unread = self.unread.partition(b"\0")
+        message = json.loads(message.decode())
+        if message.get("method") == "Log.entryAdded":
+            self.console.append(message["params"]["entry"]["text"])
+        return message
+
+    def ask(self, method, **params):
+        """The result of a command."""
+        self.number += 1
+        message = dict({"id": self.number, "method": method, "params": params}, **self.session)
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self.read()
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def open(self, url, width=1200, scheme="light"):
+        """Load a page, in a window of this width, for a person who prefers light or dark."""
+        self.resize(width, 900)
+        self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.ask("Page.navigate", url=url)
+        while self.read().get("method") != "Page.loadEventFired":
+            pass
+
+    def resize(self, width, height):
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                 mobile=width < 500)
+
+    def run(self, script):
+        """The value of an expression of JavaScript in the page."""
+        result = self.ask("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def press(self, key):
+        for kind in ("rawKeyDown", "keyUp"):
+            self.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=9)
+
+    def take_picture(self, path):
+        """The whole page as a PNG, at most 4000 pixels of it."""
+        width, height = self.run("[innerWidth, document.documentElement.scrollHeight]")
+        self.resize(width, min(height, 4000))
+        with open(str(path), "wb") as file:
+            file.write(base64.b64decode(self.ask("Page.captureScreenshot")["data"]))
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()
+        self.answers.close()
+        os.close(self.commands)
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
-def test_chromium_runs_our_script_and_nobody_elses(registry, tmp_path):
-    shown, console = browse(registry.url + "/?repository=lab/app&reference=1.0", tmp_path / "profile", "--dump-dom")
-    assert console == []  # where it would say what the Content-Security-Policy refused
-    assert "<title>lab/app:1.0 – tinyreg</title>" in shown  # and not "attacked"
-    assert shown.count('<button type="button">Copy</button>') == 3  # our script showed them
+@pytest.fixture
+def browser(tmp_path):
+    if not CHROMIUM:
+        pytest.skip("chromium is not installed")
+    with open(str(tmp_path / "chromium.log"), "w") as log:
+        browser = Browser(tmp_path / "profile", log)
+        yield browser
+        browser.end()
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
-@pytest.mark.parametrize("name, width, scheme", [("light", 1000, "1"), ("dark", 1000, "0"), ("phone", 500, "1")])
-def test_chromium_paints_it_light_dark_and_narrow(registry, tmp_path, name, width, scheme):
-    picture = tmp_path / (name + ".png")
-    _, console = browse(registry.url + "/?repository=lab/app&reference=1.0", tmp_path / "profile", "--hide-scrollbars",
-                        "--window-size=%d,1200" % width, "--blink-settings=preferredColorScheme=" + scheme,
-                        "--screenshot=%s" % picture)
-    assert console == [] and picture.stat().st_size > 10000
+# All texts and bars of which the contrast is too low (WCAG 2 AA: 1.4.3 and 1.4.11), as "ratio text".
+CONTRAST = """(() => {
+const numbers = color => color.match(/[0-9.]+/g).map(Number);
+const light = color => { const [r, g, b] = numbers(color).map(v => v / 255).map(
+    v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b };
+const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+    return (x + 0.05) / (y + 0.05) };
+const ground = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
+    if ((numbers(c)[3] ?? 1) > 0) return c } return "rgb(255, 255, 255)" };
+const low = [];
+let looked = 0;
+for (const e of document.querySelectorAll("body *")) {
+    const style = getComputedStyle(e);
+    const own = [...e.childNodes].some(n => n.nodeType == 3 && n.data.trim());
+    if (own && e.getClientRects().length && !["SCRIPT", "STYLE"].includes(e.tagName)) {
+        const size = parseFloat(style.fontSize), large = size >= 24 || size >= 18.66 && style.fontWeight >= 700;
+        for (const color of [style.color, getComputedStyle(e, "::before").color]) {
+            looked++;
+            if (ratio(color, ground(e)) < (large ? 3 : 4.5)) low.push(ratio(color, ground(e)) + " " + e.textContent);
+        }
+    }
+    if (e.tagName == "rect" && !e.matches(".free") && ratio(style.fill, ground(e.parentElement)) < 3)
+        low.push(ratio(style.fill, ground(e.parentElement)) + " bar " + e.className.baseVal);
+    if (["INPUT", "BUTTON"].includes(e.tagName) && e.type != "hidden" && !e.closest(".copy")
+        && ratio(style.borderTopColor, ground(e.parentElement)) < 3) low.push("border of " + e.tagName);
+}
+return looked < 20 ? ["hardly anything to see"] : low })()"""
+
+
+def fill_school(root):
+    """A store as a class has it in the second week: images from elsewhere, signed ones, and thirty students."""
+    store = Directory(str(root))
+    fill(root)
+    config = json.dumps(dict(CONFIG, author="The team", config={
+        "Env": ["PATH=/usr/local/bin:/usr/bin:/bin", "LANG=C.UTF-8"], "Cmd": ["python3", "-m", "app"],
+        "Labels": {"org.opencontainers.image.source": "https://git.example.org/team/app" + "/long" * 30}},
+        history=[{"created_by": "/bin/sh -c #(nop) ADD file:%s in / " % ("5d673d25" * 8)},
+                 {"created_by": "RUN apk add --no-cache " + "package " * 30}])).encode()
+    image = make_image(store, "quay.io/prometheus/prometheus", "v2.53.0", (BASE, b"one"), config)
+    sign(store, "quay.io/prometheus/prometheus", image, True)
+    make_referrer(store, "quay.io/prometheus/prometheus", image, artifactType="application/spdx+json")
+    make_image(store, "quay.io/prometheus/prometheus", "v2.53.0", (BASE, b"two"), config)
+    long = "lab.example_5000/" + "/".join(["a-very-long-name-for-all-that-a-team-needs"] * 4)
+    make_image(store, long, "release-candidate-2026-11-20t10-11-12-" + "x" * 80, (BASE,))
+    for number in range(30):
+        make_image(store, "students/student%d" % number, "exercise-1", (BASE, b"%d" % number * 500))
+    return [("repositories", ""), ("newest", "?order=newest"), ("nothing", "?q=nothing"),
+            ("tags", "?repository=quay.io/prometheus/prometheus"),
+            ("long", "?repository=" + long), ("image", "?repository=quay.io/prometheus/prometheus&reference=v2.53.0"),
+            ("attack", PAGES[4]), ("index", PAGES[5]), ("use", "use"), ("disk", "disk"), ("live", "live")]
+
+
+def test_every_page_fits_the_screen_and_can_be_read_light_and_dark(start_server, browser, tmp_path, no_fsync):
+    """The pictures stay in pytest's folder: NAME-WIDTH-SCHEME.png."""
+    pages = fill_school(tmp_path / "registry")
+    server = start_server(tmp_path / "registry", "--log", "explain", "--workers", "1")
+    for name, target in pages:
+        for width, scheme in ((1200, "light"), (400, "dark"), (400, "light"), (1200, "dark")):
+            place = "%s-%d-%s" % (name, width, scheme)
+            browser.open("%s/%s" % (server.url, target), width, scheme)
+            assert browser.run("document.documentElement.scrollWidth") == width, place
+            assert browser.run(CONTRAST) == [], place
+            if (width, scheme) in ((1200, "light"), (400, "dark")) or name == "image":
+                browser.take_picture(tmp_path / (place + ".png"))
+        roles = {node["role"]["value"] for node in browser.ask("Accessibility.getFullAXTree")["nodes"]
+                 if not node["ignored"]}
+        assert roles >= {"banner", "navigation", "main", "contentinfo", "heading"}, name
+        assert browser.run("document.querySelectorAll('nav [aria-current]').length") == 1, name
+    assert browser.console == []
+    assert len(list(tmp_path.glob("*.png"))) == 2 * len(pages) + 2
+
+
+def test_a_page_can_be_used_with_the_keyboard_alone(registry, browser):
+    browser.open(registry.url + "/?repository=lab/app")
+    texts = []
+    for _ in range(40):
+        browser.press("Tab")
+        text, is_seen = browser.run(
+            "(() => { const e = document.activeElement, r = e.getBoundingClientRect();"
+            "return [e.textContent, r.left >= 0 && getComputedStyle(e).outlineStyle == 'solid'] })()")
+        texts.append(text)
+        if text.endswith("take it with you"):
+            break
+        assert is_seen, text
+    assert texts[:3] == ["Skip to the content", "Repositories", "How to use it"]
+    assert "1.0" in texts and "Copy" in texts and texts[-1] == "take it with you"
+
+
+def test_chromium_runs_our_script_and_nobody_elses(registry, browser):
+    browser.open(registry.url + "/?repository=lab/app&reference=1.0")
+    assert browser.console == []  # where it would say what the Content-Security-Policy refused
+    assert browser.run("document.title") == "lab/app:1.0 – tinyreg"  # and not "attacked"
+    buttons = browser.run("[...document.querySelectorAll('button')].map(b => b.textContent + b.hidden)")
+    assert len(buttons) > 4 and set(buttons) == {"Copyfalse"}  # our script showed them
+    browser.run("document.querySelector('button').click()")
+    assert browser.run("document.querySelector('button').textContent") == "Copied"
+    assert browser.run("getSelection().toString()").startswith("sha256:")
