@@ -8,7 +8,7 @@ ARGS    =
 
 help:
 	@echo "make test      run all tests, on all cores (JOBS=1: one after another; ARGS='-k NAME': some of them)"
-	@echo "make bench     measure the speed of transfers"
+	@echo "make bench     measure the speed of transfers, beside docker-registry's"
 	@echo "make lint      check the style, the types, and that tinyreg.py runs on Python 3.6"
 	@echo "make install   copy tinyreg.py to $(DESTDIR)$(PREFIX)/bin/tinyreg, with a systemd unit (PREFIX=, DESTDIR=)"
 	@echo "make clean     delete what the above leave behind"
