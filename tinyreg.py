@@ -3718,6 +3718,7 @@ TAR_END = bytes(2 * BLOCK)
 TAR_HEADER = struct.Struct("100s24x12s12x8s1s100s6s82x155s12x")  # as read_tar_header() names it
 SPOOL_BLOCK = 1 << 20        # bytes read at once from a stream
 MIN_SPARE = 64 << 20         # bytes of the disk that unpacking leaves free
+MAX_UNPACKER = 256 << 20     # bytes of memory for decompressing xz; zstd has a limit of its own
 MAX_TAR_TEXT = 64 << 10      # bytes of a long name or pax header; a path has 4 KiB on Linux
 MAX_INDEX = 20 << 20         # bytes of index.json, manifest.json; docker and containerd refuse more
 TAR_FILES = (b"\0", b"0", b"7")
@@ -3734,14 +3735,18 @@ MAX_REACHES = 64             # repositories for which an archive remembers what 
 MAX_LINKS = 40               # links that lead to links; Linux follows as many
 
 REF_NAME = "org.opencontainers.image.ref.name"
+BASE_NAME = "org.opencontainers.image.base.name"  # the image's own name, in old packages of zarf
 IMAGE_NAME = "io.containerd.image.name"
 SUBJECT = "io.containerd.manifest.subject"  # on a referrer; read by containerd and Docker 29
 OWN_NAME = "tinyreg.name"                   # the name here, while other tools need one with a host
 PARTS = "tinyreg-parts.json"                # see Parts
 
-# By the kind that cosign save writes of a manifest, how cosign's tag for it ends. "" is the image.
-COSIGN_KINDS = {"dev.cosignproject.cosign/" + kind: suffix for kind, suffix in (
-    ("image", ""), ("imageIndex", ""), ("sigs", ".sig"), ("atts", ".att"), ("sboms", ".sbom"))}
+# By the kind that cosign save and hauler write of a manifest, how cosign's tag for it ends. "" is
+# the image; "@" is a referrer, which needs no tag.
+COSIGN_KINDS = {program + kind: suffix for program in ("dev.cosignproject.cosign/", "dev.hauler/")
+                for kind, suffix in (("image", ""), ("imageIndex", ""), ("sigs", ".sig"),
+                                     ("atts", ".att"), ("sboms", ".sbom"), ("referrers", "@"))}
+HAULER_SUBJECT = "hauler.dev/subject-digest"  # if it is not the image of the same name
 
 IMAGE_CONFIGS = ("application/vnd.oci.image.config.v1+json",
                  "application/vnd.docker.container.image.v1+json")
@@ -3753,9 +3758,10 @@ DECOMPRESSORS = {"gzip": "gzip", "zstd": "compression.zstd", "xz": "lzma", "bzip
 # A file by which a folder with images is recognized; group 1 is that folder.
 ARCHIVE_ROOT = re.compile(
     r"(?s)((?:.+?/)?)"
-    r"(?:index\.json|manifest\.json|docker/registry/v2/(?:blobs|repositories)/.+)")
+    r"(?:index\.json|manifest\.json|docker/registry/v2/(?:blobs|repositories)/.+"
+    r"|blob/sha256[-:][0-9a-f]{64})")
 DAMAGED = re.compile("(?:^|/)tinyreg/damaged/")  # a store puts damaged files there
-NAMED_BY_DIGEST = re.compile(r"(?s)(?:.*[/:])?([0-9a-f]{64}|[0-9a-f]{128})"
+NAMED_BY_DIGEST = re.compile(r"(?s)(?:.*[/:]|(?:.*/)?sha256-)?([0-9a-f]{64}|[0-9a-f]{128})"
                              r"(?:/data|\.tar|\.tar\.gz|\.manifest\.json)?")
 PAX_RECORD = re.compile(rb"([0-9]{1,5}) ([^=\n]+)=")
 TREE_LINK = re.compile(r"docker/registry/v2/repositories/(%s)/_manifests/"
@@ -3984,6 +3990,32 @@ def find_compression(start: bytes) -> Optional[str]:
     return next((name for magic, name in COMPRESSIONS.items() if start.startswith(magic)), None)
 
 
+def stream_error(error: object) -> ValueError:
+    """What to raise for an error, or the words, of a decompressor."""
+    if "emory" in repr(error):
+        return ValueError("to decompress it takes more memory than it may or can have; if you "
+                          "trust it, decompress it first")
+    return ValueError("damaged: %s" % error)
+
+
+def iter_xz(lzma: Any, source: BinaryIO) -> Iterator[bytes]:
+    """Yield what an xz file holds. lzma.open() would take the memory that the file asks for."""
+    blocks = iter(functools.partial(source.read, SPOOL_BLOCK), b"")
+    rest = next(blocks, b"")
+    while rest:
+        decompressor = lzma.LZMADecompressor(memlimit=MAX_UNPACKER)
+        while not decompressor.eof:
+            if decompressor.needs_input and not rest:
+                raise EOFError("it is cut off")
+            block = decompressor.decompress(rest, SPOOL_BLOCK)
+            rest = next(blocks, b"") if decompressor.needs_input else b""
+            if block:
+                yield block
+        # Streams may follow one another, with zeros between them.
+        more = itertools.chain([decompressor.unused_data], blocks)
+        rest = next(filter(None, (block.lstrip(b"\0") for block in more)), b"")
+
+
 def unpack(read: Callable[[int], bytes], scratch: str) -> BinaryIO:
     """A nameless file with all that a stream's `read` gives; unlike a stream, a file can be read
     in any order. Raises OSError, and ValueError if the stream is damaged or too large."""
@@ -3994,13 +4026,11 @@ def unpack(read: Callable[[int], bytes], scratch: str) -> BinaryIO:
             if shutil.disk_usage(scratch).free < MIN_SPARE:
                 raise ValueError("unpacked it does not fit on the disk of %s" % scratch)
         file.flush()
-    except MemoryError:
-        raise ValueError("to decompress it takes more memory than there is")
     except Exception as error:  # each decompressor has its own class of errors
         # An OSError with an errno is the disk's; gzip and bz2 raise OSError without one.
         if isinstance(error, ValueError) or getattr(error, "errno", None):
             raise
-        raise ValueError("damaged: %s" % error)
+        raise stream_error(error)
     return file
 
 
@@ -4010,7 +4040,8 @@ def unpack_by_command(program: str, source: BinaryIO, scratch: str) -> BinaryIO:
         source = unpack(source.read, scratch)
     os.lseek(source.fileno(), 0, os.SEEK_SET)
     try:
-        process = subprocess.Popen([program, "-dc"], stdin=source, stdout=subprocess.PIPE,
+        limit = ["-M%d" % MAX_UNPACKER] * (program == "xz")
+        process = subprocess.Popen([program, "-dc"] + limit, stdin=source, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE)
     except FileNotFoundError:
         raise ValueError("it is compressed with %s; install %s, or decompress it first"
@@ -4020,7 +4051,7 @@ def unpack_by_command(program: str, source: BinaryIO, scratch: str) -> BinaryIO:
         file = unpack(process.stdout.read, scratch)
         errors = process.stderr.read().decode("ascii", "replace")
     if process.returncode:
-        raise ValueError("damaged: %s says: %s" % (program, " ".join(errors.split())))
+        raise stream_error("%s says: %s" % (program, " ".join(errors.split())))
     return file
 
 
@@ -4041,6 +4072,9 @@ def open_tar(path: str, scratch: Optional[str] = None) -> BinaryIO:
         module = importlib.import_module(DECOMPRESSORS[packed])
     except ImportError:
         return unpack_by_command(packed, source, scratch)
+    if packed == "xz":
+        blocks = iter_xz(module, source)
+        return unpack(lambda size: next(blocks, b""), scratch)
     return unpack(module.open(source).read, scratch)
 
 
@@ -4079,11 +4113,12 @@ def folder_image(folder: str, default: str) -> Tuple[str, str]:
     return default, "latest"
 
 
-def find_entry_name(annotations: Dict[str, Any], default: str) -> Optional[Tuple[str, str]]:
+def find_entry_name(annotations: Dict[str, Any], default: str,
+                    *more_keys: str) -> Optional[Tuple[str, str]]:
     """The repository, and the tag or digest, that an entry of index.json names; None if it names
     none. Of the keys, OWN_NAME counts before containerd's, and that before the OCI's, which may
     be only a tag."""
-    for key in OWN_NAME, IMAGE_NAME, REF_NAME:
+    for key in (OWN_NAME, IMAGE_NAME, REF_NAME) + more_keys:
         text = annotations.get(key)
         if isinstance(text, str):
             with contextlib.suppress(Invalid):  # others write there what they like
@@ -4203,8 +4238,9 @@ def find_tops(members: Dict[str, Member]) -> List[str]:
 class Contents:
     """What tars and directories contain, read by their formats.
 
-    The formats: the OCI image layout, which docker, containerd, podman, skopeo and cosign write;
-    that of docker save before version 25; skopeo's directories; the tree of a registry."""
+    The formats: the OCI image layout, which docker, containerd, podman, skopeo, cosign, hauler and
+    zarf write; that of docker save before version 25; skopeo's directories; the image cache of
+    Talos; the tree of a registry."""
 
     def __init__(self) -> None:
         self.blobs: Dict[Digest, Member] = {}
@@ -4220,9 +4256,11 @@ class Contents:
         """Take in the images of a file or directory. Raises ValueError, Invalid, OSError."""
         tops = find_tops(members)
         if not tops:
-            advice = "; load it with docker, and save it with a newer one"
+            advice = "to store it as a file, use tinyreg.py add"
+            if "repositories" in members:
+                advice = "load it with docker, and save it with a newer one"
             raise ValueError("no images in it: no index.json, no manifest.json, no docker/registry"
-                             "/v2" + (advice if "repositories" in members else ""))
+                             "/v2; " + advice)
         folders: Dict[str, Dict[str, Member]] = {top: {} for top in tops}
         for name in sorted(members):
             # Of all tops, only the last one that sorts before a name can be its beginning.
@@ -4233,7 +4271,8 @@ class Contents:
             folder = top.rstrip("/")
             if not folder and os.path.isdir(path):
                 folder = os.path.basename(os.path.abspath(path))
-            self._add_folder(inner, folder, default_name(path if len(tops) == 1 else folder))
+            default = default_name(path if len(tops) == 1 else folder)
+            self._add_folder(inner, folder, default, "zarf.yaml" in members)
 
     def add_blobs(self, members: Dict[str, Member]) -> None:
         """Take in all files that are named by a digest."""
@@ -4242,15 +4281,17 @@ class Contents:
             if digest and not name.startswith("tinyreg/"):  # a store has damaged files there
                 self.blobs.setdefault(digest, member)
 
-    def _add_folder(self, members: Dict[str, Member], folder: str, default: str) -> None:
+    def _add_folder(self, members: Dict[str, Member], folder: str, default: str,
+                    is_of_zarf: bool) -> None:
         """A folder with images; `default` is the repository of those without a name."""
         self.add_blobs(members)
         if "index.json" in members:
-            self._add_layout(members, default)
+            self._add_layout(members, default, *[BASE_NAME] * is_of_zarf)
         elif "manifest.json" in members:
             self._add_docker(members, folder, default)
         else:
             self._add_tree(members)
+            self._add_cache(members)
 
     def _add_name(self, name: str, reference: str, digest: Digest) -> None:
         """Note the tag or digest by which a manifest is known. If two manifests have one tag, the
@@ -4263,25 +4304,32 @@ class Contents:
                            "because it comes later", image_text(name, reference), known, digest)
         self.names[name][reference] = digest
 
-    def _add_layout(self, members: Dict[str, Member], default: str) -> None:
-        """An OCI image layout: whole, with blobs left out, or as a part of a split archive."""
+    def _add_layout(self, members: Dict[str, Member], default: str, *keys: str) -> None:
+        """An OCI image layout: whole, with blobs left out, or as a part of a split archive. `keys`
+        are annotations that may have an image's name, beside the usual ones."""
         if PARTS in members:
             self.parts.add(members[PARTS], set(map(find_digest_in, members)))
-        index = load_json(members["index.json"].read(MAX_INDEX))
-        entries = expect(list, index.get("manifests"))
-        signed: Optional[Digest] = None  # cosign writes an image, then its signatures, all nameless
+        # A haul for containerd has in index.json only what that understands.
+        content = members.get("hauler-index.json", members["index.json"]).read(MAX_INDEX)
+        entries = expect(list, load_json(content).get("manifests"))
+        # By name, what later entries may be about. cosign writes an image, then its signatures, all
+        # without names; hauler gives signatures the name of their image.
+        images: Dict[Optional[Tuple[str, str]], Digest] = {}
         for entry in entries:
             media_type, digest = parse_descriptor(entry)[:2]
             if media_type and media_type not in MANIFEST_TYPES:
                 continue  # image-spec: a program "MUST ignore" types that it doesn't know
             annotations = expect(dict, entry.get("annotations") or {})
-            name = find_entry_name(annotations, default)
-            suffix = COSIGN_KINDS.get(str(annotations.get("kind")))
-            if not name and suffix == "":
-                name = default, digest if signed else "latest"
-                signed = digest
-            elif not name and suffix and signed:
-                name = default, fallback_tag(signed) + suffix
+            name = find_entry_name(annotations, default, *keys)
+            kind = COSIGN_KINDS.get("/".join(str(annotations.get("kind")).split("/")[:2]))
+            if kind == "":
+                is_first, images[name] = name not in images, digest
+                name = name or (default, "latest" if is_first else digest)
+            elif kind:
+                subject = annotations.get(HAULER_SUBJECT, images.get(name))
+                is_tagged = subject and kind != "@"
+                name = (name[0] if name else default,
+                        fallback_tag(parse_digest(str(subject))) + kind if is_tagged else digest)
             if name:
                 self._add_name(*name, digest)
             elif SUBJECT in annotations:
@@ -4356,6 +4404,21 @@ class Contents:
                 pin = "tinyreg/pinned/%s/_digests/%s" % (name, target.replace(":", "/"))
                 if not tag and pin not in members:
                     self.unnamed.add((name, digest))
+
+    def _add_cache(self, members: Dict[str, Member]) -> None:
+        """The image cache of Talos, in its flat layout: blob/sha256-HEX, and the manifests as
+        manifests/HOST/NAME/reference/TAG and .../digest/sha256-HEX. A port is written _PORT_."""
+        for path, member in members.items():
+            top, _, rest = path.partition("/")
+            folder, _, reference = rest.rpartition("/")
+            host, _, name = os.path.dirname(folder).partition("/")
+            if top == "manifests" and name:
+                content = member.read()
+                digest = Digest.of(content)
+                self.blobs.setdefault(digest, member)
+                is_digest = folder.endswith("/digest") and find_digest_in(reference)
+                self._add_name(origin_name(canonical_host(host.rstrip("_")), name),
+                               digest if is_digest else parse_tag(reference), digest)
 
 
 # An archive as a registry

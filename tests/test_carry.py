@@ -10,7 +10,7 @@ import pytest
 from conftest import TINYREG, run_tinyreg
 from engines import run
 from samples import CONFIG_TYPE, descriptor, index, make_referrer, push_blob, read_blob, to_manifest
-from tinyreg import OCI_MANIFEST, Archive, Digest, Directory
+from tinyreg import OCI_MANIFEST, Archive, Digest, Directory, image_text
 
 NAME = "docker.io/library/carried"
 
@@ -171,6 +171,19 @@ def test_what_podman_save_wrote(archive, runnable, podman, tmp_path, form):
     name = "carried" if form == "docker-dir" else NAME  # `dir:` has no names
     manifest = store.manifest(name, store.resolve(name, list(store.tags(name))[0]))
     assert manifest.blobs[0].digest == runnable.blobs[0].digest
+
+
+def test_several_images_that_podman_saved_in_one_file(archive, runnable, podman, tmp_path):
+    podman("load", "--input", archive)
+    names = [NAME + ":1", "quay.io/team/other:2", "lab.example:5000/third:3"]
+    for name in names[1:]:
+        podman("tag", names[0], name)
+    podman("save", "--multi-image-archive", "--output", tmp_path / "many.tar", *names)
+    podman("image", "rm", *names)
+    store = loaded(tmp_path, tmp_path / "many.tar")
+    assert {image_text(name, tag) for name in store.repositories() for tag in store.tags(name)} == {
+        name.replace(":5000", "_5000") for name in names}
+    assert store.manifest(NAME, store.resolve(NAME, "1")).blobs[0].digest == runnable.blobs[0].digest
 
 
 def test_what_ctr_exported(archive, runnable, ctr, tmp_path):
