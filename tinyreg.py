@@ -15,6 +15,8 @@ It needs Python 3.6 or newer and nothing else, and runs on Linux, macOS and the 
     python3 tinyreg.py login HOST               keep the password for one
     python3 tinyreg.py save IMAGE -o FILE       write images into an archive
     python3 tinyreg.py load FILE                put the images of an archive into the store
+    python3 tinyreg.py add FILE --to NAME:TAG   store files or a Helm chart beside the images
+    python3 tinyreg.py get NAME:TAG             write them out as files
     python3 tinyreg.py ls                       list what is in the store
     python3 tinyreg.py tag IMAGE NAME:TAG       give an image one more tag
     python3 tinyreg.py rm NAME:TAG              delete a tag
@@ -6646,8 +6648,140 @@ def copy(source: Reader, target: Registry, name: str, reference: str,
 # 13  Artifacts
 #
 # Files and Helm charts as images of one registry, in the form of oras and helm, and the way back to
-# files. How they are stored, copied and deleted is left to the rooms above.
+# files. How they are stored, copied and deleted is left to the rooms above. What a stranger's
+# manifest calls its files is checked before it becomes a path.
 # -------------------------------------------------------------------------------------------------
+
+FILE = "application/vnd.oci.image.layer.v1.tar"  # what oras calls any file, whether it is a tar
+ANNOTATION = "org.opencontainers.image."
+CHART = "application/vnd.cncf.helm.chart.content.v1.tar+gzip"
+PROVENANCE = "application/vnd.cncf.helm.chart.provenance.v1.prov"
+CHART_SUFFIXES = {CHART: ".tgz", PROVENANCE: ".tgz.prov"}
+MAX_CHART = 100 << 20  # bytes of an unpacked chart; helm takes no more
+CHART_YAML = re.compile(rb"(?:\./)?[^/]+/Chart\.yaml")
+# A field of Chart.yaml that is one text in one line, in quotes or plain. What else there may be is
+# passed over: lists, texts of several lines, and what would need all of YAML to be understood.
+CHART_FIELD = re.compile(
+    r"^(apiVersion|appVersion|description|home|icon|kubeVersion|name|type|version):[ \t]+"
+    r"(?:\"([^\"\\\n]*)\"|'([^'\n]*)'|([^\s\"'&*!{\[%@`|>#]\S*(?:[ \t]+[^\s#]\S*)*))"
+    r"[ \t]*(?:#.*)?$(?!\n\s*[ \t])", re.MULTILINE)
+
+
+# Charts
+
+def parse_chart(content: bytes) -> Dict[str, str]:
+    """The fields of a Chart.yaml that CHART_FIELD knows. Raises CommandError."""
+    text = content.decode("utf-8-sig", "replace").replace("\r", "")
+    chart = {key: "".join(values) for key, *values in CHART_FIELD.findall(text)}
+    for key in "apiVersion", "name", "version":
+        if not chart.get(key):
+            raise CommandError("helm would refuse this chart: its Chart.yaml has no line with %s: "
+                               "and a text" % key)
+    return chart
+
+
+def read_chart(path: str, scratch: str) -> Optional[Dict[str, str]]:
+    """What the Chart.yaml in a .tgz says; None for a file that is no chart. Raises CommandError,
+    OSError."""
+    if not path.endswith(".tgz"):
+        return None
+    # The file is damaged, or no tar; or this Python can't read gzip.
+    with contextlib.suppress(ValueError, ImportError):
+        with importlib.import_module("gzip").open(path) as file, unpack(
+                lambda size: file.read(min(size, MAX_CHART - file.tell())), scratch) as tar:
+            for entry in iter_tar(tar):
+                if CHART_YAML.fullmatch(entry.name):
+                    return parse_chart(Member(path, tar, entry.offset, entry.length).read())
+    return None
+
+
+# Artifacts
+
+def files_in(registry: Reader, name: str, manifest: Manifest) -> Dict[str, Descriptor]:
+    """The files of an artifact, by their names, which may have folders; none in a container image.
+    A chart is called as `helm pull` calls it. Raises MANIFEST_INVALID, DIGEST_INVALID."""
+    files: Dict[str, Descriptor] = collections.OrderedDict()
+    document, _ = manifest.document, manifest.blobs  # to read the blobs is to check them all
+    for entry in (document.get("layers") or []) + (document.get("blobs") or []):
+        blob, annotations = parse_descriptor(entry), entry.get("annotations")
+        title = annotations.get(ANNOTATION + "title") if isinstance(annotations, dict) else None
+        if blob.media_type in CHART_SUFFIXES:
+            chart = read_config(registry, name, manifest)
+            title = "%(name)s-%(version)s" % collections.defaultdict(str, chart)
+            title += CHART_SUFFIXES[blob.media_type]
+        if not isinstance(title, str) or not title:
+            continue
+        if {"", ".", ".."}.intersection(title.split("/")) or harmless(title) != title:
+            raise RegistryError("MANIFEST_INVALID", title, message="refused, for it may lead "
+                                "out of the folder, or can't be shown")
+        if files.setdefault(title, blob).digest != blob.digest:
+            raise RegistryError("MANIFEST_INVALID", title, message="two files have one name")
+    return files
+
+
+def put_file(registry: Registry, name: str, path: str, media_type: str) -> Document:
+    """Store a file as a blob, without keeping it in memory; returns its descriptor. Raises
+    OSError; DIGEST_INVALID if the file changes meanwhile."""
+    member = Member(path, None, 0, os.path.getsize(path))
+    digest = read_digest(member)
+    registry.put_blob(name, digest, lambda offset: member.open().rest(offset))
+    return {"mediaType": media_type, "digest": digest, "size": member.length,
+            "annotations": {ANNOTATION + "title": os.path.basename(path)}}
+
+
+def put_artifact(registry: Registry, name: str, tag: str, paths: List[str],
+                 chart: Optional[Dict[str, str]] = None) -> Digest:
+    """Store files as `oras push` does; or a chart, and the provenance file beside it, as `helm
+    push` does. But there is no time in it: the same files have the same digest. Raises
+    MANIFEST_INVALID, DIGEST_INVALID, OSError."""
+    config, config_type = to_json(chart or {})[:-1], "application/vnd.oci.empty.v1+json"
+    media_types = [FILE] * len(paths)
+    fields: Document = {"artifactType": "application/vnd.unknown.artifact.v1"}
+    if chart:
+        config_type, media_types = "application/vnd.cncf.helm.config.v1+json", [CHART, PROVENANCE]
+        paths = paths + list(filter(os.path.isfile, [paths[0] + ".prov"]))
+        fields = {"annotations": {ANNOTATION + "title": chart["name"],
+                                  ANNOTATION + "version": chart["version"]}}
+    layers = [put_file(registry, name, *file) for file in zip(paths, media_types)]
+    digest = Digest.of(config)
+    session = registry.start_upload(name)
+    session.append(io.BytesIO(config))
+    session.commit(digest)
+    manifest = parse_manifest(to_json(dict(
+        fields, schemaVersion=2, mediaType=OCI_MANIFEST, layers=layers,
+        config={"mediaType": config_type, "digest": digest, "size": len(config)})))
+    if len(manifest.content) > MAX_MANIFEST:
+        raise CommandError("these are too many files for one manifest; pack them")
+    files_in(registry, name, manifest)  # checks their names
+    registry.put_manifest(name, manifest, [tag])
+    return manifest.digest
+
+
+# Files
+
+def place_for(folder: str, title: str, force: bool) -> str:
+    """The path for a file below a folder. Raises CommandError if a link is on the way there, or a
+    file is there, unless `force` replaces it."""
+    path = os.path.join(os.path.realpath(folder), title)
+    if os.path.realpath(os.path.dirname(path)) != os.path.dirname(path):
+        raise CommandError("refused: a link is on the way to %s" % path)
+    if os.path.lexists(path) and not force:
+        raise CommandError("%s is there; --force replaces it, -o DIR writes elsewhere" % path)
+    return path
+
+
+def write_file(registry: Registry, name: str, digest: Digest, path: str) -> None:
+    """Write a blob into a file, which appears when it is whole. Raises BLOB_UNKNOWN,
+    DIGEST_INVALID, OSError."""
+    def give(write: Callable[[Any], Any]) -> None:
+        hasher = hashlib.new(digest.algorithm)
+        with registry.open_blob(name, digest) as blob:
+            copy_bytes(blob, blob.length, write, hasher.update)
+        if hasher.hexdigest() != digest.encoded:
+            raise RegistryError("DIGEST_INVALID", digest, message="a file is damaged")
+
+    make_directories(os.path.dirname(path))
+    Files(os.path.dirname(path)).fill(path, give)
 
 # -------------------------------------------------------------------------------------------------
 # 14  Access
@@ -8048,6 +8182,24 @@ def get_blob(registry: Registry, access: Access, request: Request, name: str,
     return Response(206, headers, blob.part(start, length))
 
 
+def get_file(registry: Registry, access: Access, request: Request, name: str,
+             reference: Reference, file: str) -> Response:
+    """A file of an artifact, as get_blob() gives a blob; without the file's name, a list of names.
+    A browser is to keep the file, and not to show it: it may be a page with scripts. Raises
+    NAME_UNKNOWN, MANIFEST_UNKNOWN, MANIFEST_INVALID, BLOB_UNKNOWN, RANGE_INVALID."""
+    manifest = registry.manifest(name, resolve_reference(registry, name, reference))
+    files, title = files_in(registry, name, manifest), file[1:]
+    if not title:
+        return Response.of_text("".join(title + "\n" for title in files))
+    if title not in files:
+        raise RegistryError("BLOB_UNKNOWN", title, message="it has no such file; /files/%s lists "
+                            "what it has" % image_text(name, reference))
+    response = get_blob(registry, access, request, name, files[title].digest)
+    response.headers.append(("Content-Disposition", "attachment; filename*=UTF-8''"
+                             + urllib.parse.quote(os.path.basename(title))))
+    return response
+
+
 def delete_blob(registry: Registry, access: Access, request: Request, name: str,
                 digest: Digest) -> Response:
     """Take a blob from a repository (end-10). Raises NAME_UNKNOWN, BLOB_UNKNOWN."""
@@ -8181,7 +8333,7 @@ def cancel_upload(registry: Registry, access: Access, request: Request, name: st
 # NAME_INVALID and not an unknown path.
 PARSERS: Dict[str, Callable[[str], Any]] = {
     "name": parse_name, "reference": parse_reference, "digest": parse_digest,
-    "session_id": parse_session_id, "client": str,
+    "session_id": parse_session_id, "client": str, "file": str,
 }
 
 
@@ -8259,6 +8411,7 @@ ROUTES = compile_routes([
                 {404: "no, so the client sends it"})),
     Route("DELETE", "/v2/{name}/blobs/{digest}", "delete", delete_blob,  # end-10
           Words("take the blob {reference} from {name}", "done"), DELETE),
+    Route("GET HEAD", "/files/(?P<name>[^:@]+)[:@]{reference}(?P<file>(?s:.*))", "pull", get_file),
 ])
 
 
@@ -12418,6 +12571,52 @@ def load(options: argparse.Namespace) -> int:
     return 1 if problems else status
 
 
+# Files
+
+
+def add(options: argparse.Namespace) -> int:
+    """Store files as one image, or charts as an image each."""
+    is_base = names_repository(options.to)
+    (base, *_), tag = (parse_local if is_base else parse_local_tag)(options.to)
+    store = open_store(options, create=True)
+    for path in options.files:
+        if not os.path.isfile(path):
+            raise CommandError("%s is no file; of a folder, make a .tar.gz" % path)
+    for paths in [[path] for path in options.files] if is_base else [options.files]:
+        name, chart = base, None
+        if len(paths) == 1:
+            chart = read_chart(paths[0], store.layout.scratch)
+        if chart and is_base:
+            name = parse_name("%s/%s" % (base, chart["name"]))
+            tag = parse_tag(chart["version"].replace("+", "_"))
+        elif is_base:
+            raise CommandError("%s holds no Helm chart; for files, write --to %s:TAG"
+                               % (paths[0], base))
+        digest = put_artifact(store, name, str(tag), paths, chart)
+        if not options.quiet:
+            tell("%s is %s" % (image_text(name, str(tag)), digest))
+    return 0
+
+
+def get(options: argparse.Namespace) -> int:
+    """Write out the files of an artifact."""
+    names, reference = parse_local(options.image)
+    registry: Registry = (Archive(options.archives, tempfile.gettempdir()) if options.archives
+                          else open_store(options))
+    name = next(filter(registry.has_repository, names), names[0])
+    digest = resolve_reference(registry, name, reference or "latest")
+    files = files_in(registry, name, registry.manifest(name, digest))
+    if not files:
+        raise CommandError("%s holds no files: it is an image for containers, or an index"
+                           % options.image)
+    places = [place_for(options.output, title, options.force) for title in files]
+    for path, blob in zip(places, files.values()):
+        write_file(registry, name, blob.digest, path)
+        if not options.quiet:
+            tell(path)
+    return 0
+
+
 # login and logout
 
 
@@ -12737,6 +12936,30 @@ COMMANDS = [
          value("--want", "FILE", "write the digests that are missing into this file"),
          value("--to", "HOST[:PORT][/PREFIX]", "put them into this registry, not into the store"),
          PLATFORM, STRIP, SIGNED_BY, NO_REFERRERS, DRY_RUN] + REMOTE_OPTIONS),
+    Command(
+        "add", add, "Store files, or Helm charts, beside the images, as oras and helm push them.",
+        "  tinyreg.py add install.sh rke2.tar.gz --to rke2/files:v1.34\n"
+        "  tinyreg.py add web-1.2.3.tgz --to charts     # is charts/web:1.2.3\n",
+        [value("files", "FILE", "what to store, under its name without folders; a single .tgz that "
+               "holds a Chart.yaml is stored as a chart, with FILE.prov if that is there",
+               nargs="+"),
+         value("--to", "NAME[:TAG]", "the tag that they get, which is moved if it is there, "
+               "whatever a server's --immutable-tags say; without TAG each FILE is a chart and "
+               "becomes NAME/CHART:VERSION, a + in the version as _", required=True)],
+        "\nWhat is stored goes through save, load, pull and push, and oras, helm, skopeo and curl "
+        "(/files/NAME:TAG/FILE)\nget it. The same files always make the same digest. A chart's "
+        "config has the fields of Chart.yaml that are one text;\nmaintainers, dependencies and "
+        "other lists are in the chart alone, which is where helm reads them."),
+    Command(
+        "get", get, "Write out the files of an artifact: what add, oras or helm have stored.",
+        "  tinyreg.py get rke2/files:v1.34 -o /opt/rke2\n"
+        "  tinyreg.py get charts/web:1.2.3\n"
+        "  tinyreg.py get charts/web:1.2.3 --from images.tar\n",
+        [value("image", "IMAGE", "NAME[:TAG] or NAME@DIGEST"),
+         value("-o --output", "DIR", "the folder; made if it is not there", default="."),
+         flag("--force", "replace files that are there, which is an error otherwise"),
+         repeated("--from", "ARCHIVE", "read it from this archive, not from the store; may be "
+                  "repeated", dest="archives")]),
     Command(
         "ls", list_store, "List repositories, images, or what archives hold.",
         "  tinyreg.py ls\n"

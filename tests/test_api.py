@@ -156,6 +156,7 @@ ALLOWED = [
     ("/v2/a/blobs/uploads/", "POST"),
     ("/v2/a/blobs/uploads/" + SESSION, "GET, HEAD, PATCH, PUT, DELETE"),
     ("/v2/a/blobs/" + NOWHERE, "GET, HEAD, DELETE"),
+    ("/files/a:1/b", "GET, HEAD"),
 ]
 
 
@@ -180,6 +181,7 @@ WHO_MAY = [
     ("GET", "/v2/here/manifests/latest", "pull"),
     ("GET", "/v2/here/referrers/" + NOWHERE, "pull"),
     ("HEAD", "/v2/here/blobs/" + Digest.of(CONFIG), "pull"),
+    ("GET", "/files/here:latest", "pull"),
     ("POST", "/v2/here/blobs/uploads/", "push"),
     ("PATCH", "/v2/here/blobs/uploads/" + SESSION, "push"),
     ("PUT", "/v2/here/manifests/latest", "push"),
