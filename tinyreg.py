@@ -1517,6 +1517,11 @@ class Reader:
         """The digests of the referrers. A registry behind a network reads no manifest for that."""
         return [manifest.digest for manifest in self.referrers(name, subject)]
 
+    def may_have_tag(self, name: str, tag: str) -> bool:
+        """False if it is known without a question that a repository lacks a tag such as
+        fallback_tag() or cosign makes of a digest."""
+        return True
+
     def digests(self, name: Optional[str] = None) -> Iterator[Digest]:
         """The digests of all blobs and manifests: of one repository, or of all."""
         raise unsupported("list digests")
@@ -4928,6 +4933,7 @@ MAX_MESSAGE = 1000           # characters of another registry's error message th
 MAX_REFUSAL = 1 << 20        # bytes of the body of a refusal, which may say why …
 REFUSAL_LIMIT = 5.0          # … and the seconds that we wait for it
 MAX_PAGES = 1000             # pages of a list of tags or referrers …
+MAX_TAG_PAGES = 10           # … those of a list of tags that is read to save other requests …
 MAX_LIST = 64 << 20          # … their bytes …
 LIST_LIMIT = 300.0           # … and seconds for all of them: a broken registry's list never ends
 CONNECT_TIMEOUT = 15.0       # seconds to reach another registry
@@ -5175,6 +5181,7 @@ class Reply(http.client.HTTPResponse):
     unless that is streamed."""
 
     content = b""
+    let_go: Callable[[bool], None]  # ends the use of the connection; tells if it is of more use
 
     def __init__(self, sock: socket.socket, *arguments: Any, **settings: Any) -> None:
         super().__init__(sock, *arguments, **settings)
@@ -5292,7 +5299,7 @@ class ConnectionPool:
     @staticmethod
     def _send_over(connection: ClientConnection, request: ClientRequest,
                    idle: List[ClientConnection]) -> Reply:
-        """The reply; afterwards the connection is idle, closed or the reply's."""
+        """The reply; afterwards the connection is idle, closed or, until let_go(), the reply's."""
         parts = urllib.parse.urlsplit(request.url)
         path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
         headers = dict(request.headers, **{"User-Agent": "tinyreg/" + __version__})
@@ -5304,13 +5311,17 @@ class ConnectionPool:
             connection.request(request.method, path, request.body, headers)
         reply: Any = connection.getresponse()
         reply.url = request.url
+
+        def let_go(is_usable: bool) -> None:
+            if is_usable and len(idle) < MAX_IDLE:
+                idle.append(connection)
+            else:
+                connection.close()
+
         if request.is_streamed and reply.status < 300:
-            if connection.sock:
-                connection.sock.close()  # the reply has it open too, and closes it in the end
-        elif reply.read_content() and len(idle) < MAX_IDLE:
-            idle.append(connection)
+            reply.let_go = let_go
         else:
-            connection.close()
+            let_go(reply.read_content())
         return reply
 
 
@@ -5581,7 +5592,9 @@ class RemoteBlob(Blob):
         return count
 
     def close(self) -> None:
+        is_usable = self.reply.isclosed() and not self.reply.will_close  # all of it was read
         self.reply.close()
+        self.reply.let_go(is_usable)
 
 
 class LimitedBlob(Blob):
@@ -5632,14 +5645,17 @@ class Remote(Registry):
     registry uses. A failure of the network raises UNAVAILABLE.
 
     After a temporary failure a request is repeated up to `retries` times, after pauses of at most
-    `patience` seconds. `say` is called with a line about each longer pause."""
+    `patience` seconds. `say` is called with a line about each longer pause.
+
+    If it lives for one reading command only, it may keep lists of tags (`keeps_lists`): one tells
+    which of the tags that cosign makes are there, which saves several requests an image."""
 
     is_distant = True
 
     def __init__(self, host: str, ca: Optional[str] = None, insecure: bool = False,
                  plain_http: bool = False, retries: int = 5,
                  say: Callable[[str], Any] = logger.warning,
-                 patience: float = LONGEST_WAIT) -> None:
+                 patience: float = LONGEST_WAIT, keeps_lists: bool = False) -> None:
         self.host = host
         self.retries, self.say, self.patience = retries, say, patience
         self.client = HttpClient(host, ca, insecure, plain_http)
@@ -5647,6 +5663,10 @@ class Remote(Registry):
         self.known_in: Dict[Digest, str] = {}  # a repository there that has the blob
         self.mounts: Dict[Tuple[str, Digest], str] = {}  # Location of an upload that a mount began
         self.without_referrers: Set[str] = set()  # repositories for which there is no referrers API
+        self.keeps_lists = keeps_lists
+        self.lists: Dict[str, Optional[Set[str]]] = {}  # tags made of digests, if they are known
+        self.list_locks: Dict[str, threading.Lock] = {}  # one thread asks, and others wait for it
+        self.quota_is_told = False
         self.takes_chunks = True  # until an upload shows otherwise
 
     def retry(self, action: Callable[..., Any], *arguments: Any) -> Any:
@@ -5684,9 +5704,20 @@ class Remote(Registry):
                 raise TemporaryFailure("UNAVAILABLE", message="the login at %s ended during an "
                                                               "upload" % self.host)
             reply = self.client.send(request._replace(authorization=header))
+        self._tell_quota(reply)
         if reply.status not in statuses:
             raise self.client.refusal(reply, image)
         return reply
+
+    def _tell_quota(self, reply: Reply) -> None:
+        """Say once that few pulls are left of those that Docker Hub allows in some hours."""
+        left, limit = [re.match("([0-9]{1,9})(?:;w=([0-9]{1,9}))?", reply.header(header))
+                       for header in ("RateLimit-Remaining", "RateLimit-Limit")]
+        if left and limit and int(left.group(1)) * 10 <= int(limit.group(1)):
+            if not self.quota_is_told:
+                self.say("%s lets us pull %s more manifests, of %s in %d h" % (
+                    self.host, left.group(1), limit.group(1), int(limit.group(2) or 0) / 3600))
+            self.quota_is_told = True
 
     def try_login(self, login: Login) -> bool:
         """Use this login from now on. Returns whether the registry has asked for it. Raises
@@ -5709,13 +5740,15 @@ class Remote(Registry):
 
     # Reading
 
-    def _iter_list(self, name: str, path: str, field: str) -> Iterator[Any]:
+    def _iter_list(self, name: str, path: str, field: str,
+                   max_pages: int = sys.maxsize) -> Iterator[Any]:
         """Yield the entries of a list, which are in a field of each page. A Link header names the
         next page. Raises UNSUPPORTED if there is no list, and UNKNOWN if it does not end."""
         pages: Set[str] = set()
         size, ends = 0, time.monotonic() + LIST_LIMIT
         while path not in pages:
-            if len(pages) >= MAX_PAGES or size > MAX_LIST or time.monotonic() > ends:
+            is_long = len(pages) >= min(max_pages, MAX_PAGES) or size > MAX_LIST
+            if is_long or time.monotonic() > ends:
                 raise RegistryError("UNKNOWN", message="%s sends a list of the %s of %s that does "
                                                        "not end" % (self.host, field, name))
             pages.add(path)
@@ -5737,6 +5770,22 @@ class Remote(Registry):
     def tags(self, name: str, last: str = "") -> Iterator[str]:
         tags = map(str, self._iter_list(name, "/tags/list", "tags"))
         return iter(sorted(tag for tag in tags if tag > last))
+
+    def may_have_tag(self, name: str, tag: str) -> bool:
+        if not self.keeps_lists:
+            return True
+        with self.list_locks.setdefault(name, threading.Lock()):
+            if name not in self.lists:
+                self.lists[name] = self._list_tags_of_digests(name)
+        tags = self.lists[name]
+        return tags is None or tag in tags
+
+    def _list_tags_of_digests(self, name: str) -> Optional[Set[str]]:
+        """The tags that are made of digests; None if there is no list, or only a long one."""
+        with contextlib.suppress(RegistryError):  # then each tag is asked for, which says why
+            tags = self._iter_list(name, "/tags/list?n=%d" % PAGE_SIZE, "tags", MAX_TAG_PAGES)
+            return set(filter(FALLBACK_TAG.fullmatch, map(str, tags)))
+        return None
 
     def resolve(self, name: str, tag: str) -> Digest:
         path = "/manifests/" + tag
@@ -5779,6 +5828,8 @@ class Remote(Registry):
             except REFUSALS:
                 # A registry without the API says so in any way, even with a web page.
                 self.without_referrers.add(name)
+        if not self.may_have_tag(name, fallback_tag(subject)):
+            return []
         return [parse_descriptor(entry).digest for entry in self._tagged_referrers(name, subject)]
 
     def _tagged_referrers(self, name: str, subject: Digest) -> List[Any]:
@@ -6282,6 +6333,7 @@ def read_choices(words: Iterable[str], paths: Iterable[str]) -> List[Choice]:
 
 MAX_MANIFESTS = 8 * MAX_MANIFEST  # bytes of memory for the manifests of an image and its referrers
 MANIFEST_COST = 1 << 10           # bytes of memory that a manifest takes beside its content
+MAX_PLANS = 2 * MAX_MANIFESTS     # … for those of all images that wait to be copied
 # cosign gives a manifest's signature the tag sha256-HEX.sig, and so on.
 COSIGN_SUFFIXES = (".sig", ".att", ".sbom")
 
@@ -6321,6 +6373,10 @@ class Report:
             for counter, count in counts.items():
                 setattr(self, counter, getattr(self, counter) + count)
         self.watch(self)
+
+    def moved_bytes(self) -> int:
+        """How many of the image's bytes are where they are to be."""
+        return min(self.copied_bytes + self.present_bytes, self.total_bytes)
 
     def as_json(self) -> Dict[str, Any]:
         """All of it, for --json."""
@@ -6379,6 +6435,10 @@ class Plan:
         self.source, self.name, self.reference = source, name, reference
         self.platforms, self.with_referrers, self.strip = platforms, referrers, strip
         self.report = report or Report()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the plan, which takes memory. plan() makes it again."""
         self.root = Digest()  # of the image
         self.manifests: Dict[Digest, Manifest] = collections.OrderedDict()
         self.blobs: Dict[Digest, Descriptor] = collections.OrderedDict()
@@ -6393,6 +6453,7 @@ class Plan:
     def plan(self) -> Report:
         """Fill the plan. Raises NAME_UNKNOWN, and MANIFEST_UNKNOWN also if the image is for none of
         the platforms."""
+        self.report.referrers = []
         tag = self._find_root()
         for manifest in walk([self.root], self._read, self._iter_needed):
             if manifest.digest in self.going:
@@ -6427,6 +6488,9 @@ class Plan:
 
     def read_manifest(self, digest: Digest) -> Manifest:
         return self.source.manifest(self.name, digest)
+
+    def referrer_digests(self, digest: Digest) -> List[Digest]:
+        return self.source.referrer_digests(self.name, digest)
 
     def _read(self, digest: Digest) -> Optional[Manifest]:
         """The manifest; None if it is not there and is not the image itself, because an index may
@@ -6505,12 +6569,14 @@ class Plan:
     def _iter_referrers(self, digest: Digest) -> Iterator[Digest]:
         """Yield the digests of what is about a manifest: its referrers, and what cosign has tagged
         with its digest."""
-        for referrer in self.source.referrer_digests(self.name, digest):
+        for referrer in self.referrer_digests(digest):
             if referrer not in self.going:
                 yield referrer
                 self._note_referrer(referrer)
         for suffix in COSIGN_SUFFIXES:
             tag = fallback_tag(digest) + suffix
+            if not self.source.may_have_tag(self.name, tag):
+                continue
             try:
                 referrer = self.source.resolve(self.name, tag)
             except Unknown:
@@ -6530,40 +6596,79 @@ class Plan:
             self.report.referrers.append((going.digest, kind))
 
 
+class Traffic:
+    """What all copies of one command share: `jobs` threads for their blobs."""
+
+    def __init__(self, jobs: int = 4) -> None:
+        self.pool = concurrent.futures.ThreadPoolExecutor(jobs)
+        self.turns: Dict[Digest, threading.Lock] = {}  # held while a blob is copied
+
+
 class Copy(Plan):
     """The copy of one image to a target: plan() and measure() change nothing, run() moves the
     bytes. `choices` are those of Plan."""
 
     def __init__(self, source: Reader, target: Registry, name: str, reference: str,
-                 target_name: Optional[str] = None, **choices: Any) -> None:
+                 target_name: Optional[str] = None, traffic: Optional[Traffic] = None,
+                 **choices: Any) -> None:
         super().__init__(source, name, reference, **choices)
         self.target, self.target_name = target, target_name or name
+        self.traffic = traffic or Traffic()
         self.begun: Set[Digest] = set()  # blobs whose bytes have been asked for
+        self.is_nearer = source.is_distant and not target.is_distant  # the target is
+
+    def clear(self) -> None:
+        super().clear()
+        self.root_referrers: Optional[List[Digest]] = None  # as the source has them
+        self.is_known = False  # whether all of these, and the image, are in the target
 
     def read_manifest(self, digest: Digest) -> Manifest:
         """From the target, if it has the manifest and is nearer: Docker Hub counts reads."""
-        if self.source.is_distant and not self.target.is_distant:
+        if self.is_nearer:
             # The target lacks it, can't be read (as an archive), or has it damaged.
             with contextlib.suppress(Unknown, Unsupported, Invalid):
                 return self.target.manifest(self.target_name, digest)
         return super().read_manifest(digest)
 
-    def measure(self, jobs: int = 4) -> Dict[Digest, int]:
+    def referrer_digests(self, digest: Digest) -> List[Digest]:
+        """From the source. If the target is nearer, and has the image and all that is about it,
+        what is about its children is read there: who signs a child signs the index as well, and
+        so a rerun costs one request instead of one for each child."""
+        if self.root_referrers is None:
+            self.root_referrers = super().referrer_digests(self.root)
+            self.is_known = self.is_nearer and self._is_known()
+        if digest == self.root:
+            return self.root_referrers
+        if self.is_known:
+            return self.target.referrer_digests(self.target_name, digest)
+        return super().referrer_digests(digest)
+
+    def _is_known(self) -> bool:
+        # The manifest of an image arrives after all that it leads to.
+        with contextlib.suppress(Unknown, Unsupported, Invalid):  # as in read_manifest()
+            self.target.manifest(self.target_name, self.root)
+            return set(self.root_referrers or ()).issubset(
+                self.target.referrer_digests(self.target_name, self.root))
+        return False
+
+    def measure(self) -> Dict[Digest, int]:
         """{digest: bytes that the target lacks} of the blobs that it has not got whole."""
         present_bytes = functools.partial(self.target.present_bytes, self.target_name)
-        blobs = self.blobs.values()
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            lacking = {blob.digest: blob.size - present
-                       for blob, present in zip(blobs, pool.map(present_bytes, blobs))
-                       if present < blob.size}
+        blobs = list(self.blobs.values())
+        lacking = {blob.digest: blob.size - present for blob, present
+                   in zip(blobs, self.traffic.pool.map(present_bytes, blobs))
+                   if present < blob.size}
         self.report.needed_blobs, self.report.needed_bytes = len(lacking), sum(lacking.values())
         return lacking
 
-    def run(self, jobs: int = 4) -> Report:
+    def run(self) -> Report:
         """Move what is planned. If a blob is missing or damaged in the source, the manifests that
         need it are left out, and so are their tags. Raises RegistryError, OSError."""
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(self._put_blob, self.blobs.values()))
+        blobs = list(self.blobs.values())
+        are_done = list(self.traffic.pool.map(self._put_in_turn, blobs))
+        for blob, is_done in zip(blobs, are_done):
+            if not is_done:
+                self._put_in_turn(blob, wait=True)
         lost = set(self.report.missing + self.report.damaged)
         self.report.complete = not lost
         for manifest in self.manifests.values():
@@ -6572,6 +6677,18 @@ class Copy(Plan):
             else:
                 self._put_manifest(manifest)
         return self.report
+
+    def _put_in_turn(self, blob: Descriptor, wait: bool = False) -> bool:
+        """Copy a blob, unless another image's copy is at it just now; if so, wait for that, or
+        return False. Then the target has it, and its bytes are not moved twice."""
+        turn = self.traffic.turns.setdefault(blob.digest, threading.Lock())
+        if not turn.acquire(wait):
+            return False
+        try:
+            self._put_blob(blob)
+        finally:
+            turn.release()
+        return True
 
     def _put_blob(self, blob: Descriptor) -> None:
         """Copy a blob, unless the target can mount it. One that is missing or damaged in the source
@@ -6640,9 +6757,11 @@ class Copy(Plan):
 def copy(source: Reader, target: Registry, name: str, reference: str,
          target_name: Optional[str] = None, jobs: int = 4, **choices: Any) -> Report:
     """Plan and run a Copy."""
-    work = Copy(source, target, name, reference, target_name, **choices)
-    work.plan()
-    return work.run(jobs)
+    traffic = Traffic(jobs)
+    with traffic.pool:
+        work = Copy(source, target, name, reference, target_name, traffic, **choices)
+        work.plan()
+        return work.run()
 
 # -------------------------------------------------------------------------------------------------
 # 13  Artifacts
@@ -11041,6 +11160,13 @@ def show(options: argparse.Namespace, report: Any, lines: Iterable[str]) -> None
         tell(line)
 
 
+def error_text(error: Exception) -> str:
+    """What an error says; an OSError says of which file."""
+    if not isinstance(error, OSError):
+        return str(error)
+    return ": ".join(filter(None, [error.filename, error.strerror or str(error)]))
+
+
 def flush_output() -> None:
     """Write what print() has kept in its buffer. Raises BrokenPipeError, CommandError.
 
@@ -11938,8 +12064,7 @@ class Progress:
     def __init__(self, options: argparse.Namespace) -> None:
         self.is_quiet = options.quiet or options.json
         self.is_moving = sys.stderr.isatty() and not self.is_quiet
-        self.total_bytes = 0  # of all images
-        self.done_bytes = 0   # of the images that are done
+        self.reports: List[Report] = []  # of all images that are copied
         self.next_time = 0.0  # of the monotonic clock; until then the line is not drawn again
         self.mutex = threading.Lock()  # every thread that copies a blob calls watch()
 
@@ -11960,12 +12085,12 @@ class Progress:
             if not self.is_moving or time.monotonic() < self.next_time:
                 return
             self.next_time = time.monotonic() + 0.1
-        done = min(report.copied_bytes + report.present_bytes, report.total_bytes)
-        share = done / report.total_bytes if report.total_bytes else 1.0
+        share = report.moved_bytes() / report.total_bytes if report.total_bytes else 1.0
         bar = ("#" * int(share * 20)).ljust(20, "-")
         tell_progress("%s [%s] %d %%, in total %s of %s" % (
-            report.image, bar, share * 100, in_units(self.done_bytes + done),
-            in_units(self.total_bytes)))
+            report.image, bar, share * 100,
+            in_units(sum(report.moved_bytes() for report in self.reports)),
+            in_units(sum(report.total_bytes for report in self.reports))))
 
 
 def summary(report: Report, is_planned: bool) -> str:
@@ -12012,24 +12137,32 @@ def leave_at_once(number: int, frame: Any) -> None:
     os._exit(130)
 
 
-def plan_copy(options: argparse.Namespace, report: Report, source: Reader, target: Registry,
-              name: str, reference: str, target_name: Optional[str] = None) -> Copy:
-    """A Copy, planned. Says so if the source has another digest for the tag of TAG@DIGEST. Raises
-    RegistryError."""
-    copy = Copy(source, target, name, reference, target_name, platforms=options.platform,
-                referrers=not options.no_referrers, report=report, strip=options.strip)
+def prepare_copy(options: argparse.Namespace, image: str, *places: Any,
+                 watch: Callable[[Report], None] = do_nothing) -> Copy:
+    """A Copy with the options of a command. Messages call it `image`; `places` are those that Copy
+    takes."""
+    return Copy(*places, platforms=options.platform, referrers=not options.no_referrers,
+                report=Report(image, watch), strip=options.strip)
+
+
+def plan_checked(options: argparse.Namespace, copy: Copy) -> None:
+    """Plan a copy, and check the signatures that a command wants. Raises RegistryError."""
     copy.plan()
     if getattr(options, "signed_by", None):  # pull and load have it
         # The root is a digest, and from here on no tag is looked up: what is checked is copied.
-        Signed(source, sum(options.signed_by, [])).check(name, reference, copy.root)
+        Signed(copy.source, sum(options.signed_by, [])).check(copy.name, copy.reference, copy.root)
+
+
+def complain_of_moves(report: Report) -> None:
+    """Say so if the source has another digest for the tag of TAG@DIGEST."""
     for tag, digest in report.moved.items():
         complain("tinyreg: %s: the tag %s has moved to %s; the digest was taken, and gets the tag "
                  "here" % (report.image, tag, digest))
-    return copy
 
 
 class Transfer:
-    """Copies several images to one target, after it has planned all of them.
+    """Copies several images to one target, after it has planned all of them. Several are planned
+    at once and copied at once; what is said about them comes in the order in which they were added.
 
     An image that fails does not stop the others. Once there is a Transfer, Ctrl-C ends the program
     at once."""
@@ -12038,9 +12171,13 @@ class Transfer:
         self.options = options
         self.target = target
         self.progress = progress
+        self.traffic = Traffic(options.jobs)
         self.copies: List[Copy] = []
         self.failures: List[Dict[str, str]] = []
+        self.told: List[str] = []  # those of the failures that are told again at the end
         self.needed: Dict[Digest, int] = {}  # how many bytes of each blob the target lacks
+        self.free_memory = MAX_PLANS  # bytes; a plan for which there is none is made again
+        self.mutex = threading.Lock()  # of the free memory
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, leave_at_once)
 
@@ -12049,45 +12186,79 @@ class Transfer:
         self.failures.append({"image": image, "error": str(reason)})
         self.progress.clear()
         if not quietly:
-            complain("tinyreg: %s: %s" % (image, reason))
+            self.told.append("%s: %s" % (image, reason))
+            complain("tinyreg: " + self.told[-1])
 
-    def plan(self, image: str, source: Reader, name: str, reference: str,
-             target_name: str) -> Report:
-        """Plan the copy of one image. Messages call it `image`."""
-        report = Report(image, self.progress.watch)
-        try:
-            copy = plan_copy(self.options, report, source, self.target, name, reference,
-                             target_name)
-            self.needed.update(copy.measure(self.options.jobs))
-            self.copies.append(copy)
-        except RegistryError as error:  # whatever it is, the next image may fare better
-            self.fail(image, error)
-        return report
+    def add(self, image: str, source: Reader, name: str, reference: str,
+            target_name: str) -> Report:
+        """Name one image that is to be copied. Messages call it `image`."""
+        self.copies.append(prepare_copy(self.options, image, source, self.target, name, reference,
+                                        target_name, self.traffic, watch=self.progress.watch))
+        return self.copies[-1].report
 
     def run(self) -> int:
-        """Copy what is planned, unless it is a dry run, and report. Returns the exit status.
-        Raises CommandError if the target has no room."""
-        needed, free = sum(self.needed.values()), self.target.free_space()
-        if free is not None and needed > free and not self.options.dry_run:
-            raise CommandError("%s are needed, and %s are free; make room, or copy less "
-                               "(--platform, --no-referrers)" % (in_units(needed), in_units(free)))
-        self.progress.total_bytes = sum(copy.report.total_bytes for copy in self.copies)
-        for copy in self.copies:
-            self._run_copy(copy)
-            self.progress.done_bytes += copy.report.total_bytes
-        reports = [copy.report.as_json() for copy in self.copies]
-        show(self.options, {"images": reports, "failed": self.failures, "needed_bytes": needed},
+        """Copy what was added, unless it is a dry run, and report. Returns the exit status. Raises
+        CommandError if the target has no room."""
+        count = len(self.copies) + len(self.failures)
+        with self.traffic.pool, concurrent.futures.ThreadPoolExecutor(self.options.jobs) as pool:
+            planned = []
+            for copy in self._iter_done(pool, self._plan):
+                planned.append(copy)
+                complain_of_moves(copy.report)
+            self.copies = planned
+            self.progress.reports = reports = [copy.report for copy in planned]
+            needed, free = sum(self.needed.values()), self.target.free_space()
+            if free is not None and needed > free and not self.options.dry_run:
+                raise CommandError("%s are needed, and %s are free; make room, or copy less "
+                                   "(--platform, --no-referrers)"
+                                   % (in_units(needed), in_units(free)))
+            for copy in self._iter_done(pool, self._copy):
+                self._tell(copy)
+        show(self.options, {"images": [report.as_json() for report in reports],
+                            "failed": self.failures, "needed_bytes": needed},
              self._iter_lines(needed, free))
+        if self.told and count > 1 and not self.options.json:
+            for line in ["tinyreg: %d of %d images failed:" % (len(self.told), count)] + self.told:
+                complain(line)
         return 1 if self.failures else 0
 
-    def _run_copy(self, copy: Copy) -> None:
+    def _iter_done(self, pool: concurrent.futures.ThreadPoolExecutor,
+                   action: Callable[[Copy], None]) -> Iterator[Copy]:
+        """Yield the copies for which the action succeeds, and note why others fail."""
+        def attempt(copy: Copy) -> Optional[str]:
+            try:
+                action(copy)
+            except (RegistryError, OSError) as error:  # the next image may fare better
+                return error_text(error)
+            return None
+
+        for copy, reason in zip(self.copies, pool.map(attempt, self.copies)):
+            if reason is None:
+                yield copy
+            else:
+                self.fail(copy.report.image, reason)
+
+    def _plan(self, copy: Copy) -> None:
+        plan_checked(self.options, copy)
+        self.needed.update(copy.measure())
+        with self.mutex:
+            memory = MAX_MANIFESTS - copy.free_memory
+            is_kept = memory <= self.free_memory and not self.options.dry_run
+            self.free_memory -= memory if is_kept else 0
+        if not is_kept:
+            copy.clear()
+
+    def _copy(self, copy: Copy) -> None:
+        if not self.options.dry_run:
+            if not copy.manifests:
+                plan_checked(self.options, copy)
+            copy.run()
+            copy.clear()
+            copy.report.arrived = timestamp() if copy.report.complete else None
+
+    def _tell(self, copy: Copy) -> None:
+        """Say what became of an image."""
         options, report = self.options, copy.report
-        try:
-            if not options.dry_run:
-                copy.run(options.jobs)
-                report.arrived = timestamp() if report.complete else None
-        except RegistryError as error:  # whatever it is, the next image may fare better
-            return self.fail(report.image, error)
         self.progress.clear()
         lacking = what_is_lacking(report)
         if lacking:
@@ -12115,11 +12286,12 @@ def named_images(options: argparse.Namespace) -> List[Choice]:
     return choices
 
 
-def open_remote(options: argparse.Namespace, host: str, say: Callable[[str], Any]) -> Remote:
+def open_remote(options: argparse.Namespace, host: str, say: Callable[[str], Any],
+                keeps_lists: bool = False) -> Remote:
     """The registry at a host, with CONNECTION_OPTIONS. Raises CommandError for a wrong --ca."""
     try:
         return Remote(host, options.ca, options.insecure, options.plain_http, options.retries,
-                      say=say)
+                      say=say, keeps_lists=keeps_lists)
     except OSError as error:
         raise CommandError("can't use %s as the CA: %s"
                            % (options.ca, error.strerror or error))
@@ -12130,12 +12302,12 @@ def pull(options: argparse.Namespace) -> int:
     options.strip = False  # the store takes an index without its children
     store, progress = open_store(options, create=True), Progress(options)
     images = [parse_image(choice.image) for choice in named_images(options)]
-    remotes = {host: open_remote(options, host, progress.say)
+    remotes = {host: open_remote(options, host, progress.say, keeps_lists=True)
                for host in {image.host for image in images}}
     transfer = Transfer(options, store, progress)
     for image in images:
         text = "%s/%s" % (image.host, image_text(image.path, image.reference))
-        transfer.plan(text, remotes[image.host], image.path, image.reference, image.stored_name)
+        transfer.add(text, remotes[image.host], image.path, image.reference, image.stored_name)
     return transfer.run()
 
 
@@ -12171,7 +12343,7 @@ def push(options: argparse.Namespace) -> int:
         except (Unknown, Invalid) as error:
             transfer.fail(text, error)
         else:
-            transfer.plan(text, store, name, reference, destination.name_for(name))
+            transfer.add(text, store, name, reference, destination.name_for(name))
     return transfer.run()
 
 
@@ -12444,10 +12616,12 @@ def add_to_archive(options: argparse.Namespace, store: Directory, writer: Archiv
                    text: str) -> Report:
     """Copy one image of the store into what becomes an archive. Raises CommandError: an archive
     that lacks an image would only be noticed on the far side."""
-    report = Report(text)
     try:
         name, reference = find_image(store, text)
-        plan_copy(options, report, store, writer, name, reference).run()
+        copy = prepare_copy(options, text, store, writer, name, reference)
+        copy.plan()
+        complain_of_moves(copy.report)
+        report = copy.run()
     except RegistryError as error:  # whatever it is, the message names the image
         raise CommandError("%s: %s" % (text, error))
     if report.missing:
@@ -12551,7 +12725,7 @@ def load(options: argparse.Namespace) -> int:
     present = set(archive.digests())
     transfer, reports = Transfer(options, target, progress), []
     for name, reference, digest in archive.images():
-        report = transfer.plan(image_text(name, reference), archive, name, reference,
+        report = transfer.add(image_text(name, reference), archive, name, reference,
                                destination.name_for(name))
         report.missing += {digest} - present
         reports.append(report)
@@ -13150,15 +13324,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return options.function(options)
         finally:
             flush_output()
-    except (CommandError, RegistryError) as error:  # it says what to do
-        message = str(error)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
         return 1
-    except OSError as error:
-        message = ": ".join(filter(None, [error.filename, error.strerror or str(error)]))
-    complain("tinyreg: " + message)
+    except (CommandError, RegistryError, OSError) as error:  # it says what to do
+        complain("tinyreg: " + error_text(error))
     return 1
 
 

@@ -17,7 +17,7 @@ from time import monotonic, sleep  # tests replace time's
 
 import pytest
 
-pytest_plugins = ["engines"]  # real clients, and what they need
+pytest_plugins = ["engines", "registries"]  # real clients, and what they need; other registries
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINYREG = os.path.join(os.path.dirname(HERE), "tinyreg.py")

@@ -1,0 +1,176 @@
+"""What a mirror's operator needs of pull, push, load and save: many images at once, and reruns that cost little."""
+
+import json
+import threading
+
+import pytest
+
+import tinyreg
+from conftest import PATIENCE, run_tinyreg
+from registries import needs_distribution
+from samples import make_image, make_referrer
+from test_copy import make_multi
+from tinyreg import Directory, Remote, copy, fallback_tag
+
+
+@pytest.fixture
+def there(server, no_fsync):
+    """The store of a registry that images are pulled from."""
+    return Directory(server.root)
+
+
+def pull(tmp_path, *words, status=0):
+    """Run pull into a store of the test; returns its CompletedProcess."""
+    done = run_tinyreg("pull", "--root", tmp_path / "back", *words)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def referrers(done):
+    """{image: how many referrers went along} of what pull --json says."""
+    return {entry["image"].partition("/")[2]: len(entry["referrers"]) for entry in json.loads(done.stdout)["images"]}
+
+
+def sign(store, name, subject, tag=None):
+    """As cosign does, with a tag made of the subject's digest; or as a referrer."""
+    if not tag:
+        return make_referrer(store, name, subject, artifactType="application/vnd.dev.sigstore.bundle")
+    return make_image(store, name, fallback_tag(subject.digest) + tag, layers=(subject.digest.encode(),))
+
+
+def test_a_rerun_costs_three_requests_an_image_and_sees_what_was_signed_meanwhile(there, server, start_proxy, tmp_path):
+    """An index has many children, and each may have signatures: the index's own list tells of news."""
+    tops = [make_multi(there, "many", str(number), ("amd64-%d" % number, "arm64-%d" % number)) for number in range(3)]
+    for name in "one", "two":
+        sign(there, name, make_image(there, name, "1", layers=(name.encode(),)))
+    proxy = start_proxy(server.host)
+    images = ["%s/many:%d" % (proxy.host, number) for number in range(3)]
+    images += [proxy.host + "/one:1", proxy.host + "/two:1"]
+    pull(tmp_path, *images)
+    proxy.seen.clear()
+    assert "copied 0 B in 0 blobs" in pull(tmp_path, *images).stdout
+    assert len(proxy.seen) == 2 * len(images) + len({"many", "one", "two"})
+    # Both kinds of signatures, of an index and of its child; and one of an image that had one.
+    top, children = tops[1]
+    for subject in top, children[0]:
+        sign(there, "many", subject)
+    sign(there, "many", tops[2][1][0], ".sig")
+    sign(there, "two", make_image(there, "two", "1", layers=(b"two",)))
+    make_referrer(there, "two", there.manifest("two", there.resolve("two", "1")), artifactType="text/another")
+    assert referrers(pull(tmp_path, "--json", *images)) == {
+        "many:0": 0, "many:1": 2, "many:2": 1, "one:1": 1, "two:1": 2}
+    assert Directory(str(tmp_path / "back")).resolve(
+        proxy.host.replace(":", "_") + "/many", fallback_tag(tops[2][1][0].digest) + ".sig")
+
+
+@needs_distribution
+def test_a_rerun_costs_no_more_at_a_registry_that_has_no_referrers_api(store, distribution, start_proxy, tmp_path):
+    make_multi(store, "many", "1")
+    signed = make_image(store, "one", "1")
+    make_referrer(store, "one", signed, artifactType="text/plain")
+    copy(store, Remote(distribution), "many", "1")
+    copy(store, Remote(distribution), "one", "1")
+    proxy = start_proxy(distribution)
+    images = [proxy.host + "/many:1", proxy.host + "/one:1"]
+    assert referrers(pull(tmp_path, "--json", *images)) == {"many:1": 0, "one:1": 1}
+    proxy.seen.clear()
+    assert referrers(pull(tmp_path, "--json", *images[:1])) == {"many:1": 0}
+    assert [method for method, _, _ in proxy.seen] == ["HEAD", "GET", "GET"]
+    make_referrer(store, "many", store.manifest("many", store.resolve("many", "1")), artifactType="text/plain")
+    copy(store, Remote(distribution), "many", "1")
+    assert referrers(pull(tmp_path, "--json", *images)) == {"many:1": 1, "one:1": 1}
+
+
+@pytest.mark.parametrize("listing", [
+    lambda path: (404, {}, {}),
+    lambda path: (200, {"Link": '<%s1>; rel="next"' % path}, {"tags": ["1"]})])
+def test_where_the_list_of_tags_is_missing_or_long_each_tag_is_asked_for(there, server, start_proxy, tmp_path, listing):
+    sign(there, "app", make_image(there, "app", "1"), ".sig")
+
+    def spoil(handler):
+        if "/tags/list" in handler.path:
+            status, headers, document = listing(handler.path)
+            return handler.answer(status, headers, json.dumps(document).encode())
+
+    proxy = start_proxy(server.host, spoil)
+    assert referrers(pull(tmp_path, "--json", proxy.host + "/app:1")) == {"app:1": 1}
+    assert len(proxy.asked("GET", "/tags/list")) <= tinyreg.MAX_TAG_PAGES
+
+
+def test_images_are_planned_and_copied_at_once_and_told_of_in_their_order(there, server, start_proxy, tmp_path):
+    """The first image's answers come only after the second one's."""
+    waits = {part: threading.Event() for part in ("/manifests/", "/blobs/")}
+
+    def spoil(handler):
+        for part, event in waits.items():
+            if part in handler.path and "/second/" in handler.path:
+                event.set()
+            elif part in handler.path and "/first/" in handler.path:
+                assert event.wait(PATIENCE)
+
+    for name in "first", "second":
+        make_image(there, name, "1", layers=(name.encode(),), config=b'{"os":"%s"}' % name.encode())
+    host = start_proxy(server.host, spoil).host
+    done = pull(tmp_path, host + "/first:1", host + "/gone:1", host + "/second:1", "--jobs", "4", status=1)
+    assert [line.partition(":1: ")[0] for line in done.stdout.splitlines()[:2]] == [host + "/first", host + "/second"]
+    reason = "%s/gone:1: %s has no gone:1; check its name and tag" % (host, host)
+    assert done.stderr.splitlines() == ["tinyreg: " + reason, "tinyreg: 1 of 3 images failed:", reason]
+
+
+def test_a_layer_that_images_share_is_fetched_once_whoever_is_first(there, server, start_proxy, tmp_path):
+    """The first fetch of it fails for good; an image that waits for it takes it over."""
+    names = ["app%d" % number for number in range(4)]
+    for name in names:
+        shared = make_image(there, name, "1", layers=(b"shared", name.encode())).blobs[1].digest
+    failed = []
+
+    def spoil(handler):
+        if shared in handler.path and not failed:
+            failed.append(handler.path)
+            return handler.answer(403)
+
+    proxy = start_proxy(server.host, spoil)
+    done = pull(tmp_path, "--jobs", "4", *[proxy.host + "/" + name + ":1" for name in names], status=1)
+    assert done.stdout.count(": sha256:") == 3 and "1 of 4 images failed" in done.stderr
+    assert len(proxy.asked("GET", shared)) == 2
+
+
+def test_connections_are_used_again_also_after_a_blob(there, server, start_proxy, tmp_path):
+    make_image(there, "app", "1", layers=[b"layer %d" % number for number in range(5)])
+    connections = set()
+    proxy = start_proxy(server.host, lambda handler: connections.add(handler.client_address))
+    pull(tmp_path, proxy.host + "/app:1", "--jobs", "1")
+    assert len(proxy.asked("GET", "/blobs/")) == 6 and len(connections) == 1
+
+
+def test_plans_that_memory_has_no_room_for_are_made_again(there, server, tmp_path, monkeypatch, capsys):
+    """Of a list of a thousand images not all manifests are held at once."""
+    images = ["%s/app%d:1" % (server.host, number) for number in range(3)]
+    for number, image in enumerate(images):
+        sign(there, "app%d" % number, make_image(there, "app%d" % number, "1", layers=(image.encode(),)))
+    sizes = []
+    monkeypatch.setattr(tinyreg, "MAX_PLANS", 3000)  # of two manifests, with what they cost
+    monkeypatch.setattr(tinyreg.Transfer, "_copy", lambda transfer, copy, inner=tinyreg.Transfer._copy: (
+        sizes.append(sum(len(work.manifests) for work in transfer.copies)), inner(transfer, copy)))
+    assert tinyreg.main(["pull", "--root", str(tmp_path / "back"), "--jobs", "1", "--json"] + images) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [len(entry["referrers"]) for entry in report["images"]] == [1, 1, 1]
+    assert [entry["complete"] for entry in report["images"]] == [True] * 3
+    assert max(sizes) == 2
+
+
+def test_few_pulls_that_are_left_are_told_of_once(there, server, start_proxy, tmp_path):
+    """As Docker Hub says it."""
+    make_image(there, "app", "1")
+    left = ["12", "10", "9", "8"]
+
+    def spoil(handler):
+        if handler.command == "HEAD" and "/manifests/" in handler.path:
+            headers = {"ratelimit-limit": "100;w=21600", "ratelimit-remaining": left.pop(0) + ";w=21600",
+                       "Docker-Content-Digest": there.resolve("app", "1")}
+            return handler.answer(200, headers)
+
+    host = start_proxy(server.host, spoil).host
+    assert pull(tmp_path, host + "/app:1").stderr == ""
+    done = pull(tmp_path, host + "/app:1@" + there.resolve("app", "1"), host + "/app:1")
+    assert done.stderr.splitlines() == ["%s lets us pull 10 more manifests, of 100 in 6 h" % host]
