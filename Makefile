@@ -36,47 +36,10 @@ lint: .venv/lint
 	.venv/bin/python -m pip install --quiet ruff==0.17.6 mypy==2.4.1 vermin==1.9.2
 	touch $@
 
-# For systemd: tinyreg with a user of its own, its store in /var/lib/tinyreg, its options (TINYREG_LISTEN=:5000 and so
-# on) in /etc/default/tinyreg, and nothing of the host that it does not need.
-define UNIT
-[Unit]
-Description=tinyreg, a container registry
-After=network.target
-RequiresMountsFor=/var/lib/tinyreg
-
-[Service]
-Type=notify
-NotifyAccess=all
-EnvironmentFile=-/etc/default/tinyreg
-Environment=TINYREG_ROOT=/var/lib/tinyreg
-ExecStart=$(PREFIX)/bin/tinyreg serve
-ExecReload=/bin/kill -HUP $$MAINPID
-WatchdogSec=60
-Restart=on-failure
-KillMode=mixed
-TimeoutStopSec=60
-LimitNOFILE=65536
-DynamicUser=yes
-StateDirectory=tinyreg
-NoNewPrivileges=yes
-ProtectSystem=strict
-ProtectHome=yes
-PrivateTmp=yes
-PrivateDevices=yes
-ProtectKernelTunables=yes
-ProtectControlGroups=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-RestrictNamespaces=yes
-
-[Install]
-WantedBy=multi-user.target
-endef
-export UNIT
-
 install:
 	install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(PREFIX)/lib/systemd/system"
 	install -m 755 tinyreg.py "$(DESTDIR)$(PREFIX)/bin/tinyreg"
-	printf '%s\n' "$$UNIT" > "$(DESTDIR)$(PREFIX)/lib/systemd/system/tinyreg.service"
+	$(PYTHON) tinyreg.py help systemd | sed 's|/usr/local/|$(PREFIX)/|' > "$(DESTDIR)$(PREFIX)/lib/systemd/system/tinyreg.service"
 
 clean:
 	rm -rf .venv .pytest_cache .hypothesis __pycache__ tests/__pycache__

@@ -22,6 +22,7 @@ It needs Python 3.6 or newer and nothing else, and runs on Linux, macOS and the 
     python3 tinyreg.py rm NAME:TAG              delete a tag
     python3 tinyreg.py gc                       delete what nothing refers to
     python3 tinyreg.py verify                   read everything again, and name what is damaged
+    python3 tinyreg.py help                     print what is needed at night, or for a lesson
 
 The storage directory, ROOT, has the layout of CNCF Distribution: registry:2 and registry:3 can open
 it. Beside that tree there is one folder of our own. Without it every image is still there, but gc
@@ -11952,8 +11953,12 @@ def replace_user(file: str, user: str, hashed: Optional[bytes]) -> None:
 
 
 def passwd(options: argparse.Namespace) -> int:
-    """Set a user's password, or remove the user."""
-    check_user(options.user)
+    """Set a user's password, or remove the user; or list the users."""
+    if options.list:
+        for user in sorted(parse_users(read_settings(options.users))):
+            tell(user)
+        return 0
+    check_user(options.user or "")
     if options.delete:
         replace_user(options.users, options.user, None)
     else:
@@ -11968,7 +11973,7 @@ def passwd(options: argparse.Namespace) -> int:
 def clients_ca(options: argparse.Namespace) -> str:
     """The CA's certificate as clients want it, and nothing else that is in its file. Raises
     CommandError."""
-    path = options.ca or os.path.join(tls_folder(options.root), "ca.crt")
+    path = options.server_ca or os.path.join(tls_folder(options.root), "ca.crt")
     certificates = re.findall(
         "-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\\s]+-----END CERTIFICATE-----\n?",
         (read_file(path) or b"").decode("ascii", "replace"))
@@ -11976,7 +11981,7 @@ def clients_ca(options: argparse.Namespace) -> str:
         raise CommandError(
             "there is no CA certificate in %s: `clients` belongs onto the server, and what it "
             "prints onto the clients; there, start tinyreg.py serve --tls first, or say "
-            "--root DIR, or --ca FILE, or --plain-http if the registry has no TLS" % path)
+            "--root DIR, or --server-ca FILE, or --plain-http if the registry has no TLS" % path)
     return "".join(certificates)
 
 
@@ -12532,20 +12537,23 @@ def report_verification(options: argparse.Namespace, check: Verification) -> Non
     for finding, images in findings:
         lines.append("%s: %s (%s)" % finding)
         lines += ["    harms " + image for image in sorted(images)]
-    lines += ["put aside: " + path for path in check.moved]
+    moved, would = check.moved, ""
+    if options.dry_run and options.repair:
+        would = "would be "
+        moved = [finding.path for finding, _ in findings if finding.problem != "missing blob"]
+    lines += ["%sput aside: %s" % (would, path) for path in moved]
     lines += ["not signed by a key of --signed-by: " + image for image in check.unsigned]
     if not options.quiet:
         if check.leftovers:
             lines.append("%s to blobs that are gone and that no image needs: %s" % (
                 counted(len(check.leftovers), "link"),
-                "removed" if options.repair else "no harm; --repair removes that"))
+                would + "removed" if options.repair else "no harm; --repair removes that"))
         lines.append("%s, %s: %s" % (counted(check.blobs, "blob"), in_units(check.bytes),
                                      verdict_on(check)))
     damage = [{"what": finding.problem, "name": finding.name, "path": finding.path,
                "harms": sorted(images)} for finding, images in findings]
     show(options, {"blobs": check.blobs, "size": check.bytes, "damage": damage,
-                   "left_out": len(check.left_out), "moved": check.moved,
-                   "unsigned": check.unsigned,
+                   "left_out": len(check.left_out), "moved": moved, "unsigned": check.unsigned,
                    "leftovers": len(check.leftovers)}, lines)
 
 
@@ -12580,7 +12588,8 @@ def verify(options: argparse.Namespace) -> int:
         check = ArchiveVerification(options.archives, progress)
     else:
         store = open_store(options)
-        check = StoreVerification(store, progress, options.rate, options.repair)
+        check = StoreVerification(store, progress, options.rate,
+                                  options.repair and not options.dry_run)
     check.run()
     if options.signed_by:
         registry = Archive(options.archives, partly=True) if options.archives else store
@@ -13026,6 +13035,208 @@ REMOTE_NOTES = ("\nLogins are those of tinyreg.py login, docker login and podman
                 "HTTPS_PROXY, HTTP_PROXY and\nNO_PROXY in the environment are honoured.")
 
 
+# What help prints, for whoever has this file and nothing else. The example lines of lesson are run
+# by a test, those of the others are for people to change.
+TOPICS = {
+    "gc": """\
+A tag points to a manifest, and that to blobs. Deleting a tag leaves the manifest, and deleting a
+manifest leaves its blobs, which another image may need. gc deletes what nothing refers to.
+
+    tinyreg.py gc --dry-run             what would go, and what has to wait until when
+    tinyreg.py gc                       blobs that no manifest needs
+    tinyreg.py gc --untagged            and manifests that no tag leads to
+    tinyreg.py gc --keep 10 --older-than 90d --repositories 'team/**' --dry-run     old tags
+
+It runs beside servers. What a client pushed or asked for within the last hour stays, because a
+push may be under way; while nobody pushes, --grace 0 does not wait. By itself: serve --gc-every 24h
+""",
+    "disk-full": """\
+Pushes are refused with 507, pulls go on, and nothing that was pushed is lost. rm and gc need no
+free space. (507 with "over the quota" is not the disk: serve --quota says so.)
+
+    df -h registry; df -i registry      is it full, or has it no inodes left?
+    tinyreg.py gc --dry-run             what would go, and what has to wait
+    tinyreg.py gc --untagged --grace 0  while nobody pushes
+    tinyreg.py rm NAME:TAG              what is not needed any more; then gc again
+
+http://HOST:5000/disk shows the largest repositories. Delete nothing in registry/ by hand. Else move
+it: stop the server, cp -a registry /larger/registry, and serve --root /larger/registry
+Against the next time: serve --gc-every 24h --min-free 10G --quota 'team/*=20G'
+""",
+    "clients": """\
+On the server, this prints a script for the client, to be run there as root. CLIENT is docker,
+containerd, podman, k3s, or system for all that trust what the system trusts (docker build, crane,
+helm, oras, cosign). Without TLS add --plain-http; http://HOST:5000/use has the scripts, too.
+
+    tinyreg.py clients CLIENT --host HOST:5000
+
+What clients say, and what to do:
+  server gave HTTP response to HTTPS client   no TLS here: run that script with --plain-http
+  certificate signed by unknown authority     run that script; for docker build: CLIENT is system
+  certificate is not valid for, or valid for  serve --tls-name NAME, and start it again
+  expired or not yet valid                    a clock is wrong: sudo date -s '2026-11-24 14:00'
+  no basic auth credentials, unauthorized     docker login HOST:5000
+  denied                                      the message says which option or rule allows it
+  connection refused                          serve --listen :5000; else only this machine connects
+  no route to host, i/o timeout               the firewall: sudo firewall-cmd --add-port=5000/tcp
+                                              or sudo ufw allow 5000/tcp
+
+Plain HTTP, if asked each time: podman, buildah --tls-verify=false; skopeo --src-tls-verify=false or
+--dest-tls-verify=false; crane --insecure; oras, helm --plain-http; cosign --allow-http-registry
+""",
+    "tls": """\
+    tinyreg.py serve --listen :5000 --tls --tls-name registry.lab --users users
+    tinyreg.py clients docker --host registry.lab:5000      then run what it prints on the clients
+
+serve --tls makes a CA, and a certificate for all names of this machine, which it renews. They lie
+in registry/tinyreg/tls. Keep ca.key to yourself, and the folder when you delete the store: with a
+new CA all clients have to be set up again.
+
+    openssl x509 -in registry/tinyreg/tls/server.pem -noout -dates -ext subjectAltName
+    curl --cacert registry/tinyreg/tls/ca.crt https://registry.lab:5000/v2/
+
+A client whose clock is wrong says that the certificate has expired or is not yet valid.
+With a certificate of your own: serve --tls-cert FILE --tls-key FILE; it is read again when it
+changes.
+""",
+    "mirror": """\
+Clients ask here first for images of other registries, under their own names. Images keep their
+origin: tinyreg.py pull alpine stores docker.io/library/alpine.
+
+    tinyreg.py clients containerd --host HOST:5000 --mirror     or podman, k3s, docker
+    curl 'http://HOST:5000/v2/library/alpine/tags/list?ns=docker.io'      what such a client gets
+
+docker before 29 knows mirrors of docker.io only. docker and containerd send no login: let all pull
+(--anonymous pull), or clients --mirror --user NAME. Is it asked at all? serve --log explain
+
+    tinyreg.py serve --listen :5000 --upstream docker.io=https://registry-1.docker.io
+
+fetches what is missing, where there is a network. Away upstreams are no harm to what is here.
+""",
+    "parts": """\
+    tinyreg.py save -f images.txt -o images.tar --split 3900M     writes images-1of3.tar and so on
+    tinyreg.py verify images-*of3.tar     names what is damaged: copy that part again
+    tinyreg.py load images-1of3.tar       each by itself, in any order; says which are still to come
+    tinyreg.py ls images-*of3.tar         complete, or what is lacking
+
+Until the last part load exits with 1 and sets no tag; what came is kept in registry/tinyreg/ranges.
+With --to, and for serve, name all parts at once. docker load and podman load can't join them.
+A part is lost: write it again by the same save from the same store; same images, same bytes.
+""",
+    "systemd": """\
+# tinyreg as a service: a user of its own, its store in /var/lib/tinyreg, and nothing of the host
+# that it does not need. Options go into /etc/default/tinyreg, such as TINYREG_LISTEN=:5000
+#   install -m 755 tinyreg.py /usr/local/bin/tinyreg
+#   tinyreg help systemd > /etc/systemd/system/tinyreg.service
+#   systemctl enable --now tinyreg; journalctl -u tinyreg
+[Unit]
+Description=tinyreg, a container registry
+After=network.target
+RequiresMountsFor=/var/lib/tinyreg
+
+[Service]
+Type=notify
+NotifyAccess=all
+EnvironmentFile=-/etc/default/tinyreg
+Environment=TINYREG_ROOT=/var/lib/tinyreg
+ExecStart=/usr/local/bin/tinyreg serve
+ExecReload=/bin/kill -HUP $MAINPID
+WatchdogSec=60
+Restart=on-failure
+KillMode=mixed
+TimeoutStopSec=60
+LimitNOFILE=65536
+DynamicUser=yes
+StateDirectory=tinyreg
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+
+[Install]
+WantedBy=multi-user.target
+""",
+    "lesson": """\
+A registry in ten steps, without a network. It takes docker, curl, this file in an empty folder, and
+two terminals. In the first one:        python3 tinyreg.py serve --log explain
+Open http://localhost:5000/live in a browser. The lines below are for the second terminal. In quotes
+is what /live shows for them; the first terminal says the same.
+
+1. Push an image. Its only layer has one file.
+    echo hello > hello.txt
+    tar -c hello.txt | docker import - localhost:5000/lesson:1
+    docker push localhost:5000/lesson:1
+   "has lesson the blob", "no, so the client sends it", "here are bytes of a blob", and the manifest
+   at the end: "here is the manifest of lesson:1"
+2. Push it again: "already there". Every blob is named by the digest of its bytes.
+    docker push localhost:5000/lesson:1
+   "yes, so it need not be sent"
+3. Pull by digest. No one can move that to another image.
+    url=http://localhost:5000/v2/lesson
+    d=$(curl -sI $url/manifests/1 | grep -o 'sha256:[0-9a-f]*' | head -n 1)
+    docker image rm localhost:5000/lesson:1
+    docker pull localhost:5000/lesson@$d
+   "the manifest lesson@sha256:", "here it is"
+4. Look at the manifest: a config, and layers, each with its digest and size.
+    curl $url/manifests/1
+    curl $url/tags/list
+   "the manifest lesson:1, please", "which tags has lesson?"
+5. Move a tag: the same name for another image.
+    echo bye > hello.txt
+    tar -c hello.txt | docker import - localhost:5000/lesson:1
+    docker push localhost:5000/lesson:1
+    python3 tinyreg.py ls --history lesson:1
+   "from now on let it be pulled"
+6. Undo. That is done in the store: /live shows only the pull.
+    python3 tinyreg.py tag --undo lesson:1
+    docker pull localhost:5000/lesson:1
+   "which manifest is lesson:1 at the moment?", and then the digest of step 3
+7. Delete the tag. What it pointed to is still there, by its digest.
+    python3 tinyreg.py rm lesson:1
+    docker pull localhost:5000/lesson:1      # fails
+    docker pull localhost:5000/lesson@$d
+   "that is not here"
+8. Collect garbage: now what no tag leads to goes, and its bytes come back.
+    python3 tinyreg.py gc --untagged --grace 0
+    curl $url/manifests/$d
+   "that is not here"
+9. Pull one platform of two. The tag points to an index, and that to an image for each.
+    r=localhost:5000/lesson
+    tar -c hello.txt | docker import - $r:amd64
+    tar -c hello.txt | docker import - $r:arm64
+    docker push $r:amd64
+    docker push $r:arm64
+    docker manifest create --insecure $r:2 $r:amd64 $r:arm64
+    docker manifest annotate --arch amd64 $r:2 $r:amd64
+    docker manifest annotate --arch arm64 $r:2 $r:arm64
+    docker manifest push --insecure $r:2
+    docker pull --platform linux/arm64 $r:2
+   "here is the manifest of lesson:2"; then the index is pulled, and one of its two images
+10. Break a blob, and mend it: damage is named, put aside, and pushed again.
+    b=$(curl -s $url/manifests/arm64 | grep -o 'sha256:[0-9a-f]*' | tail -n 1 | cut -c 8-)
+    echo broken | tee registry/docker/registry/v2/blobs/sha256/*/$b/data
+    python3 tinyreg.py verify --repair       # fails, and names what is harmed
+    docker push $r:arm64
+    python3 tinyreg.py verify
+   "no, so the client sends it": only the layer that was broken
+""",
+}
+
+
+def print_help(options: argparse.Namespace) -> int:
+    """Print what there is on a topic, or which topics there are."""
+    text = TOPICS.get(options.topic) or (
+        "topics: %s\nfor one: tinyreg.py help TOPIC" % ", ".join(TOPICS))
+    for line in text.splitlines():
+        tell(line)
+    return 0
+
+
 class Command(NamedTuple):
     """A subcommand, and what its --help says."""
 
@@ -13198,14 +13409,18 @@ COMMANDS = [
          value("--rate", "SIZE", "read so much a second; 0 is no limit", parse_size, "0"),
          SIGNED_BY,
          flag("--repair", "move what is damaged into ROOT/tinyreg/damaged, so that pushing the "
-              "image again mends it")]),
+              "image again mends it"),
+         flag("--dry-run", "with --repair: only list what would be moved")]),
     Command(
         "passwd", passwd, "Set the password of a user of a registry that has --users.",
         "  tinyreg.py passwd alice --users /etc/tinyreg/users\n"
         "  tinyreg.py passwd ci --users /etc/tinyreg/users --stdin < ci-password\n"
-        "  tinyreg.py passwd alice --users /etc/tinyreg/users --delete\n",
-        [value("user", "USER", "letters, digits and most else, but no colon and no space"),
+        "  tinyreg.py passwd alice --users /etc/tinyreg/users --delete\n"
+        "  tinyreg.py passwd --list --users /etc/tinyreg/users\n",
+        [value("user", "USER", "letters, digits and most else, but no colon and no space",
+               nargs="?"),
          value("--users", "FILE", "the htpasswd file; made if it is not there", required=True),
+         flag("--list", "list the users instead"),
          flag("--stdin", "read the password from a line on standard input"),
          flag("--delete", "remove the user")]),
     Command(
@@ -13222,15 +13437,31 @@ COMMANDS = [
          value("--user", "NAME", "who pulls from the mirror, if it wants a password, which is read "
                "from standard input and gets into the script (docker, containerd)"),
          flag("--install", "run the script here instead of printing it"),
-         value("--ca", "FILE", "the CA of the registry's certificate (default: the one that serve "
-               "--tls has made)"),
+         value("--server-ca", "FILE", "the CA of the registry's certificate (default: the one that "
+               "serve --tls has made)"),
+         value("--ca", "FILE", argparse.SUPPRESS, dest="server_ca"),  # what it was called before
          flag("--plain-http", "the registry has no TLS")]),
+    Command(
+        "help", print_help, "Print what is needed at night, without the README.",
+        "  tinyreg.py help\n"
+        "  tinyreg.py help disk-full\n"
+        "  tinyreg.py help systemd > /etc/systemd/system/tinyreg.service\n",
+        [value("topic", "TOPIC", "one of %(choices)s", nargs="?", choices=TOPICS)]),
 ]
 
 
 def variable_of(option: str) -> str:
     """The variable of the environment for an option of serve: --log-file is TINYREG_LOG_FILE."""
     return "TINYREG_" + option.lstrip("-").replace("-", "_").upper()
+
+
+def unknown_variables() -> List[str]:
+    """What is set in the environment as if it were an option of serve. Not what Kubernetes sets
+    for a Service called tinyreg, such as TINYREG_PORT."""
+    known = {variable_of(names[0]) for names, _ in [QUIET] + SERVE_OPTIONS if names[0][0] == "-"}
+    return [name for name, text in os.environ.items()
+            if name.startswith("TINYREG_") and name not in known | {"TINYREG_ROOT"}
+            and not re.search("_SERVICE_(HOST|PORT)|_PORT_[0-9]|_PORT=[a-z]+:", name + "=" + text)]
 
 
 def with_environment(words: List[str]) -> List[str]:
@@ -13299,6 +13530,8 @@ def with_command(words: List[str], parser: Parser) -> List[str]:
     environment sets. Ends the program if the command is not the first word."""
     if not words or words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
         words = ["serve"] + words
+    if words[0] == "help" != words[-1] in set(parser.commands).difference(TOPICS):
+        return [words[-1], "--help"]
     if words[0] != "serve":
         return words
     for before, word in zip(words, words[1:]):
@@ -13306,6 +13539,8 @@ def with_command(words: List[str], parser: Parser) -> List[str]:
             parser.error("write the command first: tinyreg.py %s ..." % word)
     if {"-h", "--help"} & set(words):  # errors about variables send people here
         return words
+    for variable in unknown_variables():  # better than to serve without what it was to say
+        parser.commands["serve"].error("%s is set, but there is no such option" % variable)
     return ["serve"] + with_environment(words[1:])
 
 

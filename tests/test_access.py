@@ -672,6 +672,16 @@ def test_passwd_changes_one_line_and_keeps_the_others_to_the_byte(tmp_path):
     assert b"alice:" not in path.read_bytes() and os.listdir(str(tmp_path)) == ["users"]
 
 
+@needs_crypt
+def test_passwd_lists_who_can_log_in(tmp_path):
+    path = tmp_path / "users"
+    path.write_text("# people\nbob:%s\nalice:%s\nold:unknown-hash\n" % ((hashed("x"),) * 2))
+    done = run_tinyreg("passwd", "--list", "--users", str(path))
+    assert (done.returncode, done.stdout) == (0, "alice\nbob\n") and "user 'old' can't log in" in done.stderr
+    done = run_tinyreg("passwd", "--list", "--users", str(tmp_path / "none"))
+    assert done.returncode == 1 and "there is no" in done.stderr and not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("user, options, given, says", [
     ("a:b", ["--stdin"], "x\n", "no user name"), ("", ["--stdin"], "x\n", "no user name"),
     ("@anonymous", ["--stdin"], "x\n", "no user name"), ("*", ["--stdin"], "x\n", "no user name"),

@@ -97,7 +97,7 @@ def test_run_on_a_client_it_says_that_it_belongs_onto_the_server(tmp_path, argum
 
 
 def test_a_private_key_beside_the_certificate_gets_into_no_script(root):
-    done = run_tinyreg("clients", "--root", root, "--host", HOST, "--ca", root + "/tinyreg/tls/server.pem")
+    done = run_tinyreg("clients", "--root", root, "--host", HOST, "--server-ca", root + "/tinyreg/tls/server.pem")
     assert done.returncode == 0 and "BEGIN CERTIFICATE" in done.stdout and "PRIVATE" not in done.stdout
 
 

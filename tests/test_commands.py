@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -77,6 +78,42 @@ def test_each_option_of_serve_can_come_from_the_environment(monkeypatch):
     values = {argument.partition("=")[0] for argument in tinyreg.with_environment([])}
     assert values == options
     assert tinyreg.with_environment(["--listen", ":1"]).count("--listen") == 1
+
+
+def test_help_has_what_is_needed_at_night(tmp_path):
+    """Each topic fits a terminal, and what it says of our command lines is true."""
+    topics = run_tinyreg("help").stdout.splitlines()[0].partition(": ")[2].split(", ")
+    assert {"gc", "disk-full", "clients", "tls", "mirror", "parts", "systemd", "lesson"} <= set(topics)
+    for topic in topics:
+        text = run_tinyreg("help", topic).stdout
+        assert text and max(map(len, text.splitlines())) <= 100, topic
+        for line in re.findall(r"^    (?:python3 )?tinyreg\.py (.*?)(?:  .*)?$", text, re.MULTILINE):
+            words = shlex.split(line.replace("CLIENT", "docker"))
+            tinyreg.build_parser().parse_args(words)  # exits with 2 if it is none
+        parsers = tinyreg.build_parser().commands.values()
+        known = {name for parser in parsers for name in parser._option_string_actions}
+        for option in re.findall(r"(?:serve|gc|clients|save|rm|load)(?: --[a-z-]+(?: [^-\s]\S*)?)+", text):
+            assert set(re.findall(r"--[a-z-]+", option)) <= known, option
+    assert run_tinyreg("help", "pull").stdout == run_tinyreg("pull", "--help").stdout
+    done = run_tinyreg("help", "nothing")
+    assert done.returncode == 2 and "disk-full" in done.stderr
+
+
+def test_a_variable_that_is_no_option_is_named_before_serve_runs_without_it(tmp_path):
+    for name, text in (("TINYREG_READONLY", "1"), ("TINYREG_ARCHIVES", "x"), ("TINYREG_PORT", "5000"),
+                       ("TINYREG_UPSTREAMS", "docker.io=https://registry-1.docker.io")):
+        done = run_tinyreg("serve", cwd=str(tmp_path), env=dict(os.environ, **{name: text}))
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and name in done.stderr
+        assert run_tinyreg("serve", "--help", env=dict(os.environ, **{name: text})).returncode == 0
+    assert os.listdir(str(tmp_path)) == []
+
+
+def test_the_variables_of_kubernetes_are_no_options(monkeypatch):
+    for name, text in (("PORT", "tcp://10.0.0.1:5000"), ("SERVICE_HOST", "10.0.0.1"), ("SERVICE_PORT_HTTP", "5000"),
+                       ("PORT_5000_TCP_ADDR", "10.0.0.1"), ("LAB_SERVICE_PORT", "5000"), ("LAB_PORT", "udp://[::1]:1")):
+        monkeypatch.setenv("TINYREG_" + name, text)
+    monkeypatch.setenv("TINYREG_ROOT", "/srv")
+    assert tinyreg.unknown_variables() == []
 
 
 def test_version():

@@ -177,6 +177,9 @@ def test_the_command(store):
     assert shown.returncode == 1
     assert shown.stdout.startswith("damaged blob: %s (%s)\n    harms app:latest\n"
                                    % (digest, store.layout.blob_path(digest)))
+    shown = run_tinyreg("verify", "--root", store.root, "--repair", "--dry-run")
+    assert shown.returncode == 1 and "\nwould be put aside: %s\n" % store.layout.blob_path(digest) in shown.stdout
+    assert os.path.exists(store.layout.blob_path(digest)) and not os.path.exists(store.layout.own + "/damaged")
     report = json.loads(run_tinyreg("verify", "--root", store.root, "--json", "--repair").stdout)
     assert report["damage"] == [{"what": "damaged blob", "name": digest, "path": store.layout.blob_path(digest),
                                  "harms": ["app:latest"]}]
