@@ -28,7 +28,7 @@ lint: .venv/lint
 
 .venv/test: Makefile
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet pytest pytest-xdist hypothesis prometheus_client
+	.venv/bin/python -m pip install --quiet pytest pytest-xdist hypothesis prometheus_client "moto[server]"
 	touch $@
 
 .venv/lint: Makefile

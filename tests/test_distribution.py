@@ -6,10 +6,11 @@ Images here are a few bytes each, made by `samples`; what real clients make of b
 import json
 import os
 import re
+import sys
 
 import pytest
 
-from conftest import Client, run_tinyreg
+from conftest import Client, free_port, run_tinyreg
 from engines import daemon, private_folder, require, run
 from samples import image, index, make_docker_image, make_image, make_referrer, push_blob, to_manifest
 from tinyreg import OCI_INDEX, OCI_MANIFEST, Digest, Directory
@@ -18,13 +19,15 @@ from tinyreg import OCI_INDEX, OCI_MANIFEST, Digest, Directory
 class Distribution:
     """docker-registry on a root: served for the length of a `with`, or collecting garbage."""
 
-    def __init__(self, root, folder):
+    def __init__(self, root, folder, storage=None):
         self.folder = folder
         self.config = os.path.join(folder, "config.yml")
+        storage = storage or {"filesystem": {"rootdirectory": str(root)}}
+        # No cache of descriptors: it would answer from memory for what tinyreg has changed meanwhile.
+        config = {"version": 0.1, "log": {"level": "info"}, "http": {"addr": "127.0.0.1:0"},
+                  "storage": dict(storage, delete={"enabled": True}, redirect={"disable": True})}
         with open(self.config, "w") as file:
-            # No cache of descriptors: it would answer from memory for what tinyreg has changed meanwhile.
-            file.write("version: 0.1\nlog:\n  level: info\nstorage:\n  filesystem:\n    rootdirectory: %s\n"
-                       "  delete:\n    enabled: true\nhttp:\n  addr: 127.0.0.1:0\n" % root)
+            json.dump(config, file)  # which is YAML, too
 
     def collect(self, *options):
         """Collect garbage; returns what it printed. Raises AssertionError if it failed."""
@@ -256,6 +259,37 @@ def test_there_and_back(distribution, serve, store):
     assert ours.blob("app", Digest.of(b"new content of ours")) == b"new content of ours"
     assert ours.manifest_bytes("app", ours_first.digest) is None
     assert ours.referrers("app", ours_first.digest) == sorted([signature.digest, second["digest"]])
+
+
+@pytest.fixture
+def s3():
+    """The URL of an object store: moto's, which is empty and takes any key."""
+    server = os.path.join(os.path.dirname(sys.executable), "moto_server")
+    require("rclone", server)
+    port = free_port()
+    with private_folder("s3") as folder:
+        with daemon([server, "-H", "127.0.0.1", "-p", str(port)], folder,
+                    lambda: "Running on" in open(folder + "/moto_server.log").read()):
+            yield "http://127.0.0.1:%d" % port
+
+
+def test_the_way_to_s3_and_back(serve, store, s3, root, tmp_path, monkeypatch):
+    """As the README has it: rclone copies the tree into a bucket, Distribution serves it there; and back."""
+    ours_first = make_image(store, "app", "ours", layers=(b"shared", b"ours"))
+    remote = ":s3,provider=Other,access_key_id=key,secret_access_key=secret,endpoint='%s':registry/docker" % s3
+    monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)  # the SDK of these old versions fails on it
+    environment = {"RCLONE_CONFIG": str(tmp_path / "none")}
+    run("rclone", "copy", root / "docker", remote, environment=environment)
+    storage = {"s3": {"regionendpoint": s3, "region": "us-east-1", "bucket": "registry", "accesskey": "key",
+                      "secretkey": "secret", "secure": False}}
+    with private_folder("distribution") as folder, Distribution(root, folder, storage) as theirs:
+        assert theirs.manifest_bytes("app", "ours") == ours_first.content
+        assert {theirs.blob("app", blob.digest) for blob in ours_first.blobs} >= {b"shared", b"ours"}
+        pushed = push_image(theirs, "app", "theirs", b"shared", b"theirs")
+    run("rclone", "copy", remote, root / "docker", environment=environment)
+    ours = serve()
+    assert ours.tags("app") == ["ours", "theirs"] and ours.digest("app", "theirs") == pushed["digest"]
+    assert run_tinyreg("verify", "--root", root).returncode == 0
 
 
 def test_an_upload_that_tinyreg_had_begun(distribution, serve, store):
