@@ -4949,6 +4949,11 @@ LONGEST_WAIT = 300.0         # seconds; a longer Retry-After means "come back an
 UPLOAD_CHUNK = 64 << 20      # bytes; what a dropped connection costs if only whole chunks are kept
 NETWORK_ERRORS = (OSError, http.client.HTTPException, ValueError)  # the last for odd host names
 REFUSALS = (Unknown, Invalid, Refused, Unsupported)  # a registry was reached, and says no
+MAX_HOPS = 8                 # caches that pass on one request; a request that goes in circles ends
+
+# How a cache names itself in Via, so that no request comes back to it. All workers have one name.
+HOP = re.compile("1\\.1 tinyreg-[0-9a-f]{16}")
+THIS_HOP = "1.1 tinyreg-" + os.urandom(8).hex()
 
 CHALLENGE = re.compile(r'(?:^|,)\s*(Basic|Bearer)\b'
                        r'((?:[\s,]*\w+\s*=\s*(?:"(?:\\.|[^"\\])*"|[^\s,"]+))*)', re.I)
@@ -4956,6 +4961,16 @@ PARAMETER = re.compile(r'\b(\w+)\s*=\s*(?:"((?:\\.|[^"\\])*)"|([^\s,"]+))')
 NEXT_LINK = re.compile(r'<([^<>]*)>\s*;[^,<]*rel="?next"?')
 
 Challenges = Dict[str, Dict[str, str]]  # {scheme: {parameter: value}}
+
+
+class Hops(threading.local):
+    """The caches that have passed on the request which this thread answers; None if it answers
+    none."""
+
+    passed: Optional[List[str]] = None
+
+
+HOPS = Hops()
 
 
 class TemporaryFailure(Unavailable):
@@ -5304,6 +5319,8 @@ class ConnectionPool:
         parts = urllib.parse.urlsplit(request.url)
         path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
         headers = dict(request.headers, **{"User-Agent": "tinyreg/" + __version__})
+        if HOPS.passed is not None:
+            headers["Via"] = ", ".join(HOPS.passed + [THIS_HOP])
         if request.authorization:
             headers["Authorization"] = request.authorization
         connection.sock.settimeout(request.timeout or REMOTE_TIMEOUT)
@@ -6032,7 +6049,8 @@ class ArrivingBlob(Blob):
 
 class PullThrough(Wrapper):
     """A store in front of other registries. What a repository below NS/ lacks is fetched from the
-    upstream of NS, passed on at once, and kept.
+    upstream of NS, passed on at once, and kept. The upstream of * is another such cache: it has
+    the images of all other origins, under the same names.
 
     A tag is compared with the upstream's if that was last done `ttl` seconds ago or more. While the
     upstream is away, what is here is served. Pushes below NS/ are refused, because the next
@@ -6055,13 +6073,20 @@ class PullThrough(Wrapper):
         for space, upstream in self.upstreams.items():
             if name.startswith(space + "/"):
                 return upstream.remote, upstream.prefix + name[len(space) + 1:]
-        return None, name
+        parent = self.upstreams.get("*") if has_origin(name) else None
+        return (parent.remote, parent.prefix + name) if parent else (None, name)
 
     def _ask(self, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
         """What a method of the upstream's Remote returns; None if there is no upstream, or if it
         does not have that or refuses to give it. Raises UNAVAILABLE while it is away or fails."""
         remote, path = self.find_upstream(name)
         if not remote:
+            return None
+        passed = HOPS.passed or []
+        if THIS_HOP in passed or len(passed) >= MAX_HOPS:
+            logger.warning("upstream of %s: not asked, because the request has come through this "
+                           "server before, or through %d others: the --upstream of one of them "
+                           "leads in a circle", name, MAX_HOPS)
             return None
         try:
             if time.monotonic() >= self.ask_again.get(remote, 0):
@@ -6150,12 +6175,14 @@ class PullThrough(Wrapper):
             ended = self.downloads.get((name, digest))
             if ended is None:
                 ended = threading.Event()
-                threading.Thread(target=self._download, args=(name, digest, size, ended),
-                                 daemon=True).start()
+                threading.Thread(target=self._download, daemon=True,
+                                 args=(name, digest, size, ended, HOPS.passed)).start()
                 self.downloads[name, digest] = ended
             return ended
 
-    def _download(self, name: str, digest: Digest, size: int, ended: threading.Event) -> None:
+    def _download(self, name: str, digest: Digest, size: int, ended: threading.Event,
+                  passed: Optional[List[str]]) -> None:
+        HOPS.passed = passed  # those of the first request for it
         remote: Any  # it is one, since it has been asked for the size
         remote, path = self.find_upstream(name)
         open_rest = functools.partial(remote.open_blob, path, digest)
@@ -8642,6 +8669,7 @@ def choose_repository(registry: Registry, access: Access, request: Request, name
 
 def handle(registry: Registry, access: Access, request: Request) -> Response:
     """Find the handler of a request and call it. Raises RegistryError, OSError, ClientLeft."""
+    HOPS.passed = HOP.findall(request.header("via"))
     is_api = request.path.startswith("/v2/")
     if is_api:
         # Before anything else: clients expect the 401 for whatever they ask first.
@@ -12907,13 +12935,22 @@ def parse_quota(text: str) -> Quota:
     return Quota(glob, parse_size(size))
 
 
+# None of them has images of other origins under their names.
+PUBLIC_REGISTRIES = ("docker.io", "quay.io", "ghcr.io", "gcr.io", "registry.k8s.io",
+                     "public.ecr.aws", "mcr.microsoft.com", "nvcr.io", "registry.gitlab.com")
+
+
 def parse_upstream(text: str) -> Tuple[str, str, bool, str]:
     """NS=URL as (NS, host, whether it speaks plain HTTP, prefix of the names there)."""
     match = re.fullmatch(r"([^=/]+)=(?:(https?)://)?([^/@]+)(?:/(.*?))?/*", text)
-    if not match or not HOST.fullmatch(match.group(1)) or not HOST.fullmatch(match.group(3)):
+    if not match or not HOST.fullmatch(match.group(3)) or (
+            match.group(1) != "*" and not HOST.fullmatch(match.group(1))):
         raise CommandError("%r is no upstream: write for example "
                            "docker.io=https://registry-1.docker.io" % text)
     space, scheme, host, prefix = match.groups()
+    if space == "*" and canonical_host(host) in PUBLIC_REGISTRIES:
+        raise CommandError("*= is for a tinyreg that has the images of all origins, and %s has its "
+                           "own: write %s=%s" % (host, canonical_host(host), text[2:]))
     return origin_of(space), canonical_host(host), scheme == "http", prefix + "/" if prefix else ""
 
 
@@ -12994,7 +13031,8 @@ SERVE_OPTIONS = [
     value("--workers", "N", "processes that serve", parse_positive, min(4, cores())),
     repeated("--upstream", "NS=URL", "fetch what is missing below NS/ from URL, and keep it; may "
              "be repeated; logins are those of docker login; pushes below NS/ are refused "
-             "(example: docker.io=https://registry-1.docker.io)", parse_upstream),
+             "(example: docker.io=https://registry-1.docker.io); *=URL is another tinyreg, for all "
+             "origins that are not named", parse_upstream),
     value("--upstream-ttl", "TIME", "how long a tag is taken as right before the upstream is "
           "asked again", parse_seconds, "5m"),
     SIGNED_BY,

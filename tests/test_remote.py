@@ -2,6 +2,7 @@
 logins, behind a strict token server, behind proxies that cut, delay and redirect; and pull and push on top of it."""
 
 import base64
+import concurrent.futures
 import contextlib
 import errno
 import http.client
@@ -1692,3 +1693,87 @@ def test_no_other_image_stands_in_for_one_that_may_not_be_pulled(start_server, t
                          ("team/app/manifests/1", 200), ("team/app/manifests/1?ns=quay.io", 403),
                          ("secret/manifests/1", 404), ("docker.io/library/secret/manifests/1", 403)]:
         assert server.ask("GET", "/v2/" + path).status == status, path
+
+
+# Trees of caches
+
+@pytest.fixture
+def tree(store, start_server, tmp_path):
+    """Three servers in a row, each the parent of the next: the store's, that of a rack, that of a node."""
+    center = start_server(store.root)
+    rack = start_server(tmp_path / "rack", "--upstream", "*=http://" + center.host)
+    node = start_server(tmp_path / "node", "--upstream", "*=http://%s/" % rack.host, "--upstream-ttl", "0")
+    return center, rack, node
+
+
+def test_a_tree_of_caches_has_all_origins_under_their_names(tree, store):
+    center, rack, node = tree
+    names = ["docker.io/library/demo", "quay.io/a/b", "lab.example_5000/x"]
+    for name in names:
+        make_image(store, name, layers=(name.encode(),))
+        make_referrer(store, name, store.manifest(name, store.resolve(name, "latest")))
+    ours = make_image(store, "team/app")
+    for name in names:
+        assert holdings(Remote(node.host), name) == holdings(store, name)
+        (note,) = store.referrer_digests(name, store.resolve(name, "latest"))
+        assert Remote(node.host).referrer_digests(name, store.resolve(name, "latest")) == [note]
+    assert node.ask("GET", "/v2/library/demo/manifests/latest?ns=docker.io").status == 200
+    assert node.ask("GET", "/v2/demo/manifests/latest").status == 200
+    # What is from nowhere else is each server's own.
+    assert node.ask("GET", "/v2/team/app/manifests/" + ours.digest).status == 404
+    assert node.ask("POST", "/v2/team/app/blobs/uploads/").status == 202
+    assert node.ask("POST", "/v2/quay.io/a/b/blobs/uploads/").status == 403
+    center.stop()
+    rack.stop()
+    assert holdings(Remote(node.host), names[1]) == holdings(store, names[1])
+
+
+def test_many_nodes_at_once_cost_the_parent_one_transfer(store, start_server, start_proxy, tmp_path):
+    layer = bytes(range(256)) * 4096
+    make_image(store, "quay.io/a/b", layers=(layer,))
+    proxy = start_proxy(start_server(store.root).host)
+    rack = start_server(tmp_path / "rack", "--upstream", "*=http://" + proxy.host, "--workers", "2")
+    digest = Digest.of(layer)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        blobs = list(pool.map(lambda _: rack.ask("GET", "/v2/quay.io/a/b/blobs/" + digest).body, range(8)))
+    assert blobs == [layer] * 8 and len(proxy.asked("GET", "/blobs/")) == 1
+
+
+def test_an_origin_that_is_named_is_asked_itself(store, filled, server, start_server, start_proxy, tmp_path):
+    make_image(store, "docker.io/library/demo", layers=(b"of the parent",))
+    parent = start_proxy(start_server(store.root).host)
+    copy(filled, Remote(server.host), "demo", "latest", "library/demo")
+    front = start_server(tmp_path / "front", "--upstream", "*=http://" + parent.host,
+                         "--upstream", "docker.io=http://" + server.host)
+    assert Remote(front.host).resolve("docker.io/library/demo", "latest") == filled.resolve("demo", "latest")
+    assert parent.seen == []
+    assert front.ask("GET", "/v2/quay.io/a/b/manifests/latest").status == 404 and len(parent.seen) == 1
+
+
+def test_caches_that_are_each_others_parents_share_what_they_have_and_ask_once_for_the_rest(
+        start_server, start_proxy, tmp_path):
+    port = free_port()
+    one = start_server(tmp_path / "one", "--upstream", "*=http://127.0.0.1:%d" % port)
+    between = start_proxy(one.host)
+    two = start_server(tmp_path / "two", "--upstream", "quay.io=http://%s/quay.io" % between.host,
+                       listen="127.0.0.1:%d" % port)
+    shared = make_image(Directory(two.root), "quay.io/a/b")
+    assert Remote(one.host).resolve("quay.io/a/b", "latest") == shared.digest
+    between.seen.clear()
+    for path in ("manifests/none", "blobs/" + Digest.of(b"none"), "manifests/" + Digest.of(b"none")):
+        for server in (one, two):
+            assert server.ask("GET", "/v2/quay.io/a/b/" + path).status == 404
+    assert "leads in a circle" in one.log() and "leads in a circle" in two.log()
+    vias = [headers["via"].count("tinyreg-") for _, _, headers in between.seen]
+    assert vias == [2, 1] * 3
+    # Whoever makes up a long way is not listened to.
+    between.seen.clear()
+    long_way = ", ".join("1.1 tinyreg-%016x" % number for number in range(100))
+    assert two.ask("GET", "/v2/quay.io/a/b/manifests/none", via=long_way).status == 404 and between.seen == []
+
+
+@pytest.mark.parametrize("url", ["https://registry-1.docker.io", "docker.io", "http://quay.io/x", "*=http://x"])
+def test_no_registry_of_the_internet_is_the_parent_of_all(tmp_path, url):
+    done = run_tinyreg("serve", "--root", tmp_path / "x", "--upstream", "*=" + url)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert re.search("another|is no upstream|is for a tinyreg", done.stderr)
