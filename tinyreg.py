@@ -4691,6 +4691,31 @@ def is_runnable(manifest: Manifest) -> bool:
     return config in IMAGE_CONFIGS and all(map(LAYER_TYPES.match, layers))
 
 
+def open_part(path: str) -> BinaryIO:
+    """A new file beside `path`, which is locked until it is closed. Raises OSError."""
+    while True:
+        file = open("%s.%s.part" % (path, uuid.uuid4().hex[:8]), "xb")
+        with contextlib.suppress(OSError):  # without locks, remove_parts() leaves all as it is
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if is_at(file, file.name):
+            return file
+        file.close()  # remove_parts() was faster
+
+
+def remove_parts(path: str) -> None:
+    """Delete what open_part() has made for this path, or for parts of it, and a process that is
+    gone has left. Raises OSError."""
+    folder, name = os.path.split(os.path.abspath(path))
+    stem, extension = map(re.escape, os.path.splitext(name))
+    pattern = stem + r"(?:-\d+of\d+)?" + extension + r"\.[0-9a-f]{8}\.part"
+    for part in list_directory(folder):
+        if re.fullmatch(pattern, part):
+            # It is locked, because it is being written; or it is gone.
+            with contextlib.suppress(OSError), open(os.path.join(folder, part), "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(file.name)
+
+
 class PlannedBlob(NamedTuple):
     """A blob of an archive that is to be written: `length` bytes from `start` on."""
 
@@ -4893,28 +4918,29 @@ class ArchiveWriter(Registry):
             take(bytes(padded(blob.length) - blob.length))
         take(TAR_END)
 
-    def _save_file(self, path: str, digests: Sequence[Digest]) -> str:
+    def _save_file(self, path: str, digests: Sequence[Digest],
+                   note: Callable[[int], Any]) -> str:
         """Write a file; returns its sha256. It gets its name when it is safe on the disk."""
-        hasher, temporary = hashlib.sha256(), "%s.%s.part" % (path, uuid.uuid4().hex[:8])
+        hasher = hashlib.sha256()
 
         def take(content: bytes) -> None:
             file.write(content)
             hasher.update(content)
+            note(len(content))
 
-        with deleted_on_error(temporary):
-            with open(temporary, "xb") as file:
-                self.write(digests, take)
-                file.flush()
-                sync(file.fileno())
-            os.rename(temporary, path)
+        with open_part(path) as file, deleted_on_error(file.name):
+            self.write(digests, take)
+            file.flush()
+            sync(file.fileno())
+            os.rename(file.name, path)
         sync_directory(os.path.dirname(os.path.abspath(path)))
         return hasher.hexdigest()
 
-    def save(self) -> List[Dict[str, Any]]:
-        """Write the files; returns the path, the size and the sha256 of each, for --json. Raises
-        DIGEST_INVALID, OSError."""
-        return [{"file": path, "size": self.size(digests), "sha256": self._save_file(path, digests)}
-                for path, digests in self.files]
+    def save(self, note: Callable[[int], Any] = do_nothing) -> List[Dict[str, Any]]:
+        """Write the files; returns the path, the size and the sha256 of each, for --json. Calls
+        `note` with the number of bytes that are written. Raises DIGEST_INVALID, OSError."""
+        return [{"file": path, "size": self.size(digests),
+                 "sha256": self._save_file(path, digests, note)} for path, digests in self.files]
 
 # -------------------------------------------------------------------------------------------------
 # 10  Remote
@@ -12667,6 +12693,18 @@ def add_to_archive(options: argparse.Namespace, store: Directory, writer: Archiv
     return report
 
 
+def write_archive(options: argparse.Namespace, writer: ArchiveWriter,
+                  size: int) -> List[Dict[str, Any]]:
+    """Write what is planned, and show how far it is. Returns what save reports of the files."""
+    progress = Progress(options)
+    report = Report(options.output, progress.watch)
+    progress.total_bytes = report.total_bytes = size
+    try:
+        return writer.save(lambda count: report.add(copied_bytes=count))
+    finally:
+        progress.clear()
+
+
 def save(options: argparse.Namespace) -> int:
     """Write images of the store into an archive."""
     to_stdout = options.output == "-"
@@ -12682,21 +12720,28 @@ def save(options: argparse.Namespace) -> int:
                for choice in named_images(options)]
     writer.plan(options.output, None if options.no_self else read_file(__file__, -1),
                 options.split)
-    needed = sum(writer.size(digests) for _, digests in writer.files)
-    files = []
+    files = [{"file": path, "size": writer.size(digests)} for path, digests in writer.files]
+    needed = sum(file["size"] for file in files)
     if not options.dry_run:
         if to_stdout:
             writer.write(writer.files[0][1], sys.stdout.buffer.write)
             return 0
         folder = os.path.dirname(os.path.abspath(options.output))
+        remove_parts(options.output)
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise CommandError("%s has room for %s, and %s are needed"
                                % (folder, in_units(free), in_units(needed)))
-        files = writer.save()
+        files = write_archive(options, writer, needed)
     lines = ["%s: %s, %s in %s" % (options.output, counted(len(reports), "image"),
                                    in_units(needed), counted(len(writer.files), "file"))]
-    lines += ["  %(file)s  %(size)d bytes  sha256:%(sha256)s" % file for file in files]
+    form = "  %(file)s  %(size)d bytes"
+    if options.dry_run:
+        lines += table_lines([["  " + report.image, in_units(report.total_bytes),
+                               str(report.digest)] for report in reports])
+    else:
+        form += "  sha256:%(sha256)s"
+    lines += [form % file for file in files]
     show(options, {"images": [report.as_json() for report in reports], "bytes": needed,
                    "files": files}, [] if options.quiet else lines)
     return 0

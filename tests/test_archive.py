@@ -7,7 +7,9 @@ import gzip
 import io
 import json
 import os
+import pty
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,7 @@ import pytest
 
 import tinyreg
 from conftest import TINYREG, found_pythons, run_tinyreg, until
-from engines import require
+from engines import private_folder, require, run
 from samples import (CONFIG, EVIL, descriptor, image, index, is_harmless, make_image, make_referrer,
                      push_blob, read_blob, to_manifest)
 from tinyreg import (OCI_ARTIFACT, OWN_NAME, PARTS, SUBJECT, Archive, ArchiveWriter, Digest,
@@ -244,6 +246,88 @@ def test_a_dry_run_says_how_much_and_writes_nothing(store, tmp_path, save):
     done = run_tinyreg("save", "--root", store.root, "--dry-run", "--json", "-o", path, "demo:1")
     assert not path.exists()
     assert json.loads(done.stdout)["bytes"] == os.path.getsize(save("demo:1"))
+
+
+def test_a_dry_run_lists_the_images_and_the_size_of_each_file(parts, store, tmp_path):
+    done = run_tinyreg("save", "--root", store.root, "--dry-run", "-o", tmp_path / "images.tar", "--split", "1M", "--no-self",
+                       "demo:1", "quay.io/other:1")
+    lines = done.stdout.splitlines()
+    assert lines[3:] == ["  %s  %d bytes" % (path, os.path.getsize(path)) for path in parts]
+    assert [line.split() for line in lines[1:3]] == [
+        ["demo:1", "3.0", "MiB", store.resolve(NAME, "1")],
+        ["quay.io/other:1", "1.0", "MiB", store.resolve("quay.io/other", "1")]]
+
+
+def test_save_shows_on_a_terminal_how_far_it_is_and_clears_that(store, tmp_path):
+    make_image(store, NAME, "1", layers=(LARGE,))
+    master, slave = pty.openpty()
+    subprocess.run([sys.executable, TINYREG, "save", "--root", store.root, "-o", "x.tar", "demo:1"], check=True,
+                   cwd=str(tmp_path), stderr=slave, stdout=subprocess.DEVNULL)
+    shown = os.read(master, 1 << 16).decode()
+    os.close(master)
+    os.close(slave)
+    assert re.match(r"\rx.tar \[[#-]{20}\] \d+ %, in total [^\r]+ of 3\.\d MiB\x1b\[K", shown) and shown.endswith("\r\x1b[K")
+
+
+@pytest.fixture
+def writer(store, tmp_path):
+    """What is to be saved as images.tar."""
+    make_image(store, NAME, "1")
+    writer = ArchiveWriter()
+    copy(store, writer, NAME, "1")
+    writer.plan(str(tmp_path / "images.tar"))
+    return writer
+
+
+def leftovers(folder):
+    return sorted(name for name in os.listdir(str(folder)) if name.endswith(".part"))
+
+
+def test_the_next_save_deletes_what_a_killed_one_has_left_and_nothing_else(store, writer, save, tmp_path):
+    process = os.fork()
+    if process == 0:
+        try:
+            writer.save(lambda count: os.kill(os.getpid(), signal.SIGKILL))
+        finally:
+            os._exit(1)
+    os.waitpid(process, 0)
+    killed, = leftovers(tmp_path)
+    others = ["images.tar.0123456.part", "images.tar.part", "other.tar.01234567.part", "images-old.tar.01234567.part"]
+    for name in others + ["images-1of2.tar.01234567.part"]:
+        (tmp_path / name).write_bytes(b"a part of something else")
+    assert killed.startswith("images.tar.")
+    run_tinyreg("save", "--root", store.root, "--dry-run", "-o", tmp_path / "images.tar", "demo:1")
+    assert killed in leftovers(tmp_path)
+    save("demo:1")
+    assert leftovers(tmp_path) == sorted(others)
+
+
+def test_a_save_leaves_alone_what_another_one_is_writing(writer, save, load, tmp_path):
+    during = []
+
+    def save_meanwhile(count):
+        if not during:
+            during.extend(leftovers(tmp_path))
+            save("demo:1")
+            assert leftovers(tmp_path) == during
+
+    writer.save(save_meanwhile)
+    assert len(during) == 1 and leftovers(tmp_path) == []
+    assert load(str(tmp_path / "images.tar")).returncode == 0
+
+
+def test_an_archive_is_encrypted_and_decrypted_on_its_way(store, far):
+    require("gpg")
+    make_image(store, NAME, "1")
+    with private_folder("gpg") as folder:
+        gpg = "gpg --homedir %s --batch --quiet --pinentry-mode loopback --passphrase secret" % folder
+        command = "set -eu; %s {0} save --root {1} -o - demo:1 | {3} -c > {4}/x.gpg; {3} -d {4}/x.gpg | " \
+                  "%s {0} load --root {2} -"
+        run("sh", "-c", (command % (sys.executable, sys.executable)).format(TINYREG, store.root, far.root, gpg, folder))
+        with open(folder + "/x.gpg", "rb") as file:
+            assert b"layer one" not in file.read()
+        run("gpgconf", "--homedir", folder, "--kill", "all")
+    assert same(store, far)
 
 
 def test_a_damaged_blob_is_not_saved_and_the_old_archive_stays(store, save, tmp_path):
