@@ -8887,8 +8887,9 @@ DISK_FACTS = """
 <h2>What garbage collection would free</h2>
 <p>%s. On the registry's machine, the first line says what goes, the second one deletes it:</p>%s"""
 
+# The first word of each is its class in CSS.
 DISK_PARTS = ("own to one repository", "shared by several, and stored once",
-              "untagged, nor needed by what has a tag", "other files on this disk", "free")
+              "untagged and not needed by what has a tag", "other files on this disk", "free")
 
 LIVE_PAGE = """\
 <p>What clients ask this registry, and what its answers tell them. The newest is on top.</p>
@@ -9107,7 +9108,9 @@ def bar(parts: Iterable[Tuple[str, int]], whole: int, words: str) -> Markup:
 
 def page(title: str, *content: Content, above: Content = None) -> Response:
     """A whole page. `above` stands above its title, and leads to where it belongs."""
-    here = ">%s<" % (title if title in NAVIGATION else "Repositories")
+    here = ">%s<" % title
+    if here not in NAVIGATION:
+        here = ">Repositories<"
     navigation = NAVIGATION.replace(here, ' aria-current="page"' + here)
     heading = Markup(markup(title).replace("/", "/<wbr>"))
     text = fill(PAGE, title, Markup(PAGE_STYLE), Markup(navigation), above, heading, content,
@@ -9151,14 +9154,14 @@ def age(created: Any) -> Optional[Markup]:
 
 IMAGE_ROW = ("Name", "Platforms", "Size", "Pushed", "About it", "Digest")
 
-# What people call that which is about an image, by words in its types.
+# What people call that which is about an image, by words in its manifest.
 KINDS = """\
 signature simplesigning cosign.artifact.sig cosign/sign notary.signature
 SBOM spdx cyclonedx syft sbom
 attestation in-toto dsse attest
 """
 
-PULL_COMMANDS = {  # by the scheme that the registry speaks
+PULL_COMMANDS = {  # of an image or of files, by the scheme that the registry speaks
     "https": """\
 docker pull %s
 podman pull %s
@@ -9170,7 +9173,7 @@ docker pull %s
 podman pull --tls-verify=false %s
 ctr images pull --plain-http %s
 skopeo copy --src-tls-verify=false docker://%s oci-archive:image.tar
-"""}
+""", "https files": "oras pull %s", "http files": "oras pull --plain-http %s"}
 
 
 def member(document: Dict[str, Any], key: str, kind: Type[Any]) -> Any:
@@ -9223,12 +9226,13 @@ def one_page(request: Request, entries: Iterable[str], noun: str,
 def attached(registry: Registry, name: str, digest: Digest) -> Iterator[Tuple[str, Manifest]]:
     """Yield (kind, manifest) of what is about a manifest: its referrers, at most ROWS of them, and
     what cosign has tagged with its digest."""
-    digests = registry.referrer_digests(name, digest)[:ROWS]
+    manifests = list(itertools.islice(registry.referrers(name, digest), ROWS))
     for suffix in COSIGN_SUFFIXES:
         with contextlib.suppress(Unknown):  # most have no such tag
-            digests.append(registry.resolve(name, fallback_tag(digest) + suffix))
-    for manifest in filter(None, [find_readable(registry, name, other) for other in digests]):
-        said = "%s %s" % (manifest.referrer(), manifest.blobs)
+            target = registry.resolve(name, fallback_tag(digest) + suffix)
+            manifests += filter(None, [find_readable(registry, name, target)])
+    for manifest in manifests:
+        said = manifest.content.decode("utf-8", "replace")
         kinds = [kind for kind, *words in map(str.split, KINDS.splitlines())
                  if any(word in said for word in words)]
         yield (kinds or [manifest.artifact_type or manifest.media_type])[0], manifest
@@ -9297,12 +9301,14 @@ def layer_table(registry: Registry, access: Access, request: Request, name: str,
 
 
 def image_details(registry: Registry, access: Access, request: Request, name: str,
-                  manifest: Manifest) -> Content:
-    """The layers and the config of an image; the blobs of an artifact; None of an index. The config
-    may contain any JSON: it was not checked when it was pushed."""
+                  manifest: Manifest, files: Dict[str, Descriptor]) -> Content:
+    """The layers and the config of an image; what a chart says of itself; None of an index. The
+    config may contain any JSON: it was not checked when it was pushed."""
     if not manifest.blobs:
         return None
     config = read_config(registry, name, manifest)
+    if files:
+        return definitions("Config", sorted(config.items()))
     settings = member(config, "config", dict)
     words = member(settings, "Entrypoint", list) + member(settings, "Cmd", list)
     command = " ".join(shlex.quote(str(word)) for word in words)
@@ -9315,12 +9321,12 @@ def image_details(registry: Registry, access: Access, request: Request, name: st
                         + [("Author", config.get("author"))])]
 
 
-def pull_commands(request: Request, image: str) -> Optional[Markup]:
-    """What to type to get an image, for each client."""
+def pull_commands(request: Request, image: str, kind: str) -> Optional[Markup]:
+    """What to type to get an image, or files, for each client."""
     image = "%s/%s" % (request.host(), image)
     return definitions("Pull it", [
         (line.split()[0].replace("ctr", "containerd"), command_line(line % image))
-        for line in PULL_COMMANDS[request.outer_scheme()].splitlines()])
+        for line in PULL_COMMANDS[request.outer_scheme() + kind].splitlines()])
 
 
 def image_facts(registry: Registry, name: str, reference: Reference,
@@ -9355,14 +9361,20 @@ def image_page(registry: Registry, access: Access, request: Request, name: str,
     """All that is known of one manifest. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
     manifest = registry.manifest(name, resolve_reference(registry, name, reference))
     image = image_text(name, reference)
+    files: Dict[str, Descriptor] = {}
+    with contextlib.suppress(Invalid):  # names that no file can have; the layers are shown
+        files = files_in(registry, name, manifest)
     about = [(link(kind, repository=name, reference=referrer.digest),
               referrer.artifact_type or referrer.media_type, digest_text(referrer.digest))
              for kind, referrer in attached(registry, name, manifest.digest)]
     return page(
         image, image_facts(registry, name, reference, manifest),
-        pull_commands(request, image),
+        pull_commands(request, image, " files" if files else ""),
+        table("Files", ("Name", "Size", "Type"), [
+            (fill('<a href="files/%s/%s">%s</a>', image, urllib.parse.quote(file), file),
+             in_units(blob.size), blob.media_type) for file, blob in files.items()]),
         platform_table(registry, name, manifest),
-        image_details(registry, access, request, name, manifest),
+        image_details(registry, access, request, name, manifest, files),
         table("About this image", ("Kind", "Type", "Digest"), about),
         history_table(registry, name, reference),
         definitions("Annotations", sorted(member(manifest.document, "annotations", dict).items())),
@@ -9378,20 +9390,17 @@ def image_page(registry: Registry, access: Access, request: Request, name: str,
 def tags_page(registry: Registry, request: Request, name: str) -> Response:
     """One page of a repository's tags, and the manifests without a tag, unless there is too much to
     look for them. What is about a manifest is on the page of that. Raises NAME_UNKNOWN."""
-    pushed = functools.partial(registry.pushed, name)
     tags, tools = one_page(
         request, [tag for tag in registry.tags(name) if not FALLBACK_TAG.fullmatch(tag)
                   or not find_readable(registry, name, Digest("sha256:" + tag[7:71]))],
-        "tag", pushed)
+        "tag", functools.partial(registry.pushed, name))
     digests = untagged(registry, name, MAX_PAGE_READ)
-    latest = max(tags or digests or (), key=pushed, default=None)
     return page(
         name, tools,
         image_table("Tags", registry, name, tags),
         image_table("Without a tag", registry, name, (digests or [])[:ROWS]),
         fill("<p>What has no tag is not looked for here, among so much; tinyreg.py ls %s lists it."
              "</p>", name) if digests is None else None,
-        pull_commands(request, image_text(name, latest)) if latest else None,
         above=fill(CRUMBS, link("Repositories", q=request.get("q")), None))
 
 
@@ -9479,14 +9488,14 @@ def disk_page(registry: Registry, access: Access, request: Request) -> Response:
         freed = garbage(registry.at_hand(), usage["time"])
     own = max(own - freed, 0)
     sizes = own, used - own - freed, freed, usage["total"] - free - used, free
-    parts = [(words.split()[0].strip(","), size) for words, size in zip(DISK_PARTS, sizes)]
-    legend = [("%s %s" % (in_units(size), words), bar([(kind, 1)], 1, kind))
-              for (kind, size), words in zip(parts, DISK_PARTS)]
+    parts = list(zip(DISK_PARTS, sizes))
+    legend = [fill("<li>%s%s %s</li>\n", bar([(words, 1)], 1, words), in_units(size), words)
+              for words, size in parts]
+    words = ", ".join("%s %s" % (in_units(size), words) for words, size in parts)
     return page(
         "Disk use",
         fill('<div class="whole">%s</div><ul class="legend">%s</ul>',
-             bar(parts, usage["total"], ", ".join(words for words, _ in legend)),
-             [fill("<li>%s%s</li>\n", picture, words) for words, picture in legend]),
+             bar(parts, usage["total"], words), legend),
         fill(DISK_FACTS, "%d, %s" % (usage["blobs"], in_units(used)), usage["uploads"],
              ago(usage["time"]), in_units(freed), command_line(GC_COMMANDS)),
         largest_repositories([(own, shared, name)

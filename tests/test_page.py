@@ -324,6 +324,40 @@ def test_a_config_is_written_as_people_read_it(store):
     assert "#(nop)" not in text and "buildkit" not in text and "Tty" not in text
 
 
+def push_files(store, name, tag, files, config=b"{}", config_type="application/vnd.oci.empty.v1+json",
+               media_type="application/octet-stream"):
+    """Push files as oras and helm do: {title: content}."""
+    for content in [config] + list(files.values()):
+        push_blob(store, name, content)
+    layers = [descriptor(content, media_type, annotations={"org.opencontainers.image.title": title})
+              for title, content in files.items()]
+    store.put_manifest(name, to_manifest(dict(image_document((), config), config=descriptor(config, config_type),
+                                              layers=layers)), [tag])
+
+
+def test_files_are_listed_with_downloads(registry, store):
+    push_files(store, "data/course", "week3", {"a folder/100% <b>.csv": b"1,2,3", "readme.pdf": b"PDF"})
+    where = registry.url + "/?repository=data/course&reference=week3"
+    document = Document(get(where).text)
+    assert "a folder/100% <b>.csv" in document.text and "oras pull --plain-http" in document.text
+    assert "docker pull" not in document.text and "Layers" not in document.text
+    links = [link["href"] for link in document.all("a") if link["href"].startswith("files/")]
+    assert [get(urllib.parse.urljoin(where, link)).body for link in links] == [b"1,2,3", b"PDF"]
+    push_files(store, "data/course", "bad", {"../../etc/passwd": b"root"})
+    document = Document(get(where.replace("week3", "bad")).text)  # no file, but a layer all the same
+    assert "passwd" not in document.text.partition("Layers")[0] and "files/" not in str(document.elements)
+
+
+def test_a_chart_tells_what_it_is(registry, store):
+    config = {"name": "podinfo", "version": "6.7.1", "description": "A <i>chart</i>", "keywords": ["a", {"b": 1}]}
+    push_files(store, "charts/podinfo", "6.7.1", {"": b"a chart"}, json.dumps(config).encode(),
+               "application/vnd.cncf.helm.config.v1+json", "application/vnd.cncf.helm.chart.content.v1.tar+gzip")
+    document = Document(get(registry.url + "/?repository=charts/podinfo&reference=6.7.1").text)
+    assert "A <i>chart</i>" in document.text and not document.all("i")
+    link, = [link["href"] for link in document.all("a") if link["href"].startswith("files/")]
+    assert link.endswith("/podinfo-6.7.1.tgz") and get(registry.url + "/" + link).body == b"a chart"
+
+
 def test_the_disk_page_tells_what_garbage_collection_would_free(store):
     make_image(store, "app", "1", (b"old" * 10000,))
     make_image(store, "app", "1", (b"new",))
@@ -593,12 +627,14 @@ def fill_school(root):
     make_referrer(store, "quay.io/prometheus/prometheus", image, artifactType="application/spdx+json")
     make_image(store, "quay.io/prometheus/prometheus", "v2.53.0", (BASE, b"two"), config)
     long = "lab.example_5000/" + "/".join(["a-very-long-name-for-all-that-a-team-needs"] * 4)
+    push_files(store, "data/course", "week3", {"measurements-of-%s.csv" % ("x" * 60): b"1,2,3", "readme.pdf": b"PDF"})
     make_image(store, long, "release-candidate-2026-11-20t10-11-12-" + "x" * 80, (BASE,))
     for number in range(30):
         make_image(store, "students/student%d" % number, "exercise-1", (BASE, b"%d" % number * 500))
     return [("repositories", ""), ("newest", "?order=newest"), ("nothing", "?q=nothing"),
             ("tags", "?repository=quay.io/prometheus/prometheus"),
             ("long", "?repository=" + long), ("image", "?repository=quay.io/prometheus/prometheus&reference=v2.53.0"),
+            ("files", "?repository=data/course&reference=week3"),
             ("attack", PAGES[4]), ("index", PAGES[5]), ("use", "use"), ("disk", "disk"), ("live", "live")]
 
 
