@@ -249,8 +249,8 @@ def test_a_dry_run_says_how_much_and_writes_nothing(store, tmp_path, save):
 
 
 def test_a_dry_run_lists_the_images_and_the_size_of_each_file(parts, store, tmp_path):
-    done = run_tinyreg("save", "--root", store.root, "--dry-run", "-o", tmp_path / "images.tar", "--split", "1M", "--no-self",
-                       "demo:1", "quay.io/other:1")
+    done = run_tinyreg("save", "--root", store.root, "--dry-run", "-o", tmp_path / "images.tar", "--split", "1M",
+                       "--no-self", "demo:1", "quay.io/other:1")
     lines = done.stdout.splitlines()
     assert lines[3:] == ["  %s  %d bytes" % (path, os.path.getsize(path)) for path in parts]
     assert [line.split() for line in lines[1:3]] == [
@@ -266,7 +266,8 @@ def test_save_shows_on_a_terminal_how_far_it_is_and_clears_that(store, tmp_path)
     shown = os.read(master, 1 << 16).decode()
     os.close(master)
     os.close(slave)
-    assert re.match(r"\rx.tar \[[#-]{20}\] \d+ %, in total [^\r]+ of 3\.\d MiB\x1b\[K", shown) and shown.endswith("\r\x1b[K")
+    assert re.match(r"\rx.tar \[[#-]{20}\] \d+ %, in total [^\r]+ of 3\.\d MiB\x1b\[K", shown)
+    assert shown.endswith("\r\x1b[K")
 
 
 @pytest.fixture
