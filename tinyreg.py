@@ -12707,7 +12707,8 @@ def write_archive(options: argparse.Namespace, writer: ArchiveWriter,
     """Write what is planned, and show how far it is. Returns what save reports of the files."""
     progress = Progress(options)
     report = Report(options.output, progress.watch)
-    progress.total_bytes = report.total_bytes = size
+    report.total_bytes = size
+    progress.reports.append(report)
     try:
         return writer.save(lambda count: report.add(copied_bytes=count))
     finally:
@@ -12730,7 +12731,7 @@ def save(options: argparse.Namespace) -> int:
     writer.plan(options.output, None if options.no_self else read_file(__file__, -1),
                 options.split)
     files = [{"file": path, "size": writer.size(digests)} for path, digests in writer.files]
-    needed = sum(file["size"] for file in files)
+    needed = sum(writer.size(digests) for _, digests in writer.files)
     if not options.dry_run:
         if to_stdout:
             writer.write(writer.files[0][1], sys.stdout.buffer.write)
