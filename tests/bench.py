@@ -4,6 +4,7 @@
     python3 tests/bench.py                          everything, five rounds
     python3 tests/bench.py push pull --quick        two benchmarks, smaller and shorter
     python3 tests/bench.py small --serve "--workers 1" --tinyreg /tmp/other/tinyreg.py --json figures.json
+    python3 tests/bench.py --rollout                what a tree of caches saves, computed from this machine's rates
 
 How it measures: in every round each server in turn is started on an empty directory of the same disk, does the same
 work for the same clients, and is stopped; then its directory is deleted, so that the next one writes into the page
@@ -134,7 +135,7 @@ def memory_of(pid):
 class Server:
     """One of the servers on `root`, as a process of its own; `with` starts it, waits for its first answer, ends it."""
 
-    def __init__(self, run, who, root=None, tls=False):
+    def __init__(self, run, who, root=None, tls=False, more=()):
         self.who, self.tls = who, tls
         self.own_root = root is None
         self.root = root or os.path.join(run.dir, "root")
@@ -145,7 +146,7 @@ class Server:
         self.log = os.path.join(run.dir, who.replace(" ", "-") + ".log")
         if who == TINYREG:
             self.command = run.tinyreg + ["serve", "--root", self.root, "--listen", "127.0.0.1:%d" % self.port]
-            self.command += shlex.split(run.options.serve)
+            self.command += shlex.split(run.options.serve) + list(more)
             self.command += ["--tls-cert", run.certificate, "--tls-key", run.certificate] if tls else []
         elif who == PEER:
             self.command = ["docker-registry", "serve", write_config(run, self.root, self.port, tls)]
@@ -570,6 +571,62 @@ BENCHES = collections.OrderedDict([
 
 
 # ---------------------------------------------------------------------------------------------------------
+# A rollout to a cluster, computed
+# ---------------------------------------------------------------------------------------------------------
+
+NAME = "quay.io/lab/image"
+RACKS, NODES, SIZE = 20, 1000, 500e6
+
+
+def sent_by(server):
+    """How many bytes of bodies a tinyreg has sent."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    connection.request("GET", "/metrics")
+    return int(re.search(rb"^tinyreg_sent_bytes_total (\d+)", connection.getresponse().read(), re.M).group(1))
+
+
+def measure_rates(run):
+    """Rates of a centre and a cache behind it on this machine: (bytes/s that the cache gives to eight clients; bytes/s
+    that it passes on while it fetches; bytes that all clients got; bytes that have left the centre for that)."""
+    third = run.size // 3
+    image = make_image(*(run.content[third * part:third * (part + 1)] for part in range(3)))
+    size = sum(len(content) for _, content in image.blobs)
+    roots = [os.path.join(run.dir, name) for name in ("centre", "rack")]
+    with Server(run, TINYREG, roots[0]) as centre:
+        Client(centre).push_image(NAME, "latest", image)
+        before = sent_by(centre)
+        with Server(run, TINYREG, roots[1], more=["--upstream", "*=http://127.0.0.1:%d" % centre.port]) as rack:
+            cold = measure(rack, 8, lambda client, number: client.pull_image(NAME, "latest", image))
+            warm = measure(rack, 8, lambda client, number: client.pull_image(NAME, "latest", image))
+        left = sent_by(centre) - before
+    return 8 * size / warm.seconds, size / cold.seconds, 16 * size, left
+
+
+def simulate(racks, gives, takes, link):
+    """(bytes that leave the centre, seconds) until all nodes have the image, which all begin to pull at once. A server
+    gives at most `gives` bytes/s to all, a cache takes at most `takes`, a server's link carries `link`; a cache passes
+    on what has come. Without racks all pull from the centre."""
+    out, step, seconds, came, got = min(gives, link), 0.01, 0.0, 0.0, 0.0  # all racks, and all nodes, are alike
+    while got < SIZE:
+        seconds += step
+        came = min(SIZE, came + step * min(takes, out / racks)) if racks else SIZE
+        got = min(came, got + step * out / (NODES / (racks or 1)))
+    return SIZE * (racks or NODES), seconds
+
+
+def rollout(run):
+    gives, takes, got, left = measure_rates(run)
+    print("measured here, with %d cores for a centre, a cache and 8 clients: the cache gives %.2f GB/s of what it has, "
+          "and passes on %.2f GB/s while it fetches; for %.1f GB that clients got, %.2f GB left the centre\n"
+          % (os.cpu_count(), gives / 1e9, takes / 1e9, got / 1e9, left / 1e9))
+    print("%.0f MB to %d nodes at once      from the centre    time on 10 Gbit/s   on 1 Gbit/s" % (SIZE / 1e6, NODES))
+    for racks in (0, RACKS):
+        (sent, fast), (_, slow) = (simulate(racks, gives, takes, link) for link in (1.25e9, 1.25e8))
+        who = "%d racks with a cache each" % racks if racks else "all from the centre"
+        print("  %-28s %13.0f GB %16.0f s %13.0f s" % (who, sent / 1e9, fast, slow))
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The run, and what it prints
 # ---------------------------------------------------------------------------------------------------------
 
@@ -696,6 +753,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(
                                          "%-12s %s" % (name, bench.__doc__) for name, bench in BENCHES.items()))
     parser.add_argument("names", metavar="NAME", nargs="*", help="benchmarks to run (default: all)")
+    parser.add_argument("--rollout", action="store_true", help="compute a rollout to 1,000 nodes, and nothing else")
     parser.add_argument("--rounds", metavar="N", type=int, default=5, help="how often (default: 5)")
     parser.add_argument("--quick", action="store_true", help="smaller and shorter; the figures are rougher")
     parser.add_argument("--json", metavar="FILE", help="write all values there")
@@ -715,6 +773,8 @@ def main():
         run = Run(options, directory)
         try:
             run.warm()
+            if options.rollout:
+                return rollout(run)
             for name in options.names or BENCHES:
                 run.play(name)
         except KeyboardInterrupt:
