@@ -3111,17 +3111,18 @@ def note_result(store: Directory, task: str, **numbers: int) -> None:
 
 class Expiry(NamedTuple):
     """Which tags go: those that are none of the `keep` that were moved last in their repository,
-    and were last moved more than `older_than` seconds ago. `repositories` is a pattern of the
-    names that are meant."""
+    and were last moved more than `older_than` seconds ago, and are not `listed(name, tag, digest)`.
+    `repositories` is a pattern of the names that are meant."""
 
     keep: Optional[int] = None
     older_than: Optional[float] = None
     repositories: Any = None
+    listed: Optional[Callable[[str, str, Digest], bool]] = None
 
     @property
     def is_on(self) -> bool:
         """Whether any tag may expire."""
-        return self.keep is not None or self.older_than is not None
+        return (self.keep, self.older_than, self.listed) != (None, None, None)
 
     def applies_to(self, name: str) -> bool:
         """Whether tags of this repository may expire."""
@@ -3382,6 +3383,8 @@ class Collection(Sweep):
         with it: without them no later run would know that it was to go."""
         moved = {tag: self.store.pushed(name, tag) for tag in tags}
         due = self.expiry.choose(moved, self.now - (self.expiry.older_than or 0.0))
+        if self.expiry.listed:
+            due = {tag for tag in due if not self.expiry.listed(name, tag, tags[tag])}
         expired = {tag for tag in due if moved[tag] < self.young_since}
         self.has_spared = self.has_spared or expired != due
         kept = {tags[tag] for tag in tags.keys() - expired}
@@ -6375,6 +6378,35 @@ def read_choices(words: Iterable[str], paths: Iterable[str]) -> List[Choice]:
     for choice in sorted(choices, key=lambda choice: choice.is_guess):
         unique.setdefault(choice.image, choice)
     return list(unique.values())
+
+
+def tags_listed(paths: Sequence[str]) -> Callable[[str, str, Digest], bool]:
+    """A function that tells whether lists name a tag of the store (repository, tag, digest), or a
+    pattern in them does: rather one too many, for the others are to go. NAME:TAG@DIGEST names the
+    tag, whatever it points to; NAME@DIGEST names each tag that points there. Raises CommandError,
+    also for lists that name nothing; OSError."""
+    choices = read_choices((), paths)
+    if not choices:
+        raise CommandError("%s: no image is named, so all tags would go" % ", ".join(paths))
+    exact: Set[str] = set()
+    patterns = []
+    for choice in choices:
+        if "*" in choice.image:
+            patterns.append(parse_glob(choice.image))
+            continue
+        with contextlib.suppress(Invalid):  # a guess, for the others have been checked
+            names, reference = parse_local(choice.image)
+            reference = getattr(reference, "tag", None) or reference or "latest"
+            exact.update(image_text(name, reference) for name in names)
+
+    def is_listed(name: str, tag: str, digest: Digest) -> bool:
+        if exact.intersection((image_text(name, tag), image_text(name, digest))):
+            return True
+        spellings = {name, full_name(name), re.sub("^docker.io/(?:library/)?", "", name)}
+        return any(pattern.fullmatch(image_text(spelling, tag))
+                   for pattern in patterns for spelling in spellings)
+
+    return is_listed
 
 # -------------------------------------------------------------------------------------------------
 # 12  Copy
@@ -12484,14 +12516,26 @@ def report_collection(options: argparse.Namespace, collection: Collection,
 
 def collect(options: argparse.Namespace) -> int:
     """Delete what nothing refers to; or say what that would be."""
-    expiry = Expiry(options.keep, options.older_than, options.repositories)
+    expiry = Expiry(options.keep, options.older_than, options.repositories,
+                    tags_listed(options.only) if options.only else None)
     if options.repositories and not expiry.is_on:
-        raise CommandError("--repositories says where --keep or --older-than delete tags; "
+        raise CommandError("--repositories says where --keep, --older-than or --only delete tags; "
                            "add one of them")
+    if options.plan and not options.dry_run:
+        raise CommandError("--plan goes with --dry-run; then `tinyreg.py rm -f FILE` deletes what "
+                           "it says")
     store = open_store(options)
+    if expiry.listed and not options.force and not any(
+            expiry.listed(name, tag, Digest()) for name in store.repositories()
+            for tag in store.tags(name)):
+        raise CommandError("no tag here is named in %s, so all would go; if that is meant, say "
+                           "--force" % ", ".join(options.only))
     removed: List[Dict[str, Any]] = []
+    planned = []
 
     def note(kind: str, name: str, size: int) -> None:
+        if kind == "tags" and options.plan:
+            planned.append("%s@%s\n" % (name, store.resolve(*name.rsplit(":", 1))))
         if options.json:
             removed.append({"kind": singular(kind), "name": name, "size": size})
         elif options.dry_run:
@@ -12504,6 +12548,9 @@ def collect(options: argparse.Namespace) -> int:
                                      force=options.force)
     except BlockingIOError:
         raise CommandError("another gc is at work in %s; it does the same" % store.root)
+    if options.plan:
+        path = os.path.abspath(options.plan)
+        Files(os.path.dirname(path)).write(path, "".join(planned).encode())
     report_collection(options, collection, removed)
     return 0
 
@@ -13474,7 +13521,8 @@ COMMANDS = [
         "  tinyreg.py gc --dry-run\n"
         "  tinyreg.py gc\n"
         "  tinyreg.py gc --untagged --grace 7d\n"
-        "  tinyreg.py gc --keep 10 --older-than 90d --repositories 'team/**' --dry-run\n",
+        "  tinyreg.py gc --keep 10 --older-than 90d --repositories 'team/**' --dry-run\n"
+        "  tinyreg.py gc --only images.txt --dry-run --plan going.txt\n",
         [AS_JSON,
          flag("--untagged", "also delete manifests that no tag leads to, itself or over an index "
               "or a subject"),
@@ -13485,8 +13533,13 @@ COMMANDS = [
          value("--older-than", "TIME", "delete the tags that were last pushed longer ago, for "
                "example 90d, likewise; with --keep only what both would delete (default: any age "
                "is kept)", parse_age),
-         value("--repositories", "GLOB", "in which repositories --keep and --older-than delete "
-               "tags; * stays within one component, ** does not (default: all)", parse_glob),
+         repeated("--only", "FILE", "delete, likewise, the tags that no list names; a FILE is read "
+                  "as by pull -f, also a pattern or a lock file; NAME:TAG@DIGEST keeps the tag "
+                  "wherever it points, NAME alone keeps NAME:latest; may be repeated"),
+         value("--plan", "FILE", "with --dry-run: write the tags that would go into FILE, for "
+               "people to review, and for rm -f, which deletes those that still point there"),
+         value("--repositories", "GLOB", "in which repositories --keep, --older-than and --only "
+               "delete tags; * stays within one component, ** does not (default: all)", parse_glob),
          flag("--force", "let tags expire also where their times and this machine's clock don't "
               "go together"),
          value("--grace", "TIME", "leave what was pushed, or a client was told about, this short "

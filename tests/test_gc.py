@@ -566,6 +566,99 @@ def test_the_command_shows_what_would_expire_and_lets_it(aged):
     assert run_tinyreg("verify", "--root", aged.root).returncode == 0
 
 
+# Lists of what stays
+
+def list_of(tmp_path, *lines):
+    path = tmp_path / "images.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def listed(aged):
+    """The same store with images of several origins."""
+    make_image(aged, "docker.io/library/alpine", "3.19")
+    make_image(aged, "docker.io/team/app", "1")
+    make_image(aged, "lab.example_5000/x", "1")
+    make_old(aged)
+    for number in range(1, 6):
+        age_tag(aged, "app", str(number), number + 1)
+    return aged
+
+
+def left_by(store, *options):
+    """All tags that are left after a run of gc with these options."""
+    done = run_tinyreg("gc", "--root", store.root, *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    return {"%s:%s" % (name, tag) for name in store.repositories() for tag in store.tags(name)}
+
+
+def test_tags_that_no_list_names_go_and_those_that_one_names_in_any_spelling_stay(listed, tmp_path):
+    digest = listed.resolve("app", "3")
+    assert left_by(listed, "--only", list_of(
+        tmp_path, "app:1   # as it is called here", "alpine:3.19", "team/app:1", "lab.example:5000/x:1",
+        "app:2@" + digest, "app@" + digest, "not/here:1")) == {
+            "app:1", "app:2", "app:3", "docker.io/library/alpine:3.19", "docker.io/team/app:1", "lab.example_5000/x:1"}
+    assert not has_data(listed, b"layer 4") and not has_data(listed, b"other") and has_data(listed, b"layer 3")
+
+
+def test_patterns_and_guesses_in_a_list_keep_what_they_name(listed, tmp_path):
+    make_image(listed, "quay.io/tool", "v1")
+    make_old(listed)
+    assert left_by(listed, "--only", list_of(
+        tmp_path, "containers:", "- image: alpine:3.*", "- image: lab.example:5000/*", "- image: 'a*:4'",
+        "- args: [--tool=quay.io/tool:v1]")) == {"docker.io/library/alpine:3.19", "lab.example_5000/x:1", "quay.io/tool:v1", "app:4"}
+
+
+def test_only_deletes_where_repositories_says_and_what_other_rules_would_delete_too(listed, tmp_path):
+    """A name without a tag means latest, as everywhere."""
+    images = list_of(tmp_path, "app:5", "alpine")
+    before = left_by(listed)
+    assert left_by(listed, "--only", images, "--repositories", "other") == before - {"other:old"}
+    assert left_by(listed, "--only", images, "--repositories", "app", "--older-than", "210m") \
+        == before - {"other:old", "app:3", "app:4"}
+    assert left_by(listed, "--only", images, "--grace", "150m") == {"app:1", "app:5"}
+
+
+def test_what_is_just_pushed_and_what_a_signature_is_about_stays(listed, tmp_path):
+    signed, other = (listed.resolve("app", tag) for tag in "12")
+    for digest in signed, other:
+        make_image(listed, "app", digest.replace(":", "-") + ".sig", layers=(digest.encode(),))
+    make_old(listed)
+    make_image(listed, "app", "new", layers=(b"new",))
+    assert left_by(listed, "--only", list_of(tmp_path, "app:1")) == {
+        "app:1", "app:new", "app:%s.sig" % signed.replace(":", "-")}
+
+
+def test_a_plan_is_written_and_is_a_list_as_others_and_changes_nothing(listed, tmp_path):
+    before, plan = files_below(listed.layout.tree), tmp_path / "going.txt"
+    command = ["--only", list_of(tmp_path, "app:1", "app:2", "alpine:3.19"), "--repositories", "a*"]
+    shown = run_tinyreg("gc", "--root", listed.root, *command + ["--dry-run", "--plan", plan]).stdout
+    lines = ["app:%s@%s" % (tag, listed.resolve("app", tag)) for tag in "345"]
+    assert plan.read_text().splitlines() == lines and "tag  app:3\n" in shown
+    assert files_below(listed.layout.tree) == before
+    assert left_by(listed, "--only", str(plan), "--repositories", "a*", "--grace", "0") == {
+        "app:3", "app:4", "app:5", "other:old", "docker.io/library/alpine:3.19", "docker.io/team/app:1",
+        "lab.example_5000/x:1"}
+
+
+@pytest.mark.parametrize("lines, options, message", [
+    ([""], [], "no image is named"), (["# nothing"], [], "no image is named"), (["<html>"], [], "is no image"),
+    (["image: ${TAG}"], [], "a variable has no value"), (["a: 1", "image: x y"], [], "is no image"),
+    (["else/where:1"], [], "no tag here is named"), (["app:1"], ["--plan", "x"], "--plan goes with --dry-run")])
+def test_a_list_that_would_delete_everything_or_cannot_be_read_is_refused(aged, tmp_path, lines, options, message):
+    before = files_below(aged.layout.tree)
+    done = run_tinyreg("gc", "--root", aged.root, "--only", list_of(tmp_path, *lines), *options)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+    assert files_below(aged.layout.tree) == before
+
+
+def test_a_list_that_is_not_there_is_refused_and_one_that_names_nothing_here_needs_force(aged, tmp_path):
+    done = run_tinyreg("gc", "--root", aged.root, "--only", tmp_path / "nowhere")
+    assert done.returncode == 1 and "nowhere: No such file" in done.stderr and done.stderr.count("\n") == 1
+    assert left_by(aged, "--only", list_of(tmp_path, "else/where:1"), "--force", "--grace", "0") == set()
+
+
 # Wrong clocks
 
 def set_time(store, moment, *paths):
