@@ -4627,6 +4627,15 @@ class Archive(Registry):
                 if reference != digest or digest not in shown:
                     yield name, reference, digest
 
+    def lacking(self) -> Set[Digest]:
+        """The blobs, and the manifests that have names, that images need and that are not here. All
+        manifests are read for it."""
+        needed = set().union(*(references.values() for references in self.names.values()))
+        for name in self.names:
+            for manifest in self.manifests(name):
+                needed.update(blob.digest for blob in manifest.blobs if not blob.foreign)
+        return needed.difference(self.digests())
+
     def find_damage(self, digest: Digest) -> bool:
         """Whether a blob, or a range of it, is damaged; `damaged` then says in which file."""
         pieces = self.parts.ranges[digest] if digest in self.joined else [digest]
@@ -11667,10 +11676,12 @@ class Service:
             stores = ("serves", self.store.root + " (read-only)")
         rows = [("listens on", ", ".join(urls)), stores]
         if isinstance(self.store, Archive):
-            absent = self.store.parts.left_out.difference(self.store.digests())
+            absent = self.store.lacking()
             if absent:
-                rows.append(("lacks", "%s that save --have left out: what needs them can't be "
-                             "pulled from here; load it" % counted(len(absent), "blob")))
+                is_difference = absent <= self.store.parts.left_out
+                rows.append(("lacks", "%s%s: what needs them can't be pulled from here; %s" % (
+                    counted(len(absent), "blob"), " that save --have left out" * is_difference,
+                    "load it" if is_difference else "tinyreg.py ls FILE says which images do")))
         if self.tls and self.tls.ca:
             rows.append(("CA", "/ca.crt, SHA-256 " + fingerprint(self.tls.ca)))
         next_line = "\n" + 14 * " "
@@ -11776,21 +11787,37 @@ def list_word(store: Directory, text: str, only_digests: bool) -> List[Any]:
 
 
 def list_archives(archive: Archive) -> List[Dict[str, Any]]:
-    """What ls reports of the images in archives. `lacking` is how many of their blobs are absent;
-    `left_out` is how many more are absent because the far side was known to have them."""
-    entries, present = [], set(archive.digests())
+    """What ls reports of the images in archives. `lacking` is how many of their blobs are absent,
+    `needs` the parts that have these; `left_out` is how many more are absent because the far side
+    was known to have them."""
+    entries, present, parts = [], set(archive.digests()), archive.parts
     for name, reference, digest in archive.images():
         entry = list_image(archive, name, reference)
         plan = Plan(archive, name, reference)
         try:
-            plan.plan()
+            report = plan.plan()
             absent = set(plan.blobs) - present
-            entry["lacking"] = len(absent - archive.parts.left_out)
-            entry["left_out"] = len(absent & archive.parts.left_out)
+            lacking = absent - parts.left_out
+            needed = set().union(*map(archive.needed_parts, lacking))
+            entry.update(lacking=len(lacking), left_out=len(absent - lacking),
+                         needs=sorted(parts.names[key][number - 1] for key, number in needed),
+                         referrers=report.as_json()["referrers"],
+                         files=list(files_in(archive, name, archive.manifest(name, digest))))
         except (Unknown, Invalid) as error:  # the row of the image says so
             entry["error"] = str(error)
         entries.append(dict(entry, digest=digest))
     return entries
+
+
+def counted_kinds(kinds: Iterable[str]) -> str:
+    """How many referrers of each kind there are, in words."""
+    return ", ".join("%d %s" % (count, kind)
+                     for kind, count in sorted(collections.Counter(kinds).items()))
+
+
+def part_numbers(numbers: List[str]) -> str:
+    """These parts of an archive, in words."""
+    return ("parts " if numbers[1:] else "part ") + ", ".join(numbers) if numbers else "no part"
 
 
 def list_cells(entry: Dict[str, Any], is_alone: bool) -> List[str]:
@@ -11810,10 +11837,16 @@ def list_cells(entry: Dict[str, Any], is_alone: bool) -> List[str]:
     state = ""
     if entry.get("lacking"):
         state = "lacks " + counted(entry["lacking"], "blob")
+        if entry["needs"]:
+            state += " of " + ", ".join(entry["needs"])
     elif entry.get("left_out"):
         state = "complete with %s of the far side" % counted(entry["left_out"], "blob")
     elif "lacking" in entry:
         state = "complete"
+    if entry.get("referrers"):
+        state += "; " + counted_kinds(referrer["type"] for referrer in entry["referrers"])
+    if entry.get("files"):
+        state += "; files: " + ", ".join(entry["files"])
     return [name, in_units(entry["size"]), platforms, pushed, entry["digest"], state]
 
 
@@ -11903,6 +11936,10 @@ def list_store(options: argparse.Namespace) -> int:
     if words and not options.digests:
         is_alone = not paths and len(words) == 1 and names_repository(words[0])
         lines = list_rows(items, is_alone)
+        for key, names in archive.parts.names.items() if paths else ():
+            given = [str(part.number) for part in sorted(archive.parts.given)
+                     if part.archive == key]
+            lines.append("%s of %d" % (part_numbers(given), len(names)))
     show(options, items, lines)
     return 0
 
@@ -12205,9 +12242,8 @@ def summary(report: Report, is_planned: bool) -> str:
         line += ", %s of the index left out" % counted(len(report.absent), "manifest")
     for old, new in report.stripped.items():
         line += ", --strip put %s in the place of %s" % (new, old)
-    kinds = collections.Counter(kind for _, kind in report.referrers)
-    counts = ["%d %s" % (kinds[kind], kind) for kind in sorted(kinds)]
-    return line + "; referrers: " + (", ".join(counts) or "none found")
+    kinds = counted_kinds(kind for _, kind in report.referrers)
+    return line + "; referrers: " + (kinds or "none found")
 
 
 def what_is_lacking(report: Report) -> str:
@@ -12831,12 +12867,9 @@ def iter_part_lines(archive: Archive, reports: List[Report], are_kept: bool) -> 
     for archive_key, names in archive.parts.names.items():
         missing, taken = [[str(number) for key, number in sorted(parts) if key == archive_key]
                           for parts in (needed, archive.parts.given - needed)]
-        label = "no part"
-        if taken:
-            label = ("parts " if taken[1:] else "part ") + ", ".join(taken)
         if missing:
             yield "%s of %d taken; %d of %d images complete; still needed: %s%s" % (
-                label, len(names), complete, len(reports), ", ".join(missing), advice)
+                part_numbers(taken), len(names), complete, len(reports), ", ".join(missing), advice)
 
 
 def iter_archive_problems(archive: Archive, reports: List[Report]) -> Iterator[str]:

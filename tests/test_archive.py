@@ -487,6 +487,44 @@ def test_a_part_says_once_what_is_taken_and_what_is_still_needed(store, far, loa
     assert (done.returncode, done.stderr) == (0, "") and same(store, far)
 
 
+def test_ls_and_serve_say_which_parts_have_what_is_lacking(parts, start_server):
+    entries = json.loads(run_tinyreg("ls", "--json", *parts[1:]).stdout)
+    assert [(entry["lacking"] > 0, entry["needs"]) for entry in entries] == [(True, [os.path.basename(parts[0])])] * 2
+    lines = run_tinyreg("ls", *parts[1:]).stdout.splitlines()
+    assert lines[1].endswith(" of images-1of5.tar") and lines[-1] == "parts 2, 3, 4, 5 of 5"
+    assert run_tinyreg("ls", parts[2]).stdout.endswith("\npart 3 of 5\n")
+    lines = run_tinyreg("ls", *parts).stdout.splitlines()
+    assert [line.split()[-1] for line in lines[1:3]] == ["complete"] * 2 and lines[3] == "parts 1, 2, 3, 4, 5 of 5"
+    for given, says in ((parts[1:], True), (parts, False)):
+        server = start_server(None, *given)
+        server.stop()
+        assert ("tinyreg.py ls FILE says which" in server.banner) is says
+
+
+def test_ls_of_an_archive_names_what_is_about_an_image_and_the_files_of_artifacts(store, save, tmp_path):
+    manifest = make_image(store, NAME, "1")
+    make_referrer(store, NAME, manifest, artifactType="application/spdx+json")
+    make_image(store, NAME, "sha256-%s.sig" % manifest.digest.encoded, layers=(b"signed",))
+    (tmp_path / "install.sh").write_bytes(b"#!/bin/sh")
+    assert run_tinyreg("add", "--root", store.root, tmp_path / "install.sh", "--to", "files:1").returncode == 0
+    path = save("demo:1", "files:1")
+    lines = {line.split()[0]: line.split("  ")[-1] for line in run_tinyreg("ls", path).stdout.splitlines()}
+    assert lines[NAME + ":1"] == "complete; 1 application/spdx+json, 1 cosign's .sig"
+    assert lines["files:1"] == "complete; files: install.sh"
+    entries = {entry["tag"]: entry for entry in json.loads(run_tinyreg("ls", "--json", path).stdout)
+               if entry["tag"] == "1" and entry["repository"] == NAME}
+    assert sorted(referrer["type"] for referrer in entries["1"]["referrers"]) == [
+        "application/spdx+json", "cosign's .sig"]
+
+
+def test_an_artifact_whose_files_lead_out_of_the_folder_is_listed_with_a_warning(tmp_path):
+    document = image((b"x",))
+    document["layers"][0]["annotations"] = {"org.opencontainers.image.title": "../x"}
+    path = make_tar(tmp_path / "x.tar", layout(to_manifest(document), blobs=(b"x", CONFIG)))
+    done = run_tinyreg("ls", path)
+    assert done.returncode == 0 and "may lead out of the folder" in done.stdout
+
+
 def test_verify_names_the_part_that_was_not_given_and_no_blobs(parts):
     done = run_tinyreg("verify", *parts[:1] + parts[2:])
     assert done.returncode == 1 and "missing blob" not in done.stdout
