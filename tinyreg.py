@@ -2010,11 +2010,10 @@ class Signed(Wrapper):
 
     def _read(self, name: str, layer: Document) -> Claim:
         """The Claim in the blob of a layer. Raises what says that it is none."""
-        read, blob = READERS[layer["mediaType"]], parse_descriptor(layer)
-        content = bytearray()
+        content, blob = bytearray(), parse_descriptor(layer)
         with self.inner.open_blob(name, blob.digest) as opened:
             copy_bytes(opened, min(blob.size, MAX_SIGNED), content.extend)
-        return read(layer, bytes(content))
+        return READERS[blob.media_type](layer, bytes(content))
 
     def _iter_claims(self, name: str, digest: Digest) -> Iterator[Dict[str, bytes]]:
         """Yield the files for openssl of what claims to be a signature of this manifest."""
@@ -2024,7 +2023,8 @@ class Signed(Wrapper):
         about += self.inner.referrer_digests(name, digest)
         read = functools.partial(find_readable, self.inner, name)
         layers = (layer for manifest in filter(None, map(read, about[:MAX_SIGNATURES]))
-                  for layer in manifest.document.get("layers") or ())
+                  for layer in manifest.document.get("layers") or ()
+                  if layer.get("mediaType") in READERS)
         for layer in itertools.islice(layers, MAX_SIGNATURES):
             # What is no signature, or can't be read, counts for nothing.
             with contextlib.suppress(Unknown, OSError, ValueError, LookupError, TypeError):
@@ -2047,6 +2047,8 @@ class Signed(Wrapper):
 
     def _check(self, name: str, reference: Reference, digest: Digest) -> None:
         """Raises DENIED unless the manifest may be read that this reference points to."""
+        if self.is_checked and not self.is_checked(name):
+            return
         read = functools.partial(find_readable, self.inner, name)
         in_cache = self.is_checked and isinstance(reference, Digest)
         if in_cache or FALLBACK_TAG.fullmatch(reference):
@@ -2061,14 +2063,12 @@ class Signed(Wrapper):
 
     def resolve(self, name: str, tag: str) -> Digest:
         digest = self.inner.resolve(name, tag)
-        if not self.is_checked or self.is_checked(name):
-            self.check(name, tag, digest)
+        self.check(name, tag, digest)
         return digest
 
     def manifest(self, name: str, digest: Digest) -> Manifest:
         manifest = self.inner.manifest(name, digest)
-        if not self.is_checked or self.is_checked(name):
-            self.check(name, digest, digest)
+        self.check(name, digest, digest)
         return manifest
 
 # -------------------------------------------------------------------------------------------------
@@ -12152,8 +12152,8 @@ def mirror_login(options: argparse.Namespace) -> str:
         raise CommandError("--user is for clients docker --mirror and clients containerd --mirror; "
                            "podman sends a mirror what podman login has stored")
     check_user(options.user)
-    login = "%s:%s" % (options.user, read_password(options.user, not sys.stdin.isatty()))
-    return "Basic " + base64.b64encode(login.encode()).decode()
+    return basic_authorization(options.user,
+                               read_password(options.user, not sys.stdin.isatty()))
 
 
 def check_clients_options(options: argparse.Namespace) -> None:

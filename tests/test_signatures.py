@@ -237,6 +237,14 @@ def test_so_many_signatures_are_looked_at_and_no_more(store, good, monkeypatch):
     assert not Signed(store, keys).is_signed("demo", manifest.digest) and len(checks) == 3
 
 
+def test_what_else_is_about_an_image_does_not_count_as_signatures(store, good, monkeypatch):
+    monkeypatch.setattr(tinyreg, "MAX_SIGNATURES", 3)
+    manifest = make_image(store, "demo")
+    attach(store, "demo", manifest, *[(descriptor(b"layer one"), b"layer one")] * 9)
+    attach(store, "demo", manifest, good.bundle(manifest.digest))
+    assert is_taken(store, "demo", "latest", good)
+
+
 # Keys that are none
 
 @pytest.mark.parametrize("content, words", [
@@ -341,8 +349,13 @@ def test_what_is_checked_is_what_is_copied(store, good, tmp_path, no_fsync):
     options = tinyreg.build_parser().parse_args(["pull", "x", "--signed-by", good.public])
     options.strip = False
     near = Directory(str(tmp_path / "near"))
-    tinyreg.plan_copy(options, tinyreg.Report(), Moving(store), near, "demo", "latest").run()
+    copy = tinyreg.prepare_copy(options, "demo", Moving(store), near, "demo", "latest")
+    tinyreg.plan_checked(options, copy)
+    copy.run()
     assert near.resolve("demo", "latest") == manifest.digest != store.resolve("demo", "latest")
+    copy.clear()  # as where there is no memory for all plans
+    with pytest.raises(Refused):
+        tinyreg.plan_checked(options, copy)
 
 
 # Behind serve --upstream
