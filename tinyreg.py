@@ -8813,7 +8813,9 @@ a{color:var(--link)}a:hover{text-decoration-thickness:2px}
 .skip:focus{left:.5rem;top:.5rem}
 h1{font-size:1.6rem;line-height:1.25;margin:1.4rem 0 1rem}
 h2{font-size:1.15rem;margin:2rem 0 .6rem}caption h2{margin-top:0}
-.crumbs{margin:1.2rem 0 -1.1rem}.tools,.soft,footer{color:var(--soft)}
+.crumbs{margin:1.2rem 0 -1.1rem}
+.crumbs a+a::before{content:"/";display:inline-block;padding:0 .5rem}
+.tools,.soft,footer{color:var(--soft)}
 footer{padding:1.5rem 1rem;margin-top:3rem;border-top:1px solid var(--line)}
 code,pre{font:.875em/1.5 ui-monospace,Menlo,Consolas,monospace}
 pre{flex:1;min-width:0;margin:0;padding:.55rem .8rem;white-space:pre-wrap;background:var(--card);
@@ -8897,7 +8899,10 @@ SEARCH_FORM = """<form action="./" role="search"><label for="q">Name contains</l
 <input type="search" name="q" id="q" value="%s"><input type="hidden" name="order" value="%s">
 <button>Search</button></form>"""
 
-CRUMBS = '<p class="crumbs">%s / %s</p>'
+CRUMBS = '<p class="crumbs">%s%s</p>'
+
+ABOUT_NOTE = """<p class="soft">Whoever may push can add to this. A signature counts for who has
+checked it with a key: by cosign verify, or here by serve --signed-by.</p>"""
 
 NO_REPOSITORIES = """<p>There is none of that name here. <a href="./">Show all repositories</a>, or
 read <a href="use">how to push an image</a>. On the registry's own machine, where it has a network,
@@ -9193,7 +9198,7 @@ def age(created: Any) -> Optional[Markup]:
 
 # Pages of repositories and images
 
-IMAGE_ROW = ("Name", "Platforms", "Size", "Pushed", "About it", "Digest")
+IMAGE_ROW = ("Name", "Platform or type", "Size", "Pushed", "About it", "Digest")
 
 # What people call that which is about an image, by words in its manifest.
 KINDS = """\
@@ -9380,9 +9385,8 @@ def image_facts(registry: Registry, name: str, reference: Reference,
     subject = find_subject(manifest, reference)
     return definitions(None, [
         ("Pushed", when(registry.pushed(name, reference))), ("Built", age(image["created"])),
-        ("Size", size), ("Platforms", ", ".join(image["platforms"])), ("Not here", missing),
+        ("Size", size), ("Platform or type", ", ".join(image["platforms"])), ("Not here", missing),
         ("Digest", digest_text(manifest.digest)), ("Type", manifest.media_type),
-        ("Artifact type", manifest.document.get("artifactType")),
         ("About", link(shorten(subject), repository=name, reference=subject) if subject
          else None)])
 
@@ -9416,7 +9420,7 @@ def image_page(registry: Registry, access: Access, request: Request, name: str,
              in_units(blob.size), blob.media_type) for file, blob in files.items()]),
         platform_table(registry, name, manifest),
         image_details(registry, access, request, name, manifest, files),
-        table("About this image", ("Kind", "Type", "Digest"), about),
+        table("About this image", ("Kind", "Type", "Digest"), about), about and fill(ABOUT_NOTE),
         history_table(registry, name, reference),
         definitions("Annotations", sorted(member(manifest.document, "annotations", dict).items())),
         fill('<h2>Take it with you</h2><p><a href="archive/%s.tar">Download it as an archive</a>, '
