@@ -6873,12 +6873,12 @@ PROVENANCE = "application/vnd.cncf.helm.chart.provenance.v1.prov"
 CHART_SUFFIXES = {CHART: ".tgz", PROVENANCE: ".tgz.prov"}
 MAX_CHART = 100 << 20  # bytes of an unpacked chart; helm takes no more
 CHART_YAML = re.compile(rb"(?:\./)?[^/]+/Chart\.yaml")
-# A field of Chart.yaml that is one text in one line, in quotes or plain. What else there may be is
-# passed over: lists, texts of several lines, and what would need all of YAML to be understood.
+# A field of Chart.yaml that is one text, in quotes or plain, once its lines are joined. What else
+# there may be is passed over: lists, blocks, and what would need all of YAML to be understood.
 CHART_FIELD = re.compile(
     r"^(apiVersion|appVersion|description|home|icon|kubeVersion|name|type|version):[ \t]+"
     r"(?:\"([^\"\\\n]*)\"|'([^'\n]*)'|([^\s\"'&*!{\[%@`|>#]\S*(?:[ \t]+[^\s#]\S*)*))"
-    r"[ \t]*(?:#.*)?$(?!\n\s*[ \t])", re.MULTILINE)
+    r"[ \t]*(?:#.*)?$(?!\n[ \t])", re.MULTILINE)
 
 
 # Charts
@@ -6886,6 +6886,7 @@ CHART_FIELD = re.compile(
 def parse_chart(content: bytes) -> Dict[str, str]:
     """The fields of a Chart.yaml that CHART_FIELD knows. Raises CommandError."""
     text = content.decode("utf-8-sig", "replace").replace("\r", "")
+    text = re.sub("\n[ \t]+", " ", text)  # helm folds long ones
     chart = {key: "".join(values) for key, *values in CHART_FIELD.findall(text)}
     for key in "apiVersion", "name", "version":
         if not chart.get(key):

@@ -144,9 +144,10 @@ def test_several_charts_are_an_image_each_and_a_chart_among_files_is_a_file(
 @pytest.mark.parametrize("text, version", [
     ("version: 1.10", "1.10"), ("version: '1.10' # x", "1.10"), ('version: "1.10"', "1.10"),
     ("version:   1.10 ", "1.10"), ("version: 1.10\r", "1.10"), ("version: 1.1#0", "1.1#0"),
-    ("version: 1.10\n\n# x", "1.10"),
-    # What would be more than one text in one line, or need more of YAML, is passed over
-    ("version: 1.10\n  and more", None), ("version: 1.10\n\n  and more", None), ("version: |\n  1.10", None),
+    ("version: 1.10\n\n# x", "1.10"), ("version:\n  1.10", "1.10"),
+    ("version: 1.10\n  and  more # x", "1.10 and  more"), ("version: '1.10\n\tand: more'", "1.10 and: more"),
+    # What has paragraphs, or needs more of YAML, is passed over
+    ("version: 1.10\n\n  and more", None), ("version: |\n  1.10", None), ("version: >- # x\n  1.10", None),
     ('version: "1.1\\x30"', None), ("version: 'it''s'", None), ("version: &v 1.10", None), ("version: [1]", None),
     ("  version: 1.10", None), ("version:", None), ("version: # 1", None), ("versions: 1.10", None),
     ('"version": 1.10', None)])
