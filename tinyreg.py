@@ -1397,6 +1397,26 @@ def copy_bytes(blob: "Blob", length: int, *takers: Callable[[memoryview], Any]) 
         length -= count
 
 
+class Rate:
+    """Slows down those who move bytes, in any number of threads, to `limit` bytes a second in all;
+    0 is no limit. Who moves no more than `piece` bytes at once waits for a short time each."""
+
+    def __init__(self, limit: int = 0) -> None:
+        self.limit = limit
+        self.piece = max(limit // 10, 4096) if limit else sys.maxsize
+        self.free_at = 0.0  # of the monotonic clock: all that has moved may take until then
+        self.mutex = threading.Lock()
+
+    def wait(self, size: int) -> None:
+        """Wait until so many bytes may have moved."""
+        if self.limit:
+            with self.mutex:
+                now = time.monotonic()
+                self.free_at = max(self.free_at, now) + size / self.limit
+                pause = self.free_at - now
+            time.sleep(pause)
+
+
 class Blob:
     """A blob, or a part of one, as a slice of an open file: sendfile wants that, and an archive
     can give it, too. Whoever opens a blob closes it (`with`).
@@ -3544,7 +3564,7 @@ class Verification:
 
     def __init__(self, progress: Callable[[int, int], None] = do_nothing, rate: int = 0) -> None:
         self.progress = progress
-        self.rate = rate
+        self.rate = Rate(rate)
         self.blobs = 0
         self.bytes = 0
         self.damaged: Dict[Digest, Finding] = {}
@@ -3554,7 +3574,7 @@ class Verification:
         self.moved: List[str] = []          # where damaged files are now
         self.unsigned: List[str] = []       # images that no key of --signed-by has signed
         self.mutex = threading.Lock()
-        self.began = self.last_progress = time.monotonic()
+        self.last_progress = time.monotonic()
 
     def count(self, size: int, blobs: int = 0) -> None:
         """Count what has been read. Any thread may call it; it waits if reading is too fast."""
@@ -3564,8 +3584,7 @@ class Verification:
             if time.monotonic() - self.last_progress > 0.5:
                 self.last_progress = time.monotonic()
                 self.progress(self.blobs, self.bytes)
-        if self.rate:
-            time.sleep(max(self.bytes / self.rate - (time.monotonic() - self.began), 0.0))
+        self.rate.wait(size)
 
     def add(self, finding: Finding, *images: str) -> None:
         """Add a finding, or more images that it harms."""
@@ -5656,17 +5675,19 @@ class RemoteBlob(Blob):
 class LimitedBlob(Blob):
     """The rest of a blob of `size` bytes, which `open_from(offset)` opens. Where more comes, it
     raises SIZE_INVALID: an endless blob would fill the disk. An empty rest is not opened, unless
-    the whole blob is empty. `count_bytes` is called with the size of each piece that comes."""
+    the whole blob is empty. `count_bytes` is called with the size of each piece that comes, which
+    is at most `piece`."""
 
     def __init__(self, open_from: Callable[[int], Blob], size: int, offset: int,
-                 count_bytes: Callable[[int], Any] = do_nothing) -> None:
+                 count_bytes: Callable[[int], Any] = do_nothing, piece: int = sys.maxsize) -> None:
+        self.piece = piece
         self.left = max(size - offset, 0)
         self.count_bytes = count_bytes
         self.blob = open_from(offset) if self.left or not offset else Blob(None, 0, 0)
         super().__init__(None, 0, self.blob.length)
 
     def readinto(self, view: Any) -> int:
-        count = self.blob.readinto(view)
+        count = self.blob.readinto(memoryview(view)[:self.piece])
         self.left -= count
         if self.left < 0:
             raise RegistryError("SIZE_INVALID", message="the source sends more bytes of a blob "
@@ -5722,7 +5743,7 @@ class Remote(Registry):
         self.keeps_lists = keeps_lists
         self.lists: Dict[str, Optional[Set[str]]] = {}  # tags made of digests, if they are known
         self.list_locks: Dict[str, threading.Lock] = {}  # one thread asks, and others wait for it
-        self.quota_is_told = False
+        self.quota_told = threading.Lock()  # held for ever once it is
         self.takes_chunks = True  # until an upload shows otherwise
 
     def retry(self, action: Callable[..., Any], *arguments: Any) -> Any:
@@ -5769,11 +5790,10 @@ class Remote(Registry):
         """Say once that few pulls are left of those that Docker Hub allows in some hours."""
         left, limit = [re.match("([0-9]{1,9})(?:;w=([0-9]{1,9}))?", reply.header(header))
                        for header in ("RateLimit-Remaining", "RateLimit-Limit")]
-        if left and limit and int(left.group(1)) * 10 <= int(limit.group(1)):
-            if not self.quota_is_told:
-                self.say("%s lets us pull %s more manifests, of %s in %d h" % (
-                    self.host, left.group(1), limit.group(1), int(limit.group(2) or 0) / 3600))
-            self.quota_is_told = True
+        if (left and limit and int(left.group(1)) * 10 <= int(limit.group(1))
+                and self.quota_told.acquire(False)):
+            self.say("%s lets us pull %s more manifests, of %s in %d h" % (
+                self.host, left.group(1), limit.group(1), int(limit.group(2) or 0) / 3600))
 
     def try_login(self, login: Login) -> bool:
         """Use this login from now on. Returns whether the registry has asked for it. Raises
@@ -6417,6 +6437,54 @@ def tags_listed(paths: Sequence[str]) -> Callable[[str, str, Digest], bool]:
 
     return is_listed
 
+
+# Names on the way, and pins
+
+
+def parse_beginning(text: str) -> str:
+    """What names of repositories begin with, in full; a host may have a port. Raises
+    CommandError."""
+    host, slash, path = text.rstrip("/").partition("/")
+    name = (origin_of(host) if ":" in host else host) + slash + path
+    if not NAME.fullmatch(name):
+        raise CommandError("%r begins no name; write for example docker.io/library" % text)
+    return name
+
+
+def parse_rename(text: str) -> Tuple[str, str]:
+    """FROM=TO. Without TO the beginning is left out. Raises CommandError."""
+    old, equals, new = text.partition("=")
+    if not equals:
+        raise CommandError("%r is no FROM=TO; write for example docker.io/library=base" % text)
+    return parse_beginning(old), parse_beginning(new) if new else ""
+
+
+def begins_with(name: str, beginning: str) -> bool:
+    """Whether a name begins with whole components of another one."""
+    return (name + "/").startswith(beginning + "/")
+
+
+def renamed(name: str, renames: Iterable[Tuple[str, str]]) -> str:
+    """The name after the rename whose FROM is the longest that it begins with, in whole components.
+    Raises NAME_INVALID."""
+    for old, new in sorted(renames, key=lambda rename: -len(rename[0])):
+        if begins_with(name, old):
+            return parse_name((new + name[len(old):]).lstrip("/"))
+    return name
+
+
+def write_lock(path: Optional[str], digests: Mapping[str, Optional[Digest]]) -> None:
+    """Write a line NAME:TAG@DIGEST for each image into a file, if one is named, whole or not at
+    all; a port has its colon again. Raises OSError."""
+    if not path:
+        return
+    lines = []
+    for image, digest in digests.items():
+        image = full_name(image) if has_origin(image) else image
+        lines.append("%s@%s\n" % (image.partition("@")[0], digest))
+    path = os.path.realpath(path)
+    Files(os.path.dirname(path)).write(path, "".join(sorted(set(lines))).encode())
+
 # -------------------------------------------------------------------------------------------------
 # 12  Copy
 #
@@ -6692,9 +6760,11 @@ class Plan:
 
 
 class Traffic:
-    """What all copies of one command share: `jobs` threads for their blobs."""
+    """What all copies of one command share: `jobs` threads for their blobs, which together move at
+    most `rate` bytes a second (0: any number)."""
 
-    def __init__(self, jobs: int = 4) -> None:
+    def __init__(self, jobs: int = 4, rate: int = 0) -> None:
+        self.rate = Rate(rate)
         self.pool = concurrent.futures.ThreadPoolExecutor(jobs)
         self.turns: Dict[Digest, threading.Lock] = {}  # held while a blob is copied
 
@@ -6807,7 +6877,8 @@ class Copy(Plan):
         """The rest of a blob of the source, whose bytes the report counts as they are read."""
         open_rest = functools.partial(self.source.open_blob, self.name, blob.digest)
         try:
-            rest = LimitedBlob(open_rest, blob.size, offset, self._count_copied)
+            rest = LimitedBlob(open_rest, blob.size, offset, self._count_copied,
+                               self.traffic.rate.piece)
         except Unknown:
             self.report.missing.append(blob.digest)
             raise
@@ -6819,6 +6890,7 @@ class Copy(Plan):
 
     def _count_copied(self, count: int) -> None:
         self.report.add(copied_bytes=count)
+        self.traffic.rate.wait(count)
 
     def _put_manifest(self, manifest: Manifest) -> None:
         """Put a manifest under its tags, if it has any. Blobs that the target took for present, and
@@ -12301,6 +12373,27 @@ def complain_of_moves(report: Report) -> None:
                  "here" % (report.image, tag, digest))
 
 
+class Destination(NamedTuple):
+    """Where --to leads, or --via: a registry, and what the names of its repositories begin with."""
+
+    host: str
+    prefix: str  # ends in a slash, or is ""
+
+    def name_for(self, name: str) -> str:
+        """What a repository of the store is called there. What once came from that registry goes
+        back to its own name, unless there is a prefix."""
+        own = origin_of(self.host) + "/"
+        return name[len(own):] if not self.prefix and name.startswith(own) else self.prefix + name
+
+
+def parse_destination(text: str) -> Destination:
+    """HOST[:PORT][/PREFIX]. Raises CommandError."""
+    host, _, prefix = text.rstrip("/").partition("/")
+    if not HOST.fullmatch(host) or prefix and not NAME.fullmatch(prefix):
+        raise CommandError("%r is no registry; write HOST[:PORT] or HOST[:PORT]/PREFIX" % text)
+    return Destination(host, prefix + "/" if prefix else "")
+
+
 class Transfer:
     """Copies several images to one target, after it has planned all of them. Several are planned
     at once and copied at once; what is said about them comes in the order in which they were added.
@@ -12308,11 +12401,13 @@ class Transfer:
     An image that fails does not stop the others. Once there is a Transfer, Ctrl-C ends the program
     at once."""
 
-    def __init__(self, options: argparse.Namespace, target: Registry, progress: Progress) -> None:
+    def __init__(self, options: argparse.Namespace, target: Registry, progress: Progress,
+                 destination: Optional[Destination] = None) -> None:
         self.options = options
-        self.target = target
+        self.target, self.destination = target, destination or Destination("", "")
         self.progress = progress
-        self.traffic = Traffic(options.jobs)
+        self.traffic = Traffic(options.jobs, options.rate)
+        self.stored_names: Dict[Tuple[str, str], str] = {}  # by the names that they get, and tags
         self.copies: List[Copy] = []
         self.failures: List[Dict[str, str]] = []
         self.told: List[str] = []  # those of the failures that are told again at the end
@@ -12331,8 +12426,16 @@ class Transfer:
             complain("tinyreg: " + self.told[-1])
 
     def add(self, image: str, source: Reader, name: str, reference: str,
-            target_name: str) -> Report:
-        """Name one image that is to be copied. Messages call it `image`."""
+            stored_name: str) -> Report:
+        """Name one image that is to be copied. Messages call it `image`. Raises NAME_INVALID;
+        CommandError if another one would get the same name."""
+        target_name = self.destination.name_for(renamed(stored_name, self.options.rename))
+        tag = getattr(reference, "tag", reference)
+        other = self.stored_names.setdefault((target_name, tag), stored_name)
+        if tag and other != stored_name:
+            raise CommandError("%s and %s would both become %s; copy one of them, or give them "
+                               "different names with --rename"
+                               % (other, stored_name, image_text(target_name, tag)))
         self.copies.append(prepare_copy(self.options, image, source, self.target, name, reference,
                                         target_name, self.traffic, watch=self.progress.watch))
         return self.copies[-1].report
@@ -12340,7 +12443,11 @@ class Transfer:
     def run(self) -> int:
         """Copy what was added, unless it is a dry run, and report. Returns the exit status. Raises
         CommandError if the target has no room."""
-        count = len(self.copies) + len(self.failures)
+        count, names = len(self.copies) + len(self.failures), sorted(self.stored_names.values())
+        for old, new in self.options.rename if names else ():
+            if not any(begins_with(name, old) for name in names):
+                complain("tinyreg: --rename %s=%s: no name begins so; the first is %s"
+                         % (old, new, names[0]))
         with self.traffic.pool, concurrent.futures.ThreadPoolExecutor(self.options.jobs) as pool:
             planned = []
             for copy in self._iter_done(pool, self._plan):
@@ -12358,10 +12465,22 @@ class Transfer:
         show(self.options, {"images": [report.as_json() for report in reports],
                             "failed": self.failures, "needed_bytes": needed},
              self._iter_lines(needed, free))
+        if getattr(self.options, "lock", None) and not self.options.dry_run:  # push has none
+            self._lock(reports)
         if self.told and count > 1 and not self.options.json:
             for line in ["tinyreg: %d of %d images failed:" % (len(self.told), count)] + self.told:
                 complain(line)
         return 1 if self.failures else 0
+
+    def _lock(self, reports: List[Report]) -> None:
+        """Write the file of --lock."""
+        path, digests = self.options.lock, {report.image: report.digest for report in reports
+                                            if report.complete}
+        if digests:
+            write_lock(path, digests)
+        if self.failures:
+            complain("tinyreg: %s %s" % (path, "has only what was copied" if digests else
+                                         "was not written, since nothing was copied"))
 
     def _iter_done(self, pool: concurrent.futures.ThreadPoolExecutor,
                    action: Callable[[Copy], None]) -> Iterator[Copy]:
@@ -12438,53 +12557,41 @@ def open_remote(options: argparse.Namespace, host: str, say: Callable[[str], Any
                            % (options.ca, error.strerror or error))
 
 
+def place_of(image: Image, via: Optional[Destination]) -> Tuple[str, str]:
+    """The host from which an image is fetched, and the name of its repository there."""
+    if via and image.host == "docker.io":
+        return via.host, via.prefix + image.path
+    return image.host, image.path
+
+
 def pull(options: argparse.Namespace) -> int:
     """Copy images from their registries into the store."""
     options.strip = False  # the store takes an index without its children
     store, progress = open_store(options, create=True), Progress(options)
     images = [parse_image(choice.image) for choice in named_images(options)]
-    remotes = {host: open_remote(options, host, progress.say, keeps_lists=True)
-               for host in {image.host for image in images}}
+    open_host = functools.lru_cache(None)(functools.partial(open_remote, options, say=progress.say,
+                                                            keeps_lists=True))
     transfer = Transfer(options, store, progress)
     for image in images:
         text = "%s/%s" % (image.host, image_text(image.path, image.reference))
-        transfer.add(text, remotes[image.host], image.path, image.reference, image.stored_name)
+        host, path = place_of(image, options.via)
+        transfer.add(text, open_host(host), path, image.reference, image.stored_name)
     return transfer.run()
-
-
-class Destination(NamedTuple):
-    """Where --to leads: a registry, and what the names of its repositories begin with."""
-
-    host: str
-    prefix: str  # ends in a slash, or is ""
-
-    def name_for(self, name: str) -> str:
-        """What a repository of the store is called there. What once came from that registry goes
-        back to its own name, unless there is a prefix."""
-        own = origin_of(self.host) + "/"
-        return name[len(own):] if not self.prefix and name.startswith(own) else self.prefix + name
-
-
-def parse_destination(text: str) -> Destination:
-    """HOST[:PORT][/PREFIX]. Raises CommandError, NAME_INVALID."""
-    host, _, prefix = text.partition("/")
-    if not HOST.fullmatch(host):
-        raise CommandError("--to %s: write HOST[:PORT] or HOST[:PORT]/PREFIX" % text)
-    return Destination(host, parse_name(prefix) + "/" if prefix else "")
 
 
 def push(options: argparse.Namespace) -> int:
     """Copy images from the store to another registry."""
     store, progress = open_store(options), Progress(options)
     destination = parse_destination(options.to)
-    transfer = Transfer(options, open_remote(options, destination.host, progress.say), progress)
+    transfer = Transfer(options, open_remote(options, destination.host, progress.say), progress,
+                        destination)
     for text, _, _ in named_images(options):
         try:
             name, reference = find_image(store, text)
         except (Unknown, Invalid) as error:
             transfer.fail(text, error)
         else:
-            transfer.add(text, store, name, reference, destination.name_for(name))
+            transfer.add(text, store, name, reference, name)
     return transfer.run()
 
 
@@ -12820,9 +12927,11 @@ def save(options: argparse.Namespace) -> int:
                 options.split)
     files = [{"file": path, "size": writer.size(digests)} for path, digests in writer.files]
     needed = sum(writer.size(digests) for _, digests in writer.files)
+    pins = {image_text(*find_image(store, report.image)): report.digest for report in reports}
     if not options.dry_run:
         if to_stdout:
             writer.write(writer.files[0][1], sys.stdout.buffer.write)
+            write_lock(options.lock, pins)
             return 0
         folder = os.path.dirname(os.path.abspath(options.output))
         remove_parts(options.output)
@@ -12831,6 +12940,7 @@ def save(options: argparse.Namespace) -> int:
             raise CommandError("%s has room for %s, and %s are needed"
                                % (folder, in_units(free), in_units(needed)))
         files = write_archive(options, writer, needed)
+        write_lock(options.lock, pins)
     lines = ["%s: %s, %s in %s" % (options.output, counted(len(reports), "image"),
                                    in_units(needed), counted(len(writer.files), "file"))]
     form = "  %(file)s  %(size)d bytes"
@@ -12900,10 +13010,9 @@ def load(options: argparse.Namespace) -> int:
         scratch, ranges = store.files.scratch, os.path.join(store.layout.own, "ranges")
     archive = Archive(options.archives, scratch, ranges, partly=True)
     present = set(archive.digests())
-    transfer, reports = Transfer(options, target, progress), []
+    transfer, reports = Transfer(options, target, progress, destination), []
     for name, reference, digest in archive.images():
-        report = transfer.add(image_text(name, reference), archive, name, reference,
-                               destination.name_for(name))
+        report = transfer.add(image_text(name, reference), archive, name, reference, name)
         report.missing += {digest} - present
         reports.append(report)
     if not reports:
@@ -13075,6 +13184,15 @@ def parse_quota(text: str) -> Quota:
     return Quota(glob, parse_size(size))
 
 
+def parse_new_file(text: str) -> str:
+    """The path of a file that can be written: who copies for hours should not learn at the end that
+    it can't be."""
+    folder = os.path.dirname(os.path.realpath(text))
+    if os.path.isdir(text) or not os.access(folder, os.W_OK):
+        raise CommandError("%r can't be written; name a file in a folder that is there" % text)
+    return text
+
+
 # None of them has images of other origins under their names.
 PUBLIC_REGISTRIES = ("docker.io", "quay.io", "ghcr.io", "gcr.io", "registry.k8s.io",
                      "public.ecr.aws", "mcr.microsoft.com", "nvcr.io", "registry.gitlab.com")
@@ -13207,7 +13325,17 @@ CONNECTION_OPTIONS = [
          "whoever is on the way can read passwords and change tags"),
     flag("--plain-http", "use HTTP: whoever is on the way can read passwords and change tags"),
 ]
-REMOTE_OPTIONS = [value("--jobs", "N", "blobs that are copied at once", parse_positive, 4)]
+LOCK = value("--lock", "FILE", "write a line NAME:TAG@DIGEST into FILE for each image that was "
+             "copied, with its name before --rename; pull -f FILE takes these bytes again",
+             parse_new_file)
+RENAME = repeated("--rename", "FROM=TO", "copy what begins with FROM, such as docker.io/library, "
+                  "under names that begin with TO instead; of several the longest FROM counts; "
+                  "may be repeated", parse_rename)
+REMOTE_OPTIONS = [
+    value("--jobs", "N", "how many images are planned, and blobs copied, at once", parse_positive,
+          4),
+    value("--rate", "SIZE", "copy at most so much a second in all, for example 2M; 0 is no limit",
+          parse_size, "0")]
 REMOTE_OPTIONS += CONNECTION_OPTIONS
 REMOTE_NOTES = ("\nLogins are those of tinyreg.py login, docker login and podman login. "
                 "HTTPS_PROXY, HTTP_PROXY and\nNO_PROXY in the environment are honoured.")
@@ -13440,17 +13568,22 @@ COMMANDS = [
     Command(
         "pull", pull, "Copy images from their registries into the store.",
         "  tinyreg.py pull alpine:3.19 quay.io/prometheus/prometheus:v2.53.0\n"
-        "  tinyreg.py pull -f images.txt --platform linux/amd64 --dry-run\n",
+        "  tinyreg.py pull -f images.txt --platform linux/amd64 --dry-run\n"
+        "  tinyreg.py pull -f images.txt --lock images.lock\n"
+        "  tinyreg.py pull -f images.lock --via harbor.lab/proxy-docker\n",
         [AS_JSON, value("images", "IMAGE", "as docker pull takes it", nargs="*"),
-         IMAGE_LIST, PLATFORM, SIGNED_BY, NO_REFERRERS, DRY_RUN] + REMOTE_OPTIONS,
+         IMAGE_LIST, PLATFORM, SIGNED_BY, NO_REFERRERS, DRY_RUN, LOCK, RENAME,
+         value("--via", "HOST[:PORT][/PREFIX]", "fetch docker.io's images from this mirror of it; "
+               "they keep their names", parse_destination)] + REMOTE_OPTIONS,
         REMOTE_NOTES),
     Command(
         "push", push, "Copy images from the store to another registry.",
         "  tinyreg.py push alpine:3.19 --to lab.example:5000\n"
         "  tinyreg.py push -f images.txt --to lab.example/mirror\n"
-        "  tinyreg.py push alpine:3.19 --to harbor.lab/mirror --platform linux/amd64 --strip\n",
+        "  tinyreg.py push alpine:3.19 --to harbor.lab/mirror --platform linux/amd64 --strip\n"
+        "  tinyreg.py push -f images.txt --to lab.example --rename docker.io=hub --rate 2M\n",
         [AS_JSON, value("images", "IMAGE", "as pull took it, or as ls shows it", nargs="*"),
-         IMAGE_LIST, PLATFORM, STRIP, NO_REFERRERS, DRY_RUN,
+         IMAGE_LIST, PLATFORM, STRIP, NO_REFERRERS, DRY_RUN, RENAME,
          value("--to", "HOST[:PORT][/PREFIX]", "the registry, and what its repositories' names "
                "begin with", required=True)] + REMOTE_OPTIONS,
         REMOTE_NOTES),
@@ -13483,7 +13616,7 @@ COMMANDS = [
                   nargs="+"),
          value("--split", "SIZE", "write parts of at most this size, for example 3900M for a "
                "FAT32 stick (default: one file)", parse_size),
-         IMAGE_LIST, PLATFORM, STRIP, NO_REFERRERS, DRY_RUN]),
+         IMAGE_LIST, PLATFORM, STRIP, NO_REFERRERS, DRY_RUN, LOCK]),
     Command(
         "load", load, "Put the images of archives into the store.",
         "  tinyreg.py load images.tar\n"
@@ -13498,7 +13631,7 @@ COMMANDS = [
                nargs="+"),
          value("--want", "FILE", "write the digests that are missing into this file"),
          value("--to", "HOST[:PORT][/PREFIX]", "put them into this registry, not into the store"),
-         PLATFORM, STRIP, SIGNED_BY, NO_REFERRERS, DRY_RUN] + REMOTE_OPTIONS),
+         PLATFORM, STRIP, SIGNED_BY, NO_REFERRERS, DRY_RUN, LOCK, RENAME] + REMOTE_OPTIONS),
     Command(
         "add", add, "Store files, or Helm charts, beside the images, as oras and helm push them.",
         "  tinyreg.py add install.sh rke2.tar.gz --to rke2/files:v1.34\n"

@@ -172,5 +172,128 @@ def test_few_pulls_that_are_left_are_told_of_once(there, server, start_proxy, tm
 
     host = start_proxy(server.host, spoil).host
     assert pull(tmp_path, host + "/app:1").stderr == ""
-    done = pull(tmp_path, host + "/app:1@" + there.resolve("app", "1"), host + "/app:1")
+    done = pull(tmp_path, host + "/app:1@" + there.resolve("app", "1"), host + "/app:1", "--jobs", "1")
     assert done.stderr.splitlines() == ["%s lets us pull 10 more manifests, of 100 in 6 h" % host]
+
+
+# Pins
+
+def test_a_lock_names_what_was_copied_and_pull_takes_these_bytes_again(there, server, tmp_path):
+    lock, host = tmp_path / "images.lock", server.host
+    old = {name: make_image(there, name, "1", layers=(name.encode(),)).digest for name in ("b", "a")}
+    pull(tmp_path, host + "/b:1", host + "/a:1", host + "/a@" + old["a"], "--dry-run", "--lock", lock)
+    assert not lock.exists()
+    pull(tmp_path, host + "/b:1", host + "/a:1", host + "/a@" + old["a"], "--lock", lock)
+    pins = sorted(["%s/a:1@%s" % (host, old["a"]), "%s/a@%s" % (host, old["a"]), "%s/b:1@%s" % (host, old["b"])])
+    assert lock.read_text().splitlines() == pins
+    make_image(there, "a", "1", layers=(b"moved",))
+    far = tmp_path / "far"
+    again = tmp_path / "again.lock"
+    done = run_tinyreg("pull", "-f", lock, "--root", far, "--lock", again)
+    assert done.returncode == 0 and "the tag 1 has moved" in done.stderr
+    assert Directory(str(far)).resolve(host.replace(":", "_") + "/a", "1") == old["a"]
+    assert again.read_bytes() == lock.read_bytes()
+    # The store's names have no colon; the lock's have one, wherever it is written.
+    for words in ["save", "-f", lock, "-o", tmp_path / "images.tar"], ["load", tmp_path / "images.tar"]:
+        again.unlink()
+        done = run_tinyreg(*words, "--root", far, "--lock", again)
+        assert done.returncode == 0, done.stderr
+        assert again.read_text().splitlines() == [pins[0], pins[2]] if words[0] == "load" else pins
+
+
+def test_a_lock_has_only_what_was_copied_and_says_so(there, server, tmp_path):
+    lock = tmp_path / "images.lock"
+    digest = make_image(there, "a", "1").digest
+    done = pull(tmp_path, server.host + "/gone:1", server.host + "/a:1", "--lock", lock, status=1)
+    assert lock.read_text() == "%s/a:1@%s\n" % (server.host, digest)
+    assert "tinyreg: %s has only what was copied" % lock in done.stderr.splitlines()
+    done = pull(tmp_path, server.host + "/gone:1", "--lock", lock, status=1)
+    assert "not written" in done.stderr and lock.read_text()
+    done = pull(tmp_path, server.host + "/a:1", "--lock", tmp_path / "missing" / "lock", status=2)
+    assert "can't be written" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+# Names
+
+@pytest.mark.parametrize("rename, name, new", [
+    (["quay.io=mirror"], "quay.io/a/b", "mirror/a/b"), (["quay.io=mirror"], "quay.io.example/a", "quay.io.example/a"),
+    (["quay.io=x", "quay.io/a=y"], "quay.io/a/b", "y/b"), (["quay.io/a=y", "quay.io=x"], "quay.io/ab/c", "x/ab/c"),
+    (["quay.io/a/b=c/d"], "quay.io/a/b", "c/d"), (["docker.io/="], "docker.io/library/a", "library/a"),
+    (["lab.example:5000/x=y"], "lab.example_5000/x/z", "y/z"), (["a=lab.example:5000"], "a/z", "lab.example_5000/z")])
+def test_the_longest_beginning_is_renamed_in_whole_components(rename, name, new):
+    assert tinyreg.renamed(name, [tinyreg.parse_rename(text) for text in rename]) == new
+
+
+@pytest.mark.parametrize("rename", ["a", "=b", "A/b=c", "a=b=c", "a//b=c", "a=../b"])
+def test_a_rename_that_is_none_is_a_usage_error(tmp_path, rename):
+    done = pull(tmp_path, "alpine", "--rename", rename, status=2)
+    assert len(done.stderr.splitlines()) == 1 and repr(rename.split("=")[0])[1:-1] in done.stderr
+
+
+def test_what_is_about_an_image_goes_along_under_its_new_name(there, server, start_server, tmp_path):
+    """Through pull, push and load, and into another registry's namespace."""
+    top, children = make_multi(there, "team/app", "1")
+    sign(there, "team/app", top)
+    sign(there, "team/app", children[0], ".sig")
+    origin = server.host.replace(":", "_")
+    pull(tmp_path, server.host + "/team/app:1", "--rename", server.host + "/team=base")
+    back = Directory(str(tmp_path / "back"))
+    assert list(back.repositories()) == ["base/app"]
+    tags = ["1", fallback_tag(children[0].digest) + ".sig"]
+    assert list(back.tags("base/app")) == tags and len(back.referrer_digests("base/app", top.digest)) == 1
+    other = start_server(tmp_path / "other")
+    words = ["--to", other.host + "/mirror", "--rename", "base=x/y"]
+    assert run_tinyreg("push", "base/app:1", "--root", back.root, *words).returncode == 0
+    archive = tmp_path / "images.tar"
+    assert run_tinyreg("save", "base/app:1", "--root", back.root, "-o", archive).returncode == 0
+    assert run_tinyreg("load", archive, "--root", other.root, "--rename", "base/app=" + origin).returncode == 0
+    far = Directory(other.root)
+    for name in "mirror/x/y/app", origin:
+        assert list(far.tags(name)) == tags and len(far.referrer_digests(name, top.digest)) == 1
+
+
+def test_two_images_under_one_name_are_an_error_before_anything_is_copied(there, server, tmp_path):
+    for name in "one/app", "two/app":
+        make_image(there, name, "1")
+    images = [server.host + "/one/app:1", server.host + "/two/app:1"]
+    renames = ["--rename", server.host + "/one=x", "--rename", server.host + "/two=x"]
+    done = pull(tmp_path, *images + renames, status=1)
+    assert "would both become x/app:1" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert list(Directory(str(tmp_path / "back")).repositories()) == []
+    make_image(there, "two/app", "2")
+    pull(tmp_path, images[0], server.host + "/two/app:2", *renames)
+    assert list(Directory(str(tmp_path / "back")).tags("x/app")) == ["1", "2"]
+
+
+@pytest.mark.parametrize("prefix", ["", "/proxy-docker"])
+def test_docker_io_s_images_come_from_a_mirror_and_keep_their_names(there, server, tmp_path, prefix):
+    """From a plain mirror, or from a project of Harbor."""
+    digest = make_image(there, prefix.lstrip("/") + "/library/alpine" if prefix else "library/alpine", "3").digest
+    lock = tmp_path / "lock"
+    done = pull(tmp_path, "alpine:3", "--via", server.host + prefix, "--lock", lock, "--rename", "alpine=base")
+    assert done.stderr == "tinyreg: --rename alpine=base: no name begins so; the first is docker.io/library/alpine\n"
+    assert done.stdout.startswith("docker.io/library/alpine:3: ")
+    assert Directory(str(tmp_path / "back")).resolve("docker.io/library/alpine", "3") == digest
+    assert lock.read_text() == "docker.io/library/alpine:3@%s\n" % digest
+
+
+# Rate
+
+def test_a_rate_holds_for_all_transfers_together(there, server, tmp_path, monkeypatch):
+    """On a clock that stands still, the longest wait is the time that all bytes may take."""
+    layers = [b"%d" % number * 50000 for number in range(4)]
+    images = []
+    for number in range(2):
+        manifest = make_image(there, "app%d" % number, "1", layers=layers[number * 2:number * 2 + 2])
+        images.append("%s/app%d:1" % (server.host, number))
+    waits = []
+    monkeypatch.setattr(tinyreg.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(tinyreg.time, "sleep", waits.append)
+    words = ["--root", str(tmp_path / "back"), "--rate", "10000B", "--quiet"]
+    assert tinyreg.main(["pull"] + words + images) == 0
+    total = sum(map(len, layers)) + manifest.blobs[0].size
+    assert max(waits) == pytest.approx(total / 10000.0) and len(waits) >= total / 4096
+    waits.clear()
+    names = [image.replace(":", "_", 1) for image in images]
+    assert tinyreg.main(["push"] + words + ["--to", server.host + "/x"] + names) == 0
+    assert max(waits) == pytest.approx(total / 10000.0)
