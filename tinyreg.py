@@ -7747,6 +7747,9 @@ OTHER_WORDS = {
     ("-", ""): Words("something that is no HTTP request"),
     ("HTTPS", ""): Words("do you speak HTTPS? (the client tries HTTPS first; that is normal)",
                          by_status={400: "no, only HTTP; the client goes on with that, if it may"}),
+    ("TLS", ""): Words("let us speak TLS", by_status={
+        CLIENT_LEFT: "the client does not like the certificate, and leaves; tinyreg.py clients "
+        "prints how it comes to trust it"}),
 }
 MOUNT_WORDS = Words("may {name} have a blob that another repository has?",
                     "it is not to be had so; send its bytes to the address in Location",
@@ -7768,8 +7771,18 @@ MEANINGS = {  # of statuses, whatever was asked
 }
 
 
-def explain(exchange: Exchange, words: Words) -> str:
-    """The exchange in words: who asks what, and what the response tells the client."""
+# What an answer means for the client, and its colour on a terminal. A client is asked for its
+# password, and told what is missing, in the best of pulls and pushes.
+COLOURS = {"good": "32", "no": "33", "bad": "31"}
+
+
+def outcome(status: int) -> str:
+    """The key in COLOURS of a status."""
+    return "good" if status < 400 else "no" if status in (401, 404) else "bad"
+
+
+def explain(exchange: Exchange, words: Words) -> Tuple[str, str]:
+    """The exchange in words: who asks; and what, and what the response tells the client."""
     if exchange.method == "POST" and MOUNT.search(exchange.target):
         words = MOUNT_WORDS
     answer = words.by_status.get(exchange.status) or MEANINGS.get(exchange.status)
@@ -7781,9 +7794,8 @@ def explain(exchange: Exchange, words: Words) -> str:
                   image=exchange.name + ("@" if ":" in reference else ":") + reference)
     who = exchange.agent.split(" ")[0] or "someone"
     who += " (%s)" % exchange.user if exchange.user else ""
-    return "%s %s at %s: %s -> %d: %s" % (
-        time.strftime("%H:%M:%S"), who, exchange.client, words.question.format(**values),
-        exchange.status, answer.format(**values))
+    return "%s at %s" % (who, exchange.client), "%s -> %d: %s" % (
+        words.question.format(**values), exchange.status, answer.format(**values))
 
 
 def without_names(exchange: Exchange) -> Exchange:
@@ -7799,10 +7811,16 @@ def without_names(exchange: Exchange) -> Exchange:
 
 # The log
 
-def write_log(line: str) -> None:
-    """Write one line with one system call, so that the lines of threads and processes don't mix."""
+def write_log(line: str, colour: str = "", heading: str = "") -> None:
+    """Write one line with one system call, so that the lines of threads and processes don't mix. On
+    a terminal it may have a colour, and a heading above it."""
+    line = harmless(line)
+    if colour:
+        line = "  \x1b[%sm%s\x1b[0m" % (colour, line)
+    if heading:
+        line = "\x1b[1m%s\x1b[0m\n%s" % (harmless(heading), line)
     with contextlib.suppress(OSError):  # requests are answered even if the log can't be written
-        os.write(2, harmless(line).encode("utf-8", "replace") + b"\n")
+        os.write(2, line.encode("utf-8", "replace") + b"\n")
 
 
 def open_log_file(path: str) -> None:
@@ -8138,6 +8156,7 @@ class Observation:
         self.words.update(routes)
         self.format = LOG_FORMATS.get(style, self.explain)
         self.metrics = Metrics(routes, processes)
+        self.last_client = mmap.mmap(-1, 8)  # whose block is the last one on the terminal
         # What notifications name as their sender.
         self.source = {"addr": socket.gethostname(), "instanceID": str(uuid.uuid4())}
         self.live: Optional[Live] = None
@@ -8159,14 +8178,26 @@ class Observation:
 
     def explain(self, exchange: Exchange) -> str:
         """The exchange in words, as --log explain and /live show it."""
-        return explain(exchange, self.words.get((exchange.method, exchange.route), Words()))
+        words = self.words.get((exchange.method, exchange.route), Words())
+        return "%s %s: %s" % ((time.strftime("%H:%M:%S"),) + explain(exchange, words))
+
+    def show_on_terminal(self, exchange: Exchange) -> None:
+        """Write the exchange in words, and above it who asks, unless that was the last one, too."""
+        words = self.words.get((exchange.method, exchange.route), Words())
+        who, line = explain(exchange, words)
+        key = hashlib.blake2b(who.encode("utf-8", "replace"), digest_size=8).digest()
+        heading = who if self.last_client[:] != key else ""
+        self.last_client[:] = key
+        write_log(time.strftime("%H:%M:%S ") + line, COLOURS[outcome(exchange.status)], heading)
 
     def record(self, exchange: Exchange, cached: bool = False) -> None:
         """Tell all observers of an exchange; `cached` says that its response came from memory."""
         self.metrics.count(exchange, cached)
         if self.live:
             self.live.show(exchange)
-        if self.style != "off":
+        if self.style == "explain" and os.isatty(2):
+            self.show_on_terminal(exchange)
+        elif self.style != "off":
             write_log(self.format(exchange))
 
     def gauges(self) -> List[Tuple[str, float]]:
@@ -8664,9 +8695,10 @@ ROUTES = compile_routes([
           Words("are you a registry?", "yes, and you may go on")),
     Route("GET HEAD", "/v2/_catalog", "pull", get_catalog,
           Words("which repositories are there?", "here are their names")),
-    Route("GET HEAD", "/token", "pull", get_token),
+    Route("GET HEAD", "/token", "pull", get_token,
+          Words("a token, please, which stands for the password for some minutes")),
     Route("GET HEAD", "/v2/{name}/tags/list", "pull", get_tags,  # end-8
-          Words("which tags has {name}?", "here they are")),
+          Words("which tags has {name}?", "here they are: names, each for one manifest")),
     Route("GET HEAD", "/v2/{name}/referrers/{digest}", "pull", get_referrers,  # end-12
           Words("is anything about {reference}: a signature, an SBOM?",
                 "here is the list; it may be empty")),
@@ -8683,7 +8715,8 @@ ROUTES = compile_routes([
     Route("POST", "/v2/{name}/blobs/uploads/?", "push", start_upload,  # end-4, end-11
           Words("a blob for {name} is coming", "send its bytes to the address in Location"), PUSH),
     Route("GET HEAD", "/v2/{name}/blobs/uploads/{session_id}", "push", get_upload,  # end-13
-          Words("how far is my upload to {name}?", "so far as Range says; go on from there")),
+          Words("how far is my upload to {name}? (it was cut, and shall be resumed)",
+                "so far as Range says; go on from there")),
     Route("PATCH", "/v2/{name}/blobs/uploads/{session_id}", "push", append_to_upload,  # end-5
           Words("here are bytes of a blob for {name} ({received})",
                 "taken; more, or is that all?")),
@@ -8932,7 +8965,15 @@ svg{display:block;width:100%;height:.7rem;border-radius:.2rem;background:var(--f
 .own{fill:var(--own)}.shared{fill:var(--shared)}.untagged{fill:var(--untagged)}
 .other{fill:var(--other)}.free{fill:var(--free)}
 summary{cursor:pointer;padding:.4rem 0}
-#live p{margin:.2rem 0;border-bottom:1px solid var(--line)}
+[hidden]{display:none!important}
+#live{--good:#1a7f45;--bad:#c62828;display:grid;gap:1rem;margin-top:1rem;align-items:start;
+grid-template-columns:repeat(auto-fill,minmax(min(22rem,100%),1fr))}
+@media(prefers-color-scheme:dark){#live{--good:#57c785;--bad:#ff7b7b}}
+#live section{max-height:16rem;overflow:auto;padding:.6rem .8rem;background:var(--card);
+border:1px solid var(--line);border-radius:.4rem}
+#live h2{margin:0;font-size:1rem}#live p{margin:.4rem 0;padding-left:.6rem;font-size:.875rem;
+border-left:.25rem solid var(--good)}
+#live .no{border-color:var(--untagged)}#live .bad{border-color:var(--bad)}
 @media(max-width:45rem){thead{position:absolute;width:1px;height:1px;
 overflow:hidden;clip-path:inset(50%)}
 table,tr,td,tbody,caption,dl{display:block}table{border:0;background:none}
@@ -8950,8 +8991,28 @@ for(const b of document.querySelectorAll(".copy button")){b.hidden=false;b.oncli
 getSelection().selectAllChildren(b.previousElementSibling);document.execCommand("copy");
 b.textContent="Copied"}}
 const live=document.getElementById("live");
-if(live){const e=new EventSource("live/events");e.onmessage=m=>{const p=document.createElement("p");
-p.textContent=m.data;live.prepend(p);while(live.children.length>500)live.lastChild.remove()}}
+if(live){const tools=live.previousElementSibling,[,only,pause,state]=tools.children,
+make=(kind,text)=>Object.assign(document.createElement(kind),{textContent:text}),
+hide=b=>{const words=only.value.toLowerCase().split(" ");let any=false;
+for(const p of b.querySelectorAll("p")){const text=b.firstChild.textContent+p.textContent;
+p.hidden=!words.every(w=>text.toLowerCase().includes(w));any=any||!p.hidden}b.hidden=!any},
+parts=/^(\\S+) (\\S+(?: \\(.*?\\))? at \\S+): (.*)$/,
+show=(kind,text)=>{const [,time,who,what]=parts.exec(text)||[0,"","",text];
+let b=[...live.children].find(b=>b.firstChild.textContent==who);
+if(!b){b=make("section","");b.tabIndex=0;b.append(make("h2",who));live.append(b)}
+const p=make("p",time+" "+what);p.className=kind;b.firstChild.after(p);
+while(b.children.length>99)b.lastChild.remove();
+while(live.children.length>99)live.firstChild.remove();hide(b)};
+let link="connecting",paused=false,kept=[];
+const tell=()=>{state.textContent=link+(paused?", paused: "+kept.length+" to be shown":
+live.children.length?"":", waiting")},set=text=>()=>{link=text;tell()};
+tools.hidden=false;only.oninput=()=>[...live.children].forEach(hide);
+pause.onclick=()=>{paused=!paused;pause.textContent=paused?"Go on":"Pause";
+if(!paused)for(const one of kept.splice(0))show(...one);tell()};
+const e=new EventSource("live/events");e.onopen=set("connected");
+e.onerror=set("not connected; trying again");
+for(const kind of ["good","no","bad"])e.addEventListener(kind,m=>{
+if(!paused)show(kind,m.data);else if(kept.length<9999)kept.push([kind,m.data]);tell()})}
 """
 
 PAGE = """<!DOCTYPE html>
@@ -9011,8 +9072,12 @@ DISK_PARTS = ("own to one repository", "shared by several, and stored once",
               "untagged and not needed by what has a tag", "other files on this disk", "free")
 
 LIVE_PAGE = """\
-<p>What clients ask this registry, and what its answers tell them. The newest is on top.</p>
+<p>What clients ask this registry, and what its answers tell them: a block for each client, its
+newest line on top. Green went well, orange is a no that clients expect, red went wrong.</p>
 <noscript>Without script it is on a terminal: %s</noscript>\
+<div class="tools" hidden><label for="only">Only with the words</label>
+<input type="search" id="only" placeholder="client, user or repository">
+<button type="button">Pause</button><span role="status"></span></div>
 <div id="live" role="log" aria-live="off" tabindex="0" aria-label="Requests"></div>"""
 
 PLAIN_HTTP_HELP = """
@@ -9914,6 +9979,7 @@ def send_live_events(access: Access, request: Request, send: Callable[[bytes], A
     While nothing happens, `send` gets an empty block several times a second, by which the server
     notices that it stops, and a line every few seconds, by which it notices that the client has
     left."""
+    send(b": connected, waiting\n\n")
     for number, exchange in enumerate(request.observation.live.watch()):
         if exchange is None:
             send(b"\n" if number % 50 == 49 else b"")
@@ -9922,7 +9988,8 @@ def send_live_events(access: Access, request: Request, send: Callable[[bytes], A
             exchange = without_names(exchange)
         allowed = not exchange.name or access.allows(request, "pull", exchange.name)
         if allowed and exchange.route != "live_events":
-            line = "data: %s\n\n" % harmless(request.observation.explain(exchange))
+            line = "event: %s\ndata: %s\n\n" % (
+                outcome(exchange.status), harmless(request.observation.explain(exchange)))
             send(line.encode("utf-8", "replace"))
 
 
@@ -10680,6 +10747,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 self.certificate = self.connection.shake_hands()
             except OSError as error:  # most often a client that doesn't trust the CA: worth a line
                 logger.warning("%s: no TLS handshake: %s", self.client, error.strerror)
+                self._record_refusal("TLS", CLIENT_LEFT)
                 raise ClientLeft("no TLS handshake")
 
     # Requests
@@ -10836,11 +10904,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.request_version = "HTTP/1.0" if error.status == 400 else "HTTP/1.1"
         self.command = "GET"
         self.send(Response.of_error(error))
-        method = "HTTPS" if self.rfile.buffer.startswith(TLS_HANDSHAKE) else "-"
+        is_tls = self.rfile.buffer.startswith(TLS_HANDSHAKE)
+        self._record_refusal("HTTPS" if is_tls else "-", error.status)
+        self._linger()
+
+    def _record_refusal(self, method: str, status: int) -> None:
+        """Tell the observers of what did not become a request."""
         self.worker.observation.record(Exchange(
             client=self.client, user="", method=method, target="-", route="", name="", reference="",
-            status=error.status, received=0, sent=self.sent, seconds=0.0, digest="", agent=""))
-        self._linger()
+            status=status, received=0, sent=self.sent, seconds=0.0, digest="", agent=""))
 
     def handle_expect_100(self) -> bool:
         """Send 100 Continue. A handler that reads the body causes it: a refused client need not

@@ -1,7 +1,9 @@
 """What those who run a registry see of it: log lines, metrics and the narration."""
 
+import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import socket
@@ -215,6 +217,53 @@ def test_a_push_reads_as_a_conversation():
     assert "lab/app@sha256:ab" in lines[4] and "/x{y}" in lines[5]
 
 
+@contextlib.contextmanager
+def terminal():
+    """Standard error is a terminal; gives a function that reads so many exchanges from it."""
+    def read(count):
+        text = ""
+        while text.count(" -> ") < count or not text.endswith("\n"):
+            text += os.read(master, 1 << 16).decode()
+        return text.replace("\r\n", "\n")
+
+    master, slave = pty.openpty()
+    former = os.dup(2)
+    os.dup2(slave, 2)
+    try:
+        yield read
+    finally:
+        os.dup2(former, 2)
+        for descriptor in (master, slave, former):
+            os.close(descriptor)
+
+
+def test_on_a_terminal_each_client_has_a_block_and_each_outcome_a_colour():
+    observation = Observation(None, "explain", WORDS)
+    alice = {"client": "10.0.0.5", "agent": "docker/28", "user": "alice", "route": "get_tags", "name": "lab/a\x1b[2J"}
+    with terminal() as read:
+        observation.record(exchange(**alice))
+        observation.record(exchange(status=404, **alice))
+        observation.record(exchange(client="10.0.0.6", status=507))
+        observation.record(exchange(**alice))
+        blocks = re.findall("\x1b\\[1m(.*)\x1b\\[0m\n((?:  .*\n)*)", read(4))
+    assert [who for who, _ in blocks] == ["docker/28 (alice) at 10.0.0.5", "someone at 10.0.0.6",
+                                          "docker/28 (alice) at 10.0.0.5"]
+    colours = [re.findall("\x1b\\[([0-9]+)m[0-9:]{8} (.*?) -> ", lines) for _, lines in blocks]
+    asked = "which tags has lab/a\\x1b[2J?"
+    assert colours == [[("32", asked), ("33", asked)], [("31", "are you a registry?")], [("32", asked)]]
+
+
+def test_what_a_student_asks_what_that_is_can_be_read_there():
+    upload = {"name": "lab/app", "reference": "01234567-0123-0123-0123-0123456789ab"}
+    for fields, words in (
+            (dict(route="get_tags", name="lab/app"), "names, each for one manifest"),
+            (dict(route="get_referrers", name="lab/app"), "a signature, an SBOM"),
+            (dict(route="get_upload", status=204, **upload), "(it was cut, and shall be resumed) -> 204: so far as"),
+            (dict(route="get_token", target="/token"), "stands for the password"),
+            (dict(method="TLS", route="", status=tinyreg.CLIENT_LEFT), "does not like the certificate, and leaves")):
+        assert words in explain(exchange(**fields)), fields
+
+
 def test_live_shows_what_happens_in_all_workers(start_server):
     server = start_server(None, "--log", "explain", "--workers", "2")
     with server.open("GET", "/live/events") as stream:
@@ -255,7 +304,7 @@ def test_live_names_no_repository_that_its_watcher_may_not_see(start_server, tmp
         while b"bob" not in lines[-1] or b"which tags has open?" not in lines[-1]:
             lines.append(stream.readline())
     shown = b"".join(lines).decode()
-    assert "hidden" not in shown and "GET /token ->" in shown and "GET …" in shown
+    assert "hidden" not in shown and "a token, please" in shown and "GET …" in shown
 
 
 @pytest.mark.parametrize("rules, status", [("** * pull\nci/** alice admin\n", 403), ("** alice admin\n", 200)])

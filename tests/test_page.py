@@ -15,7 +15,7 @@ import time
 import urllib.parse
 
 import pytest
-from conftest import TINYREG, ask, get, open_url, run_tinyreg
+from conftest import TINYREG, ask, get, open_url, run_tinyreg, until
 from engines import require
 from samples import (descriptor, image as image_document, index, make_docker_image, make_image, make_referrer,
                      push_blob, to_manifest)
@@ -683,3 +683,55 @@ def test_chromium_runs_our_script_and_nobody_elses(registry, browser):
     browser.run("document.querySelector('button').click()")
     assert browser.run("document.querySelector('button').textContent") == "Copied"
     assert browser.run("getSelection().toString()").startswith("sha256:")
+
+
+# /live in the browser
+
+SHOWN = """[...document.querySelectorAll("#live section")].filter(b => !b.hidden).map(
+    b => [b.firstChild.textContent, [...b.querySelectorAll("p")].filter(p => !p.hidden).map(
+        p => p.className + p.textContent.slice(8))])"""
+
+
+def test_live_has_a_block_for_each_client_and_a_class_stays_readable(registry, browser, tmp_path):
+    """Thirty students at once; then one of them alone; paused, nothing moves, and nothing is lost."""
+    def state():
+        return browser.run("document.querySelector('[role=status]').textContent")
+
+    def pull(number, tag="1.0"):
+        answer = registry.ask("GET", "/v2/lab/app/manifests/" + tag, x_forwarded_for="10.0.0.%d" % number,
+                              user_agent="docker/28 go")
+        return answer.status
+
+    browser.open(registry.url + "/live")
+    until(lambda: state() == "connected, waiting")
+    for number in range(1, 31):
+        assert (pull(number), pull(number, "none")) == (200, 404)
+    until(lambda: sum(len(lines) for _, lines in browser.run(SHOWN)) == 60)
+    assert [who for who, _ in browser.run(SHOWN)] == ["docker/28 at 10.0.0.%d" % number for number in range(1, 31)]
+    for _, lines in browser.run(SHOWN):
+        good, no = sorted(lines)
+        assert good.startswith("good the manifest lab/app:1.0, please") and "-> 200: here it is" in good
+        assert no.startswith("no the manifest lab/app:none") and no.endswith("404: that is not here")
+    assert state() == "connected"
+    for width, scheme in ((1200, "light"), (400, "dark")):
+        browser.resize(width, 900)
+        browser.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        assert browser.run("document.documentElement.scrollWidth") == width
+        assert browser.run(CONTRAST) == []
+        browser.take_picture(tmp_path / ("class-%d-%s.png" % (width, scheme)))
+
+    def find(words):
+        browser.run("(e => { e.value = %s; e.oninput() })(document.getElementById('only'))" % json.dumps(words))
+        return [(who, len(lines)) for who, lines in browser.run(SHOWN)]
+
+    assert find("10.0.0.7 ") == [("docker/28 at 10.0.0.7", 2)]
+    assert len(find("LAB/APP:none")) == 30 and find("lab/app:none 10.0.0.7 ") == [("docker/28 at 10.0.0.7", 1)]
+    assert find("of-nobody") == [] and len(find("")) == 30
+    browser.run("document.querySelector('.tools button').click()")
+    pull(31)
+    until(lambda: state() == "connected, paused: 1 to be shown")
+    assert len(browser.run(SHOWN)) == 30
+    browser.run("document.querySelector('.tools button').click()")
+    assert len(browser.run(SHOWN)) == 31 and state() == "connected"
+    registry.stop()
+    until(lambda: state() == "not connected; trying again")

@@ -364,6 +364,7 @@ def test_who_does_not_trust_the_ca_leaves_a_line_in_the_log(tls_server):
     with pytest.raises(ssl.SSLError):
         Talk(tls_server, ssl.create_default_context())
     until(lambda: "unknown ca" in tls_server.log().lower().replace("_", " "))
+    until(lambda: " TLS - 499 " in tls_server.log())  # /live and --log explain say what that means
     assert "no TLS handshake" in tls_server.log()
 
 
