@@ -6986,23 +6986,29 @@ def read_chart(path: str, scratch: str) -> Optional[Dict[str, str]]:
 
 def files_in(registry: Reader, name: str, manifest: Manifest) -> Dict[str, Descriptor]:
     """The files of an artifact, by their names, which may have folders; none in a container image.
-    A chart is called as `helm pull` calls it. Raises MANIFEST_INVALID, DIGEST_INVALID."""
+    A chart is called as `helm pull` calls it; a folder that oras has packed is a file .tar.gz.
+    Raises MANIFEST_INVALID, DIGEST_INVALID."""
     files: Dict[str, Descriptor] = collections.OrderedDict()
     document, _ = manifest.document, manifest.blobs  # to read the blobs is to check them all
     for entry in (document.get("layers") or []) + (document.get("blobs") or []):
         blob, annotations = parse_descriptor(entry), entry.get("annotations")
-        title = annotations.get(ANNOTATION + "title") if isinstance(annotations, dict) else None
+        annotations = annotations if isinstance(annotations, dict) else {}
+        title = annotations.get(ANNOTATION + "title")
         if blob.media_type in CHART_SUFFIXES:
             chart = read_config(registry, name, manifest)
             title = "%(name)s-%(version)s" % collections.defaultdict(str, chart)
             title += CHART_SUFFIXES[blob.media_type]
         if not isinstance(title, str) or not title:
             continue
+        if annotations.get("io.deis.oras.content.unpack") == "true":
+            title += ".tar.gz"
+        problem = ""
         if {"", ".", ".."}.intersection(title.split("/")) or harmless(title) != title:
-            raise RegistryError("MANIFEST_INVALID", title, message="refused, for it may lead "
-                                "out of the folder, or can't be shown")
-        if files.setdefault(title, blob).digest != blob.digest:
-            raise RegistryError("MANIFEST_INVALID", title, message="two files have one name")
+            problem = "refused, for it may lead out of the folder, or can't be shown"
+        elif files.setdefault(title, blob).digest != blob.digest:
+            problem = "two files have one name"
+        if problem:
+            raise RegistryError("MANIFEST_INVALID", title[:MAX_NAME], message=problem)
     return files
 
 

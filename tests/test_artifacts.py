@@ -259,6 +259,13 @@ def test_get_makes_the_folders_that_names_have_and_passes_over_what_has_no_name(
     assert sorted(os.listdir(str(tmp_path / "out" / "a"))) == ["b", "d.txt"]
 
 
+def test_a_folder_that_oras_has_packed_is_a_tar_gz(store, tmp_path, tinyreg_does):
+    packed = {TITLE: "conf", "io.deis.oras.content.unpack": "true"}
+    strange(store, None, layers=[descriptor(b"content of layer 0", annotations=packed)])
+    assert tinyreg_does("get", "x:1", "-o", tmp_path / "out")[0] == 0
+    assert in_folder(tmp_path / "out") == {"conf.tar.gz": b"content of layer 0"}
+
+
 def test_get_takes_an_artifact_manifest_of_early_oras(store, tmp_path, tinyreg_does):
     blobs = [described(b"content of layer 0", "text/plain", "a.txt")]
     push_blob(store, "x", b"content of layer 0")
