@@ -8216,8 +8216,8 @@ class Observation:
             path = os.path.join(self.folder or "", task)
             # There was no run yet, or one of an earlier version.
             with contextlib.suppress(OSError, ValueError):
-                gauges.append(("last_%s_seconds" % task, os.stat(path).st_mtime))
                 numbers = load_json(read_file(path) or b"")
+                gauges.append(("last_%s_seconds" % task, os.stat(path).st_mtime))
                 gauges += [("last_%s_%s" % (task, key), numbers[key]) for key in numbers]
         return gauges
 
