@@ -12489,6 +12489,8 @@ class Transfer:
         self.copies: List[Copy] = []
         self.failures: List[Dict[str, str]] = []
         self.told: List[str] = []  # those of the failures that are told again at the end
+        self.files: List[Dict[str, Optional[str]]] = []  # where it comes from, and what is wrong
+        self.holds: Set[Digest] = set()  # the blobs of the images that have arrived
         self.needed: Dict[Digest, int] = {}  # how many bytes of each blob the target lacks
         self.free_memory = MAX_PLANS  # bytes; a plan for which there is none is made again
         self.mutex = threading.Lock()  # of the free memory
@@ -12540,9 +12542,13 @@ class Transfer:
                                    % (in_units(needed), in_units(free)))
             for copy in self._iter_done(pool, self._copy):
                 self._tell(copy)
-        show(self.options, {"images": [report.as_json() for report in reports],
-                            "failed": self.failures, "needed_bytes": needed},
-             self._iter_lines(needed, free))
+        is_local = isinstance(self.target, Directory)
+        show(self.options, {
+            "images": [report.as_json() for report in reports], "failed": self.failures,
+            "needed_bytes": needed, "files": self.files, "finished": timestamp(),
+            "store": self.options.root if is_local else self.options.to,
+            "missing": sorted(lacking_digests(reports)), "holds": sorted(self.holds),
+        }, self._iter_lines(needed, free))
         if getattr(self.options, "lock", None) and not self.options.dry_run:  # push has none
             self._lock(reports)
         if self.told and count > 1 and not self.options.json:
@@ -12591,8 +12597,10 @@ class Transfer:
             if not copy.manifests:
                 plan_checked(self.options, copy)
             copy.run()
+            if copy.report.complete:
+                copy.report.arrived = timestamp()
+                self.holds.update(copy.blobs)
             copy.clear()
-            copy.report.arrived = timestamp() if copy.report.complete else None
 
     def _tell(self, copy: Copy) -> None:
         """Say what became of an image."""
@@ -12940,21 +12948,24 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def digests_in(path: str) -> Iterable[Digest]:
-    """The digests that a file lists, as `ls --digests` prints them, or those of an archive.
-    Raises CommandError, OSError."""
+    """The digests that a file lists, as `ls --digests` prints them; those of the blobs that, as
+    `load --json` says, a store holds; or those of an archive. Raises CommandError, OSError."""
     if not os.path.exists(path):
         raise CommandError("--have %s: there is no such file (images are named before --have)"
                            % path)
-    if not os.path.isdir(path):
-        with open(path, "rb") as file:
-            if re.match(rb'[\s\["\]]*(?:sha(?:256|512):|\Z)', file.peek(100)):
-                text = file.read().decode("ascii", "replace")
-                return map(Digest, re.findall(DIGEST.pattern, text))
     try:
+        if not os.path.isdir(path):
+            with open(path, "rb") as file:
+                start = file.peek(100).lstrip(b" \r\n")
+                if start.startswith(b"{"):
+                    return parse_digests(load_json(file.read()).get("holds"))
+                if re.match(rb'[\s\["\]]*(?:sha(?:256|512):|\Z)', start):
+                    text = file.read().decode("ascii", "replace")
+                    return map(Digest, re.findall(DIGEST.pattern, text))
         return Archive([path]).digests()
-    except RegistryError as error:  # whatever it is, the message has it
-        raise CommandError("--have takes what `tinyreg.py ls --digests` printed, or an archive; "
-                           "%s" % error)
+    except (RegistryError, ValueError) as error:  # whatever it is, the message has it
+        raise CommandError("--have %s: it is neither what `tinyreg.py ls --digests` or `load "
+                           "--json` printed, nor an archive: %s" % (path, error))
 
 
 def add_to_archive(options: argparse.Namespace, store: Directory, writer: ArchiveWriter,
@@ -13029,7 +13040,8 @@ def save(options: argparse.Namespace) -> int:
         form += "  sha256:%(sha256)s"
     lines += [form % file for file in files]
     show(options, {"images": [report.as_json() for report in reports], "bytes": needed,
-                   "files": files}, [] if options.quiet else lines)
+                   "files": files, "holds": sorted(writer.blobs)},
+         [] if options.quiet else lines)
     return 0
 
 
@@ -13095,6 +13107,8 @@ def load(options: argparse.Namespace) -> int:
         reports.append(report)
     if not reports:
         raise CommandError("no images in " + archive.root)
+    transfer.files = [{"file": path, "error": archive.unreadable.get(path)}
+                      for path in options.archives]
     status = transfer.run()
     if options.want:
         with open(options.want, "w") as file:
@@ -13685,12 +13699,14 @@ COMMANDS = [
         "save", save, "Write images of the store into an archive.",
         "  tinyreg.py save alpine nginx:1.25 -o images.tar\n"
         "  tinyreg.py save -f images.txt -o images.tar --have have.txt --split 3900M\n"
-        "  tinyreg.py save alpine -o - | ssh HOST docker load\n",
+        "  tinyreg.py save alpine -o - | ssh HOST docker load\n"
+        "  tinyreg.py save alpine -o - | gpg -c > images.tar.gpg\n",
         [AS_JSON, value("images", "IMAGE", "NAME[:TAG] or NAME@DIGEST", nargs="*"),
          value("-o --output", "FILE", "the archive; - is stdout", required=True),
          flag("--no-self", "leave out tinyreg.py itself"),
-         repeated("--have", "FILE", "leave out the blobs that are in these lists (`ls --digests` "
-                  "of the far side) or archives; images are named before it; may be repeated",
+         repeated("--have", "FILE", "leave out the blobs that are in these lists (what `ls "
+                  "--digests` or `load --json` said on the far side, or `save --json` here) or "
+                  "archives; images are named before it; may be repeated",
                   nargs="+"),
          value("--split", "SIZE", "write parts of at most this size, for example 3900M for a "
                "FAT32 stick (default: one file)", parse_size),
@@ -13700,12 +13716,15 @@ COMMANDS = [
         "  tinyreg.py load images.tar\n"
         "  tinyreg.py load rke2-images.linux-amd64.tar.zst\n"
         "  tinyreg.py load images-*.tar --want want.txt\n"
+        "  tinyreg.py load images.tar --json > receipt.json     # for save --have\n"
         "  tinyreg.py load images.tar --to registry.lab:5000\n"
         "  tinyreg.py load images.tar --signed-by cosign.pub\n"
-        "  docker save alpine | tinyreg.py load -\n",
+        "  docker save alpine | tinyreg.py load -\n"
+        "  gpg -d images.tar.gpg | tinyreg.py load -\n",
         [AS_JSON,
          value("archives", "FILE", "an OCI image layout or what docker save wrote, as tar, .tar.gz "
-               "(or .zst, .xz, .bz2) or directory; a registry's data directory; - is stdin",
+               "(or .zst, .xz, .bz2) or directory; a haul of hauler, a package of zarf, a flat "
+               "image cache of Talos; a registry's data directory; - is stdin",
                nargs="+"),
          value("--want", "FILE", "write the digests that are missing into this file"),
          value("--to", "HOST[:PORT][/PREFIX]", "put them into this registry, not into the store"),

@@ -69,6 +69,11 @@ def members_of(path):
         return {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
 
 
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
 @pytest.fixture
 def root(tmp_path):
     """Not where servers have theirs."""
@@ -397,6 +402,45 @@ def test_load_says_what_arrived_and_when(store, far, save, load):
     assert (images[0]["image"], images[0]["digest"]) == ("a:1", one.digest)
     assert before - 1 <= arrived <= time.time()
     assert images[1]["image"] == "b:1" and images[1]["arrived"] is None
+
+
+def test_a_receipt_says_what_came_from_where_and_what_is_missing_and_save_leaves_that_out(
+        store, far, save, load, tmp_path):
+    """Of an image that has not arrived whole, blobs may be deleted again on the far side."""
+    one = make_image(store, "a", "1")
+    make_referrer(store, "a", one, config=b"{}")
+    make_image(store, "b", "1", layers=(b"of b", b"lacked"))
+    first = save("a:1")
+    second = save("b:1", "--have", write(tmp_path / "have.txt", Digest.of(b"lacked")), name="second.tar")
+    (tmp_path / "cut.tar").write_bytes(open(first, "rb").read()[:-3000])
+    done = load(first, second, str(tmp_path / "cut.tar"), "--json")
+    receipt = json.loads(done.stdout)
+    assert done.returncode == 1 and receipt["store"] == far.root
+    assert abs(calendar.timegm(time.strptime(receipt["finished"], "%Y-%m-%dT%H:%M:%SZ")) - time.time()) < 600
+    assert [file["file"] for file in receipt["files"]] == [first, second, str(tmp_path / "cut.tar")]
+    assert [bool(file["error"]) for file in receipt["files"]] == [False, False, True]
+    image_a, image_b = receipt["images"]
+    assert (image_a["digest"], image_a["total_bytes"]) == (one.digest, sum(blob.size for blob in one.blobs) + 2)
+    assert len(image_a["referrers"]) == 1 and image_a["arrived"] and not image_b["arrived"]
+    assert receipt["missing"] == image_b["missing"] == [Digest.of(b"lacked")]
+    assert set(receipt["holds"]) == {blob.digest for blob in one.blobs} | {Digest.of(b"{}")}
+    (tmp_path / "receipt.json").write_text(done.stdout)
+    rest = save("a:1", "b:1", "--have", tmp_path / "receipt.json", name="rest.tar")
+    assert Digest.of(b"of b") in Archive([rest]).digests() and Digest.of(b"layer one") not in Archive([rest]).digests()
+    assert load(rest).returncode == 0 and same(store, far, "b")
+
+
+def test_where_nothing_comes_back_save_leaves_out_what_its_lists_say_was_sent(store, far, save, load, tmp_path):
+    files = []
+    for number, layer in enumerate((b"first", b"second", b"third")):
+        make_image(store, "a", str(number), layers=(b"base", layer))
+        have = ["--have"] + files if files else []
+        path = tmp_path / ("%d.tar" % number)
+        done = run_tinyreg("save", "--root", store.root, "-o", path, "a:%d" % number, "--json", *have)
+        files.append(write(tmp_path / ("sent-%d.json" % number), done.stdout))
+        assert {blob for blob in Archive([str(path)]).blobs if blob in (Digest.of(b"base"), Digest.of(layer))} == (
+            {Digest.of(layer)} if number else {Digest.of(b"base"), Digest.of(layer)})
+        assert load(str(path)).returncode == 0 and same(store, far, "a", str(number))
 
 
 def test_there_is_one_blob_and_there_are_two(store, save, load):

@@ -256,7 +256,9 @@ def test_ls_of_an_archive_without_its_configs_has_the_platforms_from_the_index(r
     assert json.loads(run("ls", "--json", tmp_path / "rest.tar").stdout)[0]["platforms"] == ["linux/arm64"]
 
 
-@pytest.mark.parametrize("content", [b"one, two\n", "sha256:".encode("utf-16")])
+@pytest.mark.parametrize("content", [
+    b"one, two\n", "sha256:".encode("utf-16"), b"{", b"{}", b'{"holds": 1}', b'{"holds": ["sha256:../x"]}',
+    b'{"holds": [{}]}', b"{" * 100000])
 def test_have_of_what_is_neither_a_list_nor_an_archive(run, store, tmp_path, content):
     make_image(store, "a", "1")
     (tmp_path / "have.txt").write_bytes(content)
