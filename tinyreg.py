@@ -9055,7 +9055,8 @@ NAVIGATION = """
 
 USE_PAGE = """<div class="steps">%s<h2>Let your client trust it</h2>
 <p>Docker trusts a registry on its own machine as it is. On other machines, run the line for your
-client. It fetches a script, and runs it as root:</p>%s
+client. It fetches a script, and runs it as root. (docker build, crane, helm, oras, regctl and
+cosign trust what the system trusts.)</p>%s
 %s<h2>Pull an image</h2><p>Look for one among the <a href="./">repositories</a>: its page has the
 line for every client.</p>%s<h2>Push your own</h2>%s</div>
 <h2>As a mirror</h2><p>After this, docker pull alpine comes from here, if it is here:</p>%s"""
@@ -9674,7 +9675,8 @@ def disk_page(registry: Registry, access: Access, request: Request) -> Response:
     used, free, freed = usage["bytes"], usage["free"], usage["unlinked"]
     own = sum(pair[0] for pair in usage["repositories"].values()) + freed
     if usage["took"] < PAGE_PATIENCE:
-        freed = garbage(registry.at_hand(), usage["time"])
+        with contextlib.suppress(OSError):  # a disk that is read-only
+            freed = garbage(registry.at_hand(), usage["time"])
     own = max(own - freed, 0)
     sizes = own, used - own - freed, freed, usage["total"] - free - used, free
     parts = list(zip(DISK_PARTS, sizes))
