@@ -6943,6 +6943,8 @@ ANNOTATION = "org.opencontainers.image."
 CHART = "application/vnd.cncf.helm.chart.content.v1.tar+gzip"
 PROVENANCE = "application/vnd.cncf.helm.chart.provenance.v1.prov"
 CHART_SUFFIXES = {CHART: ".tgz", PROVENANCE: ".tgz.prov"}
+CHART_ANNOTATIONS = (("name", "title"), ("version", "version"), ("description", "description"),
+                     ("home", "url"))  # fields, and what helm calls them in the manifest
 MAX_CHART = 100 << 20  # bytes of an unpacked chart; helm takes no more
 CHART_YAML = re.compile(rb"(?:\./)?[^/]+/Chart\.yaml")
 # A field of Chart.yaml that is one text, in quotes or plain, once its lines are joined. What else
@@ -6960,10 +6962,9 @@ def parse_chart(content: bytes) -> Dict[str, str]:
     text = content.decode("utf-8-sig", "replace").replace("\r", "")
     text = re.sub("\n[ \t]+", " ", text)  # helm folds long ones
     chart = {key: "".join(values) for key, *values in CHART_FIELD.findall(text)}
-    for key in "apiVersion", "name", "version":
-        if not chart.get(key):
-            raise CommandError("helm would refuse this chart: its Chart.yaml has no line with %s: "
-                               "and a text" % key)
+    if not chart.keys() >= {"apiVersion", "name", "version"}:
+        raise CommandError("helm would refuse this chart: its Chart.yaml has no apiVersion, name "
+                           "or version that is a text")
     return chart
 
 
@@ -7033,8 +7034,8 @@ def put_artifact(registry: Registry, name: str, tag: str, paths: List[str],
     if chart:
         config_type, media_types = "application/vnd.cncf.helm.config.v1+json", [CHART, PROVENANCE]
         paths = paths + list(filter(os.path.isfile, [paths[0] + ".prov"]))
-        fields = {"annotations": {ANNOTATION + "title": chart["name"],
-                                  ANNOTATION + "version": chart["version"]}}
+        fields = {"annotations": {
+            ANNOTATION + key: chart[field] for field, key in CHART_ANNOTATIONS if field in chart}}
     layers = [put_file(registry, name, *file) for file in zip(paths, media_types)]
     digest = Digest.of(config)
     session = registry.start_upload(name)
@@ -7056,7 +7057,8 @@ def place_for(folder: str, title: str, force: bool) -> str:
     """The path for a file below a folder. Raises CommandError if a link is on the way there, or a
     file is there, unless `force` replaces it."""
     path = os.path.join(os.path.realpath(folder), title)
-    if os.path.realpath(os.path.dirname(path)) != os.path.dirname(path):
+    folder = os.path.dirname(path)
+    if os.path.realpath(folder) != folder:
         raise CommandError("refused: a link is on the way to %s" % path)
     if os.path.lexists(path) and not force:
         raise CommandError("%s is there; --force replaces it, -o DIR writes elsewhere" % path)
@@ -8508,16 +8510,14 @@ def get_blob(registry: Registry, access: Access, request: Request, name: str,
 
 def get_file(registry: Registry, access: Access, request: Request, name: str,
              reference: Reference, file: str) -> Response:
-    """A file of an artifact, as get_blob() gives a blob; without the file's name, a list of names.
-    A browser is to keep the file, and not to show it: it may be a page with scripts. Raises
-    NAME_UNKNOWN, MANIFEST_UNKNOWN, MANIFEST_INVALID, BLOB_UNKNOWN, RANGE_INVALID."""
+    """A file of an artifact, as get_blob() gives a blob; else, of no or another name, a list of the
+    names that there are. A browser is to keep the file, and not to show it: it may be a page with
+    scripts. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN, MANIFEST_INVALID, BLOB_UNKNOWN,
+    RANGE_INVALID."""
     manifest = registry.manifest(name, resolve_reference(registry, name, reference))
     files, title = files_in(registry, name, manifest), file[1:]
-    if not title:
-        return Response.of_text("".join(title + "\n" for title in files))
     if title not in files:
-        raise RegistryError("BLOB_UNKNOWN", title, message="it has no such file; /files/%s lists "
-                            "what it has" % image_text(name, reference))
+        return Response.of_text("".join(title + "\n" for title in files), 404 if title else 200)
     response = get_blob(registry, access, request, name, files[title].digest)
     response.headers.append(("Content-Disposition", "attachment; filename*=UTF-8''"
                              + urllib.parse.quote(os.path.basename(title))))
@@ -12757,21 +12757,19 @@ def collect(options: argparse.Namespace) -> int:
     if options.repositories and not expiry.is_on:
         raise CommandError("--repositories says where --keep, --older-than or --only delete tags; "
                            "add one of them")
-    if options.plan and not options.dry_run:
-        raise CommandError("--plan goes with --dry-run; then `tinyreg.py rm -f FILE` deletes what "
-                           "it says")
     store = open_store(options)
     if expiry.listed and not options.force and not any(
             expiry.listed(name, tag, Digest()) for name in store.repositories()
             for tag in store.tags(name)):
         raise CommandError("no tag here is named in %s, so all would go; if that is meant, say "
                            "--force" % ", ".join(options.only))
+    options.dry_run = options.dry_run or bool(options.plan)
     removed: List[Dict[str, Any]] = []
-    planned = []
+    planned: Dict[str, Optional[Digest]] = {}
 
     def note(kind: str, name: str, size: int) -> None:
         if kind == "tags" and options.plan:
-            planned.append("%s@%s\n" % (name, store.resolve(*name.rsplit(":", 1))))
+            planned[name] = store.resolve(*name.rsplit(":", 1))
         if options.json:
             removed.append({"kind": singular(kind), "name": name, "size": size})
         elif options.dry_run:
@@ -12784,9 +12782,7 @@ def collect(options: argparse.Namespace) -> int:
                                      force=options.force)
     except BlockingIOError:
         raise CommandError("another gc is at work in %s; it does the same" % store.root)
-    if options.plan:
-        path = os.path.abspath(options.plan)
-        Files(os.path.dirname(path)).write(path, "".join(planned).encode())
+    write_lock(options.plan, planned)
     report_collection(options, collection, removed)
     return 0
 
@@ -13131,24 +13127,23 @@ def load(options: argparse.Namespace) -> int:
 def add(options: argparse.Namespace) -> int:
     """Store files as one image, or charts as an image each."""
     is_base = names_repository(options.to)
-    (base, *_), tag = (parse_local if is_base else parse_local_tag)(options.to)
+    (name, *_), tag = (parse_local if is_base else parse_local_tag)(options.to)
     store = open_store(options, create=True)
-    for path in options.files:
-        if not os.path.isfile(path):
-            raise CommandError("%s is no file; of a folder, make a .tar.gz" % path)
     for paths in [[path] for path in options.files] if is_base else [options.files]:
-        name, chart = base, None
-        if len(paths) == 1:
-            chart = read_chart(paths[0], store.layout.scratch)
-        if chart and is_base:
-            name = parse_name("%s/%s" % (base, chart["name"]))
-            tag = parse_tag(chart["version"].replace("+", "_"))
-        elif is_base:
-            raise CommandError("%s holds no Helm chart; for files, write --to %s:TAG"
-                               % (paths[0], base))
-        digest = put_artifact(store, name, str(tag), paths, chart)
+        for path in paths:
+            if not os.path.isfile(path):
+                raise CommandError("%s is no file; of a folder, make a .tar.gz" % path)
+        chart = read_chart(paths[0], store.layout.scratch) if not paths[1:] else None
+        target = name, str(tag)
+        if is_base:
+            if not chart:
+                raise CommandError("%s holds no Helm chart; for files, write --to %s:TAG"
+                                   % (paths[0], name))
+            target = (parse_name("%s/%s" % (name, chart["name"])),
+                      parse_tag(chart["version"].replace("+", "_")))
+        digest = put_artifact(store, *target, paths, chart)
         if not options.quiet:
-            tell("%s is %s" % (image_text(name, str(tag)), digest))
+            tell("%s is %s" % (image_text(*target), digest))
     return 0
 
 
@@ -13792,7 +13787,7 @@ COMMANDS = [
         "  tinyreg.py gc\n"
         "  tinyreg.py gc --untagged --grace 7d\n"
         "  tinyreg.py gc --keep 10 --older-than 90d --repositories 'team/**' --dry-run\n"
-        "  tinyreg.py gc --only images.txt --dry-run --plan going.txt\n",
+        "  tinyreg.py gc --only images.txt --plan going.txt\n",
         [AS_JSON,
          flag("--untagged", "also delete manifests that no tag leads to, itself or over an index "
               "or a subject"),
@@ -13806,7 +13801,7 @@ COMMANDS = [
          repeated("--only", "FILE", "delete, likewise, the tags that no list names; a FILE is read "
                   "as by pull -f, also a pattern or a lock file; NAME:TAG@DIGEST keeps the tag "
                   "wherever it points, NAME alone keeps NAME:latest; may be repeated"),
-         value("--plan", "FILE", "with --dry-run: write the tags that would go into FILE, for "
+         value("--plan", "FILE", "as --dry-run, and write the tags that would go into FILE, for "
                "people to review, and for rm -f, which deletes those that still point there"),
          value("--repositories", "GLOB", "in which repositories --keep, --older-than and --only "
                "delete tags; * stays within one component, ** does not (default: all)", parse_glob),

@@ -126,8 +126,10 @@ def test_a_chart_is_stored_as_helm_stores_it(store, chart, tinyreg_does, to, nam
     assert document["layers"] == [
         described(CHART, "application/vnd.cncf.helm.chart.content.v1.tar+gzip", "web-1.2.3+lab.1.tgz"),
         described(b"signed", "application/vnd.cncf.helm.chart.provenance.v1.prov", "web-1.2.3+lab.1.tgz.prov")]
-    assert document["annotations"] == {"org.opencontainers.image.title": "web",
-                                       "org.opencontainers.image.version": "1.2.3+lab.1"}
+    assert document["annotations"] == {
+        "org.opencontainers.image.title": "web", "org.opencontainers.image.version": "1.2.3+lab.1",
+        "org.opencontainers.image.description": "A page 'for' the lab",
+        "org.opencontainers.image.url": "https://web.lab"}
 
 
 def test_several_charts_are_an_image_each_and_a_chart_among_files_is_a_file(
@@ -154,7 +156,7 @@ def test_several_charts_are_an_image_each_and_a_chart_among_files_is_a_file(
 def test_a_field_of_a_chart_is_read_as_it_is_meant_or_not_at_all(text, version):
     content = ("apiVersion: v2\n%s\nname: web" % text).encode()
     if version is None:
-        with pytest.raises(tinyreg.CommandError, match="has no line with "):
+        with pytest.raises(tinyreg.CommandError, match="has no apiVersion, name or version"):
             parse_chart(content)
     else:
         assert parse_chart(content) == {"apiVersion": "v2", "name": "web", "version": version}
@@ -359,14 +361,18 @@ def test_a_file_over_http_is_downloaded_and_never_shown(store, added):
 
 
 @pytest.mark.parametrize("path, status, code", [
-    ("rke2/files:v1/nowhere", 404, "BLOB_UNKNOWN"), ("rke2/files:v1/../install.sh", 404, "BLOB_UNKNOWN"),
-    ("rke2/files:v1//install.sh", 404, "BLOB_UNKNOWN"), ("rke2/files:v2/install.sh", 404, "MANIFEST_UNKNOWN"),
-    ("nowhere:v1/install.sh", 404, "NAME_UNKNOWN"), ("Bad:v1/install.sh", 400, "NAME_INVALID"),
-    ("rke2/files:-/install.sh", 400, "MANIFEST_INVALID"), ("rke2/files@sha256:0/x", 400, "DIGEST_INVALID"),
-    ("rke2/files:v1/a%0Ab", 404, "BLOB_UNKNOWN")])
-def test_what_is_no_file_has_its_status(store, added, path, status, code):
+    ("rke2/files:v2/install.sh", 404, "MANIFEST_UNKNOWN"), ("nowhere:v1/install.sh", 404, "NAME_UNKNOWN"),
+    ("Bad:v1/install.sh", 400, "NAME_INVALID"), ("rke2/files:-/install.sh", 400, "MANIFEST_INVALID"),
+    ("rke2/files@sha256:0/x", 400, "DIGEST_INVALID")])
+def test_what_is_no_artifact_has_its_status(store, added, path, status, code):
     answer = ask_files(store, path)
     assert (answer.status, answer.code) == (status, code)
+
+
+@pytest.mark.parametrize("file", ["/nowhere", "/../install.sh", "//install.sh", "/a%0Ab", "/install.sh/"])
+def test_a_file_that_is_not_there_is_answered_with_those_that_are(store, added, file):
+    answer = ask_files(store, "rke2/files:v1" + file)
+    assert (answer.status, answer.body) == (404, b"install.sh\nrke2.tar.gz\n")
 
 
 def test_a_name_with_folders_and_of_any_letters(store):

@@ -634,7 +634,7 @@ def test_what_is_just_pushed_and_what_a_signature_is_about_stays(listed, tmp_pat
 def test_a_plan_is_written_and_is_a_list_as_others_and_changes_nothing(listed, tmp_path):
     before, plan = files_below(listed.layout.tree), tmp_path / "going.txt"
     command = ["--only", list_of(tmp_path, "app:1", "app:2", "alpine:3.19"), "--repositories", "a*"]
-    shown = run_tinyreg("gc", "--root", listed.root, *command + ["--dry-run", "--plan", plan]).stdout
+    shown = run_tinyreg("gc", "--root", listed.root, *command + ["--plan", plan]).stdout
     lines = ["app:%s@%s" % (tag, listed.resolve("app", tag)) for tag in "345"]
     assert plan.read_text().splitlines() == lines and "tag  app:3\n" in shown
     assert files_below(listed.layout.tree) == before
@@ -646,7 +646,7 @@ def test_a_plan_is_written_and_is_a_list_as_others_and_changes_nothing(listed, t
 @pytest.mark.parametrize("lines, options, message", [
     ([""], [], "no image is named"), (["# nothing"], [], "no image is named"), (["<html>"], [], "is no image"),
     (["image: ${TAG}"], [], "a variable has no value"), (["a: 1", "image: x y"], [], "is no image"),
-    (["else/where:1"], [], "no tag here is named"), (["app:1"], ["--plan", "x"], "--plan goes with --dry-run")])
+    (["else/where:1"], [], "no tag here is named")])
 def test_a_list_that_would_delete_everything_or_cannot_be_read_is_refused(aged, tmp_path, lines, options, message):
     before = files_below(aged.layout.tree)
     done = run_tinyreg("gc", "--root", aged.root, "--only", list_of(tmp_path, *lines), *options)
