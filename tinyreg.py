@@ -9942,7 +9942,9 @@ def get_archive(registry: Registry, access: Access, request: Request, name: str,
     try:
         writer = plan_archive(registry, name, reference)
     except Unavailable as error:
-        # While an upstream is away, what is here is served: of an index, what was pulled of it.
+        # While an upstream is away, what is here is served: of an index, what was pulled of it. But
+        # not without the rules that are around the store, as that of --signed-by.
+        registry.manifest(name, resolve_reference(registry, name, reference))
         try:
             writer = plan_archive(registry.at_hand(), name, reference)
         except Unknown:
@@ -13650,6 +13652,7 @@ COMMANDS = [
         "  tinyreg.py serve\n"
         "  tinyreg.py serve --root /srv/registry --listen :5000 --anonymous push\n"
         "  tinyreg.py serve --listen :5000 --tls --users users --rules rules\n"
+        "  tinyreg.py serve --listen :5000 --upstream '*=http://centre.lab:5000'\n"
         "  tinyreg.py serve /media/usb/images.tar\n",
         SERVE_OPTIONS,
         "\nEach option is a variable in the environment, too: --log-file is TINYREG_LOG_FILE.\n"

@@ -587,7 +587,7 @@ def sent_by(server):
 
 def measure_rates(run):
     """Rates of a centre and a cache behind it on this machine: (bytes/s that the cache gives to eight clients; bytes/s
-    that it passes on while it fetches; bytes that all clients got; bytes that have left the centre for that)."""
+    that it fetches while it gives them what has come; bytes that all of them got; bytes that left the centre)."""
     third = run.size // 3
     image = make_image(*(run.content[third * part:third * (part + 1)] for part in range(3)))
     size = sum(len(content) for _, content in image.blobs)
@@ -617,7 +617,7 @@ def simulate(racks, gives, takes, link):
 def rollout(run):
     gives, takes, got, left = measure_rates(run)
     print("measured here, with %d cores for a centre, a cache and 8 clients: the cache gives %.2f GB/s of what it has, "
-          "and passes on %.2f GB/s while it fetches; for %.1f GB that clients got, %.2f GB left the centre\n"
+          "and fetches %.2f GB/s while they wait for that; for %.1f GB that clients got, %.2f GB left the centre\n"
           % (os.cpu_count(), gives / 1e9, takes / 1e9, got / 1e9, left / 1e9))
     print("%.0f MB to %d nodes at once      from the centre    time on 10 Gbit/s   on 1 Gbit/s" % (SIZE / 1e6, NODES))
     for racks in (0, RACKS):

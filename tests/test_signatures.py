@@ -393,6 +393,20 @@ def test_a_cache_serves_what_is_signed_and_nothing_else_of_its_upstream(cache, g
     assert front.ask("GET", "/v2/team/app/manifests/latest").status == 200
     upstream.stop()
     assert (status("web", "latest"), status("web", amd64.digest), status("old", "latest")) == (200, 200, 403)
+    assert front.ask("GET", "/archive/lab/old:latest.tar").status == 403
+
+
+def test_a_signature_that_cannot_be_read_is_none_while_the_upstream_is_away(cache, good):
+    front, _, upstream = cache
+    upstream.stop()
+    store = Directory(front.root, sparse=True)
+    manifest = make_image(store, "lab/old")
+    entry, _ = good.simple(manifest.digest)
+    signature = to_manifest(dict(image((), b"{}"), layers=[entry]))
+    push_blob(store, "lab/old", b"{}")
+    store.put_manifest("lab/old", signature, [manifest.digest.replace(":", "-") + ".sig"])
+    for path in ("/v2/lab/old/manifests/latest", "/archive/lab/old:latest.tar"):
+        assert front.ask("GET", path).status == 503, path
 
 
 def test_signed_by_needs_an_upstream_to_serve(good, tmp_path):
