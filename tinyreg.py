@@ -2076,9 +2076,9 @@ class Signed(Wrapper):
             types = [blob.media_type for blob in manifest.blobs] if manifest else []
             if types and not any(map(LAYER_TYPES.match, types)):
                 return  # it can't run
-        manifests = walk([digest], read, lambda manifest: self._iter_indexes(name, manifest)
-                         if in_cache else ())
-        if not any(self.is_signed(name, manifest.digest) for manifest in manifests):
+        above = walk([digest], read, functools.partial(self._iter_indexes, name))
+        digests = (manifest.digest for manifest in above) if in_cache else [digest]
+        if not any(self.is_signed(name, other) for other in digests):
             raise RegistryError("DENIED", message="no key of --signed-by has signed %s" % digest)
 
     def resolve(self, name: str, tag: str) -> Digest:
