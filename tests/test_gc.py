@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+import tinyreg
 from conftest import PATIENCE, TINYREG, run_tinyreg, until
 from samples import (CONFIG, buildkit_cache, image, index, make_image, make_referrer, push_blob, read_blob,
                      to_manifest)
@@ -588,8 +589,7 @@ def listed(aged):
 
 def left_by(store, *options):
     """All tags that are left after a run of gc with these options."""
-    done = run_tinyreg("gc", "--root", store.root, *options)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert tinyreg.main(["gc", "--root", store.root] + list(options)) == 0
     return {"%s:%s" % (name, tag) for name in store.repositories() for tag in store.tags(name)}
 
 
@@ -631,26 +631,27 @@ def test_what_is_just_pushed_and_what_a_signature_is_about_stays(listed, tmp_pat
         "app:1", "app:new", "app:%s.sig" % signed.replace(":", "-")}
 
 
-def test_a_plan_is_written_and_is_a_list_as_others_and_changes_nothing(listed, tmp_path):
+def test_a_plan_is_written_and_is_a_list_as_others_and_changes_nothing(listed, tmp_path, capsys):
     before, plan = files_below(listed.layout.tree), tmp_path / "going.txt"
     command = ["--only", list_of(tmp_path, "app:1", "app:2", "alpine:3.19"), "--repositories", "a*"]
-    shown = run_tinyreg("gc", "--root", listed.root, *command + ["--plan", plan]).stdout
+    assert tinyreg.main(["gc", "--root", listed.root] + command + ["--plan", str(plan)]) == 0
     lines = ["app:%s@%s" % (tag, listed.resolve("app", tag)) for tag in "345"]
-    assert plan.read_text().splitlines() == lines and "tag  app:3\n" in shown
+    assert plan.read_text().splitlines() == lines and "tag  app:3\n" in capsys.readouterr().out
     assert files_below(listed.layout.tree) == before
     assert left_by(listed, "--only", str(plan), "--repositories", "a*", "--grace", "0") == {
         "app:3", "app:4", "app:5", "other:old", "docker.io/library/alpine:3.19", "docker.io/team/app:1",
         "lab.example_5000/x:1"}
 
 
-@pytest.mark.parametrize("lines, options, message", [
-    ([""], [], "no image is named"), (["# nothing"], [], "no image is named"), (["<html>"], [], "is no image"),
-    (["image: ${TAG}"], [], "a variable has no value"), (["a: 1", "image: x y"], [], "is no image"),
-    (["else/where:1"], [], "no tag here is named")])
-def test_a_list_that_would_delete_everything_or_cannot_be_read_is_refused(aged, tmp_path, lines, options, message):
+@pytest.mark.parametrize("lines, message", [
+    ([""], "no image is named"), (["# nothing"], "no image is named"), (["<html>"], "is no image"),
+    (["image: ${TAG}"], "a variable has no value"), (["a: 1", "image: x y"], "is no image"),
+    (["else/where:1"], "no tag here is named")])
+def test_a_list_that_would_delete_everything_or_cannot_be_read_is_refused(aged, tmp_path, capsys, lines, message):
     before = files_below(aged.layout.tree)
-    done = run_tinyreg("gc", "--root", aged.root, "--only", list_of(tmp_path, *lines), *options)
-    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+    assert tinyreg.main(["gc", "--root", aged.root, "--only", list_of(tmp_path, *lines)]) == 1
+    errors = capsys.readouterr().err
+    assert message in errors and errors.count("\n") == 1
     assert files_below(aged.layout.tree) == before
 
 
