@@ -12334,7 +12334,7 @@ def clients(options: argparse.Namespace) -> int:
         raise CommandError("--host %s is not HOST:PORT" % host)
     check_clients_options(options)
     ca = None if options.plain_http else clients_ca(options)
-    if ca and not options.ca:
+    if ca and not options.server_ca:
         check_tls_name(options.root, host)
     origins = origins_in(options.root) if options.mirror else ()
     setup = ClientSetup(host, ca, options.mirror, origins, options.known_origins,
