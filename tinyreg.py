@@ -9044,9 +9044,10 @@ CRUMBS = '<p class="crumbs">%s%s</p>'
 ABOUT_NOTE = """<p class="soft">Whoever may push can add to this. A signature counts for who has
 checked it with a key: by cosign verify, or here by serve --signed-by.</p>"""
 
-NO_REPOSITORIES = """<p>There is none of that name here. <a href="./">Show all repositories</a>, or
-read <a href="use">how to push an image</a>. On the registry's own machine, where it has a network,
-this fetches one:</p>%s"""
+NO_MATCH = '<p>No repository has “%s” in its name. <a href="./">Show all repositories</a></p>'
+
+NO_REPOSITORIES = """<p>Nothing is stored here yet. <a href="use">How to push an image</a>. On the
+registry's own machine, where it has a network, this fetches one:</p>%s"""
 
 NAVIGATION = """
 <a href="./">Repositories</a> <a href="use">How to use it</a> <a href="disk">Disk use</a>
@@ -9620,11 +9621,12 @@ def repositories_page(registry: Registry, access: Access, request: Request) -> R
                 link(shown, repository=name, q=wanted), [links, more],
                 in_units(sum(sizes[name])) if name in sizes else None,
                 when(max(times.values(), default=0.0))))
+    nothing = fill(NO_MATCH, wanted) if wanted else fill(
+        NO_REPOSITORIES, command_line("python3 tinyreg.py pull alpine"))
     return page(
-        "Repositories", fill(SEARCH_FORM, wanted, order), tools,
+        "Repositories", fill(SEARCH_FORM, wanted, order), tools if names else nothing,
         [table(group or "Pushed here", ("Repository", "Tags", "Size", "Pushed"), rows)
-         for group, rows in tables.items()],
-        None if names else fill(NO_REPOSITORIES, command_line("python3 tinyreg.py pull alpine")))
+         for group, rows in tables.items()])
 
 
 def get_page(registry: Registry, access: Access, request: Request) -> Response:

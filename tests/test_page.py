@@ -265,6 +265,12 @@ def test_a_search_keeps_its_place_on_the_way_to_an_image_and_back(store):
         assert back[0] == "./?q=app"
         target = back[-1][1:]
     assert "other" not in show(store, "/?q=app").text
+    assert "No repository has “<b>” in its name" in show(store, "/?q=<b>").text
+
+
+def test_an_empty_registry_says_how_to_fill_it(store):
+    document = show(store, "/")
+    assert "python3 tinyreg.py pull alpine" in document.text and "use" in [link["href"] for link in document.all("a")]
 
 
 def sign(store, name, image, tagged):
@@ -551,11 +557,15 @@ class Browser:
 
     def open(self, url, width=1200, scheme="light"):
         """Load a page, in a window of this width, for a person who prefers light or dark."""
-        self.resize(width, 900)
-        self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.change(width, scheme)
         self.ask("Page.navigate", url=url)
         while self.read().get("method") != "Page.loadEventFired":
             pass
+
+    def change(self, width, scheme):
+        """Change the window, and what the person prefers."""
+        self.resize(width, 900)
+        self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def resize(self, width, height):
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
@@ -655,9 +665,10 @@ def test_every_page_fits_the_screen_and_can_be_read_light_and_dark(start_server,
     pages = fill_school(tmp_path / "registry")
     server = start_server(tmp_path / "registry", "--log", "explain", "--workers", "1")
     for name, target in pages:
+        browser.open("%s/%s" % (server.url, target))
         for width, scheme in ((1200, "light"), (400, "dark"), (400, "light"), (1200, "dark")):
             place = "%s-%d-%s" % (name, width, scheme)
-            browser.open("%s/%s" % (server.url, target), width, scheme)
+            browser.change(width, scheme)
             assert browser.run("document.documentElement.scrollWidth") == width, place
             assert browser.run(CONTRAST) == [], place
             if (width, scheme) in ((1200, "light"), (400, "dark")) or name == "image":
@@ -726,8 +737,7 @@ def test_live_has_a_block_for_each_client_and_a_class_stays_readable(registry, b
         assert no.startswith("no the manifest lab/app:none") and no.endswith("404: that is not here")
     assert state() == "connected"
     for width, scheme in ((1200, "light"), (400, "dark")):
-        browser.resize(width, 900)
-        browser.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        browser.change(width, scheme)
         assert browser.run("document.documentElement.scrollWidth") == width
         assert browser.run(CONTRAST) == []
         browser.take_picture(tmp_path / ("class-%d-%s.png" % (width, scheme)))
