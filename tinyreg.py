@@ -132,8 +132,8 @@ import urllib.request
 import uuid
 import warnings
 from typing import (
-    Any, BinaryIO, Callable, ContextManager, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
-    NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
+    AbstractSet, Any, BinaryIO, Callable, ContextManager, Dict, FrozenSet, Iterable, Iterator, List,
+    Mapping, NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
 )
 
 __version__ = "0.1"
@@ -766,6 +766,12 @@ def parse_glob(glob: str) -> Any:
         return Glob(glob)
     return re.compile("".join({"**": ".*", "*": "[^/]*"}.get(part, re.escape(part))
                               for part in re.split(r"(\*\*|\*)", glob)), re.DOTALL)
+
+
+def fits_any(patterns: Iterable[Any], name: str, reference: "Reference") -> bool:
+    """Whether any of some patterns fits the tag (or digest), or NAME:TAG."""
+    texts = (reference, image_text(name, reference))
+    return any(pattern.fullmatch(text) for pattern in patterns for text in texts)
 
 
 # Manifests
@@ -1771,8 +1777,7 @@ class ImmutableTags(Wrapper):
         self.lock = lock
 
     def is_immutable(self, name: str, tag: str) -> bool:
-        texts = (tag, "%s:%s" % (name, tag))
-        return any(pattern.fullmatch(text) for pattern in self.patterns for text in texts)
+        return fits_any(self.patterns, name, tag)
 
     def _check_movable(self, name: str, tag: str, digest: Optional[Digest] = None) -> None:
         """Raises DENIED if the tag points to anything but this digest, MANIFEST_UNKNOWN if it
@@ -3322,6 +3327,7 @@ class Collection(Sweep):
         self.untagged = untagged
         self.expiry = expiry
         self.force = force
+        self.unpinned: AbstractSet[str] = frozenset()  # digests of which the pin does not count
         self.doubt: Optional[str] = None  # a sentence, if the clock seems to be wrong
         self.needed: Set[int] = set()     # the keys of all blobs that stay
         self.unread: List[str] = []       # manifests and tags that can't be read
@@ -3431,7 +3437,7 @@ class Collection(Sweep):
         for tag in attached:
             referrers.setdefault(key_of(tag), []).append(key_of(tags[tag]))
         roots = [tags[tag] for tag in tags.keys() - expired - attached]
-        roots += self.store.pinned(name)
+        roots += set(self.store.pinned(name)).difference(self.unpinned)
         staying = reachable(map(key_of, roots), mentions, referrers)
         if not self.untagged:
             # Only what belongs to an expired tag goes: its manifest, the children of that, and the
@@ -3532,10 +3538,14 @@ def collect_garbage(store: Directory, **settings: Any) -> Collection:
     return collection
 
 
-def freed_bytes(store: Directory, name: str, grace: float) -> Tuple[int, float]:
-    """How many bytes gc would free in one repository if all that is untagged went, and from when
-    on. That is the most: another repository may need some of them."""
-    later = Collection(store, untagged=True, dry_run=True)
+def freed_bytes(store: Directory, name: str, grace: float,
+                going: AbstractSet[str] = frozenset()) -> Tuple[int, float]:
+    """How many bytes gc would free in one repository if all that is untagged went, and the tags and
+    pinned digests that are `going`, and from when on. That is the most: another repository may need
+    some of them."""
+    expiry = Expiry(listed=lambda name, tag, digest: tag not in going)
+    later = Collection(store, untagged=True, dry_run=True, expiry=expiry)
+    later.unpinned = going
     later.collect_repository(name)
     links = itertools.chain(store.layout.iter_layers(name), store.layout.iter_revisions(name))
     size = sum(look_at(store.layout.blob_path(digest)).size
@@ -6282,13 +6292,14 @@ class PullThrough(Wrapper):
 # -------------------------------------------------------------------------------------------------
 
 MAX_LIST_FILE = 64 << 20  # bytes of a file that names images; what kubectl says of 3000 pods
-MAX_NAMED_LINES = 10      # that can't be read and are shown
+MAX_NAMED_LINES = 5       # that can't be read and are shown
 
 # The value of an `image:` key in YAML or JSON. Group 1 is there if it is the ID of an image.
 IMAGE_KEY = re.compile(
     r"""(?:^[ \t-]*|[{,][ \t]*)["']?image(ID)?["']?[ \t]*:(?:[ \t]+|(?=["']))"""
     r"""("[^"]*"|'[^']*'|(?![ \t]|\{(?!\{))(?:\$\{[^{}]*\}|[^,}])+)""")
-ANCHOR = re.compile(r"""&([\w-]+)[ \t]+["']?([^\s"',}]+)""")
+FROM = re.compile(r"FROM\s")
+ANCHOR = re.compile(r"""&([\w-]+)[ \t]+["']?([^\s"']+)""")
 VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^{}]*))?\})")
 TOKEN = re.compile(r"""[^\s"'`=,;|()\[\]{}<>\\]+""")
 
@@ -6300,6 +6311,11 @@ class Choice(NamedTuple):
     image: str
     where: str = ""
     is_guess: bool = False
+
+    def note(self, reason: object) -> str:
+        """A reason why this image is not taken, and where it was named."""
+        kind = ", which may name no image: left out" if self.is_guess else ""
+        return "%s (%s%s)" % (reason, self.where, kind) if self.where else str(reason)
 
 
 def names_repository(text: str) -> bool:
@@ -6351,7 +6367,7 @@ def iter_mentioned(lines: Iterable[str]) -> Iterator[Tuple[int, str, bool]]:
         if words[0] == "ARG":
             for name, _, text in (word.partition("=") for word in words[1:]):
                 values[name] = fill_in(text.strip("\"'"))
-        elif line.startswith("FROM "):
+        elif FROM.match(line):
             text = fill_in(" ".join(words[1:2] if words[2:3] in (["AS"], ["as"]) else words[1:]))
             if text.lower() not in stages:
                 yield number, text, False
@@ -6393,7 +6409,7 @@ def read_choices(words: Iterable[str], paths: Iterable[str]) -> List[Choice]:
             raise CommandError("%s is larger than %s: take the lines that name images out of it"
                                % (path, in_units(MAX_LIST_FILE)))
         lines = content.decode("utf-8-sig", "replace").split("\n")
-        is_plain = not any(line.startswith("FROM ") or IMAGE_KEY.search(line) for line in lines)
+        is_plain = not any(FROM.match(line) or IMAGE_KEY.search(line) for line in lines)
         for number, text, is_guess in (iter_listed if is_plain else iter_mentioned)(lines):
             choice = Choice(text, "%s:%d" % (path, number), is_guess)
             problem = "" if is_guess else find_problem(choice)
@@ -6407,6 +6423,41 @@ def read_choices(words: Iterable[str], paths: Iterable[str]) -> List[Choice]:
     for choice in sorted(choices, key=lambda choice: choice.is_guess):
         unique.setdefault(choice.image, choice)
     return list(unique.values())
+
+
+# Patterns and versions
+
+# In tags that are no release: cosign's, and pre-releases.
+UNRELEASED = re.compile(r"^sha(?:256|512)-|(?<![a-z])(?:rc|alpha|beta|dev)(?![a-z])")
+
+
+def version_key(tag: str) -> Any:
+    """The place of a tag in the order of versions: runs of digits count as numbers, and a tag
+    without any is older than all that have some."""
+    parts = re.split("([0-9]+)", tag.lstrip("v"))
+    return len(parts) > 1, [int(part) if place % 2 else part for place, part in enumerate(parts)]
+
+
+class Filter(NamedTuple):
+    """Which of the images that are named stay: none that fits `exclude`; and of the tags that a
+    pattern matches in one repository the `newest` releases, if that is a number."""
+
+    exclude: Sequence[Any]
+    newest: Optional[int]
+
+    def apply(self, name: str, references: Iterable[str]) -> List[str]:
+        """The references of a repository that are not excluded."""
+        return [reference for reference in references
+                if not fits_any(self.exclude, name, reference)]
+
+    def tags(self, name: str, tags: Iterable[str], pattern: str = "*") -> List[str]:
+        """The tags that fit a pattern and stay. With `newest`, the newest comes first."""
+        tags = self.apply(name, filter(parse_glob(pattern).fullmatch, tags))
+        if self.newest is None:
+            return tags
+        releases = [tag for tag in tags
+                    if all(word in pattern for word in UNRELEASED.findall(tag.lower()))]
+        return sorted(releases, key=version_key, reverse=True)[:self.newest]
 
 
 def tags_listed(paths: Sequence[str]) -> Callable[[str, str, Digest], bool]:
@@ -6507,6 +6558,7 @@ class Report:
 
     def __init__(self, image: str = "", watch: Callable[["Report"], None] = do_nothing) -> None:
         self.image = image
+        self.choice = Choice(image)  # who has named it
         self.digest: Optional[Digest] = None
         self.watch = watch
         self.mutex = threading.Lock()
@@ -6544,9 +6596,9 @@ class Report:
     def as_json(self) -> Dict[str, Any]:
         """All of it, for --json."""
         fields = {name: value for name, value in vars(self).items()
-                  if name not in ("watch", "mutex")}
+                  if name not in ("choice", "watch", "mutex")}
         referrers = [{"digest": digest, "type": kind} for digest, kind in self.referrers]
-        return dict(fields, referrers=referrers)
+        return dict(fields, referrers=referrers, where=self.choice.where)
 
 
 def is_wanted(platform: str, wishes: Sequence[str]) -> bool:
@@ -11869,11 +11921,35 @@ def serve(options: argparse.Namespace) -> int:
 # Images of the store
 
 
-def find_repository(store: Directory, text: str) -> Optional[str]:
-    """The repository that is called so here or at its origin, or None."""
+MANY = 100  # images: so many that a pattern may match without a word
+
+
+def named_images(options: argparse.Namespace) -> List[Choice]:
+    """The images that the command line and the files of -f name. Raises CommandError for none."""
+    choices = read_choices(options.images, options.file)
+    if not choices:
+        raise CommandError("no image is named; write for example alpine:3.19, or name a list of "
+                           "images with -f FILE")
+    return choices
+
+
+def complain_of(image: str, reason: object) -> None:
+    """Say on stderr why an image is left out."""
+    complain("tinyreg: %s: %s" % (image, reason))
+
+
+def give_up(image: str, reason: object) -> None:
+    """Raises CommandError with the reason why a command can't go on without an image."""
+    raise CommandError("%s: %s" % (image, reason))
+
+
+def find_repositories(store: Directory, text: str) -> List[str]:
+    """The repositories that fit a pattern, or the one that is called so here or at its origin."""
+    if "*" in text:
+        return list(filter(parse_glob(text).fullmatch, store.repositories()))
     with contextlib.suppress(Invalid):  # no repository can be called so; it may be a file
-        return next(filter(store.has_repository, parse_local(text)[0]), None)
-    return None
+        return list(filter(store.has_repository, parse_local(text)[0]))[:1]
+    return []
 
 
 def find_image(store: Directory, text: str, is_exact: bool = False) -> Tuple[str, str]:
@@ -11906,6 +11982,46 @@ def find_image(store: Directory, text: str, is_exact: bool = False) -> Tuple[str
                         % (image_text(present[0], reference), others))
 
 
+def find_images(options: argparse.Namespace, store: Directory, text: str,
+                is_exact: bool = False) -> List[Tuple[str, str]]:
+    """The repository and the reference of each image in the store that a text means: of one, as
+    find_image() has it; with * of all that fit it, without a tag also of those that were pulled by
+    their digest. Raises CommandError if nothing fits."""
+    chosen, images = Filter(options.exclude, options.newest), []
+    if "*" not in text:
+        name, reference = find_image(store, text, is_exact)
+        return [(name, reference) for reference in chosen.apply(name, [reference])]
+    text, colon, tag = (text, "", "*") if names_repository(text) else text.rpartition(":")
+    for name in find_repositories(store, text):
+        references = chosen.tags(name, store.tags(name), tag)
+        if not colon and options.newest is None:
+            references += chosen.apply(name, store.pinned(name))
+        images += [(name, reference) for reference in references]
+    if not images:
+        raise CommandError("%s%s%s fits no image in the store; `tinyreg.py ls --tags` shows what "
+                           "is there" % (text, colon, colon and tag))
+    return images
+
+
+def iter_stored(options: argparse.Namespace, store: Directory, fail: Callable[[str, Any], None],
+                is_exact: bool = False) -> Iterator[Tuple[str, str, str]]:
+    """Yield (what messages call it, repository, reference) for each image of the store that the
+    command line and -f name, once. Calls `fail` for what is not there; a guess is left out."""
+    seen: Set[Tuple[str, str]] = set()
+    for choice in named_images(options):
+        text, images = choice.image, []
+        try:
+            images = find_images(options, store, text, is_exact)
+        except (Unknown, Invalid) as error:
+            (complain_of if choice.is_guess else fail)(text, choice.note(error))
+        if len(images) > MANY:
+            complain("%s: %s" % (text, counted(len(images), "image")))
+        for image in images:
+            if image not in seen:
+                seen.add(image)
+                yield (image_text(*image) if "*" in text else text,) + image
+
+
 def list_image(registry: Reader, name: str, reference: str, pushed: float = 0.0) -> Dict[str, Any]:
     """What ls reports of an image: its description, its name and when it was pushed, or why it
     can't be read."""
@@ -11924,27 +12040,32 @@ def list_stored(store: Directory, name: str, references: Iterable[str]) -> List[
             for reference in references]
 
 
-def list_word(store: Directory, text: str, only_digests: bool) -> List[Any]:
-    """What ls reports of one word of the command line: of an image; or of all images of a
+def list_word(options: argparse.Namespace, store: Directory, text: str) -> Iterator[Any]:
+    """Yield what ls reports of one word of the command line: of an image; or of all images of a
     repository, first of those that have a tag; or the digests of its blobs. Raises CommandError,
     NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID, MANIFEST_UNKNOWN."""
     if not names_repository(text):
-        if only_digests:
+        if options.digests:
             raise CommandError("%s: --digests lists all blobs of a repository or archive" % text)
-        name, reference = find_image(store, text)
-        if isinstance(reference, Digest) and reference.tag:
-            with contextlib.suppress(Unknown):  # then the digest alone names the image
-                if store.resolve(name, reference.tag) == reference:
-                    reference = reference.tag
-        return list_stored(store, name, [reference])
-    repository = find_repository(store, text)
-    if not repository:
+        for name, reference in find_images(options, store, text):
+            if isinstance(reference, Digest) and reference.tag:
+                with contextlib.suppress(Unknown):  # then the digest alone names the image
+                    if store.resolve(name, reference.tag) == reference:
+                        reference = reference.tag
+            yield from list_stored(store, name, [reference])
+        return
+    repositories, chosen = find_repositories(store, text), Filter(options.exclude, options.newest)
+    if not repositories:
         raise CommandError("there is no repository %s, and no such file; tinyreg.py ls lists "
                            "the repositories" % text)
-    if only_digests:
-        return list(store.digests(repository))
-    references = itertools.chain(store.tags(repository), untagged(store, repository) or ())
-    return list_stored(store, repository, references)
+    for name in repositories:
+        if options.digests:
+            yield from store.digests(name)
+            continue
+        references = chosen.tags(name, store.tags(name))
+        if options.newest is None:
+            references += chosen.apply(name, untagged(store, name) or ())
+        yield from list_stored(store, name, references)
 
 
 def list_archives(archive: Archive) -> List[Dict[str, Any]]:
@@ -12079,7 +12200,9 @@ def list_store(options: argparse.Namespace) -> int:
     words, store = options.images, None
     try:
         store = open_store(options, renew=False)
-        paths = [word for word in words if is_archive(word) and not find_repository(store, word)]
+        if options.tags and not words:
+            words = list(store.repositories())
+        paths = [word for word in words if is_archive(word) and not find_repositories(store, word)]
     except CommandError:  # there is no store; archives can be listed without
         if not words or not all(map(is_archive, words)):
             raise
@@ -12089,13 +12212,14 @@ def list_store(options: argparse.Namespace) -> int:
         items += store.digests() if options.digests else store.repositories()
     for word in words:
         if store and word not in paths:
-            items += list_word(store, word, options.digests)
+            items += list_word(options, store, word)
     if paths:
         archive = Archive(paths, tempfile.gettempdir())
         items += archive.digests() if options.digests else list_archives(archive)
     lines = items
     if words and not options.digests:
-        is_alone = not paths and len(words) == 1 and names_repository(words[0])
+        is_alone = (not paths and len(options.images) == 1 and names_repository(words[0])
+                    and "*" not in words[0])
         lines = list_rows(items, is_alone)
         for key, names in archive.parts.names.items() if paths else ():
             given = [str(part.number) for part in sorted(archive.parts.given)
@@ -12137,54 +12261,84 @@ def space_lines(options: argparse.Namespace, store: Directory, names: Iterable[s
 
 
 class Deletion(NamedTuple):
-    """What rm has deleted: the image as it was named, its repository, and the digest."""
+    """What rm deletes: the image as it was named, its repository, the digest, and the tag, None if
+    it is the manifest that goes."""
 
     image: str
     name: str
     digest: Digest
+    tag: Optional[str]
 
 
-def delete_image(store: Directory, image: str) -> Deletion:
-    """Delete a tag (NAME:TAG) or a manifest (NAME@DIGEST). Raises CommandError."""
-    if names_repository(image):
-        raise CommandError("%s: say which tag (%s:TAG) or manifest (%s@DIGEST) to delete"
-                           % (image, image, image))
-    try:
-        name, reference = find_image(store, image, is_exact=True)
-        tag = reference.tag if isinstance(reference, Digest) else reference
-        digest = store.resolve(name, tag) if tag else Digest(reference)
-        if reference not in (tag, digest):
-            raise CommandError("%s: the tag points to %s; nothing was deleted" % (image, digest))
-        if tag:
-            store.delete_tag(name, tag)
-        else:
-            store.delete_manifest(name, digest)
-        return Deletion(image, name, digest)
-    except RegistryError as error:  # whatever it is, the message names the image
-        raise CommandError("%s: %s" % (image, error.message))
+def iter_deletions(store: Directory, image: str, name: str, reference: str) -> Iterator[Deletion]:
+    """Yield what goes with a tag, or with a manifest: every tag that points to it. Raises
+    CommandError, MANIFEST_UNKNOWN."""
+    tag = reference.tag if isinstance(reference, Digest) else reference
+    digest = store.resolve(name, tag) if tag else Digest(reference)
+    if reference not in (tag, digest):
+        raise CommandError("%s: the tag points to %s; nothing was deleted" % (image, digest))
+    if not tag:
+        for pointer in store.tags(name):
+            if store.resolve(name, pointer) == digest:
+                yield Deletion(image_text(name, pointer), name, digest, pointer)
+    yield Deletion(image, name, digest, tag)
+
+
+def plan_deletions(options: argparse.Namespace, store: Directory) -> List[Deletion]:
+    """What the command line and -f name, once. Raises CommandError."""
+    for image in options.images:
+        if names_repository(image) and "*" not in image:
+            raise CommandError("%s: say which tag (%s:TAG) or manifest (%s@DIGEST) to delete"
+                               % (image, image, image))
+    deletions: Dict[Tuple[str, str], Deletion] = collections.OrderedDict()
+    for image in iter_stored(options, store, give_up, is_exact=True):
+        for deletion in iter_deletions(store, *image):
+            deletions.setdefault((deletion.name, deletion.tag or deletion.digest), deletion)
+    is_all = any(set(image.partition(":")[0]) <= set("*/") for image in options.images)
+    if (is_all or len(deletions) > MANY) and not options.yes and not options.dry_run:
+        raise CommandError("%s would go; look at them with --dry-run, and say --yes if all of them "
+                           "are meant" % counted(len(deletions), "image"))
+    return list(deletions.values())
 
 
 def deletion_lines(options: argparse.Namespace, store: Directory,
-                   deletions: List[Deletion]) -> Iterator[str]:
+                   deletions: List[Deletion], size: int) -> Iterator[str]:
     """Yield what rm says without --json."""
-    for image, _, digest in deletions:
-        yield "deleted %s%s" % (image, "" if digest in image else ", which was " + digest)
-    if deletions:
+    verb = "would delete" if options.dry_run else "deleted"
+    for image, _, digest, _ in deletions:
+        yield "%s %s%s" % (verb, image, "" if digest in image else ", which was " + digest)
+    if options.dry_run:
+        yield "%s; gc --untagged would then free up to %s more" % (
+            counted(len(deletions), "image"), in_units(size))
+    elif deletions:
         yield from space_lines(options, store, sorted({deletion.name for deletion in deletions}))
 
 
 def remove(options: argparse.Namespace) -> int:
     """Delete tags and manifests; their bytes stay until gc. If one can't be deleted, those that
     were deleted before it are reported all the same."""
-    store = open_store(options)
-    deletions: List[Deletion] = []
+    store, size = open_store(options), 0
+    deletions, done = plan_deletions(options, store), []
+    if options.dry_run:
+        done, deletions = deletions, []
+        for name in {deletion.name for deletion in done}:
+            going: Set[str] = {deletion.tag or deletion.digest for deletion in done
+                               if deletion.name == name}
+            size += freed_bytes(store, name, 0, going)[0] - freed_bytes(store, name, 0)[0]
     try:
-        for image in options.images:
-            deletions.append(delete_image(store, image))
+        for deletion in deletions:
+            with contextlib.suppress(Unknown):  # somebody else has just deleted it
+                if deletion.tag:
+                    store.delete_tag(deletion.name, deletion.tag)
+                else:
+                    store.delete_manifest(deletion.name, deletion.digest)
+            done.append(deletion)
     finally:
-        show(options, {"deleted": [deletion.image for deletion in deletions],
-                       "digests": [deletion.digest for deletion in deletions]},
-             () if options.quiet else deletion_lines(options, store, deletions))
+        report = {"deleted": [deletion.image for deletion in done],
+                  "digests": [deletion.digest for deletion in done]}
+        if options.dry_run:
+            report.update(dryRun=True, size=size)
+        show(options, report, () if options.quiet else deletion_lines(options, store, done, size))
     return 0
 
 
@@ -12397,8 +12551,9 @@ def summary(report: Report, is_planned: bool) -> str:
     if is_planned:
         action, blobs, size = "to copy:", report.needed_blobs, report.needed_bytes
     present = report.total_blobs - blobs - len(report.missing)
-    line = "%s: %s, %s %s in %s, %d there already" % (
-        report.image, report.digest, action, in_units(size), counted(blobs, "blob"), present)
+    where = " (%s)" % report.choice.where if report.choice.where and is_planned else ""
+    line = "%s%s: %s, %s %s in %s, %d there already" % (
+        report.image, where, report.digest, action, in_units(size), counted(blobs, "blob"), present)
     if report.absent:
         line += ", %s of the index left out" % counted(len(report.absent), "manifest")
     for old, new in report.stripped.items():
@@ -12546,6 +12701,9 @@ class Transfer:
                 raise CommandError("%s are needed, and %s are free; make room, or copy less "
                                    "(--platform, --no-referrers)"
                                    % (in_units(needed), in_units(free)))
+            if len(planned) > MANY:
+                self.progress.say("%s: %s to copy" % (counted(len(planned), "image"),
+                                                      in_units(needed)))
             for copy in self._iter_done(pool, self._copy):
                 self._tell(copy)
         is_local = isinstance(self.target, Directory)
@@ -12586,7 +12744,9 @@ class Transfer:
             if reason is None:
                 yield copy
             else:
-                self.fail(copy.report.image, reason)
+                choice = copy.report.choice
+                (complain_of if choice.is_guess else self.fail)(copy.report.image,
+                                                                choice.note(reason))
 
     def _plan(self, copy: Copy) -> None:
         plan_checked(self.options, copy)
@@ -12629,15 +12789,6 @@ class Transfer:
             yield "the store is " + self.target.root
 
 
-def named_images(options: argparse.Namespace) -> List[Choice]:
-    """The images that the command line and the files of -f name. Raises CommandError for none."""
-    choices = read_choices(options.images, options.file)
-    if not choices:
-        raise CommandError("no image is named; write for example alpine:3.19, or name a list of "
-                           "images with -f FILE")
-    return choices
-
-
 def open_remote(options: argparse.Namespace, host: str, say: Callable[[str], Any],
                 keeps_lists: bool = False) -> Remote:
     """The registry at a host, with CONNECTION_OPTIONS. Raises CommandError for a wrong --ca."""
@@ -12656,18 +12807,47 @@ def place_of(image: Image, via: Optional[Destination]) -> Tuple[str, str]:
     return image.host, image.path
 
 
+def iter_remote(options: argparse.Namespace, open_host: Callable[[str], Remote],
+                fail: Callable[[str, Any], None]) -> Iterator[Tuple[Choice, Image]]:
+    """Yield each image of other registries that the command line and -f name, once. Calls `fail`
+    for patterns that fit nothing, and for what names no image."""
+    chosen = Filter(options.exclude, options.newest)
+    images: Set[Image] = set()
+    for choice in named_images(options):
+        text, _, pattern = choice.image.rpartition(":")
+        try:
+            image = parse_image(text if "*" in pattern else choice.image)
+            references = [image.reference]
+            if "*" in pattern:
+                host, path = place_of(image, options.via)
+                tags = filter(TAG.fullmatch, open_host(host).tags(path))
+                references = chosen.tags(image.stored_name, tags, pattern)
+                if not references:
+                    raise RegistryError("MANIFEST_UNKNOWN", message="no tag fits")
+        except RegistryError as error:  # whatever it is, the next image may fare better
+            (complain_of if choice.is_guess else fail)(choice.image, choice.note(error))
+            continue
+        if len(references) > MANY:
+            complain("%s: %s" % (choice.image, counted(len(references), "tag")))
+        for reference in chosen.apply(image.stored_name, references):
+            image = image._replace(reference=reference)
+            if image not in images:
+                images.add(image)
+                yield choice, image
+
+
 def pull(options: argparse.Namespace) -> int:
     """Copy images from their registries into the store."""
     options.strip = False  # the store takes an index without its children
     store, progress = open_store(options, create=True), Progress(options)
-    images = [parse_image(choice.image) for choice in named_images(options)]
     open_host = functools.lru_cache(None)(functools.partial(open_remote, options, say=progress.say,
                                                             keeps_lists=True))
     transfer = Transfer(options, store, progress)
-    for image in images:
+    for choice, image in iter_remote(options, open_host, transfer.fail):
         text = "%s/%s" % (image.host, image_text(image.path, image.reference))
         host, path = place_of(image, options.via)
-        transfer.add(text, open_host(host), path, image.reference, image.stored_name)
+        transfer.add(text, open_host(host), path, image.reference,
+                     image.stored_name).choice = choice
     return transfer.run()
 
 
@@ -12677,13 +12857,8 @@ def push(options: argparse.Namespace) -> int:
     destination = parse_destination(options.to)
     transfer = Transfer(options, open_remote(options, destination.host, progress.say), progress,
                         destination)
-    for text, _, _ in named_images(options):
-        try:
-            name, reference = find_image(store, text)
-        except (Unknown, Invalid) as error:
-            transfer.fail(text, error)
-        else:
-            transfer.add(text, store, name, reference, name)
+    for text, name, reference in iter_stored(options, store, transfer.fail):
+        transfer.add(text, store, name, reference, name)
     return transfer.run()
 
 
@@ -12971,11 +13146,10 @@ def digests_in(path: str) -> Iterable[Digest]:
 
 
 def add_to_archive(options: argparse.Namespace, store: Directory, writer: ArchiveWriter,
-                   text: str) -> Report:
+                   text: str, name: str, reference: str) -> Report:
     """Copy one image of the store into what becomes an archive. Raises CommandError: an archive
     that lacks an image would only be noticed on the far side."""
     try:
-        name, reference = find_image(store, text)
         copy = prepare_copy(options, text, store, writer, name, reference)
         copy.plan()
         complain_of_moves(copy.report)
@@ -13012,8 +13186,8 @@ def save(options: argparse.Namespace) -> int:
     store = open_store(options)
     writer = ArchiveWriter(digest for paths in options.have for path in paths
                            for digest in digests_in(path))
-    reports = [add_to_archive(options, store, writer, choice.image)
-               for choice in named_images(options)]
+    reports = [add_to_archive(options, store, writer, *image)
+               for image in iter_stored(options, store, give_up)]
     writer.plan(options.output, None if options.no_self else read_file(__file__, -1),
                 options.split)
     files = [{"file": path, "size": writer.size(digests)} for path, digests in writer.files]
@@ -13402,8 +13576,16 @@ SERVE_OPTIONS = [
           parse_seconds, "%dh" % GRACE_HOURS),
 ]
 
-IMAGE_LIST = repeated("-f --file", "FILE", "read images from FILE as well, one a line, # begins a "
-                      "comment; - is stdin")
+CHOICE = [
+    repeated("--exclude", "GLOB", "leave out what has a TAG or NAME:TAG that fits; may be repeated",
+             parse_glob),
+    value("--newest", "N", "take the N newest of the tags that a pattern fits in a repository: in "
+          "the order of versions, with runs of digits as numbers; pre-releases (-rc -alpha -beta "
+          "-dev) and cosign's tags only if the pattern names them (default: all)", parse_positive)]
+IMAGE_LIST = [repeated(
+    "-f --file", "FILE", "take the images that FILE names as well: a list, one a line, # begins a "
+    "comment; or, if it has an image: key or a FROM, YAML, JSON or a Dockerfile; there "
+    "what else looks like an image is tried, too; - is stdin")] + CHOICE
 PLATFORM = repeated("--platform", "OS/ARCH[/VARIANT]", "copy images for this platform only; may "
                     "be repeated; the index keeps its digest (default: all)")
 STRIP = flag("--strip", "take out of an index what does not go along (--platform), for registries "
@@ -13663,10 +13845,13 @@ COMMANDS = [
         "pull", pull, "Copy images from their registries into the store.",
         "  tinyreg.py pull alpine:3.19 quay.io/prometheus/prometheus:v2.53.0\n"
         "  tinyreg.py pull -f images.txt --platform linux/amd64 --dry-run\n"
+        "  tinyreg.py pull 'alpine:3.*' --newest 3\n"
+        "  helm template CHART | tinyreg.py pull -f -\n"
         "  tinyreg.py pull -f images.txt --lock images.lock\n"
         "  tinyreg.py pull -f images.lock --via harbor.lab/proxy-docker\n",
-        [AS_JSON, value("images", "IMAGE", "as docker pull takes it", nargs="*"),
-         IMAGE_LIST, PLATFORM, SIGNED_BY, NO_REFERRERS, DRY_RUN, LOCK, RENAME,
+        [AS_JSON, value("images", "IMAGE", "as docker pull takes it; * may stand in a tag",
+                        nargs="*"),
+         *IMAGE_LIST, PLATFORM, SIGNED_BY, NO_REFERRERS, DRY_RUN, LOCK, RENAME,
          value("--via", "HOST[:PORT][/PREFIX]", "fetch docker.io's images from this mirror of it; "
                "they keep their names", parse_destination)] + REMOTE_OPTIONS,
         REMOTE_NOTES),
@@ -13676,8 +13861,9 @@ COMMANDS = [
         "  tinyreg.py push -f images.txt --to lab.example/mirror\n"
         "  tinyreg.py push alpine:3.19 --to harbor.lab/mirror --platform linux/amd64 --strip\n"
         "  tinyreg.py push -f images.txt --to lab.example --rename docker.io=hub --rate 2M\n",
-        [AS_JSON, value("images", "IMAGE", "as pull took it, or as ls shows it", nargs="*"),
-         IMAGE_LIST, PLATFORM, STRIP, NO_REFERRERS, DRY_RUN, RENAME,
+        [AS_JSON, value("images", "IMAGE", "as pull took it, or as ls shows it; * may stand in the "
+                        "name and the tag", nargs="*"),
+         *IMAGE_LIST, PLATFORM, STRIP, NO_REFERRERS, DRY_RUN, RENAME,
          value("--to", "HOST[:PORT][/PREFIX]", "the registry, and what its repositories' names "
                "begin with", required=True)] + REMOTE_OPTIONS,
         REMOTE_NOTES),
@@ -13700,10 +13886,12 @@ COMMANDS = [
     Command(
         "save", save, "Write images of the store into an archive.",
         "  tinyreg.py save alpine nginx:1.25 -o images.tar\n"
+        "  tinyreg.py save '**' -o images.tar\n"
         "  tinyreg.py save -f images.txt -o images.tar --have have.txt --split 3900M\n"
         "  tinyreg.py save alpine -o - | ssh HOST docker load\n"
         "  tinyreg.py save alpine -o - | gpg -c > images.tar.gpg\n",
-        [AS_JSON, value("images", "IMAGE", "NAME[:TAG] or NAME@DIGEST", nargs="*"),
+        [AS_JSON, value("images", "IMAGE", "NAME[:TAG] or NAME@DIGEST; * stands for a part of a "
+                        "component or tag, ** for anything", nargs="*"),
          value("-o --output", "FILE", "the archive; - is stdout", required=True),
          flag("--no-self", "leave out tinyreg.py itself"),
          repeated("--have", "FILE", "leave out the blobs that are in these lists (what `ls "
@@ -13712,7 +13900,7 @@ COMMANDS = [
                   nargs="+"),
          value("--split", "SIZE", "write parts of at most this size, for example 3900M for a "
                "FAT32 stick (default: one file)", parse_size),
-         IMAGE_LIST, PLATFORM, STRIP, NO_REFERRERS, DRY_RUN, LOCK]),
+         *IMAGE_LIST, PLATFORM, STRIP, NO_REFERRERS, DRY_RUN, LOCK]),
     Command(
         "load", load, "Put the images of archives into the store.",
         "  tinyreg.py load images.tar\n"
@@ -13758,16 +13946,17 @@ COMMANDS = [
     Command(
         "ls", list_store, "List repositories, images, or what archives hold.",
         "  tinyreg.py ls\n"
-        "  tinyreg.py ls alpine quay.io/a/b:1.0\n"
+        "  tinyreg.py ls alpine quay.io/a/b:1.0 'team/**'\n"
         "  tinyreg.py ls images.tar\n"
         "  tinyreg.py ls --history alpine:3.19\n"
         "  tinyreg.py ls --digests > have.txt\n",
         [AS_JSON,
          value("images", "IMAGE", "list the tags of NAME, or NAME:TAG, or what is in an archive, "
                "with sizes, platforms and (in the store) times of pushes", nargs="*"),
+         flag("--tags", "list the tags of all repositories"),
          flag("--history", "list what each NAME:TAG points to and has pointed to, and since when; "
               "the latest first"),
-         flag("--digests", "list every blob held instead")]),
+         flag("--digests", "list every blob held instead")] + CHOICE),
     Command(
         "tag", set_tag, "Give an image of the store one more tag, or take a tag's last move back.",
         "  tinyreg.py tag alpine:3.19 alpine:stable\n"
@@ -13782,10 +13971,14 @@ COMMANDS = [
     Command(
         "rm", remove, "Delete tags and manifests.",
         "  tinyreg.py rm alpine:3.19\n"
-        "  tinyreg.py rm alpine@sha256:0123...\n",
+        "  tinyreg.py rm alpine@sha256:0123...\n"
+        "  tinyreg.py rm 'student*/**' --dry-run\n",
         [AS_JSON,
          value("images", "IMAGE", "NAME:TAG deletes the tag; NAME@DIGEST deletes the manifest and "
-               "every tag that points to it", nargs="+")]),
+               "every tag that points to it; with * all that fits", nargs="*"),
+         flag("--dry-run", "only say what would go, and what that frees"),
+         flag("--yes", "delete more than %d images, or every name (**), without --dry-run" % MANY)
+         ] + IMAGE_LIST),
     Command(
         "gc", collect, "Delete what nothing refers to; safe beside a running server.",
         "  tinyreg.py gc --dry-run\n"

@@ -126,7 +126,7 @@ def test_version():
     ["serve", "--listen", "5000"], ["--listen", "x:99999"], ["serve", "--listen", ":-1"], ["serve", "--listen"],
     ["--listen", "a..b:5000"], ["serve", "--anonymous", "everyone"], ["serve", "--drain", "soon"],
     ["serve", "--drain", "-1"],
-    ["serve", "--workers", "0"], ["ls", "--no-such-option"], ["rm"]])
+    ["serve", "--workers", "0"], ["ls", "--no-such-option"], ["ls", "--newest", "0"]])
 def test_wrong_command_line(tmp_path, arguments):
     done = run_tinyreg(*arguments, cwd=str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")

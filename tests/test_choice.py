@@ -1,0 +1,364 @@
+"""Which images are meant: what files name, patterns, the newest versions; against a registry that is Distribution's.
+
+The files have the forms in which projects publish them; their lines are cut down to what names an image.
+"""
+
+import json
+import os
+
+import pytest
+
+import tinyreg
+from conftest import run_tinyreg
+from engines import private_folder, require
+from samples import make_image
+from test_distribution import Distribution
+from tinyreg import Digest, Directory, Filter, read_choices
+
+DIGEST = Digest.of(b"an image")
+TAGS = ["3.2", "3.9", "3.10", "3.10.1", "3.11-rc1", "3.12.0alpha2", "3.12-dev", "2.99", "latest", "v3.3", "3.9-slim",
+        "sha256-%s.sig" % DIGEST.encoded]
+
+
+@pytest.fixture(scope="module")
+def host():
+    """The address of docker-registry, with one small image under several names."""
+    require("docker-registry")
+    with private_folder("choice") as folder:
+        store = Directory(os.path.join(folder, "root"))
+        for name, tags in (("app", TAGS), ("team/web", ["1.0"]), ("team/reloader", ["v0.9"]), ("other", ["1"])):
+            for tag in tags:
+                make_image(store, name, tag, layers=(b"layer",))
+        distribution = Distribution(store.root, folder)
+        with distribution:
+            yield distribution.host
+
+
+@pytest.fixture
+def run(root):
+    """A function that runs a command on the store, and expects this exit status."""
+    def run(command, *arguments, status=0, **settings):
+        done = run_tinyreg(command, "--root", root, *arguments, **settings)
+        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+        return done
+    return run
+
+
+@pytest.fixture
+def filled(store):
+    """A store with images of two teams and of Docker Hub; one was pulled by its digest, one belongs to nobody."""
+    for name, tag, layer in (("team/app", "1", b"a"), ("team/app", "2", b"b"), ("team/sub/web", "1", b"c"),
+                             ("docker.io/library/alpine", "3.9", b"d"), ("docker.io/library/alpine", "3.10", b"e")):
+        make_image(store, name, tag, layers=(layer * 5000,))
+    pinned = make_image(store, "team/pin", None, layers=(b"p" * 5000,))
+    store.put_manifest("team/pin", pinned, [pinned.digest])
+    store.pin = pinned.digest
+    make_image(store, "team/app", None, layers=(b"untagged",))
+    return store
+
+
+def choices_in(folder, text):
+    """What a file with this text names: [(line, image)], and the same of the guesses."""
+    path = folder / "file"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    named, guessed = [], []
+    for choice in read_choices([], [str(path)]):
+        where, _, line = choice.where.rpartition(":")
+        assert where == str(path)
+        (guessed if choice.is_guess else named).append((int(line), choice.image))
+    return named, guessed
+
+
+def tags_of(store):
+    return {name: list(store.tags(name)) for name in store.repositories()}
+
+
+# Files
+
+INGRESS = """apiVersion: apps/v1
+kind: Deployment
+spec:
+  template:
+    spec:
+      containers:
+      - args: [/nginx-ingress-controller, --publish-service=$(POD_NAMESPACE)/ingress-nginx-controller]
+        image: registry.k8s.io/ingress-nginx/controller:v1.15.1@%s
+        imagePullPolicy: IfNotPresent
+      # image: registry.k8s.io/ingress-nginx/old:v0
+      - image:    "registry.k8s.io/ingress-nginx/opentelemetry:v2"   # with a comment
+""" % DIGEST
+
+OPERATOR = """          properties:
+            image:
+              description: |-
+                Image if specified has precedence over baseImage, as in
+                https://kubernetes.io/docs/concepts/containers/images/#image-names.
+              type: string
+      - args:
+        - --kubelet-service=kube-system/kubelet
+        - --prometheus-config-reloader=quay.io/prometheus-operator/prometheus-config-reloader:v0.93.1
+        image: quay.io/prometheus-operator/prometheus-operator:v0.93.1
+        seccompProfile: {app.kubernetes.io/name: x}
+"""
+
+CHART = """# Source: kube-prometheus-stack/templates/grafana.yaml
+          image: 'docker.io/grafana/grafana:12.0'
+          env:
+            - {name: SIDECAR, image: kiwigrid/k8s-sidecar:1.30, other: x}
+---
+data:
+  config: |
+    image: "{{ annotation .ObjectMeta `sidecar.istio.io/proxyImage` }}"
+"""
+
+COMPOSE = """x-app: &app example.com/app:1
+services:
+  web:
+    image: *app
+  db: {image: "postgres:17"}
+  cache:
+    image: &cache redis:${REDIS:-7}-alpine
+    build: .
+  again:
+    image: *cache
+  empty:
+    image: ""
+"""
+
+DOCKERFILE = """# syntax=docker/dockerfile:1
+ARG VERSION=1.26 BASE="docker.io/library/debian:12"
+ARG GO=golang:${VERSION}
+FROM --platform=$BUILDPLATFORM $GO AS builder
+RUN pip install x && echo "from os import path"
+FROM builder as test
+FROM scratch AS empty
+FROM ${BASE}
+COPY --from=builder /a /b
+"""
+
+K3S = ("docker.io/rancher/klipper-helm:v0.9\r\n\r\n"
+       "docker.io/rancher/klipper-lb:v0.4.9  # for services\r\n")
+
+PODS = {"apiVersion": "v1", "kind": "List", "items": [{
+    "kind": "Pod", "metadata": {"annotations": {"last-applied": json.dumps({"image": "nginx:old"})}},
+    "spec": {"containers": [{"image": "nginx:1.27", "name": "web"}],
+             "initContainers": [{"args": ["--reload=quay.io/a/reloader:v1"], "image": "ghcr.io/a/init:2"}]},
+    "status": {"containerStatuses": [{"image": "docker.io/library/nginx:1.27", "name": "web",
+                                      "imageID": "docker.io/library/nginx@" + DIGEST},
+                                     {"image": DIGEST, "imageID": "", "state": {"image": None}}]}}]}
+
+
+@pytest.mark.parametrize("text, named, guessed", [
+    (INGRESS, [(8, "registry.k8s.io/ingress-nginx/controller:v1.15.1@" + DIGEST),
+               (11, "registry.k8s.io/ingress-nginx/opentelemetry:v2")], []),
+    (OPERATOR, [(10, "quay.io/prometheus-operator/prometheus-operator:v0.93.1")],
+     [(9, "quay.io/prometheus-operator/prometheus-config-reloader:v0.93.1")]),
+    (CHART, [(2, "docker.io/grafana/grafana:12.0"), (4, "kiwigrid/k8s-sidecar:1.30")],
+     [(8, "{{ annotation .ObjectMeta `sidecar.istio.io/proxyImage` }}")]),
+    (COMPOSE, [(4, "example.com/app:1"), (5, "postgres:17"), (7, "redis:7-alpine")], []),
+    (DOCKERFILE, [(4, "golang:1.26"), (8, "docker.io/library/debian:12")], []),
+    (K3S, [(1, "docker.io/rancher/klipper-helm:v0.9"), (3, "docker.io/rancher/klipper-lb:v0.4.9")], []),
+    (b"\xef\xbb\xbf" + K3S.encode(), [(1, "docker.io/rancher/klipper-helm:v0.9"),
+                                      (3, "docker.io/rancher/klipper-lb:v0.4.9")], []),
+    ("registry.k8s.io/pause:3.10\nregistry.k8s.io/coredns/coredns:v1.12.0\n",
+     [(1, "registry.k8s.io/pause:3.10"), (2, "registry.k8s.io/coredns/coredns:v1.12.0")], []),
+    ("lab.example_5000/x:1\nalpine:3.*\nalpine:3@%s\nalpine:3.*\n" % DIGEST,
+     [(1, "lab.example_5000/x:1"), (2, "alpine:3.*"), (3, "alpine:3@" + DIGEST)], []),
+    (json.dumps(PODS), [(1, "nginx:1.27"), (1, "ghcr.io/a/init:2"), (1, "docker.io/library/nginx:1.27")],
+     [(1, "quay.io/a/reloader:v1")]),
+], ids=["manifest", "operator", "chart", "compose", "Dockerfile", "k3s", "byte-order-mark", "kubeadm", "list", "kubectl"])
+def test_a_file_of_any_form_names_its_images(tmp_path, text, named, guessed):
+    assert choices_in(tmp_path, text) == (named, guessed)
+
+
+def test_the_json_of_kubectl_names_the_same_with_and_without_line_breaks(tmp_path):
+    dense, pretty = json.dumps(PODS, separators=(",", ":")), json.dumps(PODS, indent=4)
+    named, guessed = choices_in(tmp_path, dense)
+    assert [image for _, image in named] == ["nginx:1.27", "ghcr.io/a/init:2", "docker.io/library/nginx:1.27"]
+    for text in (pretty, dense):
+        assert [[image for _, image in part] for part in choices_in(tmp_path, text)] == [
+            [image for _, image in part] for part in (named, guessed)]
+
+
+@pytest.mark.parametrize("text, told", [
+    ("alpine:3\nalpine 3.19\n\n- busybox\n", ["file:2: 'alpine 3.19' is no image", "file:4: '- busybox' is no image"]),
+    ("services:\n  a:\n    image: a:${TAG}\n  b:\n    image: b:1\n",
+     ["file:3: a:${TAG}: a variable has no value; put it in, for example with envsubst"]),
+    ("ARG X\nFROM $X\n", ["file:2: $X: a variable has no value"]),
+    ("image: busybox latest\n", ["file:1: 'busybox latest' is no image"]),
+    ("image: >-\n  busybox\n", ["file:1: '>-' is no image"]),
+    ("image: *nowhere\n", ["*nowhere: invalid repository name", "/file:1)"]),
+    ("FROM x\nFROM\talpine 3\n", ["file:2: 'alpine 3' is no image"]),
+    ("apiVersion: v1\n" * 30, ["file:1: 'apiVersion: v1' is no image", "; and 25 lines more"]),
+    ("a:1\n\x1b[2J\u202e\n", ["file:2:"]),
+    (b"a:1\n\xff\xfe\x00b\n", ["file:2:"]),
+])
+def test_each_line_that_can_t_be_read_is_told_and_nothing_is_copied(tmp_path, run, text, told):
+    (tmp_path / "file").write_bytes(text if isinstance(text, bytes) else text.encode())
+    done = run("pull", "-f", tmp_path / "file", status=1)
+    assert done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert all(line in done.stderr for line in told), done.stderr
+
+
+def test_no_command_takes_the_rest_of_a_file_that_has_a_wrong_line(tmp_path, run, filled):
+    before = tags_of(filled)
+    (tmp_path / "file").write_text("team/app:1\nteam app\n")
+    for command in (["rm"], ["push", "--to", "127.0.0.1:1"], ["save", "-o", tmp_path / "x.tar"]):
+        assert "file:2: 'team app' is no image" in run(*command, "-f", tmp_path / "file", status=1).stderr
+    assert not (tmp_path / "x.tar").exists() and tags_of(filled) == before
+
+
+def test_a_file_without_end_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(tinyreg, "MAX_LIST_FILE", 100)
+    (tmp_path / "file").write_text("alpine\n" * 50)
+    with pytest.raises(tinyreg.CommandError, match="file is larger than 100 B: take the lines that name images"):
+        read_choices([], [str(tmp_path / "file")])
+
+
+def test_pull_takes_what_files_name_and_tries_what_they_may_name(tmp_path, run, host):
+    (tmp_path / "deploy.yaml").write_text(
+        "  - args: [--reloader=%s/team/reloader:v0.9, --gone=%s/gone:v1]\n    image: %s/team/web:1.0\n"
+        "    image: \"{{ .Values.image }}\"\n" % (host, host, host))
+    (tmp_path / "images.txt").write_text("%s/other:1\n%s/team/web:1.0\n" % (host, host))
+    files = ["-f", "deploy.yaml", "-f", "images.txt"]
+    done = run("pull", *files, "--dry-run", cwd=str(tmp_path))
+    plan = done.stdout.splitlines()
+    for line, image, where in zip(plan, ["team/web:1.0", "other:1", "team/reloader:v0.9"],
+                                  ["deploy.yaml:2", "images.txt:1", "deploy.yaml:1"]):
+        assert line.startswith("%s/%s (%s): sha256:" % (host, image, where)) and "to copy: 4" in line
+    assert len(plan) == 4 and plan[3].startswith("in total: 2 blobs, ")
+    lost = [line for line in done.stderr.splitlines() if "which may name no image: left out" in line]
+    assert len(lost) == len(done.stderr.splitlines()) == 2
+    assert "%s/gone:v1: " % host in lost[0] + lost[1] and "deploy.yaml:1, which" in lost[0] + lost[1]
+    with open(str(tmp_path / "deploy.yaml")) as file:
+        report = json.loads(run("pull", "-f", "-", "--json", stdin=file).stdout)
+    assert report["failed"] == [] and [image["where"] for image in report["images"]] == ["-:2", "-:1"]
+    store, name = Directory(str(tmp_path / "registry")), host.replace(":", "_")
+    assert tags_of(store) == {name + "/team/reloader": ["v0.9"], name + "/team/web": ["1.0"]}
+    assert run("pull", "-f", "images.txt", "%s/gone:1" % host, status=1, cwd=str(tmp_path)).stderr.count("\n") == 1
+    done = run("push", *files, "--to", "127.0.0.1:1/x", "--retries", "0", status=1, cwd=str(tmp_path))
+    assert "gone:v1: not in the store" in done.stderr
+    done = run("save", *files, "-o", "x.tar", "--no-self", cwd=str(tmp_path))
+    assert "x.tar: 3 images" in done.stdout
+    done = run("rm", *files, "--dry-run", cwd=str(tmp_path))
+    assert [line.split(",")[0] for line in done.stdout.splitlines()[:3]] == [
+        "would delete %s/%s" % (host, image) for image in ("team/web:1.0", "other:1", "team/reloader:v0.9")]
+
+
+# Versions
+
+@pytest.mark.parametrize("pattern, newest, tags", [
+    ("3.*", 3, ["3.10.1", "3.10", "3.9-slim"]),
+    ("3.*", 9, ["3.10.1", "3.10", "3.9-slim", "3.9", "3.2"]),
+    ("*", 2, ["3.10.1", "3.10"]),
+    ("*", 8, ["3.10.1", "3.10", "3.9-slim", "3.9", "v3.3", "3.2", "2.99", "latest"]),
+    ("3.*-rc*", 1, ["3.11-rc1"]),
+    ("*dev", 1, ["3.12-dev"]),
+    ("*alpha*", 1, ["3.12.0alpha2"]),
+    ("sha256-*", 5, TAGS[-1:]),
+    ("3.1*", None, ["3.10", "3.10.1", "3.11-rc1", "3.12.0alpha2", "3.12-dev"]),
+])
+def test_newest_is_the_order_of_versions_without_pre_releases(pattern, newest, tags):
+    assert Filter([], newest).tags("app", TAGS, pattern) == tags
+
+
+def test_what_is_excluded_is_no_candidate_for_the_newest():
+    chosen = Filter(list(map(tinyreg.parse_glob, ["*-slim", "app:3.10*", "other:*"])), 2)
+    assert chosen.tags("app", TAGS, "3.*") == ["3.9", "3.2"]
+
+
+# Patterns
+
+def test_pull_asks_the_registry_which_tags_there_are(tmp_path, run, host):
+    done = run("pull", host + "/app:3.*", host + "/other:1", "--newest", "2", "--exclude", "*.*.*")
+    store, name = Directory(str(tmp_path / "registry")), host.replace(":", "_")
+    assert tags_of(store) == {name + "/app": ["3.10", "3.9-slim"], name + "/other": ["1"]}
+    assert done.stdout.splitlines()[0].startswith(host + "/app:3.10: ")
+    done = run("pull", host + "/app:4.*", host + "/other:1", status=1)
+    assert done.stderr == "tinyreg: %s/app:4.*: no tag fits\n" % host and "/other:1: " in done.stdout
+    assert "invalid repository name" in run("pull", host + "/*:1", status=1).stderr
+
+
+def saved(run, folder, *words):
+    run("save", *words, "-o", folder / "x.tar", "--no-self")
+    return sorted("%s:%s" % (entry["repository"], entry["tag"] or entry["digest"])
+                  for entry in json.loads(run("ls", folder / "x.tar", "--json").stdout))
+
+
+def test_save_takes_all_that_a_pattern_fits(tmp_path, run, filled):
+    everything = ["docker.io/library/alpine:3.10", "docker.io/library/alpine:3.9", "team/app:1", "team/app:2",
+                  "team/pin:" + filled.pin, "team/sub/web:1"]
+    assert saved(run, tmp_path, "**") == everything
+    assert saved(run, tmp_path, "team/*", "team/app:1") == everything[2:5]
+    assert saved(run, tmp_path, "**:1", "alpine:3.*") == everything[:3] + everything[5:]
+    assert saved(run, tmp_path, "**", "--newest", "1") == [everything[0], everything[3], everything[5]]
+    assert saved(run, tmp_path, "**", "--exclude", "team/**", "--exclude", "3.9") == everything[:1]
+    done = run("save", "team/app:1", "nobody/**", "-o", tmp_path / "none.tar", status=1)
+    assert done.stderr == "tinyreg: nobody/** fits no image in the store; `tinyreg.py ls --tags` shows what is there\n"
+    assert not (tmp_path / "none.tar").exists()
+
+
+def test_push_takes_all_that_a_pattern_fits(tmp_path, run, filled, start_server):
+    server = start_server(tmp_path / "there")
+    run("push", "team/**", "--exclude", "team/pin@*", "--to", server.host)
+    assert tags_of(Directory(server.root)) == {"team/app": ["1", "2"], "team/sub/web": ["1"]}
+
+
+def test_ls_lists_several_names_and_what_fits_patterns(run, filled):
+    def listed(*words):
+        return ["%s:%s" % (entry["repository"], entry["tag"]) for entry in
+                json.loads(run("ls", "--json", *words).stdout)]
+
+    everything = listed("--tags")
+    assert len(everything) == 7 and everything == listed("**")
+    assert listed("team/app:*", "alpine") == ["team/app:1", "team/app:2", "docker.io/library/alpine:3.10",
+                                              "docker.io/library/alpine:3.9"]
+    assert listed("alpine", "--newest", "1") == ["docker.io/library/alpine:3.10"]
+    assert run("ls", "--tags").stdout.splitlines()[1].startswith("docker.io/library/alpine:3.10 ")
+    assert run("ls", "team/sub/web").stdout.splitlines()[1].startswith("1 ")
+    assert set(run("ls", "team/*", "--digests").stdout.split()) == set(filled.digests("team/app")) | set(
+        filled.digests("team/pin"))
+    assert "nothing/** fits" in run("ls", "nothing/**:1", status=1).stderr.replace(":1", "")
+    assert "there is no repository nothing/**" in run("ls", "nothing/**", status=1).stderr
+
+
+def test_rm_says_what_would_go_and_what_that_frees(run, filled):
+    before = tags_of(filled)
+    done = run("rm", "team/app:*", "--dry-run").stdout.splitlines()
+    assert [line.split(",")[0] for line in done] == [
+        "would delete team/app:1", "would delete team/app:2",
+        "2 images; gc --untagged would then free up to 10.6 KiB more"]
+    report = json.loads(run("rm", "**", "--dry-run", "--json").stdout)
+    assert report["dryRun"] and 30000 < report["size"] < 40000 and len(report["deleted"]) == 6
+    assert tags_of(filled) == before and list(filled.pinned("team/pin")) == [filled.pin]
+
+
+def test_rm_with_a_pattern_deletes_what_fits_and_nothing_else(run, filled):
+    done = run("rm", "team/**", "team/app:1", "--exclude", "2")
+    assert [line.split(",")[0] for line in done.stdout.splitlines()[:3]] == [
+        "deleted team/app:1", "deleted team/pin@" + filled.pin, "deleted team/sub/web:1"]
+    assert tags_of(filled) == {"docker.io/library/alpine": ["3.10", "3.9"], "team/app": ["2"], "team/pin": [],
+                               "team/sub/web": []}
+    assert list(filled.pinned("team/pin")) == []
+
+
+def test_rm_of_everything_wants_a_word(run, filled, monkeypatch):
+    before = tags_of(filled)
+    for pattern in ("**", "**:*", "*/**", "**:1"):
+        done = run("rm", pattern, status=1)
+        assert "would go; look at them with --dry-run, and say --yes if all of them are meant" in done.stderr
+    assert "6 images would go" in run("rm", "**", status=1).stderr and tags_of(filled) == before
+    run("rm", "**", "--yes")
+    assert not any(tags_of(filled).values())
+    manifest = make_image(filled, "many", "0")
+    filled.put_manifest("many", manifest, ["%d" % number for number in range(101)])
+    done = run("rm", "many:*", status=1)
+    assert "tinyreg: 101 images would go; " in done.stderr and "many:*: 101 images\n" in done.stderr
+    assert len(list(filled.tags("many"))) == 101
+
+
+def test_rm_deletes_nothing_if_one_of_the_images_is_not_there(run, filled):
+    before = tags_of(filled)
+    for wrong in ("gone/**", "team/gone:1", "team/app:x*"):
+        assert run("rm", "team/app:1", wrong, status=1).stdout == ""
+    assert tags_of(filled) == before
