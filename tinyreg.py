@@ -3607,13 +3607,16 @@ class Verification:
 
 
 class StoreVerification(Verification):
-    """The verification of a store, beside pushes. With `repair` it moves away what is damaged or
+    """The verification of a store, beside pushes; if (repository, reference) of some images are
+    given, of their blobs and their repositories. With `repair` it moves away what is damaged or
     leads nowhere, and deletes links that no image needs."""
 
     def __init__(self, store: Directory, progress: Callable[[int, int], None] = do_nothing,
-                 rate: int = 0, repair: bool = False) -> None:
+                 rate: int = 0, repair: bool = False,
+                 images: Sequence[Tuple[str, str]] = ()) -> None:
         super().__init__(progress, rate)
         self.store = store
+        self.images = images
         self.repair = repair
         self.layout = store.layout
         self.states: Dict[str, FileState] = {}  # of the damaged files
@@ -3621,7 +3624,7 @@ class StoreVerification(Verification):
     def run(self) -> None:
         """Raises OSError."""
         self._read_blobs()
-        for name in self.store.layout.iter_repositories():
+        for name in dict(self.images) or self.store.layout.iter_repositories():
             findings = self._check_repository(name)
             if findings:
                 self._confirm(name, findings)
@@ -3630,7 +3633,8 @@ class StoreVerification(Verification):
                 self._move_if_same(path, state)
             # The index of referrers is made anew when it is needed.
             shutil.rmtree(os.path.join(self.layout.own, "referrers"), ignore_errors=True)
-        note_result(self.store, "verify", findings=len(self.findings), read_bytes=self.bytes)
+        if not self.images:
+            note_result(self.store, "verify", findings=len(self.findings), read_bytes=self.bytes)
 
     def _confirm(self, name: str, findings: Dict[Finding, Set[str]]) -> None:
         """Look again, because a deletion may have been under way; add and repair what is still
@@ -3655,11 +3659,25 @@ class StoreVerification(Verification):
 
     # Reading blobs
 
+    def _iter_blobs(self) -> Iterator[Entry]:
+        """Yield the blobs that are to be read, with their folders."""
+        if not self.images:
+            yield from self.layout.iter_blobs()
+        digests = {resolve_reference(self.store, *image) for image in self.images}
+        needed: Set[Digest] = set()
+        while digests:
+            needed.update(digests)
+            blobs, children = zip(*map(self.store.needs, digests))
+            needed.update(*blobs)
+            digests = set().union(*children) - needed
+        for digest in needed:
+            yield digest, os.path.dirname(self.layout.blob_path(digest))
+
     def _read_blobs(self) -> None:
         """Hash every blob, in as many threads as there are processors; hashlib lets them run at
         the same time. Raises OSError."""
         with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
-            for batch in batches(self.layout.iter_blobs(), 1000):
+            for batch in batches(self._iter_blobs(), 1000):
                 list(pool.map(self._read_blob, batch))
 
     def _read_blob(self, entry: Entry) -> None:
@@ -13078,24 +13096,30 @@ def report_verification(options: argparse.Namespace, check: Verification) -> Non
                    "leftovers": len(check.leftovers)}, lines)
 
 
-def iter_unsigned(registry: Registry, keys: Iterable[PublicKey]) -> Iterator[str]:
-    """Yield the images that none of the keys has signed, with and without a tag."""
+def iter_unsigned(registry: Registry, keys: Iterable[PublicKey],
+                  images: Sequence[Tuple[str, str]]) -> Iterator[str]:
+    """Yield those of some images, or of all with and without a tag, that none of the keys has
+    signed."""
     signed = Signed(registry, keys)
-    for name in registry.repositories():
-        for reference in itertools.chain(registry.tags(name), untagged(registry, name) or ()):
-            try:
-                signed.check(name, reference, resolve_reference(registry, name, reference))
-            except Refused:
-                yield image_text(name, reference)
-            except Unknown:
-                pass  # a damaged tag; it is among the findings
+    images = images or [
+        (name, reference) for name in registry.repositories() for reference
+        in itertools.chain(registry.tags(name), untagged(registry, name) or ())]
+    for name, reference in images:
+        try:
+            signed.check(name, reference, resolve_reference(registry, name, reference))
+        except Refused:
+            yield image_text(name, reference)
+        except Unknown:
+            pass  # a damaged tag; it is among the findings
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Read everything again; name what is damaged, and what that harms. The exit status is 1 if
-    anything is."""
-    if options.archives and (options.repair or options.rate):
-        raise CommandError("--repair and --rate are for the store, not for archives")
+    """Read everything, or some images, again; name what is damaged, and what that harms. The exit
+    status is 1 if anything is."""
+    archives = list(filter(is_archive, options.images))
+    has_images = len(archives) < len(options.images) or bool(options.file)
+    if archives and (has_images or options.repair or options.rate):
+        raise CommandError("--repair, --rate and images go with the store, not with archives")
     logger.setLevel(logging.ERROR)  # what it would warn of is in the report
     shown = sys.stderr.isatty() and not options.quiet
 
@@ -13105,16 +13129,18 @@ def verify(options: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGINT, leave_at_once)  # threads would go on reading
     check: Verification
-    if options.archives:
-        check = ArchiveVerification(options.archives, progress)
+    images: List[Tuple[str, str]] = []
+    if archives:
+        check = ArchiveVerification(archives, progress)
     else:
         store = open_store(options)
-        check = StoreVerification(store, progress, options.rate,
-                                  options.repair and not options.dry_run)
+        if has_images:
+            images = [image[1:] for image in iter_stored(options, store, give_up)]
+        check = StoreVerification(store, progress, options.rate, options.repair, images)
     check.run()
     if options.signed_by:
-        registry = Archive(options.archives, partly=True) if options.archives else store
-        check.unsigned = list(iter_unsigned(registry, sum(options.signed_by, [])))
+        registry = Archive(archives, partly=True) if archives else store
+        check.unsigned = list(iter_unsigned(registry, sum(options.signed_by, []), images))
     if shown:
         complain("")
     report_verification(options, check)
@@ -14012,9 +14038,12 @@ COMMANDS = [
         "verify", verify, "Read everything again; name what is damaged, and what it harms.",
         "  tinyreg.py verify --rate 50M\n"
         "  tinyreg.py verify --repair\n"
+        "  tinyreg.py verify alpine:3.19 'team/**'\n"
         "  tinyreg.py verify /media/stick/images-*.tar --signed-by cosign.pub\n",
         [AS_JSON,
-         value("archives", "FILE", "re-read these archives instead of the store", nargs="*"),
+         value("images", "IMAGE|FILE", "re-read these images of the store, or archives (default: "
+               "the whole store)", nargs="*"),
+         *IMAGE_LIST,
          value("--rate", "SIZE", "read so much a second; 0 is no limit", parse_size, "0"),
          SIGNED_BY,
          flag("--repair", "move what is damaged into ROOT/tinyreg/damaged, so that pushing the "
