@@ -1701,6 +1701,11 @@ def child_digests(manifest: Manifest) -> List[Digest]:
     return [child.digest for child in manifest.manifests]
 
 
+def resolve_reference(registry: Reader, name: str, reference: Reference) -> Digest:
+    """The digest that a tag or a digest means. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
+    return reference if isinstance(reference, Digest) else registry.resolve(name, reference)
+
+
 def find_readable(registry: Reader, name: str, digest: Digest) -> Optional[Manifest]:
     """A manifest whose blobs and children can be listed; None if it is missing or malformed."""
     with contextlib.suppress(Unknown, Invalid):  # left out; or stored so by another program
@@ -8476,11 +8481,6 @@ def get_referrers(registry: Registry, access: Access, request: Request, name: st
 
 # Handlers: manifests
 
-def resolve_reference(registry: Registry, name: str, reference: Reference) -> Digest:
-    """The digest that a tag or a digest means. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
-    return reference if isinstance(reference, Digest) else registry.resolve(name, reference)
-
-
 def get_manifest(registry: Registry, access: Access, request: Request, name: str,
                  reference: Reference) -> Response:
     """A manifest as it was pushed, whatever Accept says (end-3). Raises NAME_UNKNOWN,
@@ -13136,7 +13136,8 @@ def verify(options: argparse.Namespace) -> int:
         store = open_store(options)
         if has_images:
             images = [image[1:] for image in iter_stored(options, store, give_up)]
-        check = StoreVerification(store, progress, options.rate, options.repair, images)
+        check = StoreVerification(store, progress, options.rate,
+                                  options.repair and not options.dry_run, images)
     check.run()
     if options.signed_by:
         registry = Archive(archives, partly=True) if archives else store
