@@ -6408,6 +6408,12 @@ def iter_mentioned(lines: Iterable[str]) -> Iterator[Tuple[int, str, bool]]:
                     yield number, token.rstrip(".:"), True
 
 
+def in_one_line(problems: Sequence[str]) -> str:
+    """A line of text that has the first of some problems."""
+    more = len(problems) - MAX_NAMED_LINES
+    return "; ".join(problems[:MAX_NAMED_LINES]) + ("; and %d more" % more if more > 0 else "")
+
+
 def find_problem(choice: Choice) -> str:
     """Why a line can't be read; "" if it can."""
     if "$" in choice.image:
@@ -6439,9 +6445,7 @@ def read_choices(words: Iterable[str], paths: Iterable[str]) -> List[Choice]:
             choices += [] if problem else [choice]
             problems += [problem] if problem else []
     if problems:
-        more = len(problems) - MAX_NAMED_LINES
-        raise CommandError("; ".join(problems[:MAX_NAMED_LINES])
-                           + ("; and %s more" % counted(more, "line") if more > 0 else ""))
+        raise CommandError(in_one_line(problems))
     unique: Dict[str, Choice] = collections.OrderedDict()
     for choice in sorted(choices, key=lambda choice: choice.is_guess):
         unique.setdefault(choice.image, choice)
@@ -12288,35 +12292,32 @@ class Deletion(NamedTuple):
     tag: Optional[str]
 
 
-def iter_deletions(store: Directory, image: str, name: str, reference: str) -> Iterator[Deletion]:
-    """Yield what goes with a tag, or with a manifest: every tag that points to it. Raises
-    CommandError, MANIFEST_UNKNOWN."""
-    tag = reference.tag if isinstance(reference, Digest) else reference
-    digest = store.resolve(name, tag) if tag else Digest(reference)
-    if reference not in (tag, digest):
-        raise CommandError("%s: the tag points to %s; nothing was deleted" % (image, digest))
-    if not tag:
-        for pointer in store.tags(name):
-            if store.resolve(name, pointer) == digest:
-                yield Deletion(image_text(name, pointer), name, digest, pointer)
-    yield Deletion(image, name, digest, tag)
-
-
-def plan_deletions(options: argparse.Namespace, store: Directory) -> List[Deletion]:
-    """What the command line and -f name, once. Raises CommandError."""
+def plan_deletions(options: argparse.Namespace,
+                   store: Directory) -> Tuple[List[Deletion], List[str]]:
+    """What goes of what the command line and -f name, each once, with a manifest every tag that
+    points to it; and in words what stays, because a tag has moved. Raises CommandError."""
     for image in options.images:
         if names_repository(image) and "*" not in image:
             raise CommandError("%s: say which tag (%s:TAG) or manifest (%s@DIGEST) to delete"
                                % (image, image, image))
     deletions: Dict[Tuple[str, str], Deletion] = collections.OrderedDict()
-    for image in iter_stored(options, store, give_up, is_exact=True):
-        for deletion in iter_deletions(store, *image):
-            deletions.setdefault((deletion.name, deletion.tag or deletion.digest), deletion)
+    moved = []
+    for text, name, reference in iter_stored(options, store, give_up, is_exact=True):
+        tag = reference.tag if isinstance(reference, Digest) else reference
+        digest = store.resolve(name, tag) if tag else Digest(reference)
+        if reference not in (tag, digest):
+            moved.append("%s stays: the tag points to %s" % (text, digest))
+            continue
+        tags = [] if tag else [other for other in store.tags(name)
+                               if store.resolve(name, other) == digest]
+        going = [Deletion(image_text(name, other), name, digest, other) for other in tags]
+        for deletion in going + [Deletion(text, name, digest, tag)]:
+            deletions.setdefault((name, deletion.tag or digest), deletion)
     is_all = any(set(image.partition(":")[0]) <= set("*/") for image in options.images)
     if (is_all or len(deletions) > MANY) and not options.yes and not options.dry_run:
         raise CommandError("%s would go; look at them with --dry-run, and say --yes if all of them "
                            "are meant" % counted(len(deletions), "image"))
-    return list(deletions.values())
+    return list(deletions.values()), moved
 
 
 def deletion_lines(options: argparse.Namespace, store: Directory,
@@ -12336,7 +12337,8 @@ def remove(options: argparse.Namespace) -> int:
     """Delete tags and manifests; their bytes stay until gc. If one can't be deleted, those that
     were deleted before it are reported all the same."""
     store, size = open_store(options), 0
-    deletions, done = plan_deletions(options, store), []
+    deletions, moved = plan_deletions(options, store)
+    done: List[Deletion] = []
     if options.dry_run:
         done, deletions = deletions, []
         for name in {deletion.name for deletion in done}:
@@ -12357,6 +12359,8 @@ def remove(options: argparse.Namespace) -> int:
         if options.dry_run:
             report.update(dryRun=True, size=size)
         show(options, report, () if options.quiet else deletion_lines(options, store, done, size))
+    if moved:
+        raise CommandError(in_one_line(moved))
     return 0
 
 

@@ -189,7 +189,7 @@ def test_the_json_of_kubectl_names_the_same_with_and_without_line_breaks(tmp_pat
     ("image: >-\n  busybox\n", ["file:1: '>-' is no image"]),
     ("image: *nowhere\n", ["*nowhere: invalid repository name", "/file:1)"]),
     ("FROM x\nFROM\talpine 3\n", ["file:2: 'alpine 3' is no image"]),
-    ("apiVersion: v1\n" * 30, ["file:1: 'apiVersion: v1' is no image", "; and 25 lines more"]),
+    ("apiVersion: v1\n" * 30, ["file:1: 'apiVersion: v1' is no image", "; and 25 more"]),
     ("a:1\n\x1b[2J\u202e\n", ["file:2:"]),
     (b"a:1\n\xff\xfe\x00b\n", ["file:2:"]),
 ])
@@ -388,3 +388,12 @@ def test_verify_reads_the_images_that_are_named(tmp_path, run, filled):
     assert "missing blob" in run("verify", "team/app:*", status=1).stdout
     assert "gone:latest" in run("verify", "team/gone", status=1).stderr
     assert "images go with the store" in run("verify", "team/app:2", tmp_path / "file", status=1).stderr
+
+
+def test_rm_deletes_what_a_plan_names_but_no_tag_that_has_moved_since(tmp_path, run, filled):
+    lines = ["team/app:%s@%s\n" % (tag, filled.resolve("team/app", tag)) for tag in "12"]
+    (tmp_path / "going.txt").write_text("".join(lines))
+    moved = make_image(filled, "team/app", "1", layers=(b"new",))
+    done = run("rm", "-f", tmp_path / "going.txt", status=1)
+    assert done.stderr == "tinyreg: %s stays: the tag points to %s\n" % (lines[0].strip(), moved.digest)
+    assert done.stdout.startswith("deleted team/app:2@sha256:") and list(filled.tags("team/app")) == ["1"]
