@@ -982,6 +982,21 @@ def test_a_haul_has_its_images_charts_and_signatures_under_the_right_names(tmp_p
     assert [referrer.digest for referrer in far.referrers("quay.io/a/b", many.digest)] == [bundle.digest]
 
 
+@pytest.mark.parametrize("annotations, loads", [
+    ({"kind": 5}, True), ({"kind": "/" * 100}, True), ({"kind": "dev.hauler/sigs"}, True),
+    ({"kind": "dev.hauler/sigs", tinyreg.HAULER_SUBJECT: "../../x"}, False),
+    ({"kind": "dev.hauler/sigs", tinyreg.HAULER_SUBJECT: [1]}, False)])
+def test_odd_kinds_in_a_haul_neither_take_a_tag_nor_harm_the_images(tmp_path, far, load, annotations, loads):
+    one, odd = to_manifest(image((b"it",))), to_manifest(image((b"odd",)))
+    names = [entry_names("quay.io/a/b:1", "image"), dict(annotations)]
+    done = load(make_tar(tmp_path / "haul.tar", layout(one, odd, names=names, blobs=(b"it", b"odd", CONFIG))))
+    assert done.returncode == (0 if loads else 1) and done.stderr.count("\n") == (not loads), done.stderr
+    assert list(far.repositories()) == (["haul", "quay.io/a/b"] if loads else [])
+    if loads:
+        assert far.resolve("quay.io/a/b", "1") == one.digest
+        assert far.manifest("haul", odd.digest).content == odd.content and list(far.tags("haul")) == []
+
+
 @pytest.mark.parametrize("key", ["org.opencontainers.image.ref.name", "org.opencontainers.image.base.name"])
 def test_a_package_of_zarf_has_its_images_under_their_names(tmp_path, far, key):
     """Until 2025 it wrote only what others call the name of an image's base."""
