@@ -7834,6 +7834,9 @@ OTHER_WORDS = {
     ("-", ""): Words("something that is no HTTP request"),
     ("HTTPS", ""): Words("do you speak HTTPS? (the client tries HTTPS first; that is normal)",
                          by_status={400: "no, only HTTP; the client goes on with that, if it may"}),
+    ("GET", "plain_http"): Words("{method} {target}, without TLS",
+                                 "this registry speaks HTTPS, and this is how to trust it",
+                                 {400: "no, this port speaks HTTPS"}),
     ("TLS", ""): Words("let us speak TLS", by_status={
         CLIENT_LEFT: "the client does not like the certificate, and leaves; tinyreg.py clients "
         "prints how it comes to trust it"}),
@@ -8357,6 +8360,7 @@ class Response:
         self.status = status
         self.headers = list(headers)
         self.body = body
+        self.reason: Optional[str] = None  # for the status line, if not HTTP's own
         # Whether the same request may get it again while the registry has not changed.
         self.is_repeatable = False
 
@@ -8377,7 +8381,10 @@ class Response:
 
     @classmethod
     def of_error(cls, error: RegistryError) -> "Response":
-        return cls(error.status, [("Content-Type", JSON)] + error.headers, error.body())
+        response = cls(error.status, [("Content-Type", JSON)] + error.headers, error.body())
+        if error.status >= 500:  # docker, podman and skopeo show the status line of these, no body
+            response.reason = re.sub("[^ -~]", "?", error.message[:300])
+        return response
 
 
 # What several handlers need
@@ -10956,7 +10963,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         return Exchange(
             client=request.client, user=user or "", method=self.command,
             target=without_secrets(self.path),
-            route=request.route.name if request.route else "",
+            route=request.route.name if request.route else "plain_http" * self.speaks_plain,
             name=request.path_values.get("name", ""),
             reference=request.path_values.get("reference") or request.path_values.get("digest", ""),
             status=response.status, received=body.received, sent=self.sent,
@@ -11013,7 +11020,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         Raises OSError, RegistryError where the body can't be read, ClientLeft."""
         has_body = self.command != "HEAD" and response.status not in (204, 304)
         chunked = response.length is None and self.request_version == "HTTP/1.1"
-        self.send_response(response.status)
+        self.send_response(response.status, response.reason)
         for name, value in response.headers:
             self.send_header(name, value)
         if response.length is not None and response.status not in (204, 304):

@@ -147,7 +147,7 @@ def test_a_disk_that_is_full(command, store, start_server, small_disk, tmp_path,
     server = start_server(small_disk / "registry")
     said = skopeo.run("copy", "--dest-tls-verify=false", "oci-archive:%s" % (tmp_path / "large.tar"),
                       "docker://%s/large:1" % server.host, ok=False)
-    assert said.returncode == 1 and "507" in said.stdout
+    assert said.returncode == 1 and "507 the store is full: no space left on the registry's disk" in said.stdout
 
 
 # TLS

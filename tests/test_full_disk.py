@@ -301,6 +301,9 @@ def test_the_push_that_would_be_too_much_is_refused_and_not_the_next_one(start_s
         assert client.upload("students/alice/x/y", os.urandom(4 * KILOBYTE - len(CONFIG))).status == 201
         refusal(client.ask("POST", "/v2/students/alice/app/blobs/uploads/"))
         refusal(put_image(client, "students/alice/app", "v1", (layer,)))
+        with client.open("POST", "/v2/students/alice/app/blobs/uploads/") as response:
+            error, = json.loads(response.read().decode())["errors"]
+            assert (response.status, response.reason) == (507, error["message"])  # docker shows the status line alone
         assert client.upload("students", os.urandom(70 * KILOBYTE)).status == 201  # its name is shorter than the glob
         assert client.ask("GET", "/v2/students/alice/app/blobs/" + Digest.of(layer)).body == layer
 

@@ -260,6 +260,7 @@ def test_what_a_student_asks_what_that_is_can_be_read_there():
             (dict(route="get_referrers", name="lab/app"), "a signature, an SBOM"),
             (dict(route="get_upload", status=204, **upload), "(it was cut, and shall be resumed) -> 204: so far as"),
             (dict(route="get_token", target="/token"), "stands for the password"),
+            (dict(route="plain_http", status=400), "without TLS -> 400: no, this port speaks HTTPS"),
             (dict(method="TLS", route="", status=tinyreg.CLIENT_LEFT), "does not like the certificate, and leaves")):
         assert words in explain(exchange(**fields)), fields
 
