@@ -2912,7 +2912,7 @@ class DirectoryUpload(UploadSession):
 
     def begin(self, algorithm: str) -> None:
         """Make the session's files. Raises UNAVAILABLE, OSError."""
-        self.offset = 0
+        self.offset, self.state = 0, ""
         self.store.check_room()
         self.store.check_quota(self.name, 1)
         with self.store.lock.shared(changes=False):  # gc takes empty repositories away
