@@ -5638,13 +5638,16 @@ class TokenCache:
     def __init__(self, log_in: Callable[[str, Optional[str], Challenges], Token]) -> None:
         self.log_in = log_in
         self.tokens: Dict[str, concurrent.futures.Future] = {}
+        self.challenges: Challenges = {}  # that a login has answered, without their scopes
         self.mutex = threading.Lock()  # of the tokens
 
     def find(self, scope: str) -> Optional[str]:
-        """The Authorization header for a scope; None until a challenge wants one. A token that is
-        about to end is renewed. Raises UNAUTHORIZED."""
+        """The Authorization header for a scope; None until a challenge wants one, which may be that
+        for another scope. A token that is about to end is renewed. Raises UNAUTHORIZED."""
         future = self.tokens.get(scope)
         if not future:
+            with contextlib.suppress(RegistryError):  # the registry may want no token for it
+                return self.replace(scope, None, self.challenges) if self.challenges else None
             return None
         token = future.result()
         if time.monotonic() > token.ends:
@@ -5665,6 +5668,8 @@ class TokenCache:
         if not is_fresh:
             try:
                 future.set_result(self.log_in(scope, refused, challenges))
+                self.challenges = {scheme: dict(parameters, scope="")
+                                   for scheme, parameters in challenges.items()}
             except BaseException as error:  # the threads that wait get it, too
                 self.tokens.pop(scope, None)
                 future.set_exception(error)
@@ -6519,22 +6524,14 @@ def tags_listed(paths: Sequence[str]) -> Callable[[str, str, Digest], bool]:
 # Names on the way, and pins
 
 
-def parse_beginning(text: str) -> str:
-    """What names of repositories begin with, in full; a host may have a port. Raises
-    CommandError."""
-    host, slash, path = text.rstrip("/").partition("/")
-    name = (origin_of(host) if ":" in host else host) + slash + path
-    if not NAME.fullmatch(name):
-        raise CommandError("%r begins no name; write for example docker.io/library" % text)
-    return name
-
-
 def parse_rename(text: str) -> Tuple[str, str]:
-    """FROM=TO. Without TO the beginning is left out. Raises CommandError."""
-    old, equals, new = text.partition("=")
-    if not equals:
+    """FROM=TO, with which names of repositories begin; hosts may have ports. Without TO the
+    beginning is left out. Raises CommandError."""
+    sides = [side.rstrip("/").partition("/") for side in text.split("=")]
+    old, *new = [origin_of(host) + slash + path for host, slash, path in sides]
+    if len(new) != 1 or not NAME.fullmatch(old) or new[0] and not NAME.fullmatch(new[0]):
         raise CommandError("%r is no FROM=TO; write for example docker.io/library=base" % text)
-    return parse_beginning(old), parse_beginning(new) if new else ""
+    return old, new[0]
 
 
 def begins_with(name: str, beginning: str) -> bool:
@@ -6908,11 +6905,7 @@ class Copy(Plan):
     def run(self) -> Report:
         """Move what is planned. If a blob is missing or damaged in the source, the manifests that
         need it are left out, and so are their tags. Raises RegistryError, OSError."""
-        blobs = list(self.blobs.values())
-        are_done = list(self.traffic.pool.map(self._put_in_turn, blobs))
-        for blob, is_done in zip(blobs, are_done):
-            if not is_done:
-                self._put_in_turn(blob, wait=True)
+        list(self.traffic.pool.map(self._put_in_turn, self.blobs.values()))
         lost = set(self.report.missing + self.report.damaged)
         self.report.complete = not lost
         for manifest in self.manifests.values():
@@ -6922,17 +6915,10 @@ class Copy(Plan):
                 self._put_manifest(manifest)
         return self.report
 
-    def _put_in_turn(self, blob: Descriptor, wait: bool = False) -> bool:
-        """Copy a blob, unless another image's copy is at it just now; if so, wait for that, or
-        return False. Then the target has it, and its bytes are not moved twice."""
-        turn = self.traffic.turns.setdefault(blob.digest, threading.Lock())
-        if not turn.acquire(wait):
-            return False
-        try:
+    def _put_in_turn(self, blob: Descriptor) -> None:
+        """Copy a blob, but not while another image's copy is at it: then the target has it."""
+        with self.traffic.turns.setdefault(blob.digest, threading.Lock()):
             self._put_blob(blob)
-        finally:
-            turn.release()
-        return True
 
     def _put_blob(self, blob: Descriptor) -> None:
         """Copy a blob, unless the target can mount it. One that is missing or damaged in the source
@@ -12742,22 +12728,16 @@ class Transfer:
             "store": self.options.root if is_local else self.options.to,
             "missing": sorted(lacking_digests(reports)), "holds": sorted(self.holds),
         }, self._iter_lines(needed, free))
-        if getattr(self.options, "lock", None) and not self.options.dry_run:  # push has none
-            self._lock(reports)
+        lock = getattr(self.options, "lock", None)  # push has none
+        pins = {report.image: report.digest for report in reports if report.complete}
+        if pins:
+            write_lock(lock, pins)
         if self.told and count > 1 and not self.options.json:
-            for line in ["tinyreg: %d of %d images failed:" % (len(self.told), count)] + self.told:
+            note = ", and are not in " + lock if lock else ""
+            for line in ["tinyreg: %d of %d images failed%s:" % (len(self.told), count, note)
+                         ] + self.told:
                 complain(line)
         return 1 if self.failures else 0
-
-    def _lock(self, reports: List[Report]) -> None:
-        """Write the file of --lock."""
-        path, digests = self.options.lock, {report.image: report.digest for report in reports
-                                            if report.complete}
-        if digests:
-            write_lock(path, digests)
-        if self.failures:
-            complain("tinyreg: %s %s" % (path, "has only what was copied" if digests else
-                                         "was not written, since nothing was copied"))
 
     def _iter_done(self, pool: concurrent.futures.ThreadPoolExecutor,
                    action: Callable[[Copy], None]) -> Iterator[Copy]:
