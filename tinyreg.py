@@ -5773,12 +5773,12 @@ class Remote(Registry):
                  patience: float = LONGEST_WAIT, keeps_lists: bool = False) -> None:
         self.host = host
         self.retries, self.say, self.patience = retries, say, patience
+        self.keeps_lists = keeps_lists
         self.client = HttpClient(host, ca, insecure, plain_http)
         self.tokens = TokenCache(Authenticator(self.client, self.retry).log_in)
         self.known_in: Dict[Digest, str] = {}  # a repository there that has the blob
         self.mounts: Dict[Tuple[str, Digest], str] = {}  # Location of an upload that a mount began
         self.without_referrers: Set[str] = set()  # repositories for which there is no referrers API
-        self.keeps_lists = keeps_lists
         self.lists: Dict[str, Optional[Set[str]]] = {}  # tags made of digests, if they are known
         self.list_locks: Dict[str, threading.Lock] = {}  # one thread asks, and others wait for it
         self.quota_told = threading.Lock()  # held for ever once it is
@@ -5825,13 +5825,12 @@ class Remote(Registry):
         return reply
 
     def _tell_quota(self, reply: Reply) -> None:
-        """Say once that few pulls are left of those that Docker Hub allows in some hours."""
-        left, limit = [re.match("([0-9]{1,9})(?:;w=([0-9]{1,9}))?", reply.header(header))
-                       for header in ("RateLimit-Remaining", "RateLimit-Limit")]
-        if (left and limit and int(left.group(1)) * 10 <= int(limit.group(1))
-                and self.quota_told.acquire(False)):
-            self.say("%s lets us pull %s more manifests, of %s in %d h" % (
-                self.host, left.group(1), limit.group(1), int(limit.group(2) or 0) / 3600))
+        """Say once that few are left of the pulls that Docker Hub allows in some hours."""
+        left, limit = [reply.header(header)[:30] for header in ("RateLimit-Remaining",
+                                                                "RateLimit-Limit")]
+        if re.match("1?[0-9](?:;|$)", left) and self.quota_told.acquire(False):
+            self.say("%s lets us pull %s more manifests, of %s s" % (
+                self.host, left.partition(";")[0], limit.replace(";w=", " in ")))
 
     def try_login(self, login: Login) -> bool:
         """Use this login from now on. Returns whether the registry has asked for it. Raises
@@ -12656,10 +12655,9 @@ class Transfer:
     at once."""
 
     def __init__(self, options: argparse.Namespace, target: Registry, progress: Progress,
-                 destination: Optional[Destination] = None) -> None:
-        self.options = options
-        self.target, self.destination = target, destination or Destination("", "")
-        self.progress = progress
+                 destination: Destination) -> None:
+        self.options, self.progress = options, progress
+        self.target, self.destination = target, destination
         self.traffic = Traffic(options.jobs, options.rate)
         self.stored_names: Dict[Tuple[str, str], str] = {}  # by the names that they get, and tags
         self.copies: List[Copy] = []
@@ -12746,6 +12744,7 @@ class Transfer:
             try:
                 action(copy)
             except (RegistryError, OSError) as error:  # the next image may fare better
+                copy.clear()
                 return error_text(error)
             return None
 
@@ -12761,10 +12760,8 @@ class Transfer:
         plan_checked(self.options, copy)
         self.needed.update(copy.measure())
         with self.mutex:
-            memory = MAX_MANIFESTS - copy.free_memory
-            is_kept = memory <= self.free_memory and not self.options.dry_run
-            self.free_memory -= memory if is_kept else 0
-        if not is_kept:
+            self.free_memory -= MAX_MANIFESTS - copy.free_memory
+        if self.free_memory < 0:
             copy.clear()
 
     def _copy(self, copy: Copy) -> None:
@@ -12851,7 +12848,7 @@ def pull(options: argparse.Namespace) -> int:
     store, progress = open_store(options, create=True), Progress(options)
     open_host = functools.lru_cache(None)(functools.partial(open_remote, options, say=progress.say,
                                                             keeps_lists=True))
-    transfer = Transfer(options, store, progress)
+    transfer = Transfer(options, store, progress, Destination("", ""))
     for choice, image in iter_remote(options, open_host, transfer.fail):
         text = "%s/%s" % (image.host, image_text(image.path, image.reference))
         host, path = place_of(image, options.via)
