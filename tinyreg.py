@@ -12818,7 +12818,7 @@ def iter_remote(options: argparse.Namespace, open_host: Callable[[str], Remote],
     """Yield each image of other registries that the command line and -f name, once. Calls `fail`
     for patterns that fit nothing, and for what names no image."""
     chosen = Filter(options.exclude, options.newest)
-    images: Set[Image] = set()
+    images: Set[str] = set()
     for choice in named_images(options):
         text, _, pattern = choice.image.rpartition(":")
         try:
@@ -12836,10 +12836,10 @@ def iter_remote(options: argparse.Namespace, open_host: Callable[[str], Remote],
         if len(references) > MANY:
             complain("%s: %s" % (choice.image, counted(len(references), "tag")))
         for reference in chosen.apply(image.stored_name, references):
-            image = image._replace(reference=reference)
-            if image not in images:
-                images.add(image)
-                yield choice, image
+            text = image_text(image.stored_name, reference)  # as values, a:1@D and a:2@D are equal
+            if text not in images:
+                images.add(text)
+                yield choice, image._replace(reference=reference)
 
 
 def pull(options: argparse.Namespace) -> int:
