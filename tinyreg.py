@@ -11905,10 +11905,10 @@ class Service:
         if isinstance(self.store, Archive):
             absent = self.store.lacking()
             if absent:
-                is_difference = absent <= self.store.parts.left_out
-                rows.append(("lacks", "%s%s: what needs them can't be pulled from here; %s" % (
-                    counted(len(absent), "blob"), " that save --have left out" * is_difference,
-                    "load it" if is_difference else "tinyreg.py ls FILE says which images do")))
+                rows.append(("lacks", "%s, of which save --have left out %d: what needs them can't "
+                             "be pulled from here; ls FILE says what does, load FILE takes it"
+                             % (counted(len(absent), "blob"),
+                                len(absent & self.store.parts.left_out))))
         if self.tls and self.tls.ca:
             rows.append(("CA", "/ca.crt, SHA-256 " + fingerprint(self.tls.ca)))
         next_line = "\n" + 14 * " "
@@ -12082,10 +12082,10 @@ def list_word(options: argparse.Namespace, store: Directory, text: str) -> Itera
         yield from list_stored(store, name, references)
 
 
-def list_archives(archive: Archive) -> List[Dict[str, Any]]:
+def list_archives(archive: Archive, store: Optional[Directory]) -> List[Dict[str, Any]]:
     """What ls reports of the images in archives. `lacking` is how many of their blobs are absent,
     `needs` the parts that have these; `left_out` is how many more are absent because the far side
-    was known to have them."""
+    was known to have them, `in_store` how many of those the store has."""
     entries, present, parts = [], set(archive.digests()), archive.parts
     for name, reference, digest in archive.images():
         entry = list_image(archive, name, reference)
@@ -12095,7 +12095,10 @@ def list_archives(archive: Archive) -> List[Dict[str, Any]]:
             absent = set(plan.blobs) - present
             lacking = absent - parts.left_out
             needed = set().union(*map(archive.needed_parts, lacking))
-            entry.update(lacking=len(lacking), left_out=len(absent - lacking),
+            left_out = absent - lacking
+            in_store = [store and os.path.exists(store.layout.blob_path(blob))
+                        for blob in left_out].count(True)
+            entry.update(lacking=len(lacking), left_out=len(left_out), in_store=in_store,
                          needs=sorted(parts.names[key][number - 1] for key, number in needed),
                          referrers=report.as_json()["referrers"],
                          files=list(files_in(archive, name, archive.manifest(name, digest))))
@@ -12136,7 +12139,8 @@ def list_cells(entry: Dict[str, Any], is_alone: bool) -> List[str]:
         if entry["needs"]:
             state += " of " + ", ".join(entry["needs"])
     elif entry.get("left_out"):
-        state = "complete with %s of the far side" % counted(entry["left_out"], "blob")
+        state = "complete with %s of the far side, of which this store has %d" % (
+            counted(entry["left_out"], "blob"), entry["in_store"])
     elif "lacking" in entry:
         state = "complete"
     if entry.get("referrers"):
@@ -12229,7 +12233,7 @@ def list_store(options: argparse.Namespace) -> int:
             items += list_word(options, store, word)
     if paths:
         archive = Archive(paths, tempfile.gettempdir())
-        items += archive.digests() if options.digests else list_archives(archive)
+        items += archive.digests() if options.digests else list_archives(archive, store)
     lines = items
     if words and not options.digests:
         is_alone = (not paths and len(options.images) == 1 and names_repository(words[0])
@@ -12238,7 +12242,8 @@ def list_store(options: argparse.Namespace) -> int:
         for key, names in archive.parts.names.items() if paths else ():
             given = [str(part.number) for part in sorted(archive.parts.given)
                      if part.archive == key]
-            lines.append("%s of %d" % (part_numbers(given), len(names)))
+            if names:  # a difference of one file has none
+                lines.append("%s of %d" % (part_numbers(given), len(names)))
     show(options, items, lines)
     return 0
 
@@ -12719,11 +12724,10 @@ class Transfer:
                                                       in_units(needed)))
             for copy in self._iter_done(pool, self._copy):
                 self._tell(copy)
-        is_local = isinstance(self.target, Directory)
         show(self.options, {
             "images": [report.as_json() for report in reports], "failed": self.failures,
             "needed_bytes": needed, "files": self.files, "finished": timestamp(),
-            "store": self.options.root if is_local else self.options.to,
+            "store": getattr(self.options, "to", None) or self.options.root,
             "missing": sorted(lacking_digests(reports)), "holds": sorted(self.holds),
         }, self._iter_lines(needed, free))
         lock = getattr(self.options, "lock", None)  # push has none

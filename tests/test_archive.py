@@ -542,7 +542,7 @@ def test_ls_and_serve_say_which_parts_have_what_is_lacking(parts, start_server):
     for given, says in ((parts[1:], True), (parts, False)):
         server = start_server(None, *given)
         server.stop()
-        assert ("tinyreg.py ls FILE says which" in server.banner) is says
+        assert ("of which save --have left out 0: what needs them can't" in server.banner) is says
 
 
 def test_ls_of_an_archive_names_what_is_about_an_image_and_the_files_of_artifacts(store, save, tmp_path):

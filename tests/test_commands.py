@@ -274,7 +274,7 @@ def test_serve_of_an_archive_says_what_was_left_out_of_it(run, store, start_serv
     for archive, says in (("whole.tar", False), ("rest.tar", True)):
         server = start_server(None, tmp_path / archive)
         server.stop()
-        assert ("blobs that save --have left out" in server.banner) is says
+        assert ("3 blobs, of which save --have left out 3:" in server.banner) is says
 
 
 def test_ls_of_archives_says_what_is_complete(run, store, tmp_path):
@@ -285,7 +285,9 @@ def test_ls_of_archives_says_what_is_complete(run, store, tmp_path):
     run("save", "b:2", "-o", rest, "--have", whole)
     lines = [re.split("  +", line) for line in run("ls", rest).stdout.splitlines()]
     assert lines[0][0] == "IMAGE" and lines[1][0] == "b:2"
-    assert lines[1][-1] == "complete with 2 blobs of the far side"
+    assert lines[1][-1] == "complete with 2 blobs of the far side, of which this store has 2"
+    there = run_tinyreg("ls", "--root", tinyreg.Directory(str(tmp_path / "far")).root, rest).stdout
+    assert there.endswith("of which this store has 0\n")
     entries = json.loads(run("ls", "--json", whole, rest).stdout)
     assert [(entry["repository"], entry["lacking"]) for entry in entries] == [
         ("b", 0), ("docker.io/library/a", 0)]
