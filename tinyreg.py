@@ -6371,14 +6371,6 @@ def is_likely(text: str) -> bool:
     return False
 
 
-def iter_listed(lines: Iterable[str]) -> Iterator[Tuple[int, str, bool]]:
-    """Yield (line number, image, False) for the lines of a plain list."""
-    for number, line in enumerate(lines, 1):
-        text = line.partition("#")[0].strip()
-        if text:
-            yield number, text, False
-
-
 def iter_mentioned(lines: Iterable[str]) -> Iterator[Tuple[int, str, bool]]:
     """Yield (line number, image, whether it is a guess) for what YAML, JSON or a Dockerfile names.
     Variables have their values from ARG and ${NAME:-VALUE}; what has none stays."""
@@ -6407,7 +6399,7 @@ def iter_mentioned(lines: Iterable[str]) -> Iterator[Tuple[int, str, bool]]:
                 # A pod's status may have a digest in place of the name that its spec has.
                 if not is_id and text not in ("", "null", "~") and not text.startswith("sha256:"):
                     yield number, text, "{{" in text  # of a template inside a rendered chart
-            for token in TOKEN.findall(IMAGE_KEY.sub(" ", line)):
+            for token in TOKEN.findall(IMAGE_KEY.sub(" ", line)) if "/" in line else ():
                 if is_likely(token.rstrip(".:")):
                     yield number, token.rstrip(".:"), True
 
@@ -6442,12 +6434,15 @@ def read_choices(words: Iterable[str], paths: Iterable[str]) -> List[Choice]:
             raise CommandError("%s is larger than %s: take the lines that name images out of it"
                                % (path, in_units(MAX_LIST_FILE)))
         lines = content.decode("utf-8-sig", "replace").split("\n")
-        is_plain = not any(FROM.match(line) or IMAGE_KEY.search(line) for line in lines)
-        for number, text, is_guess in (iter_listed if is_plain else iter_mentioned)(lines):
+        mentioned = ((number, line.partition("#")[0].strip(), False)
+                     for number, line in enumerate(lines, 1))
+        if any(FROM.match(line) or IMAGE_KEY.search(line) for line in lines):
+            mentioned = iter_mentioned(lines)
+        for number, text, is_guess in mentioned:
             choice = Choice(text, "%s:%d" % (path, number), is_guess)
-            problem = "" if is_guess else find_problem(choice)
-            choices += [] if problem else [choice]
+            problem = "" if is_guess or not text else find_problem(choice)
             problems += [problem] if problem else []
+            choices += [choice] if text else []
     if problems:
         raise CommandError(in_one_line(problems))
     unique: Dict[str, Choice] = collections.OrderedDict()
@@ -11944,6 +11939,9 @@ def named_images(options: argparse.Namespace) -> List[Choice]:
     if not choices:
         raise CommandError("no image is named; write for example alpine:3.19, or name a list of "
                            "images with -f FILE")
+    if options.newest and not any("*" in choice.image for choice in choices):
+        raise CommandError("--newest chooses among the tags that a pattern fits; write for example "
+                           "'alpine:3.*'")
     return choices
 
 
@@ -11955,6 +11953,12 @@ def complain_of(image: str, reason: object) -> None:
 def give_up(image: str, reason: object) -> None:
     """Raises CommandError with the reason why a command can't go on without an image."""
     raise CommandError("%s: %s" % (image, reason))
+
+
+def tell_many(options: argparse.Namespace, pattern: str, count: int) -> None:
+    """Say how many images a pattern fits, if they are many: planning them takes a while."""
+    if count > MANY and not options.quiet:
+        complain("%s fits %d images" % (pattern, count))
 
 
 def find_repositories(store: Directory, text: str) -> List[str]:
@@ -12028,8 +12032,7 @@ def iter_stored(options: argparse.Namespace, store: Directory, fail: Callable[[s
             images = find_images(options, store, text, is_exact)
         except (Unknown, Invalid) as error:
             (complain_of if choice.is_guess else fail)(text, choice.note(error))
-        if len(images) > MANY:
-            complain("%s: %s" % (text, counted(len(images), "image")))
+        tell_many(options, text, len(images))
         for image in images:
             if image not in seen:
                 seen.add(image)
@@ -12280,13 +12283,13 @@ def space_lines(options: argparse.Namespace, store: Directory, names: Iterable[s
 
 
 class Deletion(NamedTuple):
-    """What rm deletes: the image as it was named, its repository, the digest, and the tag, None if
-    it is the manifest that goes."""
+    """What rm deletes: the image as it was named, its repository, the digest, and the tag, or the
+    digest if it is the manifest that goes."""
 
     image: str
     name: str
     digest: Digest
-    tag: Optional[str]
+    reference: Reference
 
 
 def plan_deletions(options: argparse.Namespace,
@@ -12308,8 +12311,8 @@ def plan_deletions(options: argparse.Namespace,
         tags = [] if tag else [other for other in store.tags(name)
                                if store.resolve(name, other) == digest]
         going = [Deletion(image_text(name, other), name, digest, other) for other in tags]
-        for deletion in going + [Deletion(text, name, digest, tag)]:
-            deletions.setdefault((name, deletion.tag or digest), deletion)
+        for deletion in going + [Deletion(text, name, digest, tag or digest)]:
+            deletions.setdefault((name, deletion.reference), deletion)
     is_all = any(set(image.partition(":")[0]) <= set("*/") for image in options.images)
     if (is_all or len(deletions) > MANY) and not options.yes and not options.dry_run:
         raise CommandError("%s would go; look at them with --dry-run, and say --yes if all of them "
@@ -12339,16 +12342,15 @@ def remove(options: argparse.Namespace) -> int:
     if options.dry_run:
         done, deletions = deletions, []
         for name in {deletion.name for deletion in done}:
-            going: Set[str] = {deletion.tag or deletion.digest for deletion in done
-                               if deletion.name == name}
+            going = {deletion.reference for deletion in done if deletion.name == name}
             size += freed_bytes(store, name, 0, going)[0] - freed_bytes(store, name, 0)[0]
     try:
         for deletion in deletions:
             with contextlib.suppress(Unknown):  # somebody else has just deleted it
-                if deletion.tag:
-                    store.delete_tag(deletion.name, deletion.tag)
-                else:
-                    store.delete_manifest(deletion.name, deletion.digest)
+                delete: Callable[..., None] = store.delete_tag
+                if isinstance(deletion.reference, Digest):
+                    delete = store.delete_manifest
+                delete(deletion.name, deletion.reference)
             done.append(deletion)
     finally:
         report = {"deleted": [deletion.image for deletion in done],
@@ -12825,10 +12827,11 @@ def iter_remote(options: argparse.Namespace, open_host: Callable[[str], Remote],
     images: Set[str] = set()
     for choice in named_images(options):
         text, _, pattern = choice.image.rpartition(":")
+        is_pattern = "*" in pattern and "/" not in pattern  # else what precedes it is a host
         try:
-            image = parse_image(text if "*" in pattern else choice.image)
+            image = parse_image(text if is_pattern else choice.image)
             references = [image.reference]
-            if "*" in pattern:
+            if is_pattern:
                 host, path = place_of(image, options.via)
                 tags = filter(TAG.fullmatch, open_host(host).tags(path))
                 references = chosen.tags(image.stored_name, tags, pattern)
@@ -12837,8 +12840,7 @@ def iter_remote(options: argparse.Namespace, open_host: Callable[[str], Remote],
         except RegistryError as error:  # whatever it is, the next image may fare better
             (complain_of if choice.is_guess else fail)(choice.image, choice.note(error))
             continue
-        if len(references) > MANY:
-            complain("%s: %s" % (choice.image, counted(len(references), "tag")))
+        tell_many(options, choice.image, len(references))
         for reference in chosen.apply(image.stored_name, references):
             text = image_text(image.stored_name, reference)  # as values, a:1@D and a:2@D are equal
             if text not in images:

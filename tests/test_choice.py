@@ -5,11 +5,11 @@ The files have the forms in which projects publish them; their lines are cut dow
 
 import json
 import os
+import signal
 
 import pytest
 
 import tinyreg
-from conftest import run_tinyreg
 from engines import private_folder, require
 from samples import make_image
 from test_distribution import Distribution
@@ -35,13 +35,19 @@ def host():
 
 
 @pytest.fixture
-def run(root):
-    """A function that runs a command on the store, and expects this exit status."""
-    def run(command, *arguments, status=0, **settings):
-        done = run_tinyreg(command, "--root", root, *arguments, **settings)
-        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
-        return done
-    return run
+def run(root, no_fsync, capsys, monkeypatch):
+    """A function that runs a command on the store, in this process, and expects this exit status."""
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    level = tinyreg.logger.level
+
+    def run(command, *words, status=0):
+        done = tinyreg.main([command, "--root", str(root)] + list(map(str, words)))
+        printed = capsys.readouterr()
+        assert done == status, printed.err
+        return printed
+
+    yield run
+    tinyreg.logger.setLevel(level)
 
 
 @pytest.fixture
@@ -196,15 +202,15 @@ def test_the_json_of_kubectl_names_the_same_with_and_without_line_breaks(tmp_pat
 def test_each_line_that_can_t_be_read_is_told_and_nothing_is_copied(tmp_path, run, text, told):
     (tmp_path / "file").write_bytes(text if isinstance(text, bytes) else text.encode())
     done = run("pull", "-f", tmp_path / "file", status=1)
-    assert done.stdout == "" and len(done.stderr.splitlines()) == 1
-    assert all(line in done.stderr for line in told), done.stderr
+    assert done.out == "" and len(done.err.splitlines()) == 1
+    assert all(line in done.err for line in told), done.err
 
 
 def test_no_command_takes_the_rest_of_a_file_that_has_a_wrong_line(tmp_path, run, filled):
     before = tags_of(filled)
     (tmp_path / "file").write_text("team/app:1\nteam app\n")
     for command in (["rm"], ["push", "--to", "127.0.0.1:1"], ["save", "-o", tmp_path / "x.tar"]):
-        assert "file:2: 'team app' is no image" in run(*command, "-f", tmp_path / "file", status=1).stderr
+        assert "file:2: 'team app' is no image" in run(*command, "-f", tmp_path / "file", status=1).err
     assert not (tmp_path / "x.tar").exists() and tags_of(filled) == before
 
 
@@ -215,34 +221,35 @@ def test_a_file_without_end_is_refused(monkeypatch, tmp_path):
         read_choices([], [str(tmp_path / "file")])
 
 
-def test_pull_takes_what_files_name_and_tries_what_they_may_name(tmp_path, run, host):
+def test_pull_takes_what_files_name_and_tries_what_they_may_name(tmp_path, run, host, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "deploy.yaml").write_text(
         "  - args: [--reloader=%s/team/reloader:v0.9, --gone=%s/gone:v1]\n    image: %s/team/web:1.0\n"
         "    image: \"{{ .Values.image }}\"\n" % (host, host, host))
     (tmp_path / "images.txt").write_text("%s/other:1\n%s/team/web:1.0\n" % (host, host))
     files = ["-f", "deploy.yaml", "-f", "images.txt"]
-    done = run("pull", *files, "--dry-run", cwd=str(tmp_path))
-    plan = done.stdout.splitlines()
+    done = run("pull", *files, "--dry-run")
+    plan = done.out.splitlines()
     for line, image, where in zip(plan, ["team/web:1.0", "other:1", "team/reloader:v0.9"],
                                   ["deploy.yaml:2", "images.txt:1", "deploy.yaml:1"]):
         assert line.startswith("%s/%s (%s): sha256:" % (host, image, where)) and "to copy: 4" in line
     assert len(plan) == 4 and plan[3].startswith("in total: 2 blobs, ")
-    lost = [line for line in done.stderr.splitlines() if "which may name no image: left out" in line]
-    assert len(lost) == len(done.stderr.splitlines()) == 2
+    lost = [line for line in done.err.splitlines() if "which may name no image: left out" in line]
+    assert len(lost) == len(done.err.splitlines()) == 2
     assert "%s/gone:v1: " % host in lost[0] + lost[1] and "deploy.yaml:1, which" in lost[0] + lost[1]
-    with open(str(tmp_path / "deploy.yaml")) as file:
-        report = json.loads(run("pull", "-f", "-", "--json", stdin=file).stdout)
+    monkeypatch.setattr("sys.stdin", open("deploy.yaml"))
+    report = json.loads(run("pull", "-f", "-", "--json").out)
     assert report["failed"] == [] and [image["where"] for image in report["images"]] == ["-:2", "-:1"]
     store, name = Directory(str(tmp_path / "registry")), host.replace(":", "_")
     assert tags_of(store) == {name + "/team/reloader": ["v0.9"], name + "/team/web": ["1.0"]}
-    done = run("pull", "-f", "images.txt", host + "/gone:1", status=1, cwd=str(tmp_path))
-    assert "tinyreg: 1 of 3 images failed:\n%s/gone:1: " % host in done.stderr
-    done = run("push", *files, "--to", "127.0.0.1:1/x", "--retries", "0", status=1, cwd=str(tmp_path))
-    assert "gone:v1: not in the store" in done.stderr
-    done = run("save", *files, "-o", "x.tar", "--no-self", cwd=str(tmp_path))
-    assert "x.tar: 3 images" in done.stdout
-    done = run("rm", *files, "--dry-run", cwd=str(tmp_path))
-    assert [line.split(",")[0] for line in done.stdout.splitlines()[:3]] == [
+    done = run("pull", "-f", "images.txt", host + "/gone:1", status=1)
+    assert "tinyreg: 1 of 3 images failed:\n%s/gone:1: " % host in done.err
+    done = run("push", *files, "--to", "127.0.0.1:1/x", "--retries", "0", status=1)
+    assert "gone:v1: not in the store" in done.err
+    done = run("save", *files, "-o", "x.tar", "--no-self")
+    assert "x.tar: 3 images" in done.out
+    done = run("rm", *files, "--dry-run")
+    assert [line.split(",")[0] for line in done.out.splitlines()[:3]] == [
         "would delete %s/%s" % (host, image) for image in ("team/web:1.0", "other:1", "team/reloader:v0.9")]
 
 
@@ -274,16 +281,18 @@ def test_pull_asks_the_registry_which_tags_there_are(tmp_path, run, host):
     done = run("pull", host + "/app:3.*", host + "/other:1", "--newest", "2", "--exclude", "*.*.*")
     store, name = Directory(str(tmp_path / "registry")), host.replace(":", "_")
     assert tags_of(store) == {name + "/app": ["3.10", "3.9-slim"], name + "/other": ["1"]}
-    assert done.stdout.splitlines()[0].startswith(host + "/app:3.10: ")
+    assert done.out.splitlines()[0].startswith(host + "/app:3.10: ")
     done = run("pull", host + "/app:4.*", host + "/other:1", status=1)
-    assert "tinyreg: %s/app:4.*: no tag fits\n" % host in done.stderr and "/other:1: " in done.stdout
-    assert "invalid repository name" in run("pull", host + "/*:1", status=1).stderr
+    assert "tinyreg: %s/app:4.*: no tag fits\n" % host in done.err and "/other:1: " in done.out
+    for pattern in ("/*:1", "/*"):
+        assert "invalid repository name" in run("pull", host + pattern, status=1).err
+    assert "--newest chooses among the tags" in run("pull", host + "/app", "--newest", "1", status=1).err
 
 
 def saved(run, folder, *words):
     run("save", *words, "-o", folder / "x.tar", "--no-self")
     return sorted("%s:%s" % (entry["repository"], entry["tag"] or entry["digest"])
-                  for entry in json.loads(run("ls", folder / "x.tar", "--json").stdout))
+                  for entry in json.loads(run("ls", folder / "x.tar", "--json").out))
 
 
 def test_save_takes_all_that_a_pattern_fits(tmp_path, run, filled):
@@ -295,7 +304,7 @@ def test_save_takes_all_that_a_pattern_fits(tmp_path, run, filled):
     assert saved(run, tmp_path, "**", "--newest", "1") == [everything[0], everything[3], everything[5]]
     assert saved(run, tmp_path, "**", "--exclude", "team/**", "--exclude", "3.9") == everything[:1]
     done = run("save", "team/app:1", "nobody/**", "-o", tmp_path / "none.tar", status=1)
-    assert done.stderr == "tinyreg: nobody/** fits no image in the store; `tinyreg.py ls --tags` shows what is there\n"
+    assert done.err == "tinyreg: nobody/** fits no image in the store; `tinyreg.py ls --tags` shows what is there\n"
     assert not (tmp_path / "none.tar").exists()
 
 
@@ -308,35 +317,35 @@ def test_push_takes_all_that_a_pattern_fits(tmp_path, run, filled, start_server)
 def test_ls_lists_several_names_and_what_fits_patterns(run, filled):
     def listed(*words):
         return ["%s:%s" % (entry["repository"], entry["tag"]) for entry in
-                json.loads(run("ls", "--json", *words).stdout)]
+                json.loads(run("ls", "--json", *words).out)]
 
     everything = listed("--tags")
     assert len(everything) == 7 and everything == listed("**")
     assert listed("team/app:*", "alpine") == ["team/app:1", "team/app:2", "docker.io/library/alpine:3.10",
                                               "docker.io/library/alpine:3.9"]
     assert listed("alpine", "--newest", "1") == ["docker.io/library/alpine:3.10"]
-    assert run("ls", "--tags").stdout.splitlines()[1].startswith("docker.io/library/alpine:3.10 ")
-    assert run("ls", "team/sub/web").stdout.splitlines()[1].startswith("1 ")
-    assert set(run("ls", "team/*", "--digests").stdout.split()) == set(filled.digests("team/app")) | set(
+    assert run("ls", "--tags").out.splitlines()[1].startswith("docker.io/library/alpine:3.10 ")
+    assert run("ls", "team/sub/web").out.splitlines()[1].startswith("1 ")
+    assert set(run("ls", "team/*", "--digests").out.split()) == set(filled.digests("team/app")) | set(
         filled.digests("team/pin"))
-    assert "nothing/** fits" in run("ls", "nothing/**:1", status=1).stderr.replace(":1", "")
-    assert "there is no repository nothing/**" in run("ls", "nothing/**", status=1).stderr
+    assert "nothing/** fits" in run("ls", "nothing/**:1", status=1).err.replace(":1", "")
+    assert "there is no repository nothing/**" in run("ls", "nothing/**", status=1).err
 
 
 def test_rm_says_what_would_go_and_what_that_frees(run, filled):
     before = tags_of(filled)
-    done = run("rm", "team/app:*", "--dry-run").stdout.splitlines()
+    done = run("rm", "team/app:*", "--dry-run").out.splitlines()
     assert [line.split(",")[0] for line in done] == [
         "would delete team/app:1", "would delete team/app:2",
         "2 images; gc --untagged would then free up to 10.6 KiB more"]
-    report = json.loads(run("rm", "**", "--dry-run", "--json").stdout)
+    report = json.loads(run("rm", "**", "--dry-run", "--json").out)
     assert report["dryRun"] and 30000 < report["size"] < 40000 and len(report["deleted"]) == 6
     assert tags_of(filled) == before and list(filled.pinned("team/pin")) == [filled.pin]
 
 
 def test_rm_with_a_pattern_deletes_what_fits_and_nothing_else(run, filled):
     done = run("rm", "team/**", "team/app:1", "--exclude", "2")
-    assert [line.split(",")[0] for line in done.stdout.splitlines()[:3]] == [
+    assert [line.split(",")[0] for line in done.out.splitlines()[:3]] == [
         "deleted team/app:1", "deleted team/pin@" + filled.pin, "deleted team/sub/web:1"]
     assert tags_of(filled) == {"docker.io/library/alpine": ["3.10", "3.9"], "team/app": ["2"], "team/pin": [],
                                "team/sub/web": []}
@@ -347,21 +356,21 @@ def test_rm_of_everything_wants_a_word(run, filled):
     before = tags_of(filled)
     for pattern in ("**", "**:*", "*/**", "**:1"):
         done = run("rm", pattern, status=1)
-        assert "would go; look at them with --dry-run, and say --yes if all of them are meant" in done.stderr
-    assert "6 images would go" in run("rm", "**", status=1).stderr and tags_of(filled) == before
+        assert "would go; look at them with --dry-run, and say --yes if all of them are meant" in done.err
+    assert "6 images would go" in run("rm", "**", status=1).err and tags_of(filled) == before
     run("rm", "**", "--yes")
     assert not any(tags_of(filled).values())
     manifest = make_image(filled, "many", "0")
     filled.put_manifest("many", manifest, ["%d" % number for number in range(101)])
     done = run("rm", "many:*", status=1)
-    assert "tinyreg: 101 images would go; " in done.stderr and "many:*: 101 images\n" in done.stderr
+    assert "tinyreg: 101 images would go; " in done.err and "many:* fits 101 images\n" in done.err
     assert len(list(filled.tags("many"))) == 101
 
 
 def test_rm_deletes_nothing_if_one_of_the_images_is_not_there(run, filled):
     before = tags_of(filled)
     for wrong in ("gone/**", "team/gone:1", "team/app:x*"):
-        assert run("rm", "team/app:1", wrong, status=1).stdout == ""
+        assert run("rm", "team/app:1", wrong, status=1).out == ""
     assert tags_of(filled) == before
 
 
@@ -373,21 +382,21 @@ def test_verify_reads_the_images_that_are_named(tmp_path, run, filled):
             file.write(b"x")
         return manifest.blobs[-1].digest
 
-    whole = json.loads(run("verify", "--json").stdout)
-    part = json.loads(run("verify", "alpine:3.9", "team/sub/**", "--json").stdout)
+    whole = json.loads(run("verify", "--json").out)
+    part = json.loads(run("verify", "alpine:3.9", "team/sub/**", "--json").out)
     assert part["damage"] == [] and part["blobs"] == 5 < whole["blobs"] and 10000 < part["size"] < 12000
     blob = damage("docker.io/library/alpine", "3.9")
-    assert json.loads(run("verify", "alpine:3.10", "--json").stdout)["damage"] == []
-    report = json.loads(run("verify", "alpine:*", "--json", status=1).stdout)
+    assert json.loads(run("verify", "alpine:3.10", "--json").out)["damage"] == []
+    report = json.loads(run("verify", "alpine:*", "--json", status=1).out)
     assert [(entry["name"], entry["harms"]) for entry in report["damage"]] == [
         (blob, ["docker.io/library/alpine:3.9"])]
     (tmp_path / "file").write_text("team/app:1\n")
     damage("team/app", "1")
-    assert "harms team/app:1" in run("verify", "-f", tmp_path / "file", status=1).stdout
-    assert "put aside: " in run("verify", "team/app:1", "--repair", status=1).stdout
-    assert "missing blob" in run("verify", "team/app:*", status=1).stdout
-    assert "gone:latest" in run("verify", "team/gone", status=1).stderr
-    assert "images go with the store" in run("verify", "team/app:2", tmp_path / "file", status=1).stderr
+    assert "harms team/app:1" in run("verify", "-f", tmp_path / "file", status=1).out
+    assert "put aside: " in run("verify", "team/app:1", "--repair", status=1).out
+    assert "missing blob" in run("verify", "team/app:*", status=1).out
+    assert "gone:latest" in run("verify", "team/gone", status=1).err
+    assert "images go with the store" in run("verify", "team/app:2", tmp_path / "file", status=1).err
 
 
 def test_rm_deletes_what_a_plan_names_but_no_tag_that_has_moved_since(tmp_path, run, filled):
@@ -395,5 +404,5 @@ def test_rm_deletes_what_a_plan_names_but_no_tag_that_has_moved_since(tmp_path, 
     (tmp_path / "going.txt").write_text("".join(lines))
     moved = make_image(filled, "team/app", "1", layers=(b"new",))
     done = run("rm", "-f", tmp_path / "going.txt", status=1)
-    assert done.stderr == "tinyreg: %s stays: the tag points to %s\n" % (lines[0].strip(), moved.digest)
-    assert done.stdout.startswith("deleted team/app:2@sha256:") and list(filled.tags("team/app")) == ["1"]
+    assert done.err == "tinyreg: %s stays: the tag points to %s\n" % (lines[0].strip(), moved.digest)
+    assert done.out.startswith("deleted team/app:2@sha256:") and list(filled.tags("team/app")) == ["1"]
