@@ -12025,7 +12025,7 @@ def iter_stored(options: argparse.Namespace, store: Directory, fail: Callable[[s
                 is_exact: bool = False) -> Iterator[Tuple[str, str, str]]:
     """Yield (what messages call it, repository, reference) for each image of the store that the
     command line and -f name, once. Calls `fail` for what is not there; a guess is left out."""
-    seen: Set[Tuple[str, str]] = set()
+    seen: Set[str] = set()  # texts, for as values a:1@DIGEST and a:2@DIGEST are equal
     for choice in named_images(options):
         text, images = choice.image, []
         try:
@@ -12034,9 +12034,10 @@ def iter_stored(options: argparse.Namespace, store: Directory, fail: Callable[[s
             (complain_of if choice.is_guess else fail)(text, choice.note(error))
         tell_many(options, text, len(images))
         for image in images:
-            if image not in seen:
-                seen.add(image)
-                yield (image_text(*image) if "*" in text else text,) + image
+            label = image_text(*image)
+            if label not in seen:
+                seen.add(label)
+                yield (label if "*" in text else text,) + image
 
 
 def list_image(registry: Reader, name: str, reference: str, pushed: float = 0.0) -> Dict[str, Any]:

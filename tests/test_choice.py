@@ -308,6 +308,13 @@ def test_save_takes_all_that_a_pattern_fits(tmp_path, run, filled):
     assert not (tmp_path / "none.tar").exists()
 
 
+def test_two_tags_of_one_digest_are_two_images(tmp_path, run, filled):
+    digest = filled.resolve("team/app", "1")
+    filled.put_manifest("team/app", filled.manifest("team/app", digest), ["also"])
+    words = ["team/app:%s@%s" % (tag, digest) for tag in ("1", "also", "1")]
+    assert saved(run, tmp_path, *words) == ["team/app:1", "team/app:also"]
+
+
 def test_push_takes_all_that_a_pattern_fits(tmp_path, run, filled, start_server):
     server = start_server(tmp_path / "there")
     run("push", "team/**", "--exclude", "team/pin@*", "--to", server.host)
