@@ -6547,12 +6547,10 @@ def write_lock(path: Optional[str], digests: Mapping[str, Optional[Digest]]) -> 
     all; a port has its colon again. Raises OSError."""
     if not path:
         return
-    lines = []
-    for image, digest in digests.items():
-        image = full_name(image) if has_origin(image) else image
-        lines.append("%s@%s\n" % (image.partition("@")[0], digest))
+    names = {(full_name if has_origin(image) else str)(image): digests[image] for image in digests}
+    lines = {"%s@%s\n" % (name.partition("@")[0], digest) for name, digest in names.items()}
     path = os.path.realpath(path)
-    Files(os.path.dirname(path)).write(path, "".join(sorted(set(lines))).encode())
+    Files(os.path.dirname(path)).write(path, "".join(sorted(lines)).encode())
 
 # -------------------------------------------------------------------------------------------------
 # 12  Copy
@@ -6850,41 +6848,36 @@ class Copy(Plan):
         self.target, self.target_name = target, target_name or name
         self.traffic = traffic or Traffic()
         self.begun: Set[Digest] = set()  # blobs whose bytes have been asked for
-        self.is_nearer = source.is_distant and not target.is_distant  # the target is
 
     def clear(self) -> None:
         super().clear()
+        self.present: Set[Digest] = set()  # manifests that the target has, if it is nearer
         self.root_referrers: Optional[List[Digest]] = None  # as the source has them
-        self.is_known = False  # whether all of these, and the image, are in the target
+        self.is_known = False  # whether the target has these, and the image
 
     def read_manifest(self, digest: Digest) -> Manifest:
         """From the target, if it has the manifest and is nearer: Docker Hub counts reads."""
-        if self.is_nearer:
+        if self.source.is_distant and not self.target.is_distant:
             # The target lacks it, can't be read (as an archive), or has it damaged.
             with contextlib.suppress(Unknown, Unsupported, Invalid):
-                return self.target.manifest(self.target_name, digest)
+                manifest = self.target.manifest(self.target_name, digest)
+                self.present.add(digest)
+                return manifest
         return super().read_manifest(digest)
 
     def referrer_digests(self, digest: Digest) -> List[Digest]:
         """From the source. If the target is nearer, and has the image and all that is about it,
-        what is about its children is read there: who signs a child signs the index as well, and
-        so a rerun costs one request instead of one for each child."""
+        what is about the children that it has is read there: who signs a child signs the index as
+        well, and so a rerun costs one request instead of one for each child."""
         if self.root_referrers is None:
             self.root_referrers = super().referrer_digests(self.root)
-            self.is_known = self.is_nearer and self._is_known()
+            self.is_known = self.root in self.present and set(self.root_referrers).issubset(
+                self.target.referrer_digests(self.target_name, self.root))
         if digest == self.root:
             return self.root_referrers
-        if self.is_known:
+        if self.is_known and digest in self.present:
             return self.target.referrer_digests(self.target_name, digest)
         return super().referrer_digests(digest)
-
-    def _is_known(self) -> bool:
-        # The manifest of an image arrives after all that it leads to.
-        with contextlib.suppress(Unknown, Unsupported, Invalid):  # as in read_manifest()
-            self.target.manifest(self.target_name, self.root)
-            return set(self.root_referrers or ()).issubset(
-                self.target.referrer_digests(self.target_name, self.root))
-        return False
 
     def measure(self) -> Dict[Digest, int]:
         """{digest: bytes that the target lacks} of the blobs that it has not got whole."""

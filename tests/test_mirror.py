@@ -63,6 +63,33 @@ def test_a_rerun_costs_three_requests_an_image_and_sees_what_was_signed_meanwhil
         proxy.host.replace(":", "_") + "/many", fallback_tag(tops[2][1][0].digest) + ".sig")
 
 
+def test_a_platform_that_comes_later_brings_its_signatures_along(there, server, tmp_path):
+    top, children = make_multi(there, "app", "1")
+    for child in children[:2]:
+        sign(there, "app", child)
+    image = server.host + "/app:1"
+    assert referrers(pull(tmp_path, "--json", "--platform", "linux/amd64", image)) == {"app:1": 1}
+    assert referrers(pull(tmp_path, "--json", image)) == {"app:1": 2}
+
+
+def test_one_login_opens_all_repositories_of_a_registry(there, server, start_proxy, tmp_path, monkeypatch):
+    """A rerun asks no registry three times what it has answered once: that it wants a login."""
+    def spoil(handler):
+        if "Authorization" not in handler.headers:
+            refused.append(handler.path)
+            return handler.answer(401, {"WWW-Authenticate": 'Basic realm="x"'})
+
+    refused = []
+    host = start_proxy(server.host, spoil).host
+    names = ["app%d" % number for number in range(3)]
+    for name in names:
+        make_image(there, name, "1")
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {host: {"auth": "bWU6c2VjcmV0"}}}))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    pull(tmp_path, "--jobs", "1", *["%s/%s:1" % (host, name) for name in names])
+    assert len(refused) == 1
+
+
 @needs_distribution
 def test_a_rerun_costs_no_more_at_a_registry_that_has_no_referrers_api(store, distribution, start_proxy, tmp_path):
     make_multi(store, "many", "1")
