@@ -631,16 +631,17 @@ def test_what_is_just_pushed_and_what_a_signature_is_about_stays(listed, tmp_pat
         "app:1", "app:new", "app:%s.sig" % signed.replace(":", "-")}
 
 
-def test_a_plan_is_written_and_is_a_list_as_others_and_changes_nothing(listed, tmp_path, capsys):
-    before, plan = files_below(listed.layout.tree), tmp_path / "going.txt"
-    command = ["--only", list_of(tmp_path, "app:1", "app:2", "alpine:3.19"), "--repositories", "a*"]
-    assert tinyreg.main(["gc", "--root", listed.root] + command + ["--plan", str(plan)]) == 0
-    lines = ["app:%s@%s" % (tag, listed.resolve("app", tag)) for tag in "345"]
-    assert plan.read_text().splitlines() == lines and "tag  app:3\n" in capsys.readouterr().out
-    assert files_below(listed.layout.tree) == before
-    assert left_by(listed, "--only", str(plan), "--repositories", "a*", "--grace", "0") == {
-        "app:3", "app:4", "app:5", "other:old", "docker.io/library/alpine:3.19", "docker.io/team/app:1",
-        "lab.example_5000/x:1"}
+def test_a_plan_changes_nothing_and_rm_carries_out_what_still_holds_of_it(listed, tmp_path, capsys):
+    before, plan = files_below(listed.layout.tree), str(tmp_path / "going.txt")
+    assert tinyreg.main(["gc", "--root", listed.root, "--only", list_of(tmp_path, "app:1", "alpine:3.19"),
+                         "--repositories", "a*", "--plan", plan]) == 0
+    with open(plan) as file:
+        assert file.read().splitlines() == ["app:%s@%s" % (tag, listed.resolve("app", tag)) for tag in "2345"]
+    assert "tag  app:3\n" in capsys.readouterr().out and files_below(listed.layout.tree) == before
+    make_image(listed, "app", "4", layers=(b"moved since",))
+    assert tinyreg.main(["rm", "--root", listed.root, "-f", plan]) == 1
+    assert "stays: the tag points to" in capsys.readouterr().err
+    assert list(listed.tags("app")) == ["1", "4"] and list(listed.tags("other")) == ["old"]
 
 
 @pytest.mark.parametrize("lines, message", [
