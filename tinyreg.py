@@ -5826,11 +5826,10 @@ class Remote(Registry):
 
     def _tell_quota(self, reply: Reply) -> None:
         """Say once that few are left of the pulls that Docker Hub allows in some hours."""
-        left, limit = [reply.header(header)[:30] for header in ("RateLimit-Remaining",
-                                                                "RateLimit-Limit")]
-        if re.match("1?[0-9](?:;|$)", left) and self.quota_told.acquire(False):
-            self.say("%s lets us pull %s more manifests, of %s s" % (
-                self.host, left.partition(";")[0], limit.replace(";w=", " in ")))
+        left = reply.header("RateLimit-Remaining").partition(";")[0]
+        if re.fullmatch("1?[0-9]", left) and self.quota_told.acquire(False):
+            self.say("%s lets us pull %s more manifests; its limit is %.30s (w is seconds)"
+                     % (self.host, left, reply.header("RateLimit-Limit")))
 
     def try_login(self, login: Login) -> bool:
         """Use this login from now on. Returns whether the registry has asked for it. Raises
