@@ -13122,7 +13122,8 @@ def verify(options: argparse.Namespace) -> int:
     else:
         store = open_store(options)
         if has_images:
-            images = [image[1:] for image in iter_stored(options, store, give_up)]
+            images = [image[1:] for image in iter_stored(
+                options, store, lambda image, why: give_up(image, "no such file, and %s" % why))]
         check = StoreVerification(store, progress, options.rate,
                                   options.repair and not options.dry_run, images)
     check.run()
