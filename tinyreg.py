@@ -10038,14 +10038,15 @@ def live_page(registry: Registry, access: Access, request: Request) -> Response:
     return page("Live", fill(LIVE_PAGE, command_line(command)))
 
 
-def send_live_events(access: Access, request: Request, send: Callable[[bytes], Any]) -> None:
+def send_live_events(access: Access, request: Request, exchanges: Iterator[Optional[Exchange]],
+                     send: Callable[[bytes], Any]) -> None:
     """Send what the client may see of each exchange, as server-sent events, until it leaves.
 
     While nothing happens, `send` gets an empty block several times a second, by which the server
     notices that it stops, and a line every few seconds, by which it notices that the client has
     left."""
     send(b": connected, waiting\n\n")
-    for number, exchange in enumerate(request.observation.live.watch()):
+    for number, exchange in enumerate(exchanges):
         if exchange is None:
             send(b"\n" if number % 50 == 49 else b"")
             continue
@@ -10064,7 +10065,10 @@ def live_events(registry: Registry, access: Access, request: Request) -> Respons
     # X-Accel-Buffering makes nginx pass each event on at once.
     headers = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"),
                ("X-Accel-Buffering", "no")]
-    return Response(200, headers, Stream(functools.partial(send_live_events, access, request)))
+    exchanges = request.observation.live.watch()
+    next(exchanges)  # from here on; only then is the client told that it is connected
+    return Response(200, headers, Stream(
+        functools.partial(send_live_events, access, request, exchanges)))
 
 
 # For machines
