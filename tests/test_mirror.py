@@ -252,10 +252,12 @@ def test_the_longest_beginning_is_renamed_in_whole_components(rename, name, new)
     assert tinyreg.renamed(name, [tinyreg.parse_rename(text) for text in rename]) == new
 
 
-@pytest.mark.parametrize("rename", ["a", "=b", "a/B=c", "a=b=c", "a//b=c", "a=../b", "="])
-def test_a_rename_that_is_none_is_a_usage_error(tmp_path, rename):
-    done = pull(tmp_path, "alpine", "--rename", rename, status=2)
-    assert len(done.stderr.splitlines()) == 1 and repr(rename.split("=")[0])[1:-1] in done.stderr
+def test_a_rename_that_is_none_is_a_usage_error(tmp_path):
+    for rename in "a", "=b", "a/B=c", "a=b=c", "a//b=c", "a=../b", "=":
+        with pytest.raises(tinyreg.CommandError, match="is no FROM=TO"):
+            tinyreg.parse_rename(rename)
+    done = pull(tmp_path, "alpine", "--rename", "a", status=2)
+    assert len(done.stderr.splitlines()) == 1 and "'a' is no FROM=TO" in done.stderr
 
 
 def test_what_is_about_an_image_goes_along_under_its_new_name(there, server, start_server, tmp_path):
