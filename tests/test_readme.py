@@ -55,7 +55,7 @@ PRINTS = {
     "python3 tinyreg.py verify images-*of3.tar": "all is well",
     "python3 tinyreg.py clients system --host registry.lab:5000": "BEGIN CERTIFICATE",
     "docker login registry.lab:5000": "Login Succeeded",
-    "python3 tinyreg.py gc": "removed",
+    "python3 tinyreg.py gc --untagged": "removed",
     "python3 tinyreg.py verify --repair": "all is well",
     "python3 tinyreg.py verify images.tar --signed-by cosign.pub": "all is well",
 }
