@@ -6319,6 +6319,7 @@ class PullThrough(Wrapper):
 
 MAX_LIST_FILE = 64 << 20  # bytes of a file that names images; what kubectl says of 3000 pods
 MAX_NAMED_LINES = 5       # that can't be read and are shown
+MAX_VARIABLES = 10        # in the name of one image
 
 # The value of an `image:` key in YAML or JSON. Group 1 is there if it is the ID of an image.
 IMAGE_KEY = re.compile(
@@ -6370,13 +6371,25 @@ def is_likely(text: str) -> bool:
     return False
 
 
-def iter_mentioned(lines: Iterable[str]) -> Iterator[Tuple[int, str, bool]]:
-    """Yield (line number, image, whether it is a guess) for what YAML, JSON or a Dockerfile names.
-    Variables have their values from ARG and ${NAME:-VALUE}; what has none stays."""
+def iter_listed(lines: Iterable[str]) -> Iterator[Tuple[int, str, bool]]:
+    """Yield (line number, image, False) for the lines of a plain list."""
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        if text:
+            yield number, text, False
+
+
+def iter_mentioned(lines: Iterable[str],
+                   is_meant: Callable[[str], bool]) -> Iterator[Tuple[int, str, bool]]:
+    """Yield (line number, image, whether it is a guess) for what YAML, JSON or a Dockerfile names,
+    and as guesses all other words that are `is_meant`. Variables have their values from ARG and
+    ${NAME:-VALUE}; what has none stays."""
     values: Dict[str, str] = {}  # of variables, and of anchors as *NAME
     stages = {"scratch"}
 
     def fill_in(text: str) -> str:
+        if text.count("$") > MAX_VARIABLES:
+            return text
         return VARIABLE.sub(lambda match: values.get(match.group(1) or match.group(2))
                             or match.group(3) or match.group(), text)
 
@@ -6384,7 +6397,9 @@ def iter_mentioned(lines: Iterable[str]) -> Iterator[Tuple[int, str, bool]]:
         words = [word for word in line.split() if not word.startswith("--")] or ["#"]
         if words[0] == "ARG":
             for name, _, text in (word.partition("=") for word in words[1:]):
-                values[name] = fill_in(text.strip("\"'"))
+                text = fill_in(text.strip("\"'"))
+                if len(text) <= MAX_NAME:  # more is no part of an image; it may double each time
+                    values[name] = text
         elif FROM.match(line):
             text = fill_in(" ".join(words[1:2] if words[2:3] in (["AS"], ["as"]) else words[1:]))
             if text.lower() not in stages:
@@ -6398,8 +6413,8 @@ def iter_mentioned(lines: Iterable[str]) -> Iterator[Tuple[int, str, bool]]:
                 # A pod's status may have a digest in place of the name that its spec has.
                 if not is_id and text not in ("", "null", "~") and not text.startswith("sha256:"):
                     yield number, text, "{{" in text  # of a template inside a rendered chart
-            for token in TOKEN.findall(IMAGE_KEY.sub(" ", line)) if "/" in line else ():
-                if is_likely(token.rstrip(".:")):
+            for token in TOKEN.findall(IMAGE_KEY.sub(" ", line)):
+                if is_meant(token.rstrip(".:")):
                     yield number, token.rstrip(".:"), True
 
 
@@ -6420,24 +6435,31 @@ def find_problem(choice: Choice) -> str:
     return "%s: %r is no image" % (choice.where, choice.image[:MAX_NAME])
 
 
-def read_choices(words: Iterable[str], paths: Iterable[str]) -> List[Choice]:
-    """The images that words and files name, each once, the guesses last. Raises CommandError with
-    every line that can't be read, OSError.
+def is_plain_list(lines: Iterable[str]) -> bool:
+    """Whether each line is an image or a comment. Else it is one, with problems, if no line has an
+    `image:` key or a FROM."""
+    if all(not find_problem(Choice(text)) for _, text, _ in iter_listed(lines)):
+        return True
+    return not any(FROM.match(line) or IMAGE_KEY.search(line) for line in lines
+                   if not line.lstrip().startswith("#"))
 
-    A file that has an `image:` key or a FROM in any line is no plain list."""
+
+def read_choices(words: Iterable[str], paths: Iterable[str],
+                 is_meant: Callable[[str], bool] = is_likely) -> List[Choice]:
+    """The images that words and files name, each once, the guesses last, which `is_meant` tells.
+    Raises CommandError with every line that can't be read, OSError."""
     choices, problems = [Choice(word) for word in words], []
     for path in paths:
-        with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
+        # Standard input stays open: what is read from it again is empty.
+        source = sys.stdin.fileno() if path == "-" else path
+        with open(source, "rb", closefd=path != "-") as file:
             content = file.read(MAX_LIST_FILE + 1)
         if len(content) > MAX_LIST_FILE:
             raise CommandError("%s is larger than %s: take the lines that name images out of it"
                                % (path, in_units(MAX_LIST_FILE)))
         lines = content.decode("utf-8-sig", "replace").split("\n")
-        mentioned = ((number, line.partition("#")[0].strip(), False)
-                     for number, line in enumerate(lines, 1))
-        if any(FROM.match(line) or IMAGE_KEY.search(line) for line in lines):
-            mentioned = iter_mentioned(lines)
-        for number, text, is_guess in mentioned:
+        listed = iter_listed(lines) if is_plain_list(lines) else iter_mentioned(lines, is_meant)
+        for number, text, is_guess in listed:
             choice = Choice(text, "%s:%d" % (path, number), is_guess)
             problem = "" if is_guess or not text else find_problem(choice)
             problems += [problem] if problem else []
@@ -6485,24 +6507,44 @@ class Filter(NamedTuple):
         return sorted(releases, key=version_key, reverse=True)[:self.newest]
 
 
-def tags_listed(paths: Sequence[str]) -> Callable[[str, str, Digest], bool]:
-    """A function that tells whether lists name a tag of the store (repository, tag, digest), or a
-    pattern in them does: rather one too many, for the others are to go. NAME:TAG@DIGEST names the
-    tag, whatever it points to; NAME@DIGEST names each tag that points there. Raises CommandError,
-    also for lists that name nothing; OSError."""
-    choices = read_choices((), paths)
+def has_reference(text: str) -> bool:
+    """Whether any text could be NAME:TAG or NAME@DIGEST."""
+    with contextlib.suppress(Invalid):  # that is the answer
+        return not names_repository(text) and bool(parse_local(text))
+    return False
+
+
+def here_too(text: str, origins: AbstractSet[str]) -> List[str]:
+    """An image or a pattern; also without its host, if that is no origin: it may be what clients
+    call this registry."""
+    host, slash, path = text.partition("/")
+    is_host = slash and (host == "localhost" or re.search("[.:]", host))
+    return [text, path] if is_host and origin_of(canonical_host(host)) not in origins else [text]
+
+
+def tags_listed(path: str, origins: AbstractSet[str]) -> Callable[[str, str, Digest], bool]:
+    """A function that tells whether a list names a tag of the store (repository, tag, digest), or a
+    pattern in it does: rather one too many, for the others are to go. So in YAML and the like any
+    word counts, and HOST/NAME:TAG means NAME:TAG, too, unless HOST is among the `origins` that the
+    store has images of. NAME:TAG@DIGEST names the tag, whatever it points to; NAME@DIGEST names
+    each tag that points there. Raises CommandError, also for a list that names nothing; OSError."""
+    choices = read_choices((), [path], has_reference)
     if not choices:
-        raise CommandError("%s: no image is named, so all tags would go" % ", ".join(paths))
+        raise CommandError("%s: no image is named, so all tags would go" % path)
     exact: Set[str] = set()
     patterns = []
     for choice in choices:
-        if "*" in choice.image:
-            patterns.append(parse_glob(choice.image))
-            continue
-        with contextlib.suppress(Invalid):  # a guess, for the others have been checked
-            names, reference = parse_local(choice.image)
-            reference = getattr(reference, "tag", None) or reference or "latest"
-            exact.update(image_text(name, reference) for name in names)
+        if "{{" in choice.image:
+            logger.warning("%s: %s may name any image; no tag stays for it", choice.where,
+                           choice.image[:MAX_NAME])
+        for text in here_too(choice.image, origins):
+            if "*" in text:
+                patterns.append(parse_glob(text))
+                continue
+            with contextlib.suppress(Invalid):  # of a template, or a host alone
+                names, reference = parse_local(text)
+                reference = getattr(reference, "tag", None) or reference or "latest"
+                exact.update(image_text(name, reference) for name in names)
 
     def is_listed(name: str, tag: str, digest: Digest) -> bool:
         if exact.intersection((image_text(name, tag), image_text(name, digest))):
@@ -12018,11 +12060,13 @@ def find_images(options: argparse.Namespace, store: Directory, text: str,
 
 
 def iter_stored(options: argparse.Namespace, store: Directory, fail: Callable[[str, Any], None],
-                is_exact: bool = False) -> Iterator[Tuple[str, str, str]]:
-    """Yield (what messages call it, repository, reference) for each image of the store that the
-    command line and -f name, once. Calls `fail` for what is not there; a guess is left out."""
+                is_exact: bool = False, choices: Optional[List[Choice]] = None
+                ) -> Iterator[Tuple[str, str, str]]:
+    """Yield (what messages call it, repository, reference) for each image of the store that
+    `choices` name, or else the command line and -f, once. Calls `fail` for what is not there; a
+    guess is left out."""
     seen: Set[str] = set()  # texts, for as values a:1@DIGEST and a:2@DIGEST are equal
-    for choice in named_images(options):
+    for choice in named_images(options) if choices is None else choices:
         text, images = choice.image, []
         try:
             images = find_images(options, store, text, is_exact)
@@ -12289,28 +12333,46 @@ class Deletion(NamedTuple):
     reference: Reference
 
 
+def complain_of_guesses(choices: Iterable[Choice]) -> None:
+    """Say which images a file may have meant otherwise, so that they are not deleted."""
+    guesses = ["%s (%s)" % choice[:2] for choice in choices if choice.is_guess]
+    if guesses:
+        complain("tinyreg: left out, for they stand where no image has to be: "
+                 + in_one_line(guesses))
+
+
+def points_to(store: Directory, name: str, tag: str, digest: Digest) -> bool:
+    """Whether a tag points to a digest; one that is damaged, or is gone, does not."""
+    with contextlib.suppress(Unknown):  # that is the answer
+        return store.resolve(name, tag) == digest
+    return False
+
+
 def plan_deletions(options: argparse.Namespace,
                    store: Directory) -> Tuple[List[Deletion], List[str]]:
     """What goes of what the command line and -f name, each once, with a manifest every tag that
     points to it; and in words what stays, because a tag has moved. Raises CommandError."""
-    for image in options.images:
+    choices = named_images(options)
+    complain_of_guesses(choices)
+    choices = [choice for choice in choices if not choice.is_guess]
+    for image in (choice.image for choice in choices):
         if names_repository(image) and "*" not in image:
             raise CommandError("%s: say which tag (%s:TAG) or manifest (%s@DIGEST) to delete"
                                % (image, image, image))
     deletions: Dict[Tuple[str, str], Deletion] = collections.OrderedDict()
     moved = []
-    for text, name, reference in iter_stored(options, store, give_up, is_exact=True):
+    for text, name, reference in iter_stored(options, store, give_up, True, choices):
         tag = reference.tag if isinstance(reference, Digest) else reference
         digest = store.resolve(name, tag) if tag else Digest(reference)
         if reference not in (tag, digest):
             moved.append("%s stays: the tag points to %s" % (text, digest))
             continue
         tags = [] if tag else [other for other in store.tags(name)
-                               if store.resolve(name, other) == digest]
+                               if points_to(store, name, other, digest)]
         going = [Deletion(image_text(name, other), name, digest, other) for other in tags]
         for deletion in going + [Deletion(text, name, digest, tag or digest)]:
             deletions.setdefault((name, deletion.reference), deletion)
-    is_all = any(set(image.partition(":")[0]) <= set("*/") for image in options.images)
+    is_all = any(set(choice.image.partition(":")[0]) <= set("*/") for choice in choices)
     if (is_all or len(deletions) > MANY) and not options.yes and not options.dry_run:
         raise CommandError("%s would go; look at them with --dry-run, and say --yes if all of them "
                            "are meant" % counted(len(deletions), "image"))
@@ -12344,9 +12406,13 @@ def remove(options: argparse.Namespace) -> int:
     try:
         for deletion in deletions:
             with contextlib.suppress(Unknown):  # somebody else has just deleted it
-                delete: Callable[..., None] = store.delete_tag
-                if isinstance(deletion.reference, Digest):
-                    delete = store.delete_manifest
+                delete: Callable[..., None] = store.delete_manifest
+                if not isinstance(deletion.reference, Digest):
+                    delete = store.delete_tag
+                    present = store.resolve(deletion.name, deletion.reference)
+                    if present != deletion.digest:  # pushed again since it was planned
+                        moved.append("%s stays: the tag points to %s" % (deletion.image, present))
+                        continue
                 delete(deletion.name, deletion.reference)
             done.append(deletion)
     finally:
@@ -12938,26 +13004,43 @@ def report_collection(options: argparse.Namespace, collection: Collection,
                  + ", ".join(collection.unread[:10]) + (" …" if collection.unread[10:] else ""))
 
 
+def iter_tags(store: Directory) -> Iterator[Tuple[str, str, Digest]]:
+    """Yield (repository, tag, digest) of each tag."""
+    for name in store.repositories():
+        for tag in store.tags(name):
+            with contextlib.suppress(Unknown):  # deleted since, or damaged
+                yield name, tag, store.resolve(name, tag)
+
+
+def read_lists(store: Directory, paths: Sequence[str],
+               force: bool) -> Optional[Callable[[str, str, Digest], bool]]:
+    """A function that tells whether one of some lists names a tag; None if there is no list. Raises
+    CommandError, also for a list that names no tag here, unless `force`; OSError."""
+    origins = {name.partition("/")[0] for name in store.repositories()} if paths else set()
+    lists = [tags_listed(path, origins) for path in paths]
+    for path, is_listed in () if force else zip(paths, lists):
+        if not any(is_listed(*tag) for tag in iter_tags(store)):
+            raise CommandError("no tag here is named in %s, so all would go that no other list "
+                               "names; if that is meant, say --force" % path)
+    return (lambda *tag: any(is_listed(*tag) for is_listed in lists)) if lists else None
+
+
 def collect(options: argparse.Namespace) -> int:
     """Delete what nothing refers to; or say what that would be."""
+    store = open_store(options)
     expiry = Expiry(options.keep, options.older_than, options.repositories,
-                    tags_listed(options.only) if options.only else None)
+                    read_lists(store, options.only, options.force))
     if options.repositories and not expiry.is_on:
         raise CommandError("--repositories says where --keep, --older-than or --only delete tags; "
                            "add one of them")
-    store = open_store(options)
-    if expiry.listed and not options.force and not any(
-            expiry.listed(name, tag, Digest()) for name in store.repositories()
-            for tag in store.tags(name)):
-        raise CommandError("no tag here is named in %s, so all would go; if that is meant, say "
-                           "--force" % ", ".join(options.only))
     options.dry_run = options.dry_run or bool(options.plan)
     removed: List[Dict[str, Any]] = []
     planned: Dict[str, Optional[Digest]] = {}
 
     def note(kind: str, name: str, size: int) -> None:
         if kind == "tags" and options.plan:
-            planned[name] = store.resolve(*name.rsplit(":", 1))
+            with contextlib.suppress(Unknown):  # somebody has just deleted it
+                planned[name] = store.resolve(*name.rsplit(":", 1))
         if options.json:
             removed.append({"kind": singular(kind), "name": name, "size": size})
         elif options.dry_run:
@@ -14016,8 +14099,9 @@ COMMANDS = [
                "example 90d, likewise; with --keep only what both would delete (default: any age "
                "is kept)", parse_age),
          repeated("--only", "FILE", "delete, likewise, the tags that no list names; a FILE is read "
-                  "as by pull -f, also a pattern or a lock file; NAME:TAG@DIGEST keeps the tag "
-                  "wherever it points, NAME alone keeps NAME:latest; may be repeated"),
+                  "as by pull -f, also a pattern or a lock file, but any NAME:TAG in it counts; "
+                  "NAME:TAG@DIGEST keeps the tag wherever it points, NAME alone keeps "
+                  "NAME:latest; may be repeated"),
          value("--plan", "FILE", "as --dry-run, and write the tags that would go into FILE, for "
                "people to review, and for rm -f, which deletes those that still point there"),
          value("--repositories", "GLOB", "in which repositories --keep, --older-than and --only "

@@ -10,6 +10,7 @@ import signal
 import pytest
 
 import tinyreg
+from conftest import run_tinyreg
 from engines import private_folder, require
 from samples import make_image
 from test_distribution import Distribution
@@ -249,8 +250,9 @@ def test_pull_takes_what_files_name_and_tries_what_they_may_name(tmp_path, run, 
     done = run("save", *files, "-o", "x.tar", "--no-self")
     assert "x.tar: 3 images" in done.out
     done = run("rm", *files, "--dry-run")
-    assert [line.split(",")[0] for line in done.out.splitlines()[:3]] == [
-        "would delete %s/%s" % (host, image) for image in ("team/web:1.0", "other:1", "team/reloader:v0.9")]
+    assert [line.split(",")[0] for line in done.out.splitlines()[:2]] == [
+        "would delete %s/%s" % (host, image) for image in ("team/web:1.0", "other:1")]
+    assert "left out, " in done.err and "%s/team/reloader:v0.9 (deploy.yaml:1)" % host in done.err
 
 
 # Versions
@@ -413,3 +415,47 @@ def test_rm_deletes_what_a_plan_names_but_no_tag_that_has_moved_since(tmp_path, 
     done = run("rm", "-f", tmp_path / "going.txt", status=1)
     assert done.err == "tinyreg: %s stays: the tag points to %s\n" % (lines[0].strip(), moved.digest)
     assert done.out.startswith("deleted team/app:2@sha256:") and list(filled.tags("team/app")) == ["1"]
+
+
+def test_rm_deletes_of_a_file_only_what_it_surely_names(tmp_path, run, filled):
+    """Neither what stands in it and looks like an image, nor latest where no tag is said; nor everything unasked."""
+    before, file = tags_of(filled), tmp_path / "file"
+    make_image(filled, "team/app", "latest")
+    for text, told in (("**\n", "say --yes"), ("team/app\n", "team/app: say which tag"),
+                       ("note: [docker.io/library/alpine:3.9, {image: team/gone:1}]\n", "gone:1: not in the store")):
+        file.write_text(text)
+        assert told in run("rm", "-f", file, status=1).err
+    file.write_text("image: team/app:latest\nnote: we keep docker.io/library/alpine:3.9\n")
+    run("rm", "-f", file)
+    assert tags_of(filled) == before
+
+
+def test_rm_by_digest_passes_over_a_damaged_tag(run, filled):
+    digest = filled.resolve("team/app", "2")
+    with open(filled.layout.link_in(filled.layout.current_path("team/app", "1")), "w") as file:
+        file.write("damaged")
+    run("rm", "team/app@" + digest)
+    assert list(filled.tags("team/app")) == ["1"]
+
+
+def test_rm_leaves_a_tag_that_moves_while_it_is_at_work(monkeypatch, capsys, filled):
+    delete = Directory.delete_tag
+
+    def delete_slowly(store, name, tag):
+        delete(store, name, tag)
+        make_image(filled, name, "2", layers=(b"just pushed",))
+
+    monkeypatch.setattr(Directory, "delete_tag", delete_slowly)
+    assert tinyreg.main(["rm", "--root", filled.root, "team/app:*"]) == 1
+    assert "team/app:2 stays: the tag points to " + filled.resolve("team/app", "2") in capsys.readouterr().err
+
+
+def test_variables_that_double_each_other_take_no_memory():
+    lines = ["ARG A0=aaaaaaaa"] + ["ARG A%d=$A%d$A%d" % (number + 1, number, number) for number in range(60)]
+    images = list(tinyreg.iter_mentioned(lines + ["FROM $A3", "FROM $A60", "FROM " + "$A3" * 1000], bool))
+    assert [len(image[1]) for image in images] == [64, 4, 3000]
+
+
+def test_stdin_may_be_named_twice(root, filled):
+    done = run_tinyreg("rm", "--root", root, "--dry-run", "-f", "-", "-f", "-", input="team/app:1\n")
+    assert "team/app:1" in done.stdout and not done.stderr

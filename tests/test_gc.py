@@ -611,6 +611,37 @@ def test_patterns_and_guesses_in_a_list_keep_what_they_name(listed, tmp_path):
             "docker.io/library/alpine:3.19", "lab.example_5000/x:1", "quay.io/tool:v1", "app:4"}
 
 
+@pytest.mark.parametrize("lines", [
+    ["HOST:5000/app:1", "HOST/lab.example_5000/x:1", "localhost:5000/docker.io/team/app:1", "HOST:5000/alpine:*"],
+    ["# of the cluster, image: see below", "app:1", "lab.example:5000/x:1", "docker.io/team/app:1  # {image: old}",
+     "alpine:3.19"],
+    ["app:1", "lab.example:5000/x:1", "docker.io/team/app:1", "---", "image: alpine:3.19"],
+    ["images:", "- app:1", "- 'lab.example:5000/x:1'", "args: [--run=docker.io/team/app:1]", "- {image: alpine:3.19}"]])
+def test_a_tag_stays_wherever_and_however_a_list_names_it(listed, tmp_path, lines):
+    """As clients call what they pull from here; in a list whose comments speak of images; in files of several kinds."""
+    lines = [line.replace("HOST", "registry.lab") for line in lines]
+    assert left_by(listed, "--only", list_of(tmp_path, *lines)) == {
+        "app:1", "docker.io/library/alpine:3.19", "docker.io/team/app:1", "lab.example_5000/x:1"}
+
+
+def test_each_of_several_lists_has_to_name_something(listed, tmp_path, capsys):
+    before, other = left_by(listed), tmp_path / "other.txt"
+    images = list_of(tmp_path, "app:1")
+    other.write_text("lab.example:5000/x:9\n")
+    assert tinyreg.main(["gc", "--root", listed.root, "--only", images, "--only", str(other)]) == 1
+    assert "no tag here is named in %s, " % other in capsys.readouterr().err
+    assert left_by(listed) == before
+    other.write_text("app@%s\n" % listed.resolve("app", "3"))
+    assert left_by(listed, "--only", str(other)) == {"app:3"}
+    assert left_by(listed, "--only", images, "--force") == set()
+
+
+def test_a_template_that_names_nothing_is_said_to_keep_nothing(listed, tmp_path, capsys, caplog):
+    images = list_of(tmp_path, "image: app:1", "image: '{{ .Values.image }}'")
+    assert left_by(listed, "--only", images) == {"app:1"}
+    assert "images.txt:2: {{ .Values.image }} may name any image; no tag stays for it" in caplog.text
+
+
 def test_only_deletes_where_repositories_says_and_what_other_rules_would_delete_too(listed, tmp_path):
     """A name without a tag means latest, as everywhere."""
     images = list_of(tmp_path, "app:5", "alpine")
