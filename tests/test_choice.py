@@ -257,6 +257,16 @@ def test_pull_takes_what_files_name_and_tries_what_they_may_name(tmp_path, run, 
 
 # Versions
 
+def test_a_list_of_tags_that_are_none_names_no_image(run, start_proxy):
+    def spoil(handler):
+        if "/tags/list" in handler.path:
+            return handler.answer(200, body=json.dumps({"tags": ["../../x", "a b", "1\x1b[2J", "-x", ""]}).encode())
+
+    proxy = start_proxy(None, spoil)
+    assert "app:*: no tag fits" in run("pull", proxy.host + "/app:*", status=1).err
+    assert [path for _, path, _ in proxy.seen] == ["/v2/app/tags/list"]
+
+
 @pytest.mark.parametrize("pattern, newest, tags", [
     ("3.*", 3, ["3.10.1", "3.10", "3.9-slim"]),
     ("3.*", 9, ["3.10.1", "3.10", "3.9-slim", "3.9", "3.2"]),
@@ -315,6 +325,9 @@ def test_two_tags_of_one_digest_are_two_images(tmp_path, run, filled):
     filled.put_manifest("team/app", filled.manifest("team/app", digest), ["also"])
     words = ["team/app:%s@%s" % (tag, digest) for tag in ("1", "also", "1")]
     assert saved(run, tmp_path, *words) == ["team/app:1", "team/app:also"]
+    words = ["team/app:1", "team/*:1", "team/app:1@" + digest]
+    done = run("save", *words, "-o", tmp_path / "y.tar", "--json", "--no-self")
+    assert [image["image"] for image in json.loads(done.out)["images"]] == ["team/app:1", "team/app:1@" + digest]
 
 
 def test_push_takes_all_that_a_pattern_fits(tmp_path, run, filled, start_server):
@@ -350,6 +363,14 @@ def test_rm_says_what_would_go_and_what_that_frees(run, filled):
     report = json.loads(run("rm", "**", "--dry-run", "--json").out)
     assert report["dryRun"] and 30000 < report["size"] < 40000 and len(report["deleted"]) == 6
     assert tags_of(filled) == before and list(filled.pinned("team/pin")) == [filled.pin]
+
+
+def test_rm_says_which_tags_go_with_a_manifest(run, filled):
+    digest = filled.resolve("team/app", "1")
+    filled.put_manifest("team/app", filled.manifest("team/app", digest), ["also"])
+    done = run("rm", "team/app@" + digest, "--dry-run").out.splitlines()
+    assert [line.split(",")[0] for line in done[:3]] == [
+        "would delete team/app:1", "would delete team/app:also", "would delete team/app@" + digest]
 
 
 def test_rm_with_a_pattern_deletes_what_fits_and_nothing_else(run, filled):
@@ -392,7 +413,10 @@ def test_verify_reads_the_images_that_are_named(tmp_path, run, filled):
         return manifest.blobs[-1].digest
 
     whole = json.loads(run("verify", "--json").out)
+    noted = os.path.join(filled.layout.own, "verify")
+    os.utime(noted, (1, 1))
     part = json.loads(run("verify", "alpine:3.9", "team/sub/**", "--json").out)
+    assert os.stat(noted).st_mtime == 1  # the metrics tell of runs over everything
     assert part["damage"] == [] and part["blobs"] == 5 < whole["blobs"] and 10000 < part["size"] < 12000
     blob = damage("docker.io/library/alpine", "3.9")
     assert json.loads(run("verify", "alpine:3.10", "--json").out)["damage"] == []
