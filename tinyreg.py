@@ -166,6 +166,8 @@ VAGUE_TYPES = ("", JSON, OCTET_STREAM, "application/x-www-form-urlencoded", "tex
 FOREIGN_LAYER_TYPES = re.compile(
     r"application/vnd\.(docker\.image\.rootfs\.foreign\.|oci\.image\.layer\.nondistributable\.).*")
 
+IMAGE_CONFIGS = ("application/vnd.oci.image.config.v1+json",
+                 "application/vnd.docker.container.image.v1+json")
 # Layers of files, which a client unpacks and runs.
 LAYER_TYPES = re.compile(r"application/vnd\.(?:oci\.image\.layer|docker\.image\.rootfs)\.")
 
@@ -2021,6 +2023,20 @@ READERS = {  # by the media type of the layer
 }
 
 
+# What docker takes for the config of an image; of such an image it unpacks layers of any type.
+RUNNABLE_CONFIGS = IMAGE_CONFIGS + VAGUE_TYPES + ("text/html",)
+TEXT = re.compile(rb"\s*[{<]|SPDX")  # how signatures, attestations and SBOMs begin
+
+
+def is_text(start: bytes) -> bool:
+    """Whether the first 512 bytes of a layer are text, whatever its type says: neither compressed
+    nor a tar's header, which is known by its checksum at 148, with signed or unsigned bytes."""
+    field = start[148:156].strip(b"\0 ").split(b"\0")[0]
+    total = sum(start) - sum(start[148:156]) + 8 * ord(" ")
+    sums = {b"%o" % total, b"%o" % abs(total - 256 * sum(byte > 127 for byte in start))}
+    return bool(TEXT.match(start)) and field.lstrip(b"0") not in sums
+
+
 class Signed(Wrapper):
     """A registry of which only that is read which one of the keys has signed.
 
@@ -2068,6 +2084,21 @@ class Signed(Wrapper):
         return any(openssl_reads(dict(files, key=key.pem), *key.check) is not None
                    for files in self._iter_claims(name, digest) for key in self.keys)
 
+    def _is_text(self, name: str, layer: Descriptor) -> bool:
+        with contextlib.suppress(Unknown):  # what is not here can't run
+            with self.inner.open_blob(name, layer.digest) as blob:
+                return is_text(blob.read(512))
+        return True
+
+    def _can_run(self, name: str, manifest: Manifest) -> bool:
+        """Whether a client may take a manifest for an image. cosign, too, gives a signature the
+        config of an image: then its layers tell."""
+        config, *layers = manifest.blobs
+        if any(LAYER_TYPES.match(blob.media_type) for blob in manifest.blobs):
+            return True
+        return config.media_type in RUNNABLE_CONFIGS and not all(
+            self.inner.retry(self._is_text, name, layer) for layer in layers)
+
     def _iter_indexes(self, name: str, manifest: Manifest) -> Iterator[Digest]:
         """Yield the indexes in the cache that a manifest is a part of."""
         for index in self.inner.at_hand().manifests(name):
@@ -2083,9 +2114,8 @@ class Signed(Wrapper):
         in_cache = self.is_checked and isinstance(reference, Digest)
         if in_cache or FALLBACK_TAG.fullmatch(reference):
             manifest = read(digest)
-            types = [blob.media_type for blob in manifest.blobs] if manifest else []
-            if types and not any(map(LAYER_TYPES.match, types)):
-                return  # it can't run
+            if manifest and manifest.blobs and not self._can_run(name, manifest):
+                return
         above = walk([digest], read, functools.partial(self._iter_indexes, name))
         digests = (manifest.digest for manifest in above) if in_cache else [digest]
         if not any(self.is_signed(name, other) for other in digests):
@@ -3811,8 +3841,6 @@ COSIGN_KINDS = {program + kind: suffix for program in ("dev.cosignproject.cosign
                                      ("atts", ".att"), ("sboms", ".sbom"), ("referrers", "@"))}
 HAULER_SUBJECT = "hauler.dev/subject-digest"  # if it is not the image of the same name
 
-IMAGE_CONFIGS = ("application/vnd.oci.image.config.v1+json",
-                 "application/vnd.docker.container.image.v1+json")
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz",
                 b"BZh": "bzip2"}  # by the first bytes of a file
 # The modules that decompress. A Python may lack one, zstd's before 3.14: then the command does it.
@@ -7083,13 +7111,14 @@ def files_in(registry: Reader, name: str, manifest: Manifest) -> Dict[str, Descr
     A chart is called as `helm pull` calls it; a folder that oras has packed is a file .tar.gz.
     Raises MANIFEST_INVALID, DIGEST_INVALID."""
     files: Dict[str, Descriptor] = collections.OrderedDict()
+    chart: Optional[Dict[str, Any]] = None
     document, _ = manifest.document, manifest.blobs  # to read the blobs is to check them all
     for entry in (document.get("layers") or []) + (document.get("blobs") or []):
         blob, annotations = parse_descriptor(entry), entry.get("annotations")
         annotations = annotations if isinstance(annotations, dict) else {}
         title = annotations.get(ANNOTATION + "title")
         if blob.media_type in CHART_SUFFIXES:
-            chart = read_config(registry, name, manifest)
+            chart = chart or read_config(registry, name, manifest) or {"name": ""}
             title = "%(name)s-%(version)s" % collections.defaultdict(str, chart)
             title += CHART_SUFFIXES[blob.media_type]
         if not isinstance(title, str) or not title:

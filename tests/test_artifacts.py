@@ -306,6 +306,25 @@ def test_two_files_of_one_name_are_refused_unless_they_are_the_same(store, tmp_p
     assert tinyreg_does("get", "x:1", "-o", tmp_path / "out")[0] == 0
 
 
+def test_the_config_of_many_charts_is_read_once(store):
+    """A manifest has room for 20000 layers, and a config for 4 MiB that would be parsed as often."""
+    config = push_blob(store, "many", b'{"name":"web","version":"1"}')
+    chart = {"mediaType": tinyreg.CHART, "digest": push_blob(store, "many", b"chart"), "size": 5}
+    manifest = to_manifest(dict(
+        image(), config={"mediaType": "application/vnd.cncf.helm.config.v1+json", "digest": config, "size": 28},
+        layers=[chart] * 100))
+    reads = []
+
+    class Counting(tinyreg.Wrapper):
+        def open_blob(self, *arguments):
+            reads.append(arguments)
+            return super().open_blob(*arguments)
+
+    assert list(tinyreg.files_in(Counting(store), "many", manifest)) == ["web-1.tgz"] and len(reads) == 1
+    os.unlink(store.layout.blob_path(config))
+    assert list(tinyreg.files_in(Counting(store), "many", manifest)) == ["-.tgz"] and len(reads) == 2
+
+
 def test_get_follows_no_link_that_somebody_has_laid(store, tmp_path, tinyreg_does):
     strange(store, "a/b", "c")
     elsewhere = tmp_path / "elsewhere"

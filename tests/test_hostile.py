@@ -499,6 +499,7 @@ ATTACKS = {
     "UNRELEASED": [("", "rc", ""), ("", "sha256-", ""), ("", "a", ""), ("", "-rc", "a")],
     "REFERRER_LINE": [("", "sha256:" + HEX + " ", ""), ("", "\n", ""), ("", "sha256:" + HEX + " -", "")],
     "MENTIONED": [(b"", b"sha256:", b""), (b"sha256:", b"a", b""), (b"", b"sha256:" + HEX[:63].encode(), b"")],
+    "TEXT": [(b"", b" ", b"x"), (b"", b" ", b"{")],
     "LAYER_TYPES": [("", "application/vnd.", ""), ("application/vnd.oci.image.layer", ".", "")],
     "ARCHIVE_ROOT": [("", "a/", ""), ("", "/", ""), ("", LAYERS, ""), ("", LAYERS, "\n"), ("", TAGS, "\n"),
                      ("", "index.json/", ""), ("", "blob/sha256-" + HEX + "/", "")],

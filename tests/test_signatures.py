@@ -3,6 +3,8 @@
 The signatures are made here by openssl in cosign's documented forms (its SIGNATURE_SPEC and BUNDLE_SPEC)."""
 
 import base64
+import contextlib
+import gzip
 import json
 import os
 import subprocess
@@ -12,7 +14,8 @@ import pytest
 import tinyreg
 from conftest import run_tinyreg
 from engines import require
-from samples import descriptor, image, index, make_image, make_referrer, push_blob, to_bytes, to_manifest
+from samples import (CONFIG, descriptor, image, index, make_image, make_referrer, push_blob, tar_of, to_bytes,
+                     to_manifest)
 from tinyreg import ArchiveWriter, Directory, Refused, Signed, copy, read_keys
 
 require("openssl")
@@ -243,6 +246,47 @@ def test_what_else_is_about_an_image_does_not_count_as_signatures(store, good, m
     attach(store, "demo", manifest, *[(descriptor(b"layer one"), b"layer one")] * 9)
     attach(store, "demo", manifest, good.bundle(manifest.digest))
     assert is_taken(store, "demo", "latest", good)
+
+
+def unpackable(text):
+    """A tar that begins with this text."""
+    header = bytearray(text.ljust(257)[:257] + b"ustar\x0000".ljust(255, b" "))
+    header[124:136], header[148:156] = b"%011o " % 0, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + bytes(1024)
+
+
+PACKED = (tar_of(b"x"), gzip.compress(tar_of(b"x")), b"BZh91", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"\x50\x2a\x4d\x18")
+
+
+def test_text_is_told_from_what_can_be_unpacked():
+    for layer in PACKED + (unpackable(b'{"critical":'), unpackable("{\xfc".encode())):
+        assert not tinyreg.is_text(layer[:512])
+    for text in (b"{}", b" {", b"<xml/>", b"SPDXVersion: SPDX-2.3", b'{"sha256":"%s"' % (b"1234567" * 99)):
+        assert tinyreg.is_text(text[:512])
+
+
+@pytest.mark.parametrize("config, kind", [
+    ("application/vnd.oci.image.config.v1+json", SIMPLE), ("application/octet-stream", ""),
+    ("application/vnd.docker.container.image.v1+json", "application/octet-stream")])
+def test_what_docker_would_unpack_is_no_signature_whatever_its_types_are(store, good, config, kind):
+    """docker looks at the bytes of an image's layers, not at their types."""
+    signed = make_image(store, "demo")
+    tag, text = signed.digest.replace(":", "-") + ".sig", good.simple(signed.digest)[1]
+
+    def is_let_through(*layers):
+        for blob in (CONFIG,) + layers:
+            push_blob(store, "demo", blob)
+        manifest = to_manifest(dict(image(), config=descriptor(CONFIG, config),
+                                    layers=[descriptor(layer, kind) for layer in layers]))
+        store.put_manifest("demo", manifest, [tag])
+        cached = Signed(store, read_keys(good.public), lambda name: True)
+        with contextlib.suppress(Refused):
+            return cached.resolve("demo", tag) == cached.manifest("demo", manifest.digest).digest
+        return False
+
+    assert is_let_through(text) and is_let_through(text, b"<xml/>")
+    assert not is_let_through(PACKED[0]) and not is_let_through(text, PACKED[1])
 
 
 # Keys that are none
