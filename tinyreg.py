@@ -12402,7 +12402,9 @@ def plan_deletions(options: argparse.Namespace,
         for deletion in going + [Deletion(text, name, digest, tag or digest)]:
             deletions.setdefault((name, deletion.reference), deletion)
     is_all = any(set(choice.image.partition(":")[0]) <= set("*/") for choice in choices)
-    if (is_all or len(deletions) > MANY) and not options.yes and not options.dry_run:
+    # Who says --newest may mean that these stay, which is what gc --keep is for.
+    is_doubtful = is_all or options.newest or len(deletions) > MANY
+    if is_doubtful and not options.yes and not options.dry_run:
         raise CommandError("%s would go; look at them with --dry-run, and say --yes if all of them "
                            "are meant" % counted(len(deletions), "image"))
     return list(deletions.values()), moved
@@ -14108,7 +14110,8 @@ COMMANDS = [
          value("images", "IMAGE", "NAME:TAG deletes the tag; NAME@DIGEST deletes the manifest and "
                "every tag that points to it; with * all that fits", nargs="*"),
          flag("--dry-run", "only say what would go, and what that frees"),
-         flag("--yes", "delete more than %d images, or every name (**), without --dry-run" % MANY)
+         flag("--yes", "delete also more than %d images, every name (**), or what --newest takes (gc "
+              "--keep is what lets the newest stay)" % MANY)
          ] + IMAGE_LIST),
     Command(
         "gc", collect, "Delete what nothing refers to; safe beside a running server.",

@@ -388,6 +388,9 @@ def test_rm_of_everything_wants_a_word(run, filled):
         done = run("rm", pattern, status=1)
         assert "would go; look at them with --dry-run, and say --yes if all of them are meant" in done.err
     assert "6 images would go" in run("rm", "**", status=1).err and tags_of(filled) == before
+    assert "1 image would go" in run("rm", "alpine:*", "--newest", "1", status=1).err and tags_of(filled) == before
+    run("rm", "alpine:*", "--newest", "1", "--yes")
+    assert list(filled.tags("docker.io/library/alpine")) == ["3.9"]
     run("rm", "**", "--yes")
     assert not any(tags_of(filled).values())
     manifest = make_image(filled, "many", "0")
