@@ -14110,8 +14110,8 @@ COMMANDS = [
          value("images", "IMAGE", "NAME:TAG deletes the tag; NAME@DIGEST deletes the manifest and "
                "every tag that points to it; with * all that fits", nargs="*"),
          flag("--dry-run", "only say what would go, and what that frees"),
-         flag("--yes", "delete also more than %d images, every name (**), or what --newest takes (gc "
-              "--keep is what lets the newest stay)" % MANY)
+         flag("--yes", "delete also more than %d images, every name (**), or what --newest takes "
+              "(it is gc --keep that lets the newest stay)" % MANY)
          ] + IMAGE_LIST),
     Command(
         "gc", collect, "Delete what nothing refers to; safe beside a running server.",
