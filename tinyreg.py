@@ -4797,7 +4797,7 @@ def open_part(path: str) -> BinaryIO:
 def remove_parts(path: str) -> None:
     """Delete what open_part() has made for this path, or for parts of it, and a process that is
     gone has left. Raises OSError."""
-    folder, name = os.path.split(os.path.abspath(path))
+    folder, name = os.path.split(os.path.realpath(path))
     stem, extension = map(re.escape, os.path.splitext(name))
     pattern = stem + r"(?:-\d+of\d+)?" + extension + r"\.[0-9a-f]{8}\.part"
     for part in list_directory(folder):
@@ -5012,8 +5012,9 @@ class ArchiveWriter(Registry):
 
     def _save_file(self, path: str, digests: Sequence[Digest],
                    note: Callable[[int], Any]) -> str:
-        """Write a file; returns its sha256. It gets its name when it is safe on the disk."""
-        hasher = hashlib.sha256()
+        """Write a file; returns its sha256. It gets its name when it is safe on the disk. Where that
+        is a link, what it leads to is replaced."""
+        hasher, path = hashlib.sha256(), os.path.realpath(path)
 
         def take(content: bytes) -> None:
             file.write(content)
@@ -5025,7 +5026,7 @@ class ArchiveWriter(Registry):
             file.flush()
             sync(file.fileno())
             os.rename(file.name, path)
-        sync_directory(os.path.dirname(os.path.abspath(path)))
+        sync_directory(os.path.dirname(path))
         return hasher.hexdigest()
 
     def save(self, note: Callable[[int], Any] = do_nothing) -> List[Dict[str, Any]]:
@@ -13316,6 +13317,11 @@ def save(options: argparse.Namespace) -> int:
                            "with -o")
     if os.path.isdir(options.output):
         raise CommandError("-o %s is a folder; name a file in it" % options.output)
+    if os.path.exists(options.output) and not os.path.isfile(options.output):
+        raise CommandError("-o %s is no file that could be replaced; write -o - > %s"
+                           % (options.output, options.output))
+    if options.lock and os.path.realpath(options.lock) == os.path.realpath(options.output):
+        raise CommandError("--lock %s would replace the archive" % options.lock)
     store = open_store(options)
     writer = ArchiveWriter(digest for paths in options.have for path in paths
                            for digest in digests_in(path))
@@ -13331,7 +13337,7 @@ def save(options: argparse.Namespace) -> int:
             writer.write(writer.files[0][1], sys.stdout.buffer.write)
             write_lock(options.lock, pins)
             return 0
-        folder = os.path.dirname(os.path.abspath(options.output))
+        folder = os.path.dirname(os.path.realpath(options.output))
         remove_parts(options.output)
         free = shutil.disk_usage(folder).free
         if needed > free:
@@ -13586,9 +13592,10 @@ def parse_quota(text: str) -> Quota:
 
 def parse_new_file(text: str) -> str:
     """The path of a file that can be written: who copies for hours should not learn at the end that
-    it can't be."""
+    it can't be. It will replace what is there, which must not be /dev/null."""
     folder = os.path.dirname(os.path.realpath(text))
-    if os.path.isdir(text) or not os.access(folder, os.W_OK):
+    is_other = os.path.exists(text) and not os.path.isfile(text)
+    if is_other or not os.access(folder, os.W_OK):
         raise CommandError("%r can't be written; name a file in a folder that is there" % text)
     return text
 
@@ -14135,7 +14142,7 @@ COMMANDS = [
                   "NAME:TAG@DIGEST keeps the tag wherever it points, NAME alone keeps "
                   "NAME:latest; may be repeated"),
          value("--plan", "FILE", "as --dry-run, and write the tags that would go into FILE, for "
-               "people to review, and for rm -f, which deletes those that still point there"),
+               "people to review, and for rm -f, which deletes those that still point there", parse_new_file),
          value("--repositories", "GLOB", "in which repositories --keep, --older-than and --only "
                "delete tags; * stays within one component, ** does not (default: all)", parse_glob),
          flag("--force", "let tags expire also where their times and this machine's clock don't "

@@ -322,6 +322,24 @@ def test_a_save_leaves_alone_what_another_one_is_writing(writer, save, load, tmp
     assert load(str(tmp_path / "images.tar")).returncode == 0
 
 
+def test_save_replaces_no_device_and_no_archive_by_its_lock_file_and_follows_a_link(store, load, tmp_path):
+    """As root, `save -o /dev/null` would have made a file of it."""
+    make_image(store, NAME, "1")
+    pipe, link, file = (str(tmp_path / name) for name in ("pipe", "link.tar", "x.tar"))
+    os.mkfifo(pipe)
+    for words, status, told in (
+            (["save", "-o", pipe, "demo:1"], 1, "no file that could be replaced"),
+            (["save", "-o", file, "demo:1", "--lock", pipe], 2, "can't be written"),
+            (["save", "-o", file, "demo:1", "--lock", tmp_path / "." / "x.tar"], 1, "would replace the archive"),
+            (["gc", "--only", file, "--plan", pipe], 2, "can't be written")):
+        done = run_tinyreg(*words, "--root", store.root)
+        assert done.returncode == status and told in done.stderr and done.stderr.count("\n") == 1
+    os.symlink("x.tar", link)
+    assert sorted(os.listdir(str(tmp_path))) == ["link.tar", "pipe", "registry"] and not os.path.isfile(pipe)
+    run_tinyreg("save", "-o", link, "demo:1", "--root", store.root)
+    assert os.path.islink(link) and load(file).returncode == 0
+
+
 def test_an_archive_is_encrypted_and_decrypted_on_its_way(store, far):
     require("gpg")
     make_image(store, NAME, "1")
