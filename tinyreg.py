@@ -5012,8 +5012,8 @@ class ArchiveWriter(Registry):
 
     def _save_file(self, path: str, digests: Sequence[Digest],
                    note: Callable[[int], Any]) -> str:
-        """Write a file; returns its sha256. It gets its name when it is safe on the disk. Where that
-        is a link, what it leads to is replaced."""
+        """Write a file; returns its sha256. It gets its name when it is safe on the disk; a link
+        with this name stays."""
         hasher, path = hashlib.sha256(), os.path.realpath(path)
 
         def take(content: bytes) -> None:
@@ -14142,7 +14142,8 @@ COMMANDS = [
                   "NAME:TAG@DIGEST keeps the tag wherever it points, NAME alone keeps "
                   "NAME:latest; may be repeated"),
          value("--plan", "FILE", "as --dry-run, and write the tags that would go into FILE, for "
-               "people to review, and for rm -f, which deletes those that still point there", parse_new_file),
+               "people to review, and for rm -f, which deletes those that still point there",
+               parse_new_file),
          value("--repositories", "GLOB", "in which repositories --keep, --older-than and --only "
                "delete tags; * stays within one component, ** does not (default: all)", parse_glob),
          flag("--force", "let tags expire also where their times and this machine's clock don't "
