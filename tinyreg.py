@@ -12091,8 +12091,8 @@ def find_images(options: argparse.Namespace, store: Directory, text: str,
 
 def iter_stored(options: argparse.Namespace, store: Directory, fail: Callable[[str, Any], None],
                 is_exact: bool = False, choices: Optional[List[Choice]] = None
-                ) -> Iterator[Tuple[str, str, str]]:
-    """Yield (what messages call it, repository, reference) for each image of the store that
+                ) -> Iterator[Tuple[Choice, str, str]]:
+    """Yield (a Choice of it alone, repository, reference) for each image of the store that
     `choices` name, or else the command line and -f, once. Calls `fail` for what is not there; a
     guess is left out."""
     seen: Set[str] = set()  # texts, for as values a:1@DIGEST and a:2@DIGEST are equal
@@ -12107,7 +12107,7 @@ def iter_stored(options: argparse.Namespace, store: Directory, fail: Callable[[s
             label = image_text(*image)
             if label not in seen:
                 seen.add(label)
-                yield (label if "*" in text else text,) + image
+                yield (choice._replace(image=label if "*" in text else text),) + image
 
 
 def list_image(registry: Reader, name: str, reference: str, pushed: float = 0.0) -> Dict[str, Any]:
@@ -12391,7 +12391,7 @@ def plan_deletions(options: argparse.Namespace,
                                % (image, image, image))
     deletions: Dict[Tuple[str, str], Deletion] = collections.OrderedDict()
     moved = []
-    for text, name, reference in iter_stored(options, store, give_up, True, choices):
+    for (text, *_), name, reference in iter_stored(options, store, give_up, True, choices):
         tag = reference.tag if isinstance(reference, Digest) else reference
         digest = store.resolve(name, tag) if tag else Digest(reference)
         if reference not in (tag, digest):
@@ -12964,8 +12964,8 @@ def push(options: argparse.Namespace) -> int:
     destination = parse_destination(options.to)
     transfer = Transfer(options, open_remote(options, destination.host, progress.say), progress,
                         destination)
-    for text, name, reference in iter_stored(options, store, transfer.fail):
-        transfer.add(text, store, name, reference, name)
+    for choice, name, reference in iter_stored(options, store, transfer.fail):
+        transfer.add(choice.image, store, name, reference, name).choice = choice
     return transfer.run()
 
 
@@ -13280,19 +13280,20 @@ def digests_in(path: str) -> Iterable[Digest]:
 
 
 def add_to_archive(options: argparse.Namespace, store: Directory, writer: ArchiveWriter,
-                   text: str, name: str, reference: str) -> Report:
+                   choice: Choice, name: str, reference: str) -> Report:
     """Copy one image of the store into what becomes an archive. Raises CommandError: an archive
     that lacks an image would only be noticed on the far side."""
     try:
-        copy = prepare_copy(options, text, store, writer, name, reference)
+        copy = prepare_copy(options, choice.image, store, writer, name, reference)
+        copy.report.choice = choice
         copy.plan()
         complain_of_moves(copy.report)
         report = copy.run()
     except RegistryError as error:  # whatever it is, the message names the image
-        raise CommandError("%s: %s" % (text, error))
+        raise CommandError("%s: %s" % (choice.image, error))
     if report.missing:
         raise CommandError("%s: the store lacks %s; pull or push it again"
-                           % (text, ", ".join(report.missing)))
+                           % (choice.image, ", ".join(report.missing)))
     return report
 
 
@@ -13350,7 +13351,7 @@ def save(options: argparse.Namespace) -> int:
     form = "  %(file)s  %(size)d bytes"
     if options.dry_run:
         lines += table_lines([["  " + report.image, in_units(report.total_bytes),
-                               str(report.digest)] for report in reports])
+                               str(report.digest), report.choice.where] for report in reports])
     else:
         form += "  sha256:%(sha256)s"
     lines += [form % file for file in files]

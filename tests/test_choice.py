@@ -249,6 +249,8 @@ def test_pull_takes_what_files_name_and_tries_what_they_may_name(tmp_path, run, 
     assert "gone:v1: not in the store" in done.err
     done = run("save", *files, "-o", "x.tar", "--no-self")
     assert "x.tar: 3 images" in done.out
+    lines = run("save", *files, "-o", "x.tar", "--no-self", "--dry-run").out.splitlines()
+    assert lines[1].startswith("  %s/team/web:1.0  " % host) and lines[1].endswith("  deploy.yaml:2")
     done = run("rm", *files, "--dry-run")
     assert [line.split(",")[0] for line in done.out.splitlines()[:2]] == [
         "would delete %s/%s" % (host, image) for image in ("team/web:1.0", "other:1")]
