@@ -4708,12 +4708,12 @@ class Archive(Registry):
                     yield name, reference, digest
 
     def lacking(self) -> Set[Digest]:
-        """The blobs, and the manifests that have names, that images need and that are not here. All
-        manifests are read for it."""
-        needed = set().union(*(references.values() for references in self.names.values()))
-        for name in self.names:
-            for manifest in self.manifests(name):
-                needed.update(blob.digest for blob in manifest.blobs if not blob.foreign)
+        """The blobs, and the manifests that have names, that images need and that are not here.
+        Each manifest is read for it, once."""
+        roots = frozenset().union(*(references.values() for references in self.names.values()))
+        needed = set(roots)
+        for manifest in filter(None, map(self._find_manifest, self._follow(roots).manifests)):
+            needed.update(blob.digest for blob in manifest.blobs if not blob.foreign)
         return needed.difference(self.digests())
 
     def find_damage(self, digest: Digest) -> bool:

@@ -341,6 +341,16 @@ def test_save_replaces_no_device_and_no_archive_by_its_lock_file_and_follows_a_l
     assert os.path.islink(link) and load(file).returncode == 0
 
 
+def test_serve_reads_a_manifest_once_however_many_names_it_has(store, save, monkeypatch):
+    """A hundred thousand names may lead to one manifest of 4 MiB."""
+    make_image(store, NAME, "1")
+    archive = Archive([save("demo:1")])
+    archive.names.update(("demo%d" % number, archive.names[NAME]) for number in range(100))
+    reads, parse = [], tinyreg.parse_manifest
+    monkeypatch.setattr(tinyreg, "parse_manifest", lambda *words, **more: reads.append(words) or parse(*words, **more))
+    assert archive.lacking() == set() and len(reads) == 2  # what it mentions is kept, and what it is not
+
+
 def test_an_archive_is_encrypted_and_decrypted_on_its_way(store, far):
     require("gpg")
     make_image(store, NAME, "1")
