@@ -217,6 +217,7 @@ PACE_BYTES = 30 << 10        # … so many bytes: 1 KiB a second
 SETTLING_TIME = 2.0          # seconds; two changes of a folder in one clock tick look like one
 HASHED_SESSIONS = 1024       # upload sessions whose hash is in memory; others are read again
 TOUCH_AGAIN_AFTER = 60.0     # seconds; a link that is younger is not touched again for a client
+UPLOAD_STEP = 16 << 20       # bytes of an upload after which its quota is looked at again
 UPLOAD_IDLE = 24 * 3600.0    # seconds without a write after which an upload session is deleted
 GRACE_HOURS = 1              # hours that gc keeps what was pushed or asked for, by default
 SWEEP_BATCH = 64             # folders that gc deletes per exclusive lock: some milliseconds
@@ -2701,22 +2702,32 @@ class Directory(Registry):
         its account has this digest already.
 
         An account has the blobs and manifests to which its repositories have links, each once. They
-        are counted anew each time, so that all processes and deletions count; uploads do not, until
-        they are blobs."""
+        are counted anew each time, so that all processes and deletions count. Uploads do not, until
+        they are blobs, since one that was cut waits for a day; but all of them together get as much
+        room as the account. So without a digest, for an upload, the answer is good for some MiB."""
         room = float("inf")
         for account, limit in self._quota_limits(name):
             linked: Set[Digest] = set()
+            waiting = 0
             for repository in self.layout.iter_repositories(account):
                 linked.update(other for iter_links in (self.layout.iter_layers,
                                                        self.layout.iter_revisions)
                               for other, _ in iter_links(repository))
+                uploads = self.layout.uploads_path(repository)
+                waiting += sum(look_at(os.path.join(uploads, session_id, "data")).size
+                               for session_id in list_directory(uploads))
             used = sum(look_at(self.layout.blob_path(other)).size for other in linked)
             if used + size > limit and digest not in linked:
                 raise RegistryError("DENIED", status=507, message="over the quota: %s has %s of %s "
                                     "(--quota), and this does not fit into the rest; delete images "
                                     "there, then gc frees their space"
                                     % (account, in_units(used), in_units(limit)))
-            room = min(room, limit - used)
+            if used + waiting > 2 * limit and not digest:
+                raise RegistryError("DENIED", status=507, message="over the quota: %s has %s of %s "
+                                    "(--quota), and %s of uploads that have not ended; they are "
+                                    "forgotten a day after their last byte"
+                                    % (account, in_units(used), in_units(limit), in_units(waiting)))
+            room = min(room, limit - used, size + UPLOAD_STEP)
         return room
 
     @contextlib.contextmanager

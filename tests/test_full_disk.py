@@ -12,6 +12,7 @@ import subprocess
 
 import pytest
 
+import tinyreg
 from conftest import Client, ask, by_digest, python_that_opens, run_tinyreg
 from samples import CONFIG, image, make_image, push_blob, read_blob, to_manifest
 from tinyreg import OCI_MANIFEST, Access, Digest, Directory, RegistryError, Request, dispatch
@@ -311,15 +312,44 @@ def test_the_push_that_would_be_too_much_is_refused_and_not_the_next_one(start_s
 def test_what_comes_at_once_through_several_processes_does_not_exceed_the_quota(start_server):
     """All uploads begin while there is room; only as many end as fit."""
     server = start_server(None, "--quota", "students/*=10K", "--workers", "2")
-    layers = [os.urandom(3 * KILOBYTE) for _ in range(8)]
+    layers = [os.urandom(3 * KILOBYTE) for _ in range(6)]
     targets = []
     for number, layer in enumerate(layers):
         answer = ask(server, "POST", "/v2/students/alice/n%d/blobs/uploads/" % number)
         targets.append(ask(server, "PATCH", answer.headers["Location"], layer).headers["Location"])
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda target, layer: ask(server, "PUT", by_digest(target, Digest.of(layer))),
                                 targets, layers))
-    assert sorted(answer.status for answer in answers) == [201] * 3 + [507] * 5
+    assert sorted(answer.status for answer in answers) == [201] * 3 + [507] * 3
+
+
+def test_uploads_that_never_end_do_not_fill_the_disk(start_server):
+    """One that was cut leaves room for the next; many of them don't, and ending one gives room."""
+    server = start_server(None, "--quota", "students/*=10K", "--workers", "2")
+    targets = [ask(server, "POST", "/v2/students/alice/n%d/blobs/uploads/" % number).headers["Location"]
+               for number in range(4)]
+    answers = [ask(server, "PATCH", target, os.urandom(9 * KILOBYTE)) for target in targets[:3]]
+    assert [answer.status for answer in answers] == [202] * 3
+    for method, path in (("POST", "/v2/students/alice/x/blobs/uploads/"), ("PATCH", targets[3])):
+        assert "27.0 KiB of uploads that have not ended" in refusal(ask(server, method, path, b""))
+    assert ask(server, "POST", "/v2/students/bob/x/blobs/uploads/").status == 202
+    assert ask(server, "DELETE", answers[0].headers["Location"]).status == 204
+    assert ask(server, "PATCH", targets[3], os.urandom(KILOBYTE)).status == 202
+
+
+def test_an_upload_is_refused_as_soon_as_others_have_filled_the_room_for_uploads(store, monkeypatch):
+    monkeypatch.setattr(tinyreg, "UPLOAD_STEP", MEGABYTE)
+    store.quotas = [tinyreg.Quota("students/*", 10 * MEGABYTE)]
+    other, session = (store.start_upload("students/carol/" + name) for name in "ab")
+
+    class Endless(io.RawIOBase):
+        def readinto(self, view):
+            os.truncate(other.path, 30 * MEGABYTE)
+            return len(view)
+
+    with pytest.raises(RegistryError, match="30.. MiB of uploads that have not ended"):
+        session.append(Endless())
+    assert session.offset <= 2 * MEGABYTE
 
 
 def test_content_counts_once_for_an_account_and_a_mount_counts(start_server):
