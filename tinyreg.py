@@ -1792,7 +1792,7 @@ class ImmutableTags(Wrapper):
         does not exist."""
         if self.here.resolve(name, tag) != digest:
             raise RegistryError("DENIED", message="the tag %s can't be moved or deleted "
-                                "(--immutable-tags)" % tag)
+                                "(--immutable-tags); push another one" % tag)
 
     def put_manifest(self, name: str, manifest: Manifest, tags: Iterable[str] = (),
                      check_wanted: Callable[[], None] = do_nothing) -> None:
@@ -2698,8 +2698,8 @@ class Directory(Registry):
         return sorted((account, limit) for account, limit in limits.items() if account)
 
     def check_quota(self, name: str, size: int, digest: Optional[Digest] = None) -> float:
-        """How many bytes more a repository may have. Raises DENIED (507) if `size` is more, unless
-        its account has this digest already.
+        """How many bytes more a repository may have. Raises DENIED if `size` is more, unless its
+        account has this digest already. (Not with 507: docker would try for a minute.)
 
         An account has the blobs and manifests to which its repositories have links, each once. They
         are counted anew each time, so that all processes and deletions count. Uploads do not, until
@@ -2718,12 +2718,12 @@ class Directory(Registry):
                                for session_id in list_directory(uploads))
             used = sum(look_at(self.layout.blob_path(other)).size for other in linked)
             if used + size > limit and digest not in linked:
-                raise RegistryError("DENIED", status=507, message="over the quota: %s has %s of %s "
-                                    "(--quota), and this does not fit into the rest; delete images "
-                                    "there, then gc frees their space"
+                raise RegistryError("DENIED", message="over the quota: %s has %s of %s "
+                                    "(--quota), and this does not fit into the rest; at the "
+                                    "registry, tinyreg.py rm and then gc --untagged make room"
                                     % (account, in_units(used), in_units(limit)))
             if used + waiting > 2 * limit and not digest:
-                raise RegistryError("DENIED", status=507, message="over the quota: %s has %s of %s "
+                raise RegistryError("DENIED", message="over the quota: %s has %s of %s "
                                     "(--quota), and %s of uploads that have not ended; they are "
                                     "forgotten a day after their last byte"
                                     % (account, in_units(used), in_units(limit), in_units(waiting)))
@@ -7826,6 +7826,7 @@ class Exchange(NamedTuple):
     seconds: float
     digest: str      # of the blob or manifest in the response
     agent: str       # the client's User-Agent
+    refusal: str = ""  # what an error's message says beyond its code
 
 
 # Log lines
@@ -7876,8 +7877,8 @@ MOUNT = re.compile("[?&]mount=")  # in the target of a POST that begins an uploa
 
 class Words(NamedTuple):
     """What `--log explain` says of a route: what the client asks, what a success means to it, and
-    what other statuses mean, if MEANINGS does not say it well. Fields of the Exchange replace their
-    names in braces."""
+    what other statuses mean, if neither the refusal nor MEANINGS says it well. Fields of the
+    Exchange replace their names in braces."""
 
     question: str = "{method} {target}"
     success: str = "here it is"
@@ -7889,9 +7890,9 @@ OTHER_WORDS = {
     ("-", ""): Words("something that is no HTTP request"),
     ("HTTPS", ""): Words("do you speak HTTPS? (the client tries HTTPS first; that is normal)",
                          by_status={400: "no, only HTTP; the client goes on with that, if it may"}),
-    ("GET", "plain_http"): Words("{method} {target}, without TLS",
-                                 "this registry speaks HTTPS, and this is how to trust it",
-                                 {400: "no, this port speaks HTTPS"}),
+    ("", "plain_http"): Words("{method} {target}, without TLS",
+                              "this registry speaks HTTPS, and this is how to trust it",
+                              {400: "no, this port speaks HTTPS"}),
     ("TLS", ""): Words("let us speak TLS", by_status={
         CLIENT_LEFT: "the client does not like the certificate, and leaves; tinyreg.py clients "
         "prints how it comes to trust it"}),
@@ -7912,7 +7913,7 @@ MEANINGS = {  # of statuses, whatever was asked
     429: "not so fast",
     CLIENT_LEFT: "the client left before that was said",
     503: "not at the moment; try again",
-    507: "there is no room for that: the disk or the quota is full",
+    507: "there is no room for that: the disk is full",
 }
 
 
@@ -7921,16 +7922,18 @@ MEANINGS = {  # of statuses, whatever was asked
 COLOURS = {"good": "32", "no": "33", "bad": "31"}
 
 
-def outcome(status: int) -> str:
-    """The key in COLOURS of a status."""
-    return "good" if status < 400 else "no" if status in (401, 404) else "bad"
+def outcome(exchange: Exchange) -> str:
+    """The key in COLOURS of an exchange."""
+    expected = exchange.status in (401, 404) or exchange.method == "HTTPS"
+    return "good" if exchange.status < 400 else "no" if expected else "bad"
 
 
 def explain(exchange: Exchange, words: Words) -> Tuple[str, str]:
     """The exchange in words: who asks; and what, and what the response tells the client."""
     if exchange.method == "POST" and MOUNT.search(exchange.target):
         words = MOUNT_WORDS
-    answer = words.by_status.get(exchange.status) or MEANINGS.get(exchange.status)
+    answer = words.by_status.get(exchange.status) or (
+        "{refusal}" if exchange.refusal else MEANINGS.get(exchange.status))
     answer = answer or (words.success if exchange.status < 400 else "that went wrong")
     reference = shorten(exchange.reference)
     values = dict(exchange._asdict(), sent=in_units(exchange.sent),
@@ -7944,14 +7947,15 @@ def explain(exchange: Exchange, words: Words) -> Tuple[str, str]:
 
 
 def without_names(exchange: Exchange) -> Exchange:
-    """The exchange without the parts of its target that may name other repositories than `name`.
+    """The exchange without what may name other repositories than `name`.
 
-    These are the query, and the path if the request was refused before its name was read."""
+    These are its target's query, and the path and the refusal if its name was not read."""
     path = exchange.target.partition("?")[0]
     if not exchange.name:
         path = "/%s" % path.split("/")[1] if exchange.route and path.startswith("/") else "…"
     query = "?mount=" if MOUNT.search(exchange.target) else ""
-    return exchange._replace(target=path + query)
+    return exchange._replace(target=path + query,
+                             refusal=exchange.refusal if exchange.name else "")
 
 
 # The log
@@ -8321,19 +8325,23 @@ class Observation:
         for queue in self.queues:
             queue.start()
 
+    def words_of(self, exchange: Exchange) -> Tuple[str, str]:
+        """Who asks; and what, and what the response tells the client."""
+        keys = (exchange.method, exchange.route), ("", exchange.route)
+        return explain(exchange, next((self.words[key] for key in keys if key in self.words),
+                                      Words()))
+
     def explain(self, exchange: Exchange) -> str:
         """The exchange in words, as --log explain and /live show it."""
-        words = self.words.get((exchange.method, exchange.route), Words())
-        return "%s %s: %s" % ((time.strftime("%H:%M:%S"),) + explain(exchange, words))
+        return "%s %s: %s" % ((time.strftime("%H:%M:%S"),) + self.words_of(exchange))
 
     def show_on_terminal(self, exchange: Exchange) -> None:
         """Write the exchange in words, and above it who asks, unless that was the last one, too."""
-        words = self.words.get((exchange.method, exchange.route), Words())
-        who, line = explain(exchange, words)
+        who, line = self.words_of(exchange)
         key = hashlib.blake2b(who.encode("utf-8", "replace"), digest_size=8).digest()
         heading = who if self.last_client[:] != key else ""
         self.last_client[:] = key
-        write_log(time.strftime("%H:%M:%S ") + line, COLOURS[outcome(exchange.status)], heading)
+        write_log(time.strftime("%H:%M:%S ") + line, COLOURS[outcome(exchange)], heading)
 
     def record(self, exchange: Exchange, cached: bool = False) -> None:
         """Tell all observers of an exchange; `cached` says that its response came from memory."""
@@ -8416,6 +8424,7 @@ class Response:
         self.headers = list(headers)
         self.body = body
         self.reason: Optional[str] = None  # for the status line, if not HTTP's own
+        self.refusal = ""  # what an error's message says beyond its code
         # Whether the same request may get it again while the registry has not changed.
         self.is_repeatable = False
 
@@ -8437,6 +8446,8 @@ class Response:
     @classmethod
     def of_error(cls, error: RegistryError) -> "Response":
         response = cls(error.status, [("Content-Type", JSON)] + error.headers, error.body())
+        if error.message != ERRORS[error.code].message:
+            response.refusal = error.message[:300]
         if error.status >= 500:  # docker, podman and skopeo show the status line of these, no body
             response.reason = re.sub("[^ -~]", "?", error.message[:300])
         return response
@@ -8988,7 +8999,12 @@ def handle(registry: Registry, access: Access, request: Request) -> Response:
     is_api = request.path.startswith("/v2/")
     if is_api:
         # Before anything else: clients expect the 401 for whatever they ask first.
-        access.check(request, "pull")
+        try:
+            access.check(request, "pull")
+        except RegistryError:
+            with contextlib.suppress(RegistryError):  # the log says what was asked, if it is known
+                find_route(request)
+            raise
     route = find_route(request)
     if not route:
         return Response.of_text("404: nothing here; the registry is at /v2/\n", 404)
@@ -10138,7 +10154,7 @@ def send_live_events(access: Access, request: Request, exchanges: Iterator[Optio
         allowed = not exchange.name or access.allows(request, "pull", exchange.name)
         if allowed and exchange.route != "live_events":
             line = "event: %s\ndata: %s\n\n" % (
-                outcome(exchange.status), harmless(request.observation.explain(exchange)))
+                outcome(exchange), harmless(request.observation.explain(exchange)))
             send(line.encode("utf-8", "replace"))
 
 
@@ -11028,7 +11044,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             status=response.status, received=body.received, sent=self.sent,
             seconds=time.monotonic() - self.started,
             digest=dict(response.headers).get("Docker-Content-Digest", ""),
-            agent=self.headers.get("user-agent", ""))
+            agent=self.headers.get("user-agent", ""), refusal=response.refusal)
 
     # Responses
 
@@ -13785,7 +13801,7 @@ push may be under way; while nobody pushes, --grace 0 does not wait. By itself: 
 """,
     "disk-full": """\
 Pushes are refused with 507, pulls go on, and nothing that was pushed is lost. rm and gc need no
-free space. (507 with "over the quota" is not the disk: serve --quota says so.)
+free space. ("denied: over the quota" is not the disk: serve --quota says so.)
 
     df -h registry; df -i registry      is it full, or has it no inodes left?
     tinyreg.py gc --dry-run             what would go, and what has to wait

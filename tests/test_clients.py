@@ -96,6 +96,14 @@ def test_docker_is_told_why_it_may_not_push(start_server, docker, docker_image, 
     assert done.returncode == 1 and "serve --anonymous push" in done.stdout
 
 
+def test_docker_is_told_of_a_quota_at_once(start_server, docker, docker_image, small_root):
+    """It would try a 507 for almost a minute."""
+    server = start_server(None, "--quota", "students/*=10K")
+    done = docker.run("push", docker_image(small_root, server.host + "/students/alice/app:1"), ok=False)
+    assert done.returncode == 1 and "denied: over the quota: students/alice has " in done.stdout, done.stdout
+    assert "Retrying" not in done.stdout
+
+
 # containerd
 
 

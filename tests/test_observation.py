@@ -245,12 +245,14 @@ def test_on_a_terminal_each_client_has_a_block_and_each_outcome_a_colour():
         observation.record(exchange(status=404, **alice))
         observation.record(exchange(client="10.0.0.6", status=507))
         observation.record(exchange(**alice))
-        blocks = re.findall("\x1b\\[1m(.*)\x1b\\[0m\n((?:  .*\n)*)", read(4))
+        observation.record(exchange(method="HTTPS", route="", client="10.0.0.6", status=400))  # docker begins so
+        blocks = re.findall("\x1b\\[1m(.*)\x1b\\[0m\n((?:  .*\n)*)", read(5))
     assert [who for who, _ in blocks] == ["docker/28 (alice) at 10.0.0.5", "someone at 10.0.0.6",
-                                          "docker/28 (alice) at 10.0.0.5"]
+                                          "docker/28 (alice) at 10.0.0.5", "someone at 10.0.0.6"]
     colours = [re.findall("\x1b\\[([0-9]+)m[0-9:]{8} (.*?) -> ", lines) for _, lines in blocks]
     asked = "which tags has lab/a\\x1b[2J?"
-    assert colours == [[("32", asked), ("33", asked)], [("31", "are you a registry?")], [("32", asked)]]
+    assert colours == [[("32", asked), ("33", asked)], [("31", "are you a registry?")], [("32", asked)],
+                       [("33", "do you speak HTTPS? (the client tries HTTPS first; that is normal)")]]
 
 
 def test_what_a_student_asks_what_that_is_can_be_read_there():
@@ -261,8 +263,31 @@ def test_what_a_student_asks_what_that_is_can_be_read_there():
             (dict(route="get_upload", status=204, **upload), "(it was cut, and shall be resumed) -> 204: so far as"),
             (dict(route="get_token", target="/token"), "stands for the password"),
             (dict(route="plain_http", status=400), "without TLS -> 400: no, this port speaks HTTPS"),
+            (dict(route="plain_http", status=400, method="HEAD"), "without TLS -> 400: no, this port speaks HTTPS"),
             (dict(method="TLS", route="", status=tinyreg.CLIENT_LEFT), "does not like the certificate, and leaves")):
         assert words in explain(exchange(**fields)), fields
+
+
+def test_a_teacher_reads_why_a_student_was_refused(start_server, store, tmp_path):
+    """What the client is told, in place of one word for all refusals; and the question, if no name was checked yet."""
+    (tmp_path / "users").write_text("alice:%s\n" % tinyreg.new_hash("pw"))
+    (tmp_path / "rules").write_text("students/{user}/** * admin\n")
+    make_image(store, "students/alice/app", "v1")
+    server = start_server(store.root, "--log", "explain", "--users", tmp_path / "users", "--rules", tmp_path / "rules",
+                          "--quota", "students/*=2K", "--immutable-tags", "v*")
+    alice = tinyreg.basic_authorization("alice", "pw")
+    content = os.urandom(3000)
+    for method, target in (("POST", "/v2/students/bob/app/blobs/uploads/"),
+                           ("POST", "/v2/students/alice/app/blobs/uploads/?digest=" + Digest.of(content)),
+                           ("DELETE", "/v2/students/alice/app/manifests/v1")):
+        assert server.ask(method, target, content, authorization=alice).status == 403
+    server.ask("GET", "/v2/")
+    server.ask("GET", "/v2/", authorization=tinyreg.basic_authorization("alice", "PW"))
+    until(lambda: "wrong" in server.log())
+    for words in ("is coming -> 403: alice may do nothing in students/bob/app; whoever runs this registry can",
+                  "-> 403: over the quota: students/alice has ", "-> 403: the tag v1 can't be moved or deleted",
+                  "are you a registry? -> 401: who are you?", "are you a registry? -> 401: wrong user name or"):
+        assert words in server.log(), server.log()
 
 
 def test_live_shows_what_happens_in_all_workers(start_server):
