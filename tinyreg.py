@@ -5569,7 +5569,7 @@ class HttpClient:
                 code = entry["code"]
             message = entry["message"] or message
         message = "%s answered %d: %.*s" % (self.host, reply.status, MAX_MESSAGE, message)
-        if reply.status == 400 and self.plain_http:
+        if reply.status == 400 and self.plain_http and code == "UNSUPPORTED":
             message += "; if it speaks HTTPS, leave out --plain-http"
         if reply.status == 404:
             advice = "" if "@" in image else "; check its name and tag"
@@ -6505,7 +6505,9 @@ def read_choices(words: Iterable[str], paths: Iterable[str],
             problems += [problem] if problem else []
             choices += [choice] if text else []
     if problems:
-        raise CommandError(in_one_line(problems))
+        is_yaml = any(": " in choice.image + " " for choice in choices)
+        advice = "; a chart's values have to be rendered first: helm template CHART -f FILE"
+        raise CommandError(in_one_line(problems) + (advice if is_yaml else ""))
     unique: Dict[str, Choice] = collections.OrderedDict()
     for choice in sorted(choices, key=lambda choice: choice.is_guess):
         unique.setdefault(choice.image, choice)
@@ -7234,6 +7236,7 @@ SCRYPT = re.compile(r"(\$scrypt\$ln=14,r=8,p=1\$([A-Za-z0-9+/]{24})\$)([A-Za-z0-
 BCRYPT_LETTERS = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 MAX_PASSWORD = 72            # bytes; bcrypt reads no more, and Go's refuses more
 TOKEN_LIFE = 300             # seconds; docker asks for a new one when it needs it
+TOKEN_PATH = "/v2/token"     # many a proxy passes /v2/ alone, as Distribution's documentation says
 MAX_FAILURES = 10            # wrong passwords that a client may send in …
 FAILURE_WINDOW = 60.0        # … so many seconds
 REMEMBERED = 10000           # verified passwords that are kept, and clients whose failures are
@@ -7363,7 +7366,8 @@ def parse_users(content: bytes) -> Dict[str, str]:
             users[user] = stored
         else:
             logger.warning("user %s can't log in: the password's hash is of a kind that can't be "
-                           "checked here; set it again with: tinyreg.py passwd", ascii(user))
+                           "checked here; set it again with: tinyreg.py passwd USER --users FILE",
+                           ascii(user))
     return users
 
 
@@ -7610,8 +7614,10 @@ class Access:
 
     def __init__(self, anonymous: str = "none", users: Optional[str] = None,
                  rules: Optional[str] = None, key: Optional[bytes] = None,
-                 only_local: bool = False, processes: int = 1) -> None:
+                 only_local: bool = False, processes: int = 1,
+                 client_ca: Optional[str] = None) -> None:
         self.users_file = users
+        self.client_ca = client_ca  # the file of a CA whose certificates name users, too
         self.only_local = only_local
         self.passwords = Passwords(users, processes)
         self.tokens = Tokens(key, self.passwords)
@@ -7668,8 +7674,9 @@ class Access:
         the system's. The parameters are in both, because oras-py finds the token's URL in them."""
         host = request.forwarded("host", request.header("host"))
         challenge = 'Basic realm="tinyreg"'
-        if self.rules.anonymous_maximum() and request.path.startswith("/v2") and host:
-            realm = "%s://%s/token" % (request.outer_scheme(), host)
+        is_api = request.path.startswith("/v2") and request.path != TOKEN_PATH
+        if self.rules.anonymous_maximum() and is_api and host:
+            realm = "%s://%s%s" % (request.outer_scheme(), host, TOKEN_PATH)
             problem = dict(realm=realm, service="tinyreg", **problem)
             has_token = request.header("authorization")[:7].lower() == "bearer "
             scheme = "Bearer" if has_token or request.method in ("GET", "HEAD") else "Basic"
@@ -7780,7 +7787,8 @@ class Access:
 
     def takes_pushes(self) -> bool:
         """Whether somebody may push."""
-        return bool(self.users_file) or self.rules.anonymous >= NEEDED["push"]
+        has_users = self.users_file or self.client_ca
+        return bool(has_users) or self.rules.anonymous >= NEEDED["push"]
 
     def in_words(self, reach: str, read_only: bool) -> List[str]:
         """Who may do what, in lines; `reach` names the clients that can connect."""
@@ -7788,14 +7796,16 @@ class Access:
         line = "%s may %s" % (reach, IN_WORDS[min(self.rules.anonymous, most)])
         if self.users_file:
             line += " without a password"
+        elif self.client_ca:
+            line += " without a certificate"
         elif self.rules.anonymous < LEVELS.index("admin"):
             line += " (change it with --anonymous)"
-        lines = [line]
-        if self.users_file:
-            allowed = IN_WORDS[min(self.rules.default, most)]
-            if self.rules.path:
-                allowed = "what the rules in %s say" % self.rules.path
-            lines.append("those in %s may %s" % (self.users_file, allowed))
+        allowed = IN_WORDS[min(self.rules.default, most)]
+        if self.rules.path:
+            allowed = "what the rules in %s say" % self.rules.path
+        lines = [line] + ["those %s may %s" % (who, allowed) for who in (
+            self.users_file and "in " + self.users_file,
+            self.client_ca and "with a certificate of " + self.client_ca) if who]
         if read_only:
             lines.append("this registry is read-only")
         return lines
@@ -8848,7 +8858,7 @@ ROUTES = compile_routes([
           Words("are you a registry?", "yes, and you may go on")),
     Route("GET HEAD", "/v2/_catalog", "pull", get_catalog,
           Words("which repositories are there?", "here are their names")),
-    Route("GET HEAD", "/token", "pull", get_token,
+    Route("GET HEAD", TOKEN_PATH, "pull", get_token,
           Words("a token, please, which stands for the password for some minutes")),
     Route("GET HEAD", "/v2/{name}/tags/list", "pull", get_tags,  # end-8
           Words("which tags has {name}?", "here they are: names, each for one manifest")),
@@ -10702,6 +10712,24 @@ def make_certificates(files: Files, folder: str, names: Iterable[str]) -> None:
             shutil.rmtree(work, ignore_errors=True)
 
 
+def tls_problem(certificate: str, key: Optional[str], client_ca: Optional[str]) -> str:
+    """What is wrong with files that openssl refuses, often with no more than "PEM lib"; "" if
+    nothing is to be seen. Raises OSError."""
+    needed = [("certificate", certificate, b"CERTIFICATE-----"),
+              ("key", key or certificate, b"PRIVATE KEY-----"),
+              ("certificate", client_ca or certificate, b"CERTIFICATE-----")]
+    for kind, path, mark in needed:
+        content = read_file(path) or b""
+        if mark not in content:
+            is_unnamed = kind == "key" and not key
+            return "there is no %s in %s, as PEM%s" % (
+                kind, path, "; name its file with --tls-key" if is_unnamed else "")
+        if kind == "key" and b"ENCRYPTED" in content:
+            return ("the key in %s has a password; take it off with: openssl pkey -in %s -out FILE"
+                    % (path, shlex.quote(path)))
+    return ""
+
+
 class Certificates:
     """The certificates that a server's TLS uses. Files that change are read again.
 
@@ -10733,6 +10761,10 @@ class Certificates:
                 context.verify_mode = ssl.CERT_REQUIRED
         except OSError as error:  # an SSLError is one; its strerror is longer than its reason
             reason = getattr(error, "reason", None) or error.strerror
+            if isinstance(error, ssl.SSLError):
+                reason = tls_problem(*self.files) or reason
+            if reason == "KEY_VALUES_MISMATCH":
+                reason = "the key is not that of the certificate"
             files = ", ".join(file for file in self.files if file)
             raise CommandError("can't use %s for TLS: %s" % (files, reason))
         self.ca = read_file(self.ca_file) if self.ca_file else None
@@ -11607,12 +11639,28 @@ def flush_output() -> None:
 # The store, and what serve needs
 
 
+def find_root(path: str) -> Optional[str]:
+    """The store that is meant by a folder inside it, or by that of its docker volume; None if the
+    folder is a store itself, or there is none."""
+    tree = os.path.join("docker", "registry", "v2")
+    inside = [path[:-len(end)] for end in ("/" + tree, "/docker/registry", "/docker")
+              if path.endswith(end)]
+    for root in [path] + inside + [os.path.join(path, "_data")]:
+        if os.path.isdir(os.path.join(root, tree)):
+            return root if root != path else None
+    return None
+
+
 def open_store(options: argparse.Namespace, create: bool = False, renew: bool = True) -> Directory:
     """The store at --root; with `create`, it is made if it is not there. Raises CommandError."""
     settings: Dict[str, Any] = {name: getattr(options, name, 0)
                                 for name in ("sparse", "min_free", "max_blob", "shared")}
     settings["quota"] = getattr(options, "quota", ())
     path = os.path.abspath(options.root)
+    root = find_root(path)
+    if root:
+        raise CommandError("%s is no store, but %s is: write --root %s"
+                           % (path, root, shlex.quote(root)))
     try:
         return Directory(options.root, create=create, renew=renew, **settings)
     except OSError as error:
@@ -11680,6 +11728,9 @@ def open_registry(options: argparse.Namespace) -> Tuple[Union[Archive, Directory
         raise CommandError("--upstream fills the store, which is not served beside archives; load "
                            "them into it")
     if options.archives:
+        if options.archives[0].endswith((".yml", ".yaml")):
+            raise CommandError("there is no configuration file: all settings are options, or "
+                               "variables; see tinyreg.py serve --help")
         archive = Archive(options.archives)
         return archive, ReadOnly(archive)
     if options.signed_by and not options.upstream:
@@ -11774,10 +11825,13 @@ def open_access(options: argparse.Namespace, store: Union[Archive, Directory],
         default = "none"
     else:
         default = "admin" if is_local else "pull"
-    return Access(options.anonymous or default, options.users, options.rules,
-                  token_key(key_store(options, store)) if options.users else None,
-                  only_local=not options.anonymous and default == "admin",
-                  processes=options.workers)
+    access = Access(options.anonymous or default, options.users, options.rules,
+                    token_key(key_store(options, store)) if options.users else None,
+                    only_local=not options.anonymous and default == "admin",
+                    processes=options.workers, client_ca=options.tls_client_ca)
+    if default != "none" and any(rule.user != "@anonymous" for rule in access.rules.rules):
+        raise CommandError("--rules name users, and nobody can log in: add --users FILE")
+    return access
 
 
 def tls_folder(root: str) -> str:
@@ -11792,6 +11846,8 @@ def check_tls_options(options: argparse.Namespace) -> None:
         raise CommandError("--tls-key goes with --tls-cert, and --tls without both")
     if options.tls_client_ca and not (certificate or options.tls):
         raise CommandError("--tls-client-ca goes with --tls or --tls-cert")
+    if options.tls_name and not options.tls:
+        raise CommandError("--tls-name goes with --tls; a certificate of your own has its names")
 
 
 def open_tls(options: argparse.Namespace,
@@ -12003,6 +12059,10 @@ class Service:
             rows.append(("CA", "/ca.crt, SHA-256 " + fingerprint(self.tls.ca)))
         next_line = "\n" + 14 * " "
         rows.append(("access", next_line.join(access)))
+        caches = ["%s from %s://%s/%s" % (space, "http" if is_plain else "https", host, prefix)
+                  for space, host, is_plain, prefix in self.options.upstream]
+        if caches:
+            rows.append(("caches", next_line.join(caches)))
         if self.access.users_file and not self.tls and not self.is_local:
             rows.append(("beware", "passwords cross the network in the clear; add --tls"))
         rows.append(("try", next_line.join(self.commands_to_try())))
@@ -12056,10 +12116,18 @@ def tell_many(options: argparse.Namespace, pattern: str, count: int) -> None:
         complain("%s fits %d images" % (pattern, count))
 
 
-def find_repositories(store: Directory, text: str) -> List[str]:
-    """The repositories that fit a pattern, or the one that is called so here or at its origin."""
+def find_repositories(store: Directory, text: str, is_exact: bool = False) -> List[str]:
+    """The repositories that fit a pattern, or the one that is called so here or at its origin.
+
+    Unless `is_exact`, a pattern that fits none stands for names at docker.io: acme/* is what was
+    pulled as acme/app."""
     if "*" in text:
-        return list(filter(parse_glob(text).fullmatch, store.repositories()))
+        at_docker = "docker.io/" + (text if "/" in text else "library/" + text)
+        for pattern in [text] if is_exact or has_origin(text) else [text, at_docker]:
+            names = list(filter(parse_glob(pattern).fullmatch, store.repositories()))
+            if names:
+                return names
+        return []
     with contextlib.suppress(Invalid):  # no repository can be called so; it may be a file
         return list(filter(store.has_repository, parse_local(text)[0]))[:1]
     return []
@@ -12105,7 +12173,7 @@ def find_images(options: argparse.Namespace, store: Directory, text: str,
         name, reference = find_image(store, text, is_exact)
         return [(name, reference) for reference in chosen.apply(name, [reference])]
     text, colon, tag = (text, "", "*") if names_repository(text) else text.rpartition(":")
-    for name in find_repositories(store, text):
+    for name in find_repositories(store, text, is_exact):
         references = chosen.tags(name, store.tags(name), tag)
         if not colon and options.newest is None:
             references += chosen.apply(name, store.pinned(name))
@@ -12405,6 +12473,15 @@ def points_to(store: Directory, name: str, tag: str, digest: Digest) -> bool:
     return False
 
 
+def pass_if_gone(image: str, reason: object) -> None:
+    """Go on without a tag that is pinned to a digest and is gone: who runs rm -f on a plan of gc
+    again means the rest of it. Raises CommandError for other images."""
+    reference = parse_local(image)[1]
+    if not isinstance(reference, Digest) or not reference.tag:
+        give_up(image, reason)
+    complain_of(image, "is gone already")
+
+
 def plan_deletions(options: argparse.Namespace,
                    store: Directory) -> Tuple[List[Deletion], List[str]]:
     """What goes of what the command line and -f name, each once, with a manifest every tag that
@@ -12418,9 +12495,13 @@ def plan_deletions(options: argparse.Namespace,
                                % (image, image, image))
     deletions: Dict[Tuple[str, str], Deletion] = collections.OrderedDict()
     moved = []
-    for (text, *_), name, reference in iter_stored(options, store, give_up, True, choices):
+    for (text, *_), name, reference in iter_stored(options, store, pass_if_gone, True, choices):
         tag = reference.tag if isinstance(reference, Digest) else reference
-        digest = store.resolve(name, tag) if tag else Digest(reference)
+        try:
+            digest = store.resolve(name, tag) if tag else Digest(reference)
+        except Unknown as error:
+            pass_if_gone(text, error)
+            continue
         if reference not in (tag, digest):
             moved.append("%s stays: the tag points to %s" % (text, digest))
             continue
@@ -13635,7 +13716,8 @@ PUBLIC_REGISTRIES = ("docker.io", "quay.io", "ghcr.io", "gcr.io", "registry.k8s.
 
 def parse_upstream(text: str) -> Tuple[str, str, bool, str]:
     """NS=URL as (NS, host, whether it speaks plain HTTP, prefix of the names there)."""
-    match = re.fullmatch(r"([^=/]+)=(?:(https?)://)?([^/@]+)(?:/(.*?))?/*", text)
+    # Others want the /v2 of the API in their URLs.
+    match = re.fullmatch(r"([^=/]+)=(?:(https?)://)?([^/@]+)(?:/v2(?=/|$))?(?:/(.*?))?/*", text)
     if not match or not HOST.fullmatch(match.group(3)) or (
             match.group(1) != "*" and not HOST.fullmatch(match.group(1))):
         raise CommandError("%r is no upstream: write for example "
@@ -14238,13 +14320,26 @@ def variable_of(option: str) -> str:
     return "TINYREG_" + option.lstrip("-").replace("-", "_").upper()
 
 
-def unknown_variables() -> List[str]:
-    """What is set in the environment as if it were an option of serve. Not what Kubernetes sets
-    for a Service called tinyreg, such as TINYREG_PORT."""
-    known = {variable_of(names[0]) for names, _ in [QUIET] + SERVE_OPTIONS if names[0][0] == "-"}
-    return [name for name, text in os.environ.items()
-            if name.startswith("TINYREG_") and name not in known | {"TINYREG_ROOT"}
-            and not re.search("_SERVICE_(HOST|PORT)|_PORT_[0-9]|_PORT=[a-z]+:", name + "=" + text)]
+SWITCH = dict.fromkeys(("1", "yes", "true", "on"), True)
+SWITCH.update(dict.fromkeys(("0", "no", "false", "off"), False))
+
+
+def find_wrong_variable() -> str:
+    """What is wrong with a variable that is set as if it were an option of serve; "" if nothing is.
+    Kubernetes sets some for a Service called tinyreg, such as TINYREG_PORT."""
+    known = {variable_of(names[0]): settings for names, settings in [QUIET] + SERVE_OPTIONS
+             if names[0][0] == "-"}
+    known["TINYREG_ROOT"] = {}
+    for name, text in os.environ.items():
+        pair = "%s=%s" % (name, text)
+        if name in known:
+            is_switch = known[name].get("action") == "store_true"
+            if is_switch and text and text.lower() not in SWITCH:
+                return "%s is %r: write 1 for yes, 0 for no" % (name, text)
+        elif name.startswith("TINYREG_") and not re.search(
+                "_SERVICE_(HOST|PORT)|_PORT_[0-9]|_PORT=[a-z]+:", pair):
+            return "%s is set, but there is no such option" % name
+    return ""
 
 
 def with_environment(words: List[str]) -> List[str]:
@@ -14259,7 +14354,7 @@ def with_environment(words: List[str]) -> List[str]:
         if settings.get("action") != "store_true":
             values = text.split() if settings.get("action") == "append" else [text]
             added += ["%s=%s" % (name, word) for word in values]
-        elif text.lower() not in ("0", "no", "false"):
+        elif SWITCH.get(text.lower(), True):
             added.append(name)
     return added + words
 
@@ -14322,8 +14417,9 @@ def with_command(words: List[str], parser: Parser) -> List[str]:
             parser.error("write the command first: tinyreg.py %s ..." % word)
     if {"-h", "--help"} & set(words):  # errors about variables send people here
         return words
-    for variable in unknown_variables():  # better than to serve without what it was to say
-        parser.commands["serve"].error("%s is set, but there is no such option" % variable)
+    problem = find_wrong_variable()
+    if problem:  # better than to serve without what it was to say
+        parser.commands["serve"].error(problem)
     return ["serve"] + with_environment(words[1:])
 
 
@@ -14332,7 +14428,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     command line ends the program with 2."""
     parser = build_parser()
     words = with_command(list(sys.argv[1:] if argv is None else argv), parser)
-    options = parser.parse_args(words)
+    options, unknown = parser.parse_known_args(words)
+    if unknown:  # the help of the command has the options, and the parser would name its own
+        parser.commands[options.command].error("unrecognized arguments: " + " ".join(unknown))
     options.arguments = words
     if options.command == "serve":
         options.listen = options.listen or [("127.0.0.1", 5000)]

@@ -174,7 +174,7 @@ def test_what_others_do_is_shown_to_nobody_without_a_name_where_there_are_users(
 
     server = start_server(None, "--users", tmp_path / "users", *anyone)
     assert statuses(server) == dict(dict.fromkeys(targets, 401), **{"/": 200, "/use": 200})
-    token = server.ask("GET", "/token?scope=repository:x:pull").json["token"]
+    token = server.ask("GET", "/v2/token?scope=repository:x:pull").json["token"]
     assert server.ask("GET", "/metrics", authorization="Bearer " + token).status == 401  # nobody's
     assert "Basic" in server.ask("GET", "/live").headers["WWW-Authenticate"]  # so a browser asks
     assert set(statuses(server, authorization=alice).values()) == {200}
@@ -283,10 +283,10 @@ def test_where_some_need_no_password_docker_is_asked_for_a_token(world):
     access = world.access("pub/** @anonymous pull\n** * pull")
     answer = world.ask(access, "GET", "/v2/")
     assert answer.status == 401
-    assert challenge_of(answer) == 'Bearer realm="http://registry.test:5000/token",service="tinyreg"'
+    assert challenge_of(answer) == 'Bearer realm="http://registry.test:5000/v2/token",service="tinyreg"'
     assert world.status(access, "GET", "/v2/pub/a/tags/list") == 200
     answer = world.ask(access, "GET", "/v2/zoo/tags/list", x_forwarded_proto="https")
-    assert challenge_of(answer) == ('Bearer realm="https://registry.test:5000/token",service="tinyreg",'
+    assert challenge_of(answer) == ('Bearer realm="https://registry.test:5000/v2/token",service="tinyreg",'
                                     'scope="repository:zoo:pull"')
     assert "Bearer" not in challenge_of(world.ask(access, "GET", "/v2/", host='x",evil="'))
 
@@ -314,7 +314,7 @@ def test_where_some_need_no_password_who_writes_without_is_asked_for_one(world):
 def test_wrong_credentials_are_refused_even_where_none_are_needed(world, authorization):
     access = world.access(anonymous="pull")
     assert world.status(access, "GET", "/v2/zoo/tags/list", authorization=authorization) == 401
-    assert world.status(access, "GET", "/token", authorization=authorization) == 401
+    assert world.status(access, "GET", "/v2/token", authorization=authorization) == 401
 
 
 def test_the_scheme_of_credentials_is_case_insensitive(world):
@@ -325,7 +325,7 @@ def test_the_scheme_of_credentials_is_case_insensitive(world):
 # Tokens
 
 def token_for(world, access, scope, user=None):
-    answer = world.ask(access, "GET", "/token?service=tinyreg&account=x&scope=" + scope, user)
+    answer = world.ask(access, "GET", "/v2/token?service=tinyreg&account=x&scope=" + scope, user)
     assert answer.status == 200, answer.body
     found = json.loads(answer.body.decode())
     assert found["token"] == found["access_token"] and found["expires_in"] >= 60
@@ -403,7 +403,7 @@ def test_a_new_password_ends_the_tokens(world):
 def test_a_token_is_refused_where_another_key_is_used_and_buys_no_other(world):
     access = world.access(RULES)
     token = token_for(world, access, "repository:team/a:pull", "alice")
-    assert world.status(access, "GET", "/token?scope=repository:team/a:push", authorization=token) == 401
+    assert world.status(access, "GET", "/v2/token?scope=repository:team/a:push", authorization=token) == 401
     assert world.status(world.access(RULES), "GET", "/v2/", authorization=token) == 401
     for place in range(7, len(token) - 1, 5):  # the last letter's low bits mean nothing in base64
         changed = token[:place] + ("A" if token[place] != "A" else "B") + token[place + 1:]

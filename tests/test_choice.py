@@ -197,6 +197,7 @@ def test_the_json_of_kubectl_names_the_same_with_and_without_line_breaks(tmp_pat
     ("image: *nowhere\n", ["*nowhere: invalid repository name", "/file:1)"]),
     ("FROM x\nFROM\talpine 3\n", ["file:2: 'alpine 3' is no image"]),
     ("apiVersion: v1\n" * 30, ["file:1: 'apiVersion: v1' is no image", "; and 25 more"]),
+    ("image:\n  repository: a/b\n  tag: 1\n", ["file:1: 'image:' is no image", "rendered first: helm template CHART"]),
     ("a:1\n\x1b[2J\u202e\n", ["file:2:"]),
     (b"a:1\n\xff\xfe\x00b\n", ["file:2:"]),
 ])
@@ -444,6 +445,28 @@ def test_rm_deletes_what_a_plan_names_but_no_tag_that_has_moved_since(tmp_path, 
     done = run("rm", "-f", tmp_path / "going.txt", status=1)
     assert done.err == "tinyreg: %s stays: the tag points to %s\n" % (lines[0].strip(), moved.digest)
     assert done.out.startswith("deleted team/app:2@sha256:") and list(filled.tags("team/app")) == ["1"]
+
+
+def test_rm_of_a_plan_goes_on_where_it_was_cut(tmp_path, run, filled):
+    """The tags that are gone are told; their manifests are there until gc, or not."""
+    lines = ["team/app:%s@%s\n" % (tag, filled.resolve("team/app", tag)) for tag in "12"]
+    (tmp_path / "going.txt").write_text("".join(lines))
+    run("rm", "team/app:1")
+    done = run("rm", "-f", tmp_path / "going.txt")
+    assert done.err == "tinyreg: %s: is gone already\n" % lines[0].strip()
+    assert done.out.startswith("deleted team/app:2@sha256:") and list(filled.tags("team/app")) == []
+    run("gc", "--untagged", "--grace", "0")
+    assert run("rm", "-f", tmp_path / "going.txt").err.count("is gone already") == 2
+
+
+def test_a_pattern_means_docker_io_too_unless_it_deletes(run, filled):
+    """As a name does, so that what `pull acme/app` has fetched is pushed as acme/*."""
+    make_image(filled, "docker.io/acme/app", "1", layers=(b"x",))
+    listed = json.loads(run("ls", "acme/*", "--json").out)
+    assert "docker.io/acme/app" in json.dumps(listed)
+    assert "3.10" in run("ls", "alp*:3.1*").out
+    assert "fits no image" in run("rm", "acme/*", status=1).err
+    assert "docker.io" not in run("ls", "team/*").out
 
 
 def test_rm_deletes_of_a_file_only_what_it_surely_names(tmp_path, run, filled):

@@ -113,7 +113,7 @@ def test_the_variables_of_kubernetes_are_no_options(monkeypatch):
                        ("PORT_5000_TCP_ADDR", "10.0.0.1"), ("LAB_SERVICE_PORT", "5000"), ("LAB_PORT", "udp://[::1]:1")):
         monkeypatch.setenv("TINYREG_" + name, text)
     monkeypatch.setenv("TINYREG_ROOT", "/srv")
-    assert tinyreg.unknown_variables() == []
+    assert tinyreg.find_wrong_variable() == ""
 
 
 def test_version():
@@ -136,12 +136,36 @@ def test_wrong_command_line(tmp_path, arguments):
 
 @pytest.mark.parametrize("variable, value", [
     ("TINYREG_LISTEN", "nowhere"), ("TINYREG_ANONYMOUS", "everyone"), ("TINYREG_DRAIN", "soon"),
-    ("TINYREG_WORKERS", "many")])
+    ("TINYREG_WORKERS", "many"), ("TINYREG_READ_ONLY", "maybe")])
 def test_wrong_environment(tmp_path, variable, value):
     done = run_tinyreg("serve", cwd=str(tmp_path), env=dict(os.environ, **{variable: value}))
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1 and variable in done.stderr
     assert os.listdir(str(tmp_path)) == []
+
+
+def test_an_unknown_option_sends_to_the_help_that_has_the_options(tmp_path):
+    assert "(see tinyreg.py serve --help)" in run_tinyreg("serve", "--port", "5000", cwd=str(tmp_path)).stderr
+    assert "(see tinyreg.py gc --help)" in run_tinyreg("gc", "--delete-untagged", cwd=str(tmp_path)).stderr
+
+
+def test_who_serves_the_configuration_of_registry_2_hears_that_there_is_none(tmp_path):
+    (tmp_path / "config.yml").write_text("version: 0.1\n")
+    done = run_tinyreg("serve", "config.yml", cwd=str(tmp_path))
+    assert done.returncode == 1 and "there is no configuration file" in done.stderr
+
+
+@pytest.mark.parametrize("folder", ["_data/docker", "_data/docker/registry", "_data/docker/registry/v2", ""])
+def test_a_folder_inside_a_store_and_that_of_a_volume_are_not_taken_for_an_empty_store(tmp_path, folder):
+    """registry:2 names its directory too, but people look for the images in it, and docker adds _data."""
+    (tmp_path / "_data/docker/registry/v2/blobs").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    for command in (["ls"], ["serve", "--listen", "127.0.0.1:0"]):
+        done = run_tinyreg(*command, "--root", tmp_path / folder)
+        assert done.returncode == 1 and "write --root %s\n" % (tmp_path / "_data") in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "_data/docker/docker/registry/v2").mkdir(parents=True)  # may be a store, too
+    assert run_tinyreg("ls", "--root", tmp_path / "_data/docker").returncode == 0
 
 
 # ls
@@ -660,6 +684,30 @@ def test_banner(start_server, root):
     assert "docker pull localhost:%d/" % server.port in server.banner
 
 
+def test_the_banner_names_upstreams_and_whose_certificates_let_in(start_server, tmp_path):
+    """The URL may end in the /v2 of the API, as containerd's do."""
+    parse = tinyreg.parse_upstream
+    assert parse("quay.io=https://lab/v2/") == parse("quay.io=https://lab")
+    assert parse("quay.io=https://lab/v2/q") == parse("quay.io=https://lab/q")
+    assert parse("quay.io=https://lab/v2x") != parse("quay.io=https://lab/x")
+    server = start_server(None, "--upstream", "quay.io=http://127.0.0.1:1/v2/", "--upstream", "*=https://lab.test/x")
+    server.stop()
+    assert re.search("caches +quay.io from http://127.0.0.1:1/\n +\\* from https://lab.test/x/\n", server.banner)
+    access = tinyreg.Access("none", client_ca="ca.pem")
+    assert access.takes_pushes() and access.in_words("whoever can reach it", False) == [
+        "whoever can reach it may do nothing without a certificate",
+        "those with a certificate of ca.pem may pull, push and delete"]
+
+
+def test_rules_that_name_users_want_users(start_server, tmp_path):
+    """Else all would be let in whom the rules were to keep out."""
+    (tmp_path / "rules").write_text("** * pull\n")
+    options = ["--root", tmp_path / "root", "--listen", "127.0.0.1:0", "--rules", tmp_path / "rules"]
+    assert "add --users FILE" in run_tinyreg("serve", *options).stderr
+    (tmp_path / "rules").write_text("** @anonymous pull\n")
+    start_server(None, "--rules", tmp_path / "rules")
+
+
 def test_banner_of_a_read_only_server(start_server, store, root):
     make_image(store, "a/b", "v1")
     server = start_server(root, "--read-only")
@@ -699,7 +747,7 @@ def test_environment(start_server, tmp_path):
     server = start_server(tmp_path / "one", environment={"TINYREG_SPARSE": "1", "TINYREG_ANONYMOUS": "push"})
     assert server.ask("PUT", "/v2/a/manifests/latest", content)[0] == 201
     assert server.ask("DELETE", "/v2/a/manifests/latest")[0] == 403
-    server = start_server(tmp_path / "two", environment={"TINYREG_SPARSE": "0"})
+    server = start_server(tmp_path / "two", environment={"TINYREG_SPARSE": "off"})
     assert server.ask("PUT", "/v2/a/manifests/latest", content)[0] == 400
     environment = dict(os.environ, TINYREG_ROOT=str(tmp_path / "one"))
     assert run_tinyreg("ls", env=environment).stdout == "a\n"

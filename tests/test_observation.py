@@ -261,7 +261,7 @@ def test_what_a_student_asks_what_that_is_can_be_read_there():
             (dict(route="get_tags", name="lab/app"), "names, each for one manifest"),
             (dict(route="get_referrers", name="lab/app"), "a signature, an SBOM"),
             (dict(route="get_upload", status=204, **upload), "(it was cut, and shall be resumed) -> 204: so far as"),
-            (dict(route="get_token", target="/token"), "stands for the password"),
+            (dict(route="get_token", target="/v2/token"), "stands for the password"),
             (dict(route="plain_http", status=400), "without TLS -> 400: no, this port speaks HTTPS"),
             (dict(route="plain_http", status=400, method="HEAD"), "without TLS -> 400: no, this port speaks HTTPS"),
             (dict(method="TLS", route="", status=tinyreg.CLIENT_LEFT), "does not like the certificate, and leaves")):
@@ -317,7 +317,7 @@ def test_live_names_no_repository_that_its_watcher_may_not_see(start_server, tmp
     (tmp_path / "rules").write_text("** * pull\nhidden/** * none\nhidden/** bob push\n")
     server = start_server(None, "--log", "explain", "--users", tmp_path / "users", "--rules", tmp_path / "rules")
     alice, bob = (tinyreg.basic_authorization(user, "pw") for user in ("alice", "bob"))
-    asked = [("GET", "/token?scope=repository:hidden/a:pull"), ("GET", "/?repository=hidden/a&reference=1"),
+    asked = [("GET", "/v2/token?scope=repository:hidden/a:pull"), ("GET", "/?repository=hidden/a&reference=1"),
              ("GET", "/v2/_catalog?last=hidden/a"), ("GET", "/v2/hidden/a/tags/list"), ("GET", "/hidden/a"),
              ("PUT", "/v2/hidden/a/tags/list"), ("GET", "/v2/hidden/A/tags/list"), ("GET", "/archive/hidden/A:1.tar"),
              ("POST", "/v2/open/blobs/uploads/?from=hidden/a&mount=" + Digest.of(b"")), ("GET", "/v2/open/tags/list")]

@@ -1,5 +1,6 @@
 """A server that runs for years: refused writes, fixed tags, systemd, nginx in front of it."""
 
+import base64
 import contextlib
 import json
 import os
@@ -293,6 +294,22 @@ def test_behind_an_nginx_that_was_told_nothing_nobody_pushes_or_deletes(start_se
         answer = ask(url, method, path, manifest.content if method == "PUT" else None)
         assert answer.status == 403 and "through no proxy" in answer.error["message"]
     assert ask(server, "PUT", "/v2/lab/app/manifests/v2", manifest.content).status == 201
+
+
+def test_an_nginx_that_passes_v2_alone_passes_logins_too(start_server, start_nginx, store, tmp_path):
+    """As Distribution's documentation has it, so those who come from there have it."""
+    make_image(store, "lab/app", "v1")
+    run_tinyreg("passwd", "alice", "--users", tmp_path / "users", "--stdin", input="secret")
+    server = start_server(None, "--users", tmp_path / "users", "--anonymous", "pull")
+    url = start_nginx(server, "location /v2/ {{ proxy_pass http://{upstream}; proxy_set_header Host $http_host; }}")
+    challenge = ask(url, "GET", "/v2/").headers["WWW-Authenticate"]
+    realm = re.match('Bearer realm="(.*?)"', challenge).group(1)
+    assert realm.startswith(url)
+    token = ask(url, "GET", realm[len(url):] + "?scope=repository:lab/app:pull").json["token"]
+    assert ask(url, "GET", "/v2/lab/app/manifests/v1", authorization="Bearer " + token).status == 200
+    wrong = "Basic " + base64.b64encode(b"alice:wrong").decode()
+    answer = ask(url, "GET", realm[len(url):], authorization=wrong)
+    assert answer.status == 401 and "Bearer" not in answer.headers["WWW-Authenticate"]
 
 
 def test_behind_nginx_the_log_has_the_client_and_limits_are_the_client_s(start_server, start_nginx, store):

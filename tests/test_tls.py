@@ -167,19 +167,32 @@ def test_without_openssl_the_error_says_what_to_do(tmp_path):
 @pytest.mark.parametrize("options, says", [
     (["--tls-key", "x"], "--tls-cert"), (["--tls", "--tls-cert", "x"], "--tls-cert"),
     (["--tls-client-ca", "x"], "--tls"), (["--tls-cert", "missing"], "missing"),
-    (["--tls-cert", __file__], "can't use"),
+    (["--tls-cert", __file__], "can't use"), (["--tls-name", "hub.lab"], "--tls-name goes with --tls"),
     (["--users", "missing"], "missing"), (["--rules", __file__], "line 1 is no rule")])
 def test_options_that_cannot_work_are_refused_in_one_line(tmp_path, options, says):
     done = run_tinyreg("serve", "--root", tmp_path / "r", "--listen", "127.0.0.1:0", *options)
     assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_an_encrypted_key_does_not_ask_on_the_terminal(tmp_path):
-    openssl("req", "-x509", "-newkey", "rsa:2048", "-passout", "pass:secret", "-subj", "/CN=x",
-            "-keyout", tmp_path / "key", "-out", tmp_path / "cert")
-    done = run_tinyreg("serve", "--root", tmp_path / "r", "--listen", "127.0.0.1:0", "--tls-cert", tmp_path / "cert",
-                       "--tls-key", tmp_path / "key", stdin=subprocess.DEVNULL, timeout=PATIENCE)
-    assert done.returncode == 1 and "can't use" in done.stderr
+def test_what_is_wrong_with_a_certificate_of_one_s_own_is_told_and_nobody_asked_for_a_password(tmp_path):
+    for name, password in (("locked", "secret"), ("own", None), ("other", None)):
+        openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-subj", "/CN=x",
+                "-keyout", tmp_path / (name + ".key"), "-out", tmp_path / (name + ".crt"),
+                *(["-passout", "pass:" + password] if password else ["-nodes"]))
+    openssl("x509", "-in", tmp_path / "own.crt", "-outform", "DER", "-out", tmp_path / "own.der")
+    for certificate, key, client_ca, told in (
+            ("locked.crt", "locked.key", None, "has a password; take it off with: openssl pkey -in"),
+            ("own.crt", None, None, "; name its file with --tls-key"),
+            ("own.crt", "own.crt", None, "there is no key in"),
+            ("own.der", "own.key", None, "there is no certificate in"),
+            ("own.crt", "other.key", None, "the key is not that of the certificate"),
+            ("own.crt", "own.key", "own.key", "there is no certificate in")):
+        options = [word for option, name in (("--tls-cert", certificate), ("--tls-key", key),
+                                             ("--tls-client-ca", client_ca)) if name
+                   for word in (option, tmp_path / name)]
+        done = run_tinyreg("serve", "--root", tmp_path / "r", "--listen", "127.0.0.1:0", *options,
+                           stdin=subprocess.DEVNULL, timeout=PATIENCE)
+        assert done.returncode == 1 and told in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 # On the wire
@@ -295,7 +308,7 @@ def test_plain_http_gets_the_ca_and_how_to_use_it_and_nothing_else(tls_server):
     assert "https://localhost" in page
     fingerprint = openssl("x509", "-noout", "-fingerprint", "-sha256", input=ca.decode()).strip().partition("=")[2]
     assert fingerprint in page
-    for method, target in [("GET", "/v2/"), ("GET", "/v2/app/manifests/latest"), ("POST", "/ca.crt"), ("GET", "/token"),
+    for method, target in [("GET", "/v2/"), ("GET", "/v2/app/manifests/latest"), ("POST", "/ca.crt"), ("GET", "/v2/token"),
                            ("GET", "/v2/app/manifests/latest")]:
         status, headers, body = talk.ask(method, target)
         assert status == 400 and b"HTTPS" in body and b"https://localhost" in body and "www-authenticate" not in headers
@@ -462,7 +475,7 @@ def test_secrets_are_in_no_file_that_others_may_read_and_in_no_log(tmp_path, sta
     for credentials in ("alice:a very secret word", "alice:a very wrong word"):
         encoded = base64.b64encode(credentials.encode()).decode()
         talk.ask("GET", "/v2/", Authorization="Basic " + encoded)
-        talk.ask("GET", "/token", Authorization="Basic " + encoded)
+        talk.ask("GET", "/v2/token", Authorization="Basic " + encoded)
         assert encoded not in server.log()
     talk.close()
     server.stop()
