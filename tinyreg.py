@@ -12473,11 +12473,13 @@ def points_to(store: Directory, name: str, tag: str, digest: Digest) -> bool:
     return False
 
 
-def pass_if_gone(image: str, reason: object) -> None:
-    """Go on without a tag that is pinned to a digest and is gone: who runs rm -f on a plan of gc
-    again means the rest of it. Raises CommandError for other images."""
-    reference = parse_local(image)[1]
-    if not isinstance(reference, Digest) or not reference.tag:
+def pass_if_gone(store: Directory, listed: Iterable[str], image: str, reason: object) -> None:
+    """Go on without a tag that a list pins to a digest, if it is gone: who runs rm -f on a plan of
+    gc again means the rest of it. Raises CommandError for other images."""
+    names, reference = parse_local(image)
+    tag = reference.tag if isinstance(reference, Digest) else None
+    name = (list(filter(store.has_repository, names)) or names)[0]
+    if image not in listed or not tag or os.path.isdir(store.layout.tag_path(name, tag)):
         give_up(image, reason)
     complain_of(image, "is gone already")
 
@@ -12495,12 +12497,14 @@ def plan_deletions(options: argparse.Namespace,
                                % (image, image, image))
     deletions: Dict[Tuple[str, str], Deletion] = collections.OrderedDict()
     moved = []
-    for (text, *_), name, reference in iter_stored(options, store, pass_if_gone, True, choices):
+    fail = functools.partial(pass_if_gone, store, {choice.image for choice in choices
+                                                   if choice.where})
+    for (text, *_), name, reference in iter_stored(options, store, fail, True, choices):
         tag = reference.tag if isinstance(reference, Digest) else reference
         try:
             digest = store.resolve(name, tag) if tag else Digest(reference)
         except Unknown as error:
-            pass_if_gone(text, error)
+            fail(text, error)
             continue
         if reference not in (tag, digest):
             moved.append("%s stays: the tag points to %s" % (text, digest))

@@ -457,6 +457,9 @@ def test_rm_of_a_plan_goes_on_where_it_was_cut(tmp_path, run, filled):
     assert done.out.startswith("deleted team/app:2@sha256:") and list(filled.tags("team/app")) == []
     run("gc", "--untagged", "--grace", "0")
     assert run("rm", "-f", tmp_path / "going.txt").err.count("is gone already") == 2
+    assert "not in the store" in run("rm", lines[0].strip(), status=1).err  # it may be a slip
+    make_image(filled, "team/app", "1", layers=(b"new",))
+    assert "is gone already" not in run("rm", "-f", tmp_path / "going.txt", status=1).err
 
 
 def test_a_pattern_means_docker_io_too_unless_it_deletes(run, filled):
