@@ -2086,9 +2086,13 @@ class Signed(Wrapper):
                    for files in self._iter_claims(name, digest) for key in self.keys)
 
     def _is_text(self, name: str, layer: Descriptor) -> bool:
+        start, count, length = memoryview(bytearray(512)), 1, 0
         with contextlib.suppress(Unknown):  # what is not here can't run
             with self.inner.open_blob(name, layer.digest) as blob:
-                return is_text(blob.read(512))
+                while count and length < 512:  # whatever size the manifest says
+                    count = blob.readinto(start[length:])
+                    length += count
+            return is_text(bytes(start[:length]))
         return True
 
     def _can_run(self, name: str, manifest: Manifest) -> bool:
@@ -12830,7 +12834,10 @@ def plan_checked(options: argparse.Namespace, copy: Copy) -> None:
     copy.plan()
     if getattr(options, "signed_by", None):  # pull and load have it
         # The root is a digest, and from here on no tag is looked up: what is checked is copied.
-        Signed(copy.source, sum(options.signed_by, [])).check(copy.name, copy.reference, copy.root)
+        signed = Signed(copy.source, sum(options.signed_by, []))
+        signed.check(copy.name, copy.reference, copy.root)
+        for digest in copy.tags.keys() - {copy.root}:  # cosign's tags, which go along
+            signed.check(copy.name, copy.tags[digest][0], digest)
 
 
 def complain_of_moves(report: Report) -> None:

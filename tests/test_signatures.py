@@ -366,6 +366,10 @@ def test_verify_names_what_is_not_signed(lab, good, eve, root):
 
 def test_pull_takes_what_is_signed_and_names_the_rest(lab, good, start_server, root, tmp_path):
     store, _, amd64 = lab
+    digest, note = store.resolve("lab/signed", "latest"), b'{"payload": "%s"}' % (b"x" * 2000)
+    attestation = tag_signatures(store, "lab/signed", digest, (descriptor(note, "application/dsse+json"), note))
+    store.put_manifest("lab/signed", attestation, [digest.replace(":", "-") + ".att"])
+    tag_signatures(store, "lab/signed", digest, good.simple(digest))
     host = start_server(root).host
     words = ["--root", tmp_path / "near", "--signed-by", good.public, "--platform", "linux/amd64"]
     done = run_tinyreg("pull", host + "/lab/signed", host + "/lab/plain:1", *words)
@@ -399,6 +403,17 @@ def test_what_is_checked_is_what_is_copied(store, good, tmp_path, no_fsync):
     assert near.resolve("demo", "latest") == manifest.digest != store.resolve("demo", "latest")
     copy.clear()  # as where there is no memory for all plans
     with pytest.raises(Refused):
+        tinyreg.plan_checked(options, copy)
+
+
+def test_no_unsigned_image_comes_along_under_a_tag_of_a_signature(store, good, tmp_path, no_fsync):
+    manifest = make_image(store, "demo")
+    tag_signatures(store, "demo", manifest.digest, good.simple(manifest.digest))
+    evil = make_image(store, "demo", manifest.digest.replace(":", "-") + ".att", layers=(b"evil",))
+    options = tinyreg.build_parser().parse_args(["pull", "x", "--signed-by", good.public])
+    options.strip = False
+    copy = tinyreg.prepare_copy(options, "demo", store, Directory(str(tmp_path / "near")), "demo", "latest")
+    with pytest.raises(Refused, match=evil.digest):
         tinyreg.plan_checked(options, copy)
 
 
