@@ -7581,6 +7581,14 @@ class Rules:
         level = next(levels, default)
         return max(level, self.level(None, name)) if user else level
 
+    def place_to_push(self, user: str) -> Optional[str]:
+        """A glob of names under which a user may push; None if no rule has one."""
+        for rule in self.rules:
+            glob = rule.glob.replace("{user}", user)
+            if self.level(user, glob.replace("**", "*").replace("*", "a")) >= NEEDED["push"]:
+                return glob
+        return None
+
     def anonymous_maximum(self) -> int:
         """What a client without a user may do in some repository."""
         levels = [rule.level for rule in self.rules if rule.user == "@anonymous"]
@@ -7760,9 +7768,11 @@ class Access:
         if user or self.rules.path:
             option = "with a line in its --rules file: %s %s %s" % (
                 name or "**", user or "@anonymous", LEVELS[needed])
+        place = self.rules.place_to_push(user) if user and needed == NEEDED["push"] else None
         return RegistryError(
-            "DENIED", message="%s may %s%s; whoever runs this registry can allow more %s" % (
-                user or "clients", IN_WORDS[level], " in " + name if name else "", option))
+            "DENIED", message="%s may %s%s%s; whoever runs this registry can allow more %s" % (
+                user or "clients", IN_WORDS[level], " in " + name if name else "",
+                ", and push to " + place if place else "", option))
 
     @staticmethod
     def _check_local(request: BareRequest, writes: bool) -> None:
@@ -10069,12 +10079,15 @@ def use_page(registry: Registry, access: Access, request: Request) -> Response:
         "curl -fsS -o tinyreg-ca.crt http://%s/ca.crt\n"
         "openssl x509 -noout -fingerprint -sha256 -in tinyreg-ca.crt" % host),
         fingerprint(request.ca))
+    user = access.identify(request).user or "your-name"
+    place = access.rules.place_to_push(user) or "me/**"
+    image = "%s/%s" % (host, place.replace("**", "alpine").replace("*", "alpine"))
     login = access.users_file and fill(USE_LOGIN, command_line("docker login " + host))
     setup, mirror = [client_help(client_setup(registry, access, request, mirror))
                      for mirror in (False, True)]
     return page("How to use it", fill(
         USE_PAGE, ca, setup, login, command_line("docker pull %s/NAME:TAG" % host),
-        command_line("docker tag alpine {0}/me/alpine\ndocker push {0}/me/alpine".format(host)),
+        command_line("docker tag alpine {0}\ndocker push {0}".format(image)),
         mirror))
 
 
@@ -11958,20 +11971,26 @@ def example(store: Union[Archive, Directory], host: str) -> str:
     return "docker pull %s/%s" % (host, image_text(*next(images, ("alpine", "latest"))))
 
 
-def outer_address(listener: socket.socket, is_local: bool) -> str:
-    """HOST:PORT by which clients reach a listening socket."""
+EVERY_ADDRESS = ("::", "0.0.0.0")
+
+
+def outer_addresses(listener: socket.socket, is_local: bool, names: Sequence[str]) -> List[str]:
+    """HOST:PORT by which clients reach a listening socket; `names` are those in its certificate."""
     host, port = listener.getsockname()[:2]
+    hosts = [host]
     if is_local and (host == "127.0.0.1" or not host.startswith("127.")):
-        host = "localhost"
-    elif host in ("::", "0.0.0.0"):
-        host = socket.gethostname()
-    return "%s:%d" % ("[%s]" % host if ":" in host else host, port)
+        hosts = ["localhost"]
+    elif host in EVERY_ADDRESS:
+        addresses = sorted(name for name in host_names() if re.fullmatch("[0-9.]+", name)
+                           and not name.startswith(("127.", "169.254.")))
+        hosts = list(names) or addresses[:3] or [socket.gethostname()]
+    return ["%s:%d" % ("[%s]" % host if ":" in host else host, port) for host in hosts]
 
 
 def listener_url(listener: socket.socket, scheme: str) -> str:
     """What the banner says of a listening socket."""
     host, port = listener.getsockname()[:2]
-    extent = " (every address of this machine)" if host in ("::", "0.0.0.0") else ""
+    extent = " (every address of this machine)" if host in EVERY_ADDRESS else ""
     return "%s://%s:%d%s" % (scheme, "[%s]" % host if ":" in host else host, port, extent)
 
 
@@ -11988,6 +12007,8 @@ class Service:
                             for listener in self.listeners)
         self.access = open_access(options, self.store, self.is_local)
         self.tls = open_tls(options, self.store)
+        self.hosts = outer_addresses(self.listeners[0], self.is_local,
+                                     options.tls_name if self.tls else ())
         folder = self.store.layout.own if isinstance(self.store, Directory) else None
         words = {(method, route.name): route.words
                  for _, by_method in ROUTES for method, route in by_method.items()}
@@ -12035,7 +12056,10 @@ class Service:
 
     def commands_to_try(self) -> List[str]:
         """A push and a pull if clients may push, else a pull of an image that is here."""
-        host = outer_address(self.listeners[0], self.is_local)
+        host = self.hosts[0]
+        bound, port = self.listeners[0].getsockname()[:2]
+        if not self.tls and bound in EVERY_ADDRESS:  # docker takes plain HTTP from localhost alone
+            host = "localhost:%d" % port
         if self.registry.is_read_only or not self.access.takes_pushes():
             return [example(self.store, host)]
         login = "docker login %s && " % host if self.access.users_file else ""
@@ -12070,6 +12094,9 @@ class Service:
         if self.access.users_file and not self.tls and not self.is_local:
             rows.append(("beware", "passwords cross the network in the clear; add --tls"))
         rows.append(("try", next_line.join(self.commands_to_try())))
+        if not self.is_local:
+            rows.append(("elsewhere", " or ".join("%s://%s/use" % (scheme, host)
+                                                  for host in self.hosts) + " says what to do"))
         lines = ["  %-10s  %s" % row for row in rows]
         return "\n".join(["tinyreg " + __version__] + lines + ["  Ctrl-C ends it."])
 

@@ -264,6 +264,18 @@ def test_a_denial_says_which_rule_would_help(world):
     assert "bob may pull in team/a;" in message and "team/a bob push" in message
 
 
+def test_a_student_who_pushes_to_the_wrong_name_is_told_the_right_one(world):
+    """By the denial, and by the page."""
+    access = world.access("** * pull\nstudents/{user}/** * push\n** bob admin\n", users=("alice", "bob"))
+    message = error_of(world.ask(access, "POST", "/v2/students/alice/blobs/uploads/", "alice"))["message"]
+    assert "alice may pull in students/alice, and push to students/alice/**;" in message
+    for user, name in (("alice", "students/alice/alpine"), (None, "students/your-name/alpine"), ("bob", "alpine")):
+        page = world.ask(access, "GET", "/use", user).body.decode()
+        assert "docker push registry.test:5000/%s<" % name in page, user
+    message = error_of(world.ask(world.access("** * pull\n"), "POST", "/v2/a/blobs/uploads/", "alice"))["message"]
+    assert "alice may pull in a;" in message
+
+
 # 401
 
 @pytest.mark.parametrize("method, target", [

@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -834,7 +836,22 @@ def test_the_banner_names_an_address_that_clients_can_use(host, is_local, says):
         def getsockname(self):
             return host, 5000, 0, 0
 
-    assert tinyreg.outer_address(Listener(), is_local) == says
+    assert tinyreg.outer_addresses(Listener(), is_local, ()) == [says]
+
+
+def test_the_banner_tells_where_other_machines_find_what_to_do(start_server):
+    """They don't know this machine's name; and its own docker takes plain HTTP from localhost alone."""
+    server = start_server(None, "--anonymous", "push", listen=":0")
+    server.stop()
+    assert "docker push localhost:%d/alpine" % server.port in server.banner
+    addresses = {name for name in tinyreg.host_names() if re.fullmatch("[0-9.]+", name)} - {"127.0.0.1"}
+    assert re.search(r"\n  elsewhere   http://(\S+):%d/use" % server.port, server.banner)[1] in (
+        addresses or {socket.gethostname()})
+    if shutil.which("openssl"):
+        server = start_server(None, "--tls", "--tls-name", "registry.lab", listen=":0")
+        server.stop()
+        assert "docker pull registry.lab:%d/" % server.port in server.banner
+        assert "\n  elsewhere   https://registry.lab:%d/use says what to do\n" % server.port in server.banner
 
 
 # Every Python
