@@ -9241,6 +9241,10 @@ line for every client.</p>%s<h2>Push your own</h2>%s</div>
 USE_CA = """<h2>Get its certificate</h2>%s<p>The second line must print <code>%s</code>, and whoever
 runs the registry must tell you the same. (<a href="ca.crt">The certificate</a>)</p>"""
 
+NOT_HERE = """<p>It was deleted, or has another name: look among the
+<a href="./">repositories</a>.%s</p>"""
+OR_LOG_IN = ' Or you may see it only after you <a href="login">log in</a>.'
+
 USE_LOGIN = """<h2>Log in</h2>%s
 <p>And <a href="login">here</a>, to see what only you may see.</p>"""
 
@@ -9805,7 +9809,7 @@ def repositories_page(registry: Registry, access: Access, request: Request) -> R
          for group, rows in tables.items()])
 
 
-def get_page(registry: Registry, access: Access, request: Request) -> Response:
+def find_page(registry: Registry, access: Access, request: Request) -> Response:
     """The repositories, the tags of a repository, or one image, as the query says. Raises
     NAME_UNKNOWN, MANIFEST_UNKNOWN."""
     registry = registry.at_hand()  # to look is not to fetch
@@ -9820,12 +9824,22 @@ def get_page(registry: Registry, access: Access, request: Request) -> Response:
     return image_page(registry, access, request, name, parse_reference(reference))
 
 
+def get_page(registry: Registry, access: Access, request: Request) -> Response:
+    """What the query asks for, or that it is not here."""
+    try:
+        return find_page(registry, access, request)
+    except Unknown:
+        response = page("Not here", fill(NOT_HERE, access.users_file and Markup(OR_LOG_IN)))
+        response.status = 404
+        return response
+
+
 # Disk use
 
 def largest_repositories(sizes: Sequence[Tuple[int, int, str]]) -> Optional[Markup]:
     """A table of repositories, the largest first. `sizes` are (bytes that only it has, bytes that
     others have, too, name)."""
-    sizes = sorted(sizes, reverse=True)[:LARGEST]
+    sizes = sorted(sizes, key=lambda size: (-size[0], -size[1], size[2]))[:LARGEST]
     most = max((own + shared for own, shared, _ in sizes), default=1)
     rows = []
     for own, shared, name in sizes:
@@ -10270,7 +10284,7 @@ def handle_plain_http(request: Request) -> Response:
     """The response to a client that speaks HTTP at an HTTPS port: how to trust the registry, and
     nothing that could need a password."""
     host = request.header("host", "HOST")
-    if request.path not in ("/", "/ca.crt") or request.method not in ("GET", "HEAD"):
+    if request.path not in ("/", "/use", "/ca.crt") or request.method not in ("GET", "HEAD"):
         return Response.of_error(RegistryError(
             "UNSUPPORTED", status=400,
             message="Client sent an HTTP request to an HTTPS server; use https://%s" % host))

@@ -451,9 +451,10 @@ def test_only_what_one_may_pull_is_shown(store, tmp_path):
     assert [show(target)[0] for target in ("/?repository=lab/other", "/?repository=lab/app")] == [404, 200]
 
 
-def test_what_is_not_there_is_an_error_and_no_page(registry):
-    assert get(registry.url + "/?repository=no/such")[0] == 404
-    assert get(registry.url + "/?repository=lab/app&reference=no")[0] == 404
+def test_a_page_says_that_something_is_not_there(registry):
+    for query in "repository=no/such", "repository=lab/app&reference=no":  # as a link says that is older than its image
+        answer = get(registry.url + "/?" + query)
+        assert answer.status == 404 and "look among the\nrepositories." in Document(answer.text).text
     assert get(registry.url + "/?repository=BAD")[0] == 400
     assert get(registry.url + "/?repository=lab/app&reference=sha256:1")[0] == 400
 

@@ -307,9 +307,9 @@ def test_plain_http_gets_the_ca_and_how_to_use_it_and_nothing_else(tls_server):
     page = talk.ask("GET", "/")[2].decode()
     assert "https://localhost" in page
     fingerprint = openssl("x509", "-noout", "-fingerprint", "-sha256", input=ca.decode()).strip().partition("=")[2]
-    assert fingerprint in page
+    assert fingerprint in page and talk.ask("GET", "/use")[2].decode() == page
     for method, target in [("GET", "/v2/"), ("GET", "/v2/app/manifests/latest"), ("POST", "/ca.crt"),
-                           ("GET", "/v2/token"), ("GET", "/v2/app/manifests/latest")]:
+                           ("GET", "/v2/token"), ("GET", "/use/docker.sh")]:  # a shell would run that
         status, headers, body = talk.ask(method, target)
         assert status == 400 and b"HTTPS" in body and b"https://localhost" in body and "www-authenticate" not in headers
     talk.close()
