@@ -7772,7 +7772,7 @@ class Access:
         return RegistryError(
             "DENIED", message="%s may %s%s%s; whoever runs this registry can allow more %s" % (
                 user or "clients", IN_WORDS[level], " in " + name if name else "",
-                ", and push to " + place if place else "", option))
+                ", but may push to " + place if place else "", option))
 
     @staticmethod
     def _check_local(request: BareRequest, writes: bool) -> None:

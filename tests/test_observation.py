@@ -284,7 +284,7 @@ def test_a_teacher_reads_why_a_student_was_refused(start_server, store, tmp_path
     server.ask("GET", "/v2/")
     server.ask("GET", "/v2/", authorization=tinyreg.basic_authorization("alice", "PW"))
     until(lambda: "wrong" in server.log())
-    for words in ("is coming -> 403: alice may do nothing in students/bob/app; whoever runs this registry can",
+    for words in ("403: alice may do nothing in students/bob/app, but may push to students/alice/**; whoever runs",
                   "-> 403: over the quota: students/alice has ", "-> 403: the tag v1 can't be moved or deleted",
                   "are you a registry? -> 401: who are you?", "are you a registry? -> 401: wrong user name or"):
         assert words in server.log(), server.log()
