@@ -6562,10 +6562,12 @@ def has_reference(text: str) -> bool:
 
 def here_too(text: str, origins: AbstractSet[str]) -> List[str]:
     """An image or a pattern; also without its host, if that is no origin: it may be what clients
-    call this registry."""
+    call this registry. A pattern of which only stars would be left stays as it is."""
     host, slash, path = text.partition("/")
     is_host = slash and (host == "localhost" or re.search("[.:]", host))
-    return [text, path] if is_host and origin_of(canonical_host(host)) not in origins else [text]
+    is_named = re.match("[*/]*[^*/:]", path)
+    is_ours = is_host and is_named and origin_of(canonical_host(host)) not in origins
+    return [text, path] if is_ours else [text]
 
 
 def tags_listed(path: str, origins: AbstractSet[str]) -> Callable[[str, str, Digest], bool]:
@@ -9596,14 +9598,20 @@ def one_page(request: Request, entries: Iterable[str], noun: str,
 # The page of an image
 
 def attached(registry: Registry, name: str, digest: Digest) -> Iterator[Tuple[str, Manifest]]:
-    """Yield (kind, manifest) of what is about a manifest: its referrers, at most ROWS of them, and
-    what cosign has tagged with its digest."""
-    manifests = list(itertools.islice(registry.referrers(name, digest), ROWS))
+    """Yield (kind, manifest) of what is about a manifest: what cosign has tagged with its digest,
+    and its referrers, at most ROWS of them, and no more after MAX_PAGE_READ bytes: a page may have
+    a hundred images, each with referrers of 4 MiB."""
+    tagged: List[Manifest] = []
+    size = 0
     for suffix in COSIGN_SUFFIXES:
         with contextlib.suppress(Unknown):  # most have no such tag
             target = registry.resolve(name, fallback_tag(digest) + suffix)
-            manifests += filter(None, [find_readable(registry, name, target)])
-    for manifest in manifests:
+            tagged += filter(None, [find_readable(registry, name, target)])
+    for manifest in itertools.chain(
+            tagged, itertools.islice(registry.referrers(name, digest), ROWS)):
+        size += len(manifest.content)
+        if size > MAX_PAGE_READ:
+            break
         said = manifest.content.decode("utf-8", "replace")
         kinds = [kind for kind, *words in map(str.split, KINDS.splitlines())
                  if any(word in said for word in words)]

@@ -606,8 +606,8 @@ def test_patterns_and_guesses_in_a_list_keep_what_they_name(listed, tmp_path):
     make_image(listed, "quay.io/tool", "v1")
     make_old(listed)
     assert left_by(listed, "--only", list_of(
-        tmp_path, "containers:", "- image: alpine:3.*", "- image: lab.example:5000/*", "- image: 'a*:4'",
-        "- args: [--tool=quay.io/tool:v1]")) == {
+        tmp_path, "containers:", "- image: alpine:3.*", "- image: lab.example:5000/*", "- image: gone.lab/**:*",
+        "- image: 'a*:4'", "- args: [--tool=quay.io/tool:v1]")) == {
             "docker.io/library/alpine:3.19", "lab.example_5000/x:1", "quay.io/tool:v1", "app:4"}
 
 

@@ -287,6 +287,16 @@ def sign(store, name, image, tagged):
     return manifest
 
 
+def test_a_page_reads_little_of_what_is_about_its_images(store, monkeypatch):
+    image, reads = make_image(store, "app"), []
+    for number in range(5):
+        make_referrer(store, "app", image, annotations={"long": "%d" % number * (1 << 20)})
+    referrers = Directory.referrers
+    monkeypatch.setattr(Directory, "referrers", lambda *words: map(
+        lambda manifest: reads.append(1) or manifest, referrers(*words)))
+    assert len(list(tinyreg.attached(store, "app", image.digest))) == 1 and len(reads) == 2
+
+
 @pytest.mark.parametrize("tagged", [True, False])
 def test_signatures_are_on_the_image_that_they_sign(store, tagged):
     image = make_image(store, "app", "1.0")
