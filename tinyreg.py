@@ -7809,16 +7809,18 @@ class Access:
     def in_words(self, reach: str, read_only: bool) -> List[str]:
         """Who may do what, in lines; `reach` names the clients that can connect."""
         most = LEVELS.index("pull" if read_only else "admin")
-        line = "%s may %s" % (reach, IN_WORDS[min(self.rules.anonymous, most)])
-        if self.users_file:
+        allowed, line = IN_WORDS[min(self.rules.default, most)], "%s may %s" % (
+            reach, IN_WORDS[min(self.rules.anonymous, most)])
+        if self.rules.path:
+            allowed = "what the rules in %s say" % self.rules.path
+        if any(rule.user == "@anonymous" for rule in self.rules.rules):
+            line = "%s may %s of @anonymous" % (reach, allowed)
+        elif self.users_file:
             line += " without a password"
         elif self.client_ca:
             line += " without a certificate"
         elif self.rules.anonymous < LEVELS.index("admin"):
             line += " (change it with --anonymous)"
-        allowed = IN_WORDS[min(self.rules.default, most)]
-        if self.rules.path:
-            allowed = "what the rules in %s say" % self.rules.path
         lines = [line] + ["those %s may %s" % (who, allowed) for who in (
             self.users_file and "in " + self.users_file,
             self.client_ca and "with a certificate of " + self.client_ca) if who]
@@ -8177,6 +8179,9 @@ class Endpoint:
             raise CommandError("%s: %s is none of actions=push,mount,delete,pull  "
                                "repositories=GLOB  secret=FILE  headers=FILE"
                                % (self.shown, ", ".join(wrong)))
+        for path in filter(None, (self.secret, self.headers)):
+            if not os.access(path, os.R_OK):
+                raise CommandError("%s: can't read %s" % (self.shown, path))
 
     def wants(self, action: str, name: str) -> bool:
         """Whether it takes notifications of this action in this repository."""
@@ -11657,7 +11662,10 @@ def error_text(error: Exception) -> str:
     """What an error says; an OSError says of which file."""
     if not isinstance(error, OSError):
         return str(error)
-    return ": ".join(filter(None, [error.filename, error.strerror or str(error)]))
+    reason = error.strerror or str(error)
+    if isinstance(error, PermissionError):  # mostly a service meets what its admin has made
+        reason += " (to uid %d)" % os.geteuid()
+    return ": ".join(filter(None, [error.filename, reason]))
 
 
 def flush_output() -> None:
@@ -11695,6 +11703,8 @@ def open_store(options: argparse.Namespace, create: bool = False, renew: bool = 
     settings: Dict[str, Any] = {name: getattr(options, name, 0)
                                 for name in ("sparse", "min_free", "max_blob", "shared")}
     settings["quota"] = getattr(options, "quota", ())
+    if not options.root:  # a script whose variable is empty
+        raise CommandError("--root '' names no directory")
     path = os.path.abspath(options.root)
     root = find_root(path)
     if root:
@@ -11716,8 +11726,10 @@ def check_writable(store: Directory) -> None:
     try:
         store.files.probe()
     except OSError as error:
-        raise CommandError("can't write to %s: %s; choose another directory with --root"
-                           % (store.root, error.strerror))
+        advice = "choose another directory with --root"
+        if isinstance(error, PermissionError):
+            advice = "chown -R %d %s, or %s" % (os.geteuid(), shlex.quote(store.root), advice)
+        raise CommandError("can't write to %s: %s; %s" % (store.root, error.strerror, advice))
 
 
 SHARED_NOTE = (b"Several hosts have this directory open. When only one has it again, stop all "
@@ -14020,6 +14032,9 @@ A part is lost: write it again by the same save from the same store; same images
 #   install -m 755 tinyreg.py /usr/local/bin/tinyreg
 #   tinyreg help systemd > /etc/systemd/system/tinyreg.service
 #   systemctl enable --now tinyreg; journalctl -u tinyreg
+# A store that is there already: mv it to /var/lib/tinyreg before the first start, which makes it
+# the service's. Files that it is to read, such as that of --users: useradd --system tinyreg before
+# that, and chown tinyreg FILE.
 [Unit]
 Description=tinyreg, a container registry
 After=network.target

@@ -157,6 +157,19 @@ def test_who_serves_the_configuration_of_registry_2_hears_that_there_is_none(tmp
     assert done.returncode == 1 and "there is no configuration file" in done.stderr
 
 
+def test_the_store_is_not_the_working_directory_where_a_script_s_variable_is_empty(tmp_path):
+    for command in (["ls"], ["serve", "--listen", "127.0.0.1:0"]):
+        done = run_tinyreg(*command, "--root", "", cwd=str(tmp_path))
+        assert done.returncode == 1 and "--root '' names no directory" in done.stderr
+    assert os.listdir(str(tmp_path)) == []
+
+
+def test_a_file_that_notifications_need_is_missed_before_they_are_sent(tmp_path):
+    for setting in ("secret", "headers"):
+        done = run_tinyreg("serve", "--notify", "http://127.0.0.1:1/#%s=nosuch" % setting, cwd=str(tmp_path))
+        assert done.returncode == 2 and "can't read nosuch" in done.stderr
+
+
 @pytest.mark.parametrize("folder", ["_data/docker", "_data/docker/registry", "_data/docker/registry/v2", ""])
 def test_a_folder_inside_a_store_and_that_of_a_volume_are_not_taken_for_an_empty_store(tmp_path, folder):
     """registry:2 names its directory too, but people look for the images in it, and docker adds _data."""
@@ -707,7 +720,9 @@ def test_rules_that_name_users_want_users(start_server, tmp_path):
     options = ["--root", tmp_path / "root", "--listen", "127.0.0.1:0", "--rules", tmp_path / "rules"]
     assert "add --users FILE" in run_tinyreg("serve", *options).stderr
     (tmp_path / "rules").write_text("** @anonymous pull\n")
-    start_server(None, "--rules", tmp_path / "rules")
+    server = start_server(None, "--rules", tmp_path / "rules")
+    server.stop()
+    assert "may what the rules in %s say of @anonymous\n" % (tmp_path / "rules") in server.banner
 
 
 def test_banner_of_a_read_only_server(start_server, store, root):

@@ -119,6 +119,11 @@ def test_no_permission_on_the_root(nobody, line):
     told(nobody(*line, "--root", "closed/registry"), "closed/registry", "Permission denied", "--root")
 
 
+def test_who_may_not_read_a_file_is_told_as_whom_it_was_tried(nobody):
+    """A service meets what its admin has made as root, and does not know the name that systemd gave it."""
+    told(nobody("serve", "--root", "open/registry", "--rules", "closed/rules"), "Permission denied (to uid ")
+
+
 def test_a_root_that_can_t_be_made(command):
     """Below /proc: mkdir says that there is no such directory, however often its parents are made."""
     told(command("serve", "--root", "/proc/registry"), "/proc/registry")
