@@ -12675,6 +12675,20 @@ def check_user(user: str) -> None:
                            % user)
 
 
+def read_users() -> List[Tuple[str, str]]:
+    """(user, password) from the lines of standard input. Raises CommandError."""
+    users = []
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        user, _, password = line.decode("utf-8", "replace").strip().partition(" ")
+        password = password.strip()
+        is_right = USER.fullmatch(user) and 0 < len(password.encode("utf-8")) <= MAX_PASSWORD
+        if user and (not is_right or "\0" in password or "\ufffd" in password):
+            raise CommandError("line %d of the standard input is not USER PASSWORD, with a space "
+                               "between them; nothing was changed" % number)
+        users += [(user, password)] if user else []
+    return users
+
+
 def replace_user(file: str, user: str, hashed: Optional[bytes]) -> None:
     """Set a user's hashed password, in a last line of an htpasswd file, or remove the user if it is
     None. All other lines stay as they are, to the byte. Raises OSError, CommandError."""
@@ -12698,15 +12712,17 @@ def passwd(options: argparse.Namespace) -> int:
         for user in sorted(parse_users(read_settings(options.users))):
             tell(user)
         return 0
-    check_user(options.user or "")
-    if options.delete:
-        replace_user(options.users, options.user, None)
+    if options.stdin and options.user is None and not options.delete:
+        users = read_users()
     else:
-        password = read_password(options.user, options.stdin)
-        replace_user(options.users, options.user, new_hash(password).encode())
-    if not options.quiet:
-        done = "removed" if options.delete else "set the password of"
-        tell("%s %s in %s" % (done, options.user, options.users))
+        check_user(options.user or "")
+        password = "" if options.delete else read_password(options.user, options.stdin)
+        users = [(options.user, password)]
+    for user, password in users:
+        replace_user(options.users, user, new_hash(password).encode() if password else None)
+        if not options.quiet:
+            done = "set the password of" if password else "removed"
+            tell("%s %s in %s" % (done, user, options.users))
     return 0
 
 
@@ -14355,13 +14371,15 @@ COMMANDS = [
         "passwd", passwd, "Set the password of a user of a registry that has --users.",
         "  tinyreg.py passwd alice --users /etc/tinyreg/users\n"
         "  tinyreg.py passwd ci --users /etc/tinyreg/users --stdin < ci-password\n"
+        "  tinyreg.py passwd --users /etc/tinyreg/users --stdin < class.txt\n"
         "  tinyreg.py passwd alice --users /etc/tinyreg/users --delete\n"
         "  tinyreg.py passwd --list --users /etc/tinyreg/users\n",
         [value("user", "USER", "letters, digits and most else, but no colon and no space",
                nargs="?"),
          value("--users", "FILE", "the htpasswd file; made if it is not there", required=True),
          flag("--list", "list the users instead"),
-         flag("--stdin", "read the password from a line on standard input"),
+         flag("--stdin", "read the password from a line on standard input; without USER, lines of "
+              "a user, a space and a password each"),
          flag("--delete", "remove the user")]),
     Command(
         "clients", clients, "Print shell scripts that make clients trust the registry.",

@@ -714,6 +714,20 @@ def test_passwd_takes_only_utf_8(tmp_path, user, given):
     assert not (tmp_path / "users").exists()
 
 
+def test_passwd_takes_a_class_at_once(tmp_path):
+    """Nobody, if a line is wrong; a spreadsheet writes commas."""
+    path, command = str(tmp_path / "users"), ["passwd", "--users", str(tmp_path / "users"), "--stdin"]
+    done = run_tinyreg(*command, input="anna pw-anna\r\n\n ben  two words \n")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("set the password of ") == 2
+    access = Access("none", path)
+    for user, password in (("anna", "pw-anna"), ("ben", "two words")):
+        assert access.passwords.check("10.0.0.1", basic(user, password)[6:]) == user
+    for line in ("carl,secret", "carl", "a:b secret", "carl " + "x" * 73, "carl a\0b"):
+        done = run_tinyreg(*command, input="anna other\n%s\n" % line)
+        assert done.returncode == 1 and "line 2 of the standard input is not USER PASSWORD" in done.stderr
+        assert done.stderr.count("\n") == 1 and Access("none", path).passwords.users == access.passwords.users
+
+
 @needs_crypt
 def test_passwd_without_a_terminal_reads_a_line_and_warns_of_nothing(tmp_path):
     path = tmp_path / "users"
