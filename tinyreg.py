@@ -2418,9 +2418,11 @@ class Directory(Registry):
             if create:
                 raise
         if create and not os.path.exists(self.layout.collected):
-            # Made now, because a full disk, which needs gc, takes no new file.
-            open(self.layout.collected, "ab").close()
-            os.utime(self.layout.collected, (0, 0))  # there was no run yet
+            # Made now, because a full disk, which needs gc, takes no new file. On a disk that is full
+            # already what is here can be pulled all the same.
+            with contextlib.suppress(OSError):
+                open(self.layout.collected, "ab").close()
+                os.utime(self.layout.collected, (0, 0))  # there was no run yet
         self.files = Files(self.layout.scratch)
         self.shared = shared or os.path.exists(self.layout.shared)
         self.lock = SharedLock(os.path.join(self.layout.own, "lock"), marked=not self.shared)

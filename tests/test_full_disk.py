@@ -86,6 +86,16 @@ def test_a_full_disk(start_server, small_disk, tmp_path):
     assert "Traceback" not in server.log()
 
 
+def test_the_store_of_an_older_version_is_opened_on_a_disk_that_takes_no_new_file(small_disk):
+    store = Directory(str(small_disk / "registry"))
+    digest = push_blob(store, "app", b"blob")
+    os.unlink(store.layout.collected)
+    disk = os.statvfs(str(small_disk))
+    settings = "remount,size=8m,nr_inodes=%d" % (disk.f_files - disk.f_ffree)
+    subprocess.run(["mount", "-o", settings, str(small_disk)], check=True)
+    assert read_blob(Directory(store.root), "app", digest) == b"blob" and not os.path.exists(store.layout.collected)
+
+
 def test_no_space_between_a_blob_and_its_link(small_disk):
     """With one page after the other to spare, an upload is there whole or not at all, and what it took comes back."""
     store = Directory(str(small_disk / "registry"))
