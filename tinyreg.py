@@ -2418,8 +2418,8 @@ class Directory(Registry):
             if create:
                 raise
         if create and not os.path.exists(self.layout.collected):
-            # Made now, because a full disk, which needs gc, takes no new file. On a disk that is full
-            # already what is here can be pulled all the same.
+            # Made now, because a full disk, which needs gc, takes no new file. Where it is full
+            # by now, what is here can be pulled all the same.
             with contextlib.suppress(OSError):
                 open(self.layout.collected, "ab").close()
                 os.utime(self.layout.collected, (0, 0))  # there was no run yet
@@ -6417,6 +6417,13 @@ def is_likely(text: str) -> bool:
     return False
 
 
+def has_reference(text: str) -> bool:
+    """Whether any text could be NAME:TAG or NAME@DIGEST."""
+    with contextlib.suppress(Invalid):  # that is the answer
+        return not names_repository(text) and bool(parse_local(text))
+    return False
+
+
 def iter_listed(lines: Iterable[str]) -> Iterator[Tuple[int, str, bool]]:
     """Yield (line number, image, False) for the lines of a plain list."""
     for number, line in enumerate(lines, 1):
@@ -6428,8 +6435,8 @@ def iter_listed(lines: Iterable[str]) -> Iterator[Tuple[int, str, bool]]:
 def iter_mentioned(lines: Iterable[str],
                    is_meant: Callable[[str], bool]) -> Iterator[Tuple[int, str, bool]]:
     """Yield (line number, image, whether it is a guess) for what YAML, JSON or a Dockerfile names,
-    and as guesses all other words that are `is_meant`. Variables have their values from ARG and
-    ${NAME:-VALUE}; what has none stays."""
+    and as guesses all other words that are `is_meant`, and lines as a plain list has them.
+    Variables have their values from ARG and ${NAME:-VALUE}; what has none stays."""
     values: Dict[str, str] = {}  # of variables, and of anchors as *NAME
     stages = {"scratch"}
 
@@ -6460,7 +6467,8 @@ def iter_mentioned(lines: Iterable[str],
                 if not is_id and text not in ("", "null", "~") and not text.startswith("sha256:"):
                     yield number, text, "{{" in text  # of a template inside a rendered chart
             for token in TOKEN.findall(IMAGE_KEY.sub(" ", line)):
-                if is_meant(token.rstrip(".:")):
+                is_line = token == line.rstrip() and has_reference(token)
+                if is_line or is_meant(token.rstrip(".:")):
                     yield number, token.rstrip(".:"), True
 
 
@@ -6553,13 +6561,6 @@ class Filter(NamedTuple):
         releases = [tag for tag in tags
                     if all(word in pattern for word in UNRELEASED.findall(tag.lower()))]
         return sorted(releases, key=version_key, reverse=True)[:self.newest]
-
-
-def has_reference(text: str) -> bool:
-    """Whether any text could be NAME:TAG or NAME@DIGEST."""
-    with contextlib.suppress(Invalid):  # that is the answer
-        return not names_repository(text) and bool(parse_local(text))
-    return False
 
 
 def here_too(text: str, origins: AbstractSet[str]) -> List[str]:

@@ -173,7 +173,11 @@ PODS = {"apiVersion": "v1", "kind": "List", "items": [{
      [(1, "lab.example_5000/x:1"), (2, "alpine:3.*"), (3, "alpine:3@" + DIGEST)], []),
     (json.dumps(PODS), [(1, "nginx:1.27"), (1, "ghcr.io/a/init:2"), (1, "docker.io/library/nginx:1.27")],
      [(1, "quay.io/a/reloader:v1")]),
-], ids=["manifest", "operator", "chart", "compose", "Dockerfile", "k3s", "BOM", "kubeadm", "list", "kubectl"])
+    ("# for the image: see below, image: x\r\nalpine:3.19\r\nnginx:1  # {image: old}\r\n",
+     [(2, "alpine:3.19"), (3, "nginx:1")], []),
+    ("alpine:3.19\r\n---\nimage: nginx:1\n", [(3, "nginx:1")], [(1, "alpine:3.19")]),
+], ids=["manifest", "operator", "chart", "compose", "Dockerfile", "k3s", "BOM", "kubeadm", "list", "kubectl",
+        "comments", "joined"])
 def test_a_file_of_any_form_names_its_images(tmp_path, text, named, guessed):
     assert choices_in(tmp_path, text) == (named, guessed)
 
