@@ -12730,8 +12730,10 @@ def passwd(options: argparse.Namespace) -> int:
 
 
 def clients_ca(options: argparse.Namespace) -> str:
-    """The CA's certificate as clients want it, and nothing else that is in its file. Raises
-    CommandError."""
+    """The CA's certificate as clients want it, and nothing else that is in its file; "" if their
+    system knows it. Raises CommandError."""
+    if options.server_ca == "system":
+        return ""
     path = options.server_ca or os.path.join(tls_folder(options.root), "ca.crt")
     certificates = re.findall(
         "-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\\s]+-----END CERTIFICATE-----\n?",
@@ -12740,7 +12742,8 @@ def clients_ca(options: argparse.Namespace) -> str:
         raise CommandError(
             "there is no CA certificate in %s: `clients` belongs onto the server, and what it "
             "prints onto the clients; there, start tinyreg.py serve --tls first, or say "
-            "--root DIR, or --server-ca FILE, or --plain-http if the registry has no TLS" % path)
+            "--root DIR, or --server-ca FILE (system, if clients trust the certificate already), "
+            "or --plain-http if the registry has no TLS" % path)
     return "".join(certificates)
 
 
@@ -12789,9 +12792,10 @@ def check_clients_options(options: argparse.Namespace) -> None:
         raise CommandError("say for which client: tinyreg.py clients CLIENT --install")
     if options.known_origins and not options.mirror:
         raise CommandError("--known-origins goes with --mirror")
-    if options.client == "system" and (options.plain_http or options.mirror):
+    has_no_ca = options.plain_http or options.server_ca == "system"
+    if options.client == "system" and (has_no_ca or options.mirror):
         raise CommandError("clients system is for the CA of a registry with TLS, and no more: "
-                           "leave out --plain-http and --mirror")
+                           "leave out --plain-http, --mirror and --server-ca system")
 
 
 def clients(options: argparse.Namespace) -> int:
@@ -14398,8 +14402,8 @@ COMMANDS = [
          value("--user", "NAME", "who pulls from the mirror, if it wants a password, which is read "
                "from standard input and gets into the script (docker, containerd)"),
          flag("--install", "run the script here instead of printing it"),
-         value("--server-ca", "FILE", "the CA of the registry's certificate (default: the one that "
-               "serve --tls has made)"),
+         value("--server-ca", "FILE", "the CA of the registry's certificate; system, if clients "
+               "trust it already, such as a proxy's (default: the one that serve --tls has made)"),
          value("--ca", "FILE", argparse.SUPPRESS, dest="server_ca"),  # what it was called before
          flag("--plain-http", "the registry has no TLS")]),
     Command(

@@ -101,9 +101,19 @@ def test_a_private_key_beside_the_certificate_gets_into_no_script(root):
     assert done.returncode == 0 and "BEGIN CERTIFICATE" in done.stdout and "PRIVATE" not in done.stdout
 
 
+@pytest.mark.parametrize("client", ["docker", "containerd", "podman", "k3s"])
+def test_behind_a_proxy_whose_certificate_clients_trust_no_ca_is_wanted(store, client):
+    done = run_tinyreg("clients", client, "--root", store.root, "--host", "hub.lab", "--mirror",
+                       "--server-ca", "system")
+    assert done.returncode == 0, done.stderr
+    assert "hub.lab" in done.stdout and "http://" not in done.stdout and "CERTIFICATE" not in done.stdout
+    assert "insecure" not in done.stdout and "ca =" not in done.stdout and "ca_file" not in done.stdout
+
+
 @pytest.mark.parametrize("arguments, says", [
     (["podman", "--mirror", "--user", "me"], "podman login"), (["docker", "--user", "me"], "--mirror"),
     (["docker", "--mirror", "--user", "a:b"], "no user name"), (["system", "--mirror"], "clients system"),
+    (["system", "--server-ca", "system"], "leave out"),
     (["docker", "--known-origins"], "--mirror"), (["docker", "--mirror", "--user", "me"], "a password has")])
 def test_options_that_do_not_go_together_are_told_in_one_line(root, arguments, says):
     done = run_tinyreg("clients", *arguments, "--root", root, "--host", HOST, input="")
