@@ -12143,7 +12143,11 @@ def serve(options: argparse.Namespace) -> int:
     service = Service(options)
     work = [functools.partial(service.work, number) for number in range(options.workers)]
     supervisor = Supervisor(work, service.listeners, service.reopen_log)
-    for line in service.banner().splitlines():
+    lines = service.banner().splitlines()
+    if options.log == "json" and not options.log_file:  # who collects both reads nothing but JSON
+        message = "; ".join(" ".join(line.split()) for line in lines[:-1])
+        lines = [json_line(level="info", message=message, trace=[])]
+    for line in lines:
         tell(line)
     flush_output()
     tell_systemd("READY=1")

@@ -61,6 +61,9 @@ def test_json_lines_are_json_and_have_everything(start_server):
     assert (first["route"], first["status"], first["name"]) == ("start_upload", 202, "lab/app")
     assert (second["route"], second["status"], second["method"]) == ("get_tags", 404, "GET")
     assert set(Exchange._fields) <= set(first) and first["time"].endswith("Z")
+    server.stop()
+    start, = map(json.loads, server.banner.splitlines())  # containers have one log for both outputs
+    assert start["level"] == "info" and "listens on %s; stores in " % server.url in start["message"]
 
 
 def test_what_goes_wrong_is_json_too(start_server, store):
