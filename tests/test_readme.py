@@ -98,7 +98,7 @@ def test_each_option_exists():
     for command in tinyreg.build_parser().commands.values():
         known.update(command._option_string_actions)
     of_others = {"--tls-verify", "--dest-tls-verify", "--now", "--permanent", "--add-port", "--reload", "--help",
-                 "--push", "--create-dirs", "--stop-timeout", "--rollout", "--reference"}
+                 "--push", "--create-dirs", "--stop-timeout", "--rollout"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known - of_others == set()
 
 
