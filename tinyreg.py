@@ -3189,6 +3189,7 @@ def note_result(store: Directory, task: str, **numbers: int) -> None:
 class Expiry(NamedTuple):
     """Which tags go: those that are none of the `keep` that were moved last in their repository,
     and were last moved more than `older_than` seconds ago, and are not `listed(name, tag, digest)`.
+    What is listed without a tag (""), such as one platform of an index, stays without it.
     `repositories` is a pattern of the names that are meant."""
 
     keep: Optional[int] = None
@@ -3490,6 +3491,9 @@ class Collection(Sweep):
             referrers.setdefault(key_of(tag), []).append(key_of(tags[tag]))
         roots = [tags[tag] for tag in tags.keys() - expired - attached]
         roots += set(self.store.pinned(name)).difference(self.unpinned)
+        if self.expiry.listed and self.expiry.applies_to(name):
+            roots += [node.digest for node in nodes.values()
+                      if self.expiry.listed(name, "", node.digest)]
         staying = reachable(map(key_of, roots), mentions, referrers)
         if not self.untagged:
             # Only what belongs to an expired tag goes: its manifest, the children of that, and the
@@ -3595,7 +3599,7 @@ def freed_bytes(store: Directory, name: str, grace: float,
     """How many bytes gc would free in one repository if all that is untagged went, and the tags and
     pinned digests that are `going`, and from when on. That is the most: another repository may need
     some of them."""
-    expiry = Expiry(listed=lambda name, tag, digest: tag not in going)
+    expiry = Expiry(listed=lambda name, tag, digest: bool(tag) and tag not in going)
     later = Collection(store, untagged=True, dry_run=True, expiry=expiry)
     later.unpinned = going
     later.collect_repository(name)
@@ -6600,6 +6604,8 @@ def tags_listed(path: str, origins: AbstractSet[str]) -> Callable[[str, str, Dig
     def is_listed(name: str, tag: str, digest: Digest) -> bool:
         if exact.intersection((image_text(name, tag), image_text(name, digest))):
             return True
+        if not tag:
+            return False
         spellings = {name, full_name(name), re.sub("^docker.io/(?:library/)?", "", name)}
         return any(pattern.fullmatch(image_text(spelling, tag))
                    for pattern in patterns for spelling in spellings)

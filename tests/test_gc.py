@@ -636,6 +636,15 @@ def test_each_of_several_lists_has_to_name_something(listed, tmp_path, capsys):
     assert left_by(listed, "--only", images, "--force") == set()
 
 
+def test_a_platform_that_a_list_names_by_its_digest_stays_without_the_tag_of_its_index(listed, tmp_path):
+    children = [make_image(listed, "app", None, layers=(platform,)) for platform in (b"amd64", b"arm64")]
+    listed.put_manifest("app", to_manifest(index(*children)), ["index"])
+    make_old(listed)
+    assert left_by(listed, "--only", list_of(tmp_path, "app:1", "app@" + children[0].digest, "app:gone*")) == {"app:1"}
+    assert has_data(listed, b"amd64") and not has_data(listed, b"arm64")
+    assert listed.manifest("app", children[0].digest)
+
+
 def test_a_template_that_names_nothing_is_said_to_keep_nothing(listed, tmp_path, capsys, caplog):
     images = list_of(tmp_path, "image: app:1", "image: '{{ .Values.image }}'")
     assert left_by(listed, "--only", images) == {"app:1"}
