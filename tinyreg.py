@@ -2678,7 +2678,7 @@ class Directory(Registry):
                 "unlinked": sum(sizes[digest] for digest in sizes.keys() - owners),
                 "uploads": uploads, "repositories": repositories,
                 "free": disk.f_bavail * disk.f_frsize, "total": disk.f_blocks * disk.f_frsize,
-                "shared": {digest: names[:5] for digest, names in shared.items()}}
+                "shared": {digest: names[:6] for digest, names in shared.items()}}
 
     def free_space(self) -> int:
         disk = os.statvfs(self.root)
@@ -9685,6 +9685,7 @@ def layer_table(registry: Registry, access: Access, request: Request, name: str,
             others = [[link(other, repository=other), " "]
                       for other in sharers.get(layer.digest, ())
                       if other != name and access.allows(request, "pull", other)]
+            others[4:] = [["…"]] if len(others) > 4 else []
             row = [bar([("own", layer.size)], largest, size), size,
                    fill("<code>%s</code>", command or layer.media_type), others,
                    fill('<a href="v2/%s/blobs/%s">%s</a>', name, layer.digest,
@@ -9761,7 +9762,8 @@ def image_page(registry: Registry, access: Access, request: Request, name: str,
               referrer.artifact_type or referrer.media_type, digest_text(referrer.digest))
              for kind, referrer in attached(registry, name, manifest.digest)]
     return page(
-        image, image_facts(registry, name, reference, manifest),
+        image.replace(reference, shorten(reference)),
+        image_facts(registry, name, reference, manifest),
         pull_commands(request, image, " files" if files else ""),
         table("Files", ("Name", "Size", "Type"), [
             (fill('<a href="files/%s/%s">%s</a>', image, urllib.parse.quote(file), file),
@@ -10309,7 +10311,8 @@ def handle_plain_http(request: Request) -> Response:
     if request.path not in ("/", "/use", "/ca.crt") or request.method not in ("GET", "HEAD"):
         return Response.of_error(RegistryError(
             "UNSUPPORTED", status=400,
-            message="Client sent an HTTP request to an HTTPS server; use https://%s" % host))
+            message="Client sent an HTTP request to an HTTPS server; use https://%s, as "
+            "http://%s/use says" % (host, host)))
     if request.path == "/ca.crt":
         return ca_response(request)
     text = "This registry speaks HTTPS: https://%s/\n" % host

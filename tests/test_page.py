@@ -157,6 +157,17 @@ def test_an_image_page_tells_layers_commands_labels_sharing_and_referrers(regist
     assert "linux/amd64, linux/arm64" in text and "Platforms" in text
 
 
+@pytest.mark.parametrize("repositories, more", [(5, False), (6, True)])
+def test_a_layer_of_many_repositories_says_that_there_are_more(store, repositories, more):
+    """Four are named. The title has a digest as people write it; the whole one is below."""
+    digest = [make_image(store, "lab/app%d" % number, layers=[b"base"]) for number in range(repositories)][0].digest
+    request = Request("GET", "/?repository=lab/app0&reference=" + digest)
+    document = Document(dispatch(store, Access("pull"), request).body.decode())
+    others = {link["href"] for link in document.all("a")} & {"./?repository=lab%%2Fapp%d" % n for n in range(1, 6)}
+    assert len(others) == 4 and ("lab/app4 …" in document.text) == more
+    assert "lab/app0@%s…\n" % digest[:19] in document.text and digest in document.text
+
+
 def test_pull_commands_name_the_host_that_the_client_sees(registry):
     path = registry.url + "/?repository=lab/app&reference=1.0"
     text = Document(get(path).text).text

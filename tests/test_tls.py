@@ -311,7 +311,8 @@ def test_plain_http_gets_the_ca_and_how_to_use_it_and_nothing_else(tls_server):
     for method, target in [("GET", "/v2/"), ("GET", "/v2/app/manifests/latest"), ("POST", "/ca.crt"),
                            ("GET", "/v2/token"), ("GET", "/use/docker.sh")]:  # a shell would run that
         status, headers, body = talk.ask(method, target)
-        assert status == 400 and b"HTTPS" in body and b"https://localhost" in body and "www-authenticate" not in headers
+        assert status == 400 and b"use https://localhost, as http://localhost/use says" in body
+        assert "www-authenticate" not in headers
     talk.close()
     secure = Talk(tls_server, trusting(tls_server))
     assert secure.ask("GET", "/ca.crt")[::2] == (200, ca)
