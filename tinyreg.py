@@ -7593,9 +7593,10 @@ class Rules:
         return max(level, self.level(None, name)) if user else level
 
     def place_to_push(self, user: str) -> Optional[str]:
-        """A glob of names under which a user may push; None if no rule has one."""
-        for rule in self.rules:
-            glob = rule.glob.replace("{user}", user)
+        """A glob of names under which a user may push, of a rule about this user; or None."""
+        globs = (rule.glob.replace("{user}", user) for rule in self.rules
+                 if rule.user in (user, "*"))
+        for glob in globs:
             if self.level(user, glob.replace("**", "*").replace("*", "a")) >= NEEDED["push"]:
                 return glob
         return None

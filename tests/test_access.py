@@ -266,7 +266,7 @@ def test_a_denial_says_which_rule_would_help(world):
 
 def test_a_student_who_pushes_to_the_wrong_name_is_told_the_right_one(world):
     """By the denial, and by the page."""
-    access = world.access("** * pull\nstudents/{user}/** * push\n** bob admin\n", users=("alice", "bob"))
+    access = world.access("** * pull\nstudents/{user}/** * push\n** bob admin\nstudents/alice/secret carol push\n")
     message = error_of(world.ask(access, "POST", "/v2/students/alice/blobs/uploads/", "alice"))["message"]
     assert "alice may pull in students/alice, but may push to students/alice/**;" in message
     for user, name in (("alice", "students/alice/alpine"), (None, "students/your-name/alpine"), ("bob", "alpine")):
