@@ -1078,6 +1078,43 @@ def sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
+def give_away(descriptor: int, folder: Union[int, str]) -> None:
+    """Let what root has just made in a folder belong to whom the folder belongs: else a server that
+    runs as that user could not change it. Raises OSError."""
+    owner = os.stat(folder)
+    if owner.st_uid:
+        with contextlib.suppress(PermissionError):  # a container's root, or NFS's, may not do that
+            os.fchown(descriptor, owner.st_uid, owner.st_gid)
+
+
+def open_owned(path: str, flags: int) -> int:
+    """What open() shall open a file with: one that root makes belongs to whom its folder belongs.
+    Raises OSError."""
+    if flags & os.O_CREAT and not os.geteuid():
+        # Only what is surely new is given away, for a file of that name may be a link to any other.
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(path, flags | os.O_EXCL, 0o666)
+            give_away(descriptor, os.path.dirname(path) or ".")
+            return descriptor
+    return os.open(path, flags, 0o666)
+
+
+def make_directory(path: str) -> None:
+    """Make a folder; one that root makes belongs to whom its parent belongs. Raises OSError."""
+    os.mkdir(path)
+    parent, name = os.path.split(path)
+    if not os.geteuid() and os.stat(parent).st_uid:
+        above = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
+            try:
+                give_away(descriptor, above)
+            finally:
+                os.close(descriptor)
+        finally:
+            os.close(above)
+
+
 def make_directories(path: str, attempts: int = 10) -> None:
     """Make a folder and its missing parents, each durable before the next is made. Raises OSError.
 
@@ -1085,7 +1122,7 @@ def make_directories(path: str, attempts: int = 10) -> None:
     come to that yet. A parent may be deleted again before it is used, hence the attempts; their
     number is limited, because /proc answers "no such directory" for ever."""
     try:
-        os.mkdir(path)
+        make_directory(path)
     except FileNotFoundError:
         if not attempts:
             raise
@@ -1219,6 +1256,8 @@ class Files:
         with deleted_on_error(temporary):
             opener = functools.partial(os.open, mode=0o600) if private else None
             with open(temporary, "xb", opener=opener) as file:
+                if not os.geteuid():
+                    give_away(file.fileno(), self.scratch)
                 if private and os.path.exists(path):
                     former = os.stat(path)
                     os.fchown(file.fileno(), former.st_uid, former.st_gid)
@@ -1312,7 +1351,7 @@ class ChangeMark:
     def open(self) -> None:
         """Make the file and map it, unless that is done. Raises OSError."""
         if self.shared is None:
-            with open(self.path, "a+b", buffering=0) as file:
+            with open(self.path, "a+b", buffering=0, opener=open_owned) as file:
                 if os.fstat(file.fileno()).st_size < 8:
                     # Written, not truncated to 8: on a full disk nothing could fill such a hole.
                     file.write(os.urandom(8))
@@ -1337,7 +1376,7 @@ def alone(path: str) -> Iterator[None]:
     The file is made if it is missing, and deleted at the end."""
     is_locked = False
     while not is_locked:
-        with open(path, "ab") as lock:
+        with open(path, "ab", opener=open_owned) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             is_locked = is_at(lock, path)  # else the holder before us has deleted it
             if is_locked:
@@ -1363,9 +1402,10 @@ class SharedLock:
     def _lock(self, how: int, changes: bool = True) -> Iterator[None]:
         if self.mark:
             self.mark.open()  # now, so that it can't fail once something has been changed
-        with open(self.path, "a+b") as lock:  # closing it gives the lock up, and so does a kill -9
-            # NFS grants a shared lock only on a file that is open for reading: "a+b".
-            with open(self.path + ".turnstile", "ab") as turnstile:
+        # NFS grants a shared lock only on a file that is open for reading: "a+b". Closing it gives
+        # the lock up, and so does a kill -9.
+        with open(self.path, "a+b", opener=open_owned) as lock:
+            with open(self.path + ".turnstile", "ab", opener=open_owned) as turnstile:
                 fcntl.flock(turnstile, fcntl.LOCK_EX)
                 fcntl.flock(lock, how)
             try:
@@ -1853,6 +1893,8 @@ def read_config(registry: Reader, name: str, manifest: Manifest) -> Dict[str, An
 
 
 NO_PLATFORM = "unknown/unknown"  # what BuildKit says that its attestations are for
+IMAGE_CONFIGS = ("application/vnd.oci.image.config.v1+json",
+                 "application/vnd.docker.container.image.v1+json")
 
 
 def describe(registry: Reader, name: str, digest: Digest) -> Dict[str, Any]:
@@ -1896,6 +1938,8 @@ def describe(registry: Reader, name: str, digest: Digest) -> Dict[str, Any]:
             created = created or config.get("created")
             platform = (platform_name(config) or named.get(manifest.digest)
                         or manifest.artifact_type or "-")
+            if platform in IMAGE_CONFIGS:  # the config is not here
+                platform = "-"
             if platform not in platforms + [NO_PLATFORM]:
                 platforms.append(platform)
     return {"digest": digest, "mediaType": root.media_type, "platforms": platforms,
@@ -2347,8 +2391,8 @@ class ReferrersIndex:
         """Write lines for these manifests to the file."""
         lines = "".join("\n%s %s\n" % item for item in subjects.items())
         with contextlib.suppress(OSError):  # on a full disk they are read again next time
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "ab") as file:
+            make_directories(os.path.dirname(path))
+            with open(path, "ab", opener=open_owned) as file:
                 file.write(lines.encode("ascii"))
 
     def by_subject(self, name: str) -> Dict[str, Set[str]]:
@@ -2421,7 +2465,7 @@ class Directory(Registry):
             # Made now, because a full disk, which needs gc, takes no new file. Where it is full
             # by now, what is here can be pulled all the same.
             with contextlib.suppress(OSError):
-                open(self.layout.collected, "ab").close()
+                open(self.layout.collected, "ab", opener=open_owned).close()
                 os.utime(self.layout.collected, (0, 0))  # there was no run yet
         self.files = Files(self.layout.scratch)
         self.shared = shared or os.path.exists(self.layout.shared)
@@ -2965,10 +3009,12 @@ class DirectoryUpload(UploadSession):
         with self.store.lock.shared(changes=False):  # gc takes empty repositories away
             # Links will be below this folder, so it has to be durable; the session has not.
             make_directories(self.store.layout.repository_path(self.name))
-            os.makedirs(self.folder, exist_ok=True)
-            with open(os.path.join(self.folder, "startedat"), "w") as file:
+            for folder in (os.path.dirname(self.folder), self.folder):
+                with contextlib.suppress(FileExistsError):  # of another session
+                    make_directory(folder)
+            with open(os.path.join(self.folder, "startedat"), "w", opener=open_owned) as file:
                 file.write(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-            open(self.path, "xb").close()
+            open(self.path, "xb", opener=open_owned).close()
         self.store.keep_hasher(self, hashlib.new(algorithm))
 
     def resume(self) -> bool:
@@ -3179,8 +3225,9 @@ def batches(entries: Iterable[Any], size: int) -> Iterator[List[Any]]:
 
 def note_result(store: Directory, task: str, **numbers: int) -> None:
     """Keep the result of a task for /metrics; the file's mtime says when."""
+    path = os.path.join(store.layout.own, task)
     # The work is done all the same if the disk is full.
-    with contextlib.suppress(OSError), open(os.path.join(store.layout.own, task), "wb") as file:
+    with contextlib.suppress(OSError), open(path, "wb", opener=open_owned) as file:
         file.write(to_json(numbers))
 
 
@@ -4979,7 +5026,8 @@ class ArchiveWriter(Registry):
         room = limit - least - table
         if room < table:
             raise RegistryError("SIZE_INVALID", message="a part has to be larger: what all parts "
-                                "have, the manifests above all, takes %d bytes" % least)
+                                "have takes %d bytes: the manifests, and tinyreg.py, unless it is "
+                                "left out (--no-self)" % least)
         self.joined = {digest: self._cut(digest, room - 2 * BLOCK)
                        for digest in digests if self._blob_size(digest) > room}
         pieces = itertools.chain.from_iterable(
@@ -6489,7 +6537,8 @@ def find_problem(choice: Choice) -> str:
             choice.where, choice.image)
     with contextlib.suppress(Invalid):  # that is the problem
         parse_local(choice.image.replace("*", "x"))
-        return ""
+        if not DIGEST.fullmatch(choice.image):
+            return ""
     return "%s: %r is no image" % (choice.where, choice.image[:MAX_NAME])
 
 
@@ -8235,7 +8284,7 @@ class EventQueue:
         self.folder = os.path.join(folder, "notify", endpoint.key)
         self.endpoint = endpoint
         self.metrics = metrics
-        os.makedirs(self.folder, exist_ok=True)
+        make_directories(self.folder)
 
     def _path(self, number: int) -> str:
         return os.path.join(self.folder, str(number))
@@ -10673,13 +10722,22 @@ def host_names() -> Set[str]:
             if re.fullmatch(r"[0-9A-Za-z_.:-]+", text) and not text.startswith("fe80:")}
 
 
+def is_ip(text: str) -> bool:
+    """Whether a text is an IP address, and nothing else."""
+    try:
+        return bool(ipaddress.ip_address(text))
+    except ValueError:
+        return False
+
+
 def alternative_names(names: Iterable[str]) -> str:
     """These names and addresses in the form of subjectAltName. Raises CommandError."""
     entries = []
     for name in sorted(names):
-        if not re.fullmatch(r"[0-9A-Za-z_.:*-]+", name):
-            raise CommandError("%r is no name or address to make a certificate for" % name)
         is_address = ":" in name or re.fullmatch("[0-9.]+", name)
+        if not re.fullmatch(r"[0-9A-Za-z_.:*-]+", name) or is_address and not is_ip(name):
+            raise CommandError("%r is no name or address to make a certificate for; write it "
+                               "without scheme and port: registry.lab" % name)
         entries.append(("IP:" if is_address else "DNS:") + name)
     return ",".join(entries)
 
@@ -12204,6 +12262,9 @@ def find_repositories(store: Directory, text: str, is_exact: bool = False) -> Li
     Unless `is_exact`, a pattern that fits none stands for names at docker.io: acme/* is what was
     pulled as acme/app."""
     if "*" in text:
+        host, slash, path = text.partition("/")
+        if slash:  # a repository's name has no colon, but its origin may have: lab.example:5000/**
+            text = host.replace(":", "_") + slash + path
         at_docker = "docker.io/" + (text if "/" in text else "library/" + text)
         for pattern in [text] if is_exact or has_origin(text) else [text, at_docker]:
             names = list(filter(parse_glob(pattern).fullmatch, store.repositories()))
@@ -12445,7 +12506,9 @@ def list_history(store: Directory, text: str) -> List[Dict[str, Any]]:
 def show_history(options: argparse.Namespace) -> int:
     """Show what each of these tags points to, and has pointed to."""
     store = open_store(options, renew=False)
-    entries = [entry for text in options.images or [""] for entry in list_history(store, text)]
+    if not options.images:
+        raise CommandError("say of which tag: tinyreg.py ls --history NAME:TAG")
+    entries = [entry for text in options.images for entry in list_history(store, text)]
     rows = [["TAG", "PUSHED", "DIGEST", ""]]
     for entry in entries:
         states = [word for word in ("present", "gone") if entry[word]]
@@ -12486,6 +12549,8 @@ def list_store(options: argparse.Namespace) -> int:
         archive = Archive(paths, tempfile.gettempdir())
         items += archive.digests() if options.digests else list_archives(archive, store)
     lines = items
+    if store and not words and not items:
+        complain("%s holds no images" % store.root)
     if words and not options.digests:
         is_alone = (not paths and len(options.images) == 1 and names_repository(words[0])
                     and "*" not in words[0])
@@ -12732,7 +12797,9 @@ def passwd(options: argparse.Namespace) -> int:
     if options.stdin and options.user is None and not options.delete:
         users = read_users()
     else:
-        check_user(options.user or "")
+        if not options.user:
+            raise CommandError("no user name: write tinyreg.py passwd NAME --users FILE")
+        check_user(options.user)
         password = "" if options.delete else read_password(options.user, options.stdin)
         users = [(options.user, password)]
     for user, password in users:
@@ -13282,6 +13349,9 @@ def collect(options: argparse.Namespace) -> int:
     if options.repositories and not expiry.is_on:
         raise CommandError("--repositories says where --keep, --older-than or --only delete tags; "
                            "add one of them")
+    if options.plan and not expiry.is_on:
+        raise CommandError("--plan writes down the tags that --keep, --older-than or --only would "
+                           "delete; add one of them")
     options.dry_run = options.dry_run or bool(options.plan)
     removed: List[Dict[str, Any]] = []
     planned: Dict[str, Optional[Digest]] = {}
@@ -13621,8 +13691,15 @@ def iter_archive_problems(archive: Archive, reports: List[Report]) -> Iterator[s
                "with --have of what `ls --digests` says now")
 
 
+# A list without it, given to save --have, would leave out what is wanted.
+WANTED = ("# lacking here; for the next archive, where it was saved: tinyreg.py ls --digests | "
+          "grep -vFf want.txt > have.txt, and save --have have.txt")
+
+
 def load(options: argparse.Namespace) -> int:
     """Copy the images of archives into the store, or to another registry."""
+    if not any(map(is_archive, options.archives)):
+        os.stat(options.archives[0])  # raises the error: a wrong name makes no store
     progress = Progress(options)
     destination, scratch, ranges = Destination("", ""), tempfile.gettempdir(), None
     if options.to:
@@ -13644,8 +13721,9 @@ def load(options: argparse.Namespace) -> int:
                       for path in options.archives]
     status = transfer.run()
     if options.want:
+        lines: List[str] = sorted(lacking_digests(reports))
         with open(options.want, "w") as file:
-            file.writelines(digest + "\n" for digest in sorted(lacking_digests(reports)))
+            file.writelines(line + "\n" for line in ([WANTED] if lines else []) + lines)
     if not options.dry_run and isinstance(target, Directory):
         keep_ranges(target, archive)
     problems = list(iter_archive_problems(archive, reports))
@@ -13685,10 +13763,16 @@ def add(options: argparse.Namespace) -> int:
 def get(options: argparse.Namespace) -> int:
     """Write out the files of an artifact."""
     names, reference = parse_local(options.image)
-    registry: Registry = (Archive(options.archives, tempfile.gettempdir()) if options.archives
-                          else open_store(options))
-    name = next(filter(registry.has_repository, names), names[0])
-    digest = resolve_reference(registry, name, reference or "latest")
+    if options.archives:
+        registry: Registry = Archive(options.archives, tempfile.gettempdir())
+        name = next(filter(registry.has_repository, names), names[0])
+    else:
+        registry = open_store(options)
+        name, reference = find_image(registry, options.image)
+    try:
+        digest = resolve_reference(registry, name, reference or "latest")
+    except Unknown:
+        raise CommandError("%s is not there; `tinyreg.py ls ARCHIVE` shows what is" % options.image)
     files = files_in(registry, name, registry.manifest(name, digest))
     if not files:
         raise CommandError("%s holds no files: it is an image for containers, or an index"

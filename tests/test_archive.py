@@ -490,7 +490,9 @@ def test_no_tag_before_all_is_there_and_what_is_missing_is_written_down(store, f
     done = load(difference, "--want", want)
     assert done.returncode == 1 and Digest.of(b"base") in done.stderr and "Traceback" not in done.stderr
     assert "left out on purpose" in done.stderr and done.stderr.count("\n") == 2
-    assert want.read_text() == Digest.of(b"base") + "\n"
+    assert want.read_text().splitlines()[1:] == [Digest.of(b"base")]
+    refused = run_tinyreg("save", "demo:1", "--root", store.root, "-o", tmp_path / "x.tar", "--have", want)
+    assert refused.returncode == 1 and "--have %s: it is neither" % want in refused.stderr  # it says the contrary
     assert list(far.repositories()) == []
     push_blob(far, "another", b"base")
     assert load(difference, "--want", want).returncode == 0

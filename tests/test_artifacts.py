@@ -344,7 +344,8 @@ def test_get_says_what_is_no_artifact_and_what_is_not_there(store, tmp_path, tin
     child = make_image(store, "app", "1")
     store.put_manifest("app", to_manifest(index(child)), ["all"])
     for name, message in [("app:1", "app:1 holds no files: it is an image for containers"), ("app:all", "an index"),
-                          ("app:2", "manifest unknown"), ("nowhere:1", "name not known"), ("A:1", "invalid")]:
+                          ("app:2", "not in the store as app:2, but as 1, all"), ("nowhere:1", "not in the store"),
+                          ("A:1", "invalid")]:
         status, output, errors = tinyreg_does("get", name, "-o", tmp_path / "out")
         assert (status, output) == (1, "") and message in only_line(errors)
     assert not (tmp_path / "out").exists()

@@ -192,6 +192,7 @@ def test_the_json_of_kubectl_names_the_same_with_and_without_line_breaks(tmp_pat
 
 
 @pytest.mark.parametrize("text, told", [
+    ("sha256:%s\n" % ("0" * 64), ["is no image"]),  # of load --want
     ("alpine:3\nalpine 3.19\n\n- busybox\n", ["file:2: 'alpine 3.19' is no image", "file:4: '- busybox' is no image"]),
     ("services:\n  a:\n    image: a:${TAG}\n  b:\n    image: b:1\n",
      ["file:3: a:${TAG}: a variable has no value; put it in, for example with envsubst"]),
@@ -322,6 +323,8 @@ def test_save_takes_all_that_a_pattern_fits(tmp_path, run, filled):
     assert saved(run, tmp_path, "**:1", "alpine:3.*") == everything[:3] + everything[5:]
     assert saved(run, tmp_path, "**", "--newest", "1") == [everything[0], everything[3], everything[5]]
     assert saved(run, tmp_path, "**", "--exclude", "team/**", "--exclude", "3.9") == everything[:1]
+    run("tag", "team/app:1", "lab.example:5000/x:1")
+    assert saved(run, tmp_path, "lab.example:5000/**") == ["lab.example_5000/x:1"]
     done = run("save", "team/app:1", "nobody/**", "-o", tmp_path / "none.tar", status=1)
     assert done.err == "tinyreg: nobody/** fits no image in the store; `tinyreg.py ls --tags` shows what is there\n"
     assert not (tmp_path / "none.tar").exists()

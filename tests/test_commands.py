@@ -2,6 +2,7 @@
 
 import calendar
 import errno
+import glob
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import tinyreg
 from conftest import PATIENCE, TINYREG, found_pythons, run_tinyreg
 from samples import (CONFIG, EVIL, buildkit_cache, image, index, is_harmless, make_image,
                      make_referrer, push_blob, to_manifest)
-from tinyreg import OCI_INDEX, OCI_MANIFEST, Digest, __version__, command_text, local_time
+from tinyreg import OCI_INDEX, OCI_MANIFEST, Digest, Directory, __version__, command_text, local_time
 
 PYTHONS = found_pythons()
 
@@ -827,6 +828,48 @@ def test_a_root_that_may_not_be_written():
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == ("tinyreg: can't use /tinyreg-test as the store: Permission denied; "
                            "choose another directory with --root\n")
+
+
+def test_what_root_stores_for_a_service_belongs_to_the_service(tmp_path):
+    """It runs as a user of its own, who has to change later what `sudo tinyreg load` has made."""
+    if os.getuid():
+        pytest.skip("only root can give files away")
+    source, root = tmp_path / "source", tmp_path / "root"
+    make_image(Directory(str(source)), "demo", "1")
+    root.mkdir()
+    os.chown(str(root), 65534, 65534)
+    for words in (["load", source], ["tag", "demo:1", "demo:2"], ["rm", "demo:1"], ["gc", "--untagged", "--grace", "0"],
+                  ["add", __file__, "--to", "files:1"]):
+        assert tinyreg.main([words[0], "--root", str(root)] + [str(word) for word in words[1:]]) == 0
+    assert {os.lstat(path).st_uid for path in glob.glob(str(root / "**"), recursive=True)} == {65534}
+    others = tmp_path / "others"
+    others.write_bytes(b"")
+    (root / "tinyreg" / "lock.changes").unlink()
+    (root / "tinyreg" / "lock.changes").symlink_to(others)
+    assert tinyreg.main(["tag", "--root", str(root), "files:1", "files:2"]) == 0
+    assert others.stat().st_uid == 0  # a link of that user's may lead to any file
+
+
+def test_a_wrong_name_of_an_archive_makes_no_store(tmp_path):
+    done = run_tinyreg("load", "images.tar", cwd=str(tmp_path))
+    assert (done.returncode, done.stderr) == (1, "tinyreg: images.tar: No such file or directory\n")
+    assert run_tinyreg("verify", cwd=str(tmp_path)).returncode == 1  # not: all is well
+
+
+def test_an_empty_store_says_that_it_is_empty(store):
+    done = run_tinyreg("ls", "--root", store.root)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "%s holds no images\n" % store.root)
+
+
+@pytest.mark.parametrize("words, says", [
+    (["push", "demo:1", "--to", "lab", "--signed-by", "key"], "see tinyreg.py push --help"),
+    (["serve", "--port", "5000"], "see tinyreg.py serve --help"),
+    (["passwd", "--users", "users"], "passwd NAME --users FILE"),
+    (["ls", "--history"], "ls --history NAME:TAG"),
+    (["gc", "--plan", "going.txt"], "--keep, --older-than or --only")])
+def test_what_was_forgotten_is_said(store, words, says):
+    done = run_tinyreg(words[0], "--root", store.root, *words[1:])
+    assert done.returncode and says in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("options, lines", [([], 2), (["--quiet"], 0)])

@@ -72,6 +72,13 @@ def tls_server(tmp_path_factory):
 
 # Certificates
 
+@pytest.mark.parametrize("name", ["registry.lab:5000", "10.0.0.7:5000", "https://registry.lab", "300.1.1.1"])
+def test_a_name_with_a_port_or_a_scheme_is_refused_in_one_line(tmp_path, name):
+    done = run_tinyreg("serve", "--root", tmp_path / "root", "--listen", "127.0.0.1:0", "--tls", "--tls-name", name)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "'%s' is no name or address to make a certificate for; write it without" % name in done.stderr
+
+
 def test_certificates_are_what_go_and_apple_clients_want(tmp_path):
     folder = tmp_path / "tls"
     names = {"registry.lab", "registry", "192.0.2.7", "2001:db8::7"}
