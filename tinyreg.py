@@ -1471,8 +1471,7 @@ class Blob:
     can give it, too. Whoever opens a blob closes it (`with`).
 
     The bytes of a subclass may lie in no single file: those of another registry, or of an archive
-    in several parts. Then `file` is None, `readinto` and `part` are the subclass's own, and the
-    bytes can be read once, in their order."""
+    in several parts. Then `file` is None and `readinto` is the subclass's own."""
 
     def __init__(self, file: Optional[BinaryIO], offset: int, length: int) -> None:
         self.file = file
@@ -1482,7 +1481,9 @@ class Blob:
 
     def part(self, offset: int, length: int) -> "Blob":
         """The same open file, narrowed to a part of this slice."""
-        return Blob(self.file, self.offset + offset, length)
+        part = type(self).__new__(type(self))
+        vars(part).update(vars(self), offset=self.offset + offset, length=length, position=0)
+        return part
 
     def rest(self, offset: int) -> "Blob":
         """The same open file, narrowed to this slice from `offset` on; empty past its end."""
@@ -3941,8 +3942,8 @@ class Member(NamedTuple):
     def open(self) -> Blob:
         """Raises OSError."""
         # An unpacked tar has no name to open it by, so an open tar's descriptor is copied.
-        descriptor = os.dup(self.tar.fileno()) if self.tar else os.open(self.path, os.O_RDONLY)
-        return Blob(os.fdopen(descriptor, "rb", buffering=0), self.offset, self.length)
+        file = open(os.dup(self.tar.fileno()) if self.tar else self.path, "rb", buffering=0)
+        return Blob(file, self.offset, self.length)
 
     def read(self, limit: int = MAX_MANIFEST) -> bytes:
         """The content. Raises ValueError if it is longer than `limit` bytes."""
@@ -3956,28 +3957,23 @@ class JoinedBlob(Blob):
     """A blob that was cut into ranges. Each range is a member, and only open while it is read. So
     a blob in a thousand ranges takes one descriptor."""
 
-    def __init__(self, members: Sequence[Member], offset: int = 0,
-                 length: Optional[int] = None) -> None:
+    def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
         self.ends = list(itertools.accumulate(member.length for member in members))
-        super().__init__(None, offset, self.ends[-1] if length is None else length)
-
-    def part(self, offset: int, length: int) -> Blob:
-        return JoinedBlob(self.members, self.offset + offset, length)
+        super().__init__(None, 0, self.ends[-1])
 
     def open(self) -> Blob:
         """The same blob, to be read from its first byte."""
-        return self.part(0, self.length)
+        return self.rest(0)
 
     def readinto(self, view: memoryview) -> int:
-        count = min(len(view), self.length - self.position)
-        if count <= 0:
+        view = view[:self.length - self.position]
+        if not view:
             return 0
         start = self.offset + self.position
         index = bisect.bisect_right(self.ends, start)
         with self.members[index].open() as blob:
-            left = self.ends[index] - start
-            count = blob.part(blob.length - left, min(count, left)).readinto(view)
+            count = blob.rest(blob.length - (self.ends[index] - start)).readinto(view)
         self.position += count
         return count
 
@@ -4157,30 +4153,33 @@ def stream_error(error: object) -> ValueError:
     return ValueError("damaged: %s" % error)
 
 
+def iter_blocks(source: Any) -> Iterator[bytes]:
+    """Yield what a stream's `read` gives."""
+    return iter(functools.partial(source.read, SPOOL_BLOCK), b"")
+
+
 def iter_xz(lzma: Any, source: BinaryIO) -> Iterator[bytes]:
     """Yield what an xz file holds. lzma.open() would take the memory that the file asks for."""
-    blocks = iter(functools.partial(source.read, SPOOL_BLOCK), b"")
+    blocks = iter_blocks(source)
     rest = next(blocks, b"")
     while rest:
         decompressor = lzma.LZMADecompressor(memlimit=MAX_UNPACKER)
         while not decompressor.eof:
             if decompressor.needs_input and not rest:
                 raise EOFError("it is cut off")
-            block = decompressor.decompress(rest, SPOOL_BLOCK)
+            yield decompressor.decompress(rest, SPOOL_BLOCK)
             rest = next(blocks, b"") if decompressor.needs_input else b""
-            if block:
-                yield block
         # Streams may follow one another, with zeros between them.
         more = itertools.chain([decompressor.unused_data], blocks)
         rest = next(filter(None, (block.lstrip(b"\0") for block in more)), b"")
 
 
-def unpack(read: Callable[[int], bytes], scratch: str) -> BinaryIO:
-    """A nameless file with all that a stream's `read` gives; unlike a stream, a file can be read
-    in any order. Raises OSError, and ValueError if the stream is damaged or too large."""
+def unpack(blocks: Iterable[bytes], scratch: str) -> BinaryIO:
+    """A nameless file with all blocks of a stream; unlike a stream, a file can be read in any
+    order. Raises OSError, and ValueError if the stream is damaged or too large."""
     file = tempfile.TemporaryFile(dir=scratch)
     try:
-        for block in iter(functools.partial(read, SPOOL_BLOCK), b""):
+        for block in blocks:
             file.write(block)
             if shutil.disk_usage(scratch).free < MIN_SPARE:
                 raise ValueError("unpacked it does not fit on the disk of %s" % scratch)
@@ -4196,25 +4195,24 @@ def unpack(read: Callable[[int], bytes], scratch: str) -> BinaryIO:
 def unpack_by_command(program: str, source: BinaryIO, scratch: str) -> BinaryIO:
     """What the program makes of a compressed file or pipe. Raises ValueError, OSError."""
     if not source.seekable():  # what was read to recognize it is gone from the pipe
-        source = unpack(source.read, scratch)
+        source = unpack(iter_blocks(source), scratch)
     os.lseek(source.fileno(), 0, os.SEEK_SET)
     try:
         limit = ["-M%d" % MAX_UNPACKER] * (program == "xz")
-        process = subprocess.Popen([program, "-dc"] + limit, stdin=source, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE)
+        process: Any = subprocess.Popen([program, "-dc"] + limit, stdin=source,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     except FileNotFoundError:
         raise ValueError("it is compressed with %s; install %s, or decompress it first"
                          % (program, program))
     with process:  # whoever leaves early closes the pipe, and so ends the program
-        assert process.stdout and process.stderr
-        file = unpack(process.stdout.read, scratch)
+        file = unpack(iter_blocks(process.stdout), scratch)
         errors = process.stderr.read().decode("ascii", "replace")
     if process.returncode:
         raise stream_error("%s says: %s" % (program, " ".join(errors.split())))
     return file
 
 
-def open_tar(path: str, scratch: Optional[str] = None) -> BinaryIO:
+def open_tar(path: str, scratch: str = "") -> BinaryIO:
     """A tar as an open file; compressed ones and stdin (`-`) only with a scratch folder.
 
     Raises ValueError, OSError."""
@@ -4223,18 +4221,14 @@ def open_tar(path: str, scratch: Optional[str] = None) -> BinaryIO:
     packed = find_compression(source.peek(8))
     if packed and not scratch:
         raise ValueError("it is compressed with %s; decompress it first" % packed)
-    if not scratch or not (packed or is_stdin):
-        return source
     if not packed:
-        return unpack(source.read, scratch)
+        return unpack(iter_blocks(source), scratch) if is_stdin else source
     try:
         module = importlib.import_module(DECOMPRESSORS[packed])
     except ImportError:
         return unpack_by_command(packed, source, scratch)
-    if packed == "xz":
-        blocks = iter_xz(module, source)
-        return unpack(lambda size: next(blocks, b""), scratch)
-    return unpack(module.open(source).read, scratch)
+    return unpack(iter_xz(module, source) if packed == "xz" else iter_blocks(module.open(source)),
+                  scratch)
 
 
 # Names in archives
@@ -4408,8 +4402,9 @@ class Contents:
         self.unnamed: Set[Tuple[str, Digest]] = set()  # in a registry's tree, without tag or pin
         self.loose: Dict[str, Set[Digest]] = {}        # referrers without a name, by subject
         self.parts = Parts()
-        # Several layers may be links to one file.
+        # Several layers may be links to one file, and images may share a config.
         self._read_digest = functools.lru_cache(maxsize=None)(read_digest)
+        self._read_diff_ids = functools.lru_cache(maxsize=None)(read_diff_ids)
 
     def add(self, path: str, members: Dict[str, Member]) -> None:
         """Take in the images of a file or directory. Raises ValueError, Invalid, OSError."""
@@ -4431,7 +4426,14 @@ class Contents:
             if not folder and os.path.isdir(path):
                 folder = os.path.basename(os.path.abspath(path))
             default = default_name(path if len(tops) == 1 else folder)
-            self._add_folder(inner, folder, default, "zarf.yaml" in members)
+            self.add_blobs(inner)
+            if "index.json" in inner:
+                self._add_layout(inner, default, *[BASE_NAME] * ("zarf.yaml" in members))
+            elif "manifest.json" in inner:
+                self._add_docker(inner, folder, default)
+            else:
+                self._add_tree(inner)
+                self._add_cache(inner)
 
     def add_blobs(self, members: Dict[str, Member]) -> None:
         """Take in all files that are named by a digest."""
@@ -4439,18 +4441,6 @@ class Contents:
             digest = find_digest_in(name)
             if digest and not name.startswith("tinyreg/"):  # a store has damaged files there
                 self.blobs.setdefault(digest, member)
-
-    def _add_folder(self, members: Dict[str, Member], folder: str, default: str,
-                    is_of_zarf: bool) -> None:
-        """A folder with images; `default` is the repository of those without a name."""
-        self.add_blobs(members)
-        if "index.json" in members:
-            self._add_layout(members, default, *[BASE_NAME] * is_of_zarf)
-        elif "manifest.json" in members:
-            self._add_docker(members, folder, default)
-        else:
-            self._add_tree(members)
-            self._add_cache(members)
 
     def _add_name(self, name: str, reference: str, digest: Digest) -> None:
         """Note the tag or digest by which a manifest is known. If two manifests have one tag, the
@@ -4506,17 +4496,15 @@ class Contents:
             return self._add_name(*folder_image(folder, default), digest)
         # load_json takes only objects.
         images = expect(list, load_json(b'{"images":' + content + b"}")["images"])
-        read_once = functools.lru_cache(maxsize=None)(read_diff_ids)  # images may share a config
         for image in images:
-            digest = self._make_manifest(members, expect(dict, image), read_once)
+            digest = self._make_manifest(members, expect(dict, image))
             tags = expect(list, image.get("RepoTags") or [])
             for tag in tags:
                 self._add_name(*parse_docker_image(expect(str, tag)), digest)
             if not tags:
                 self._add_name(default, "latest" if len(images) == 1 else digest, digest)
 
-    def _make_manifest(self, members: Dict[str, Member], image: Dict[str, Any],
-                       diff_ids_of: Callable[[Member], List[Any]]) -> Digest:
+    def _make_manifest(self, members: Dict[str, Member], image: Dict[str, Any]) -> Digest:
         """Make the OCI manifest that docker save has not written; returns its digest, which is the
         same whenever the image is the same. Raises ValueError, DIGEST_INVALID, OSError."""
         names = [image.get("Config")] + expect(list, image.get("Layers") or [])
@@ -4524,7 +4512,7 @@ class Contents:
             files = [members[inner_path(expect(str, name).encode())] for name in names]
         except KeyError as error:
             raise ValueError("manifest.json names %s, which is not there" % error)
-        diff_ids = [None] + diff_ids_of(files[0])
+        diff_ids = [None] + self._read_diff_ids(files[0])
         if len(diff_ids) != len(files):
             diff_ids = [None] * len(files)
         config, *layers = map(self._describe, names, files, diff_ids)
@@ -4608,20 +4596,17 @@ def unsupported_unless_valid(path: str) -> Iterator[None]:
         raise RegistryError("UNSUPPORTED", message="%s: %s" % (path, error))
 
 
-class Archive(Registry):
+class Archive(Contents, Registry):
     """Tars and directories with images, as one registry that can only be read.
 
     With `scratch`, a folder, tars may be compressed, and `-` is stdin. `ranges` is a folder with
     the ranges of blobs that came in earlier parts. With `partly`, tars that can't be read are
     passed over, as long as one can be read; `unreadable` says why. Raises UNSUPPORTED, OSError."""
 
-    def __init__(self, paths: Sequence[str], scratch: Optional[str] = None,
-                 ranges: Optional[str] = None, partly: bool = False) -> None:
+    def __init__(self, paths: Sequence[str], scratch: str = "", ranges: str = "",
+                 partly: bool = False) -> None:
+        super().__init__()
         self.root = ", ".join(paths)
-        self.contents = Contents()
-        self.names = self.contents.names
-        self.blobs = self.contents.blobs
-        self.parts = self.contents.parts
         self.unreadable: Dict[str, str] = {}   # what is wrong, by path
         self.damaged: Dict[Digest, str] = {}   # the file with a damaged blob or range
         self._reach = functools.lru_cache(MAX_REACHES)(self._follow)
@@ -4631,15 +4616,15 @@ class Archive(Registry):
             with unsupported_unless_valid(path):
                 members = self._read_members(path, scratch, partly)
                 if members:
-                    self.contents.add(path, members)
+                    self.add(path, members)
         if self.unreadable and not self.blobs:
             raise RegistryError("UNSUPPORTED", message="%s: %s" % min(self.unreadable.items()))
         if ranges:
-            self.contents.add_blobs(read_folder(ranges))
+            self.add_blobs(read_folder(ranges))
         with unsupported_unless_valid(self.root):
             self.joined = self.parts.join(self.blobs)
 
-    def _read_members(self, path: str, scratch: Optional[str], partly: bool) -> Dict[str, Member]:
+    def _read_members(self, path: str, scratch: str, partly: bool) -> Dict[str, Member]:
         """Raises ValueError, OSError."""
         if os.path.isdir(path):
             return read_folder(path)
@@ -4658,7 +4643,7 @@ class Archive(Registry):
 
     def _read_manifest(self, digest: Digest) -> Manifest:
         """Raises MANIFEST_UNKNOWN, and DIGEST_INVALID for a damaged one."""
-        content = self.contents.made.get(digest)
+        content = self.made.get(digest)
         if content is None and digest not in self.blobs:
             raise RegistryError("MANIFEST_UNKNOWN", digest)
         try:
@@ -4682,7 +4667,7 @@ class Archive(Registry):
             return Mentions(set(), set(), None)
         children = {child.digest for child in manifest.manifests
                     if child.media_type in MANIFEST_TYPES}
-        return Mentions(children | self.contents.loose.get(digest, set()),
+        return Mentions(children | self.loose.get(digest, set()),
                           {entry.digest for entry in manifest.blobs + manifest.manifests},
                           manifest.subject)
 
@@ -4751,12 +4736,12 @@ class Archive(Registry):
         return filter(None, map(self._find_manifest, self._reach_of(name).manifests))
 
     def digests(self, name: Optional[str] = None) -> Iterator[Digest]:
-        present = set(self.blobs).union(self.joined, self.contents.made)
+        present = set(self.blobs).union(self.joined, self.made)
         present.difference_update(*self.parts.ranges.values())
         return iter(sorted(present if name is None else present & self._reach_of(name).digests))
 
     def is_named(self, name: str, digest: Digest) -> bool:
-        return (name, digest) not in self.contents.unnamed
+        return (name, digest) not in self.unnamed
 
     def version(self) -> bytes:
         return b"an archive does not change"
@@ -4809,10 +4794,10 @@ def blob_name(digest: Digest) -> str:
     return "blobs/%s/%s" % (digest.algorithm, digest.encoded)
 
 
-def check_hash(hasher: Any, digest: Digest) -> None:
+def check_hash(hasher: Any, digest: Digest, what: str = "blob") -> None:
     """Raises DIGEST_INVALID unless what was hashed has this digest."""
     if hasher.hexdigest() != digest.encoded:
-        raise RegistryError("DIGEST_INVALID", digest, message="a blob is damaged")
+        raise RegistryError("DIGEST_INVALID", digest, message="a %s is damaged" % what)
 
 
 def tar_header(name: str, length: int, kind: bytes = b"0") -> bytes:
@@ -5681,22 +5666,26 @@ class Token(NamedTuple):
 
 class Authenticator:
     """Answers the challenges of a registry with the login, if there is one, of the user who runs
-    tinyreg: as RFC 7617 (Basic) and the token authentication of Distribution (Bearer) have it."""
+    tinyreg: as RFC 7617 (Basic) and the token authentication of Distribution (Bearer) have it.
 
-    def __init__(self, client: HttpClient, retry: Callable[..., Any]) -> None:
+    Keeps the tokens by scope. Of several threads that need the same token one asks for it, and the
+    others wait for its answer; nobody holds the mutex meanwhile."""
+
+    def __init__(self, client: HttpClient) -> None:
         self.client = client
-        self.retry = retry
+        self.tokens: Dict[str, concurrent.futures.Future] = {}
+        self.challenges: Challenges = {}  # that a login has answered, without their scopes
+        self.mutex = threading.Lock()  # of the tokens
 
-    def log_in(self, scope: str, refused: Optional[str], challenges: Challenges) -> Token:
+    def _log_in(self, scope: str, refused: Optional[str], challenges: Challenges) -> Token:
         """A token for a scope ("": for no repository), other than the header that was refused.
-        Raises UNAUTHORIZED."""
+        Raises UNAUTHORIZED, TemporaryFailure."""
         login = self.client.find_login(scope.split(":")[1] if scope else "")
         if "bearer" in challenges:
             request = self._token_request(challenges["bearer"], scope, login)
-            reply = self.retry(self.client.send, request)
             answer = {}
             with contextlib.suppress(ValueError):  # no JSON, so no token
-                answer = load_json(reply.content)
+                answer = load_json(self.client.send(request).content)
             token = answer.get("token") or answer.get("access_token")
             life = answer.get("expires_in")
             if not isinstance(life, int) or life <= 0:
@@ -5729,16 +5718,6 @@ class Authenticator:
         return ClientRequest("GET", url, authorization=authorization, timeout=TOKEN_TIMEOUT)
 
 
-class TokenCache:
-    """The tokens for one registry by scope, from `log_in`. Of several threads that need the same
-    token one asks for it, and the others wait for its answer; nobody holds the mutex meanwhile."""
-
-    def __init__(self, log_in: Callable[[str, Optional[str], Challenges], Token]) -> None:
-        self.log_in = log_in
-        self.tokens: Dict[str, concurrent.futures.Future] = {}
-        self.challenges: Challenges = {}  # that a login has answered, without their scopes
-        self.mutex = threading.Lock()  # of the tokens
-
     def find(self, scope: str) -> Optional[str]:
         """The Authorization header for a scope; None until a challenge wants one, which may be that
         for another scope. A token that is about to end is renewed. Raises UNAUTHORIZED."""
@@ -5765,7 +5744,7 @@ class TokenCache:
                 future = self.tokens[scope] = concurrent.futures.Future()
         if not is_fresh:
             try:
-                future.set_result(self.log_in(scope, refused, challenges))
+                future.set_result(self._log_in(scope, refused, challenges))
                 self.challenges = {scheme: dict(parameters, scope="")
                                    for scheme, parameters in challenges.items()}
             except BaseException as error:  # the threads that wait get it, too
@@ -5873,7 +5852,7 @@ class Remote(Registry):
         self.retries, self.say, self.patience = retries, say, patience
         self.keeps_lists = keeps_lists
         self.client = HttpClient(host, ca, insecure, plain_http)
-        self.tokens = TokenCache(Authenticator(self.client, self.retry).log_in)
+        self.tokens = Authenticator(self.client)
         self.known_in: Dict[Digest, str] = {}  # a repository there that has the blob
         self.mounts: Dict[Tuple[str, Digest], str] = {}  # Location of an upload that a mount began
         self.without_referrers: Set[str] = set()  # repositories for which there is no referrers API
@@ -6194,39 +6173,28 @@ class Upstream(NamedTuple):
     prefix: str
 
 
-class Arrival(NamedTuple):
-    """A blob of `size` bytes that comes into a store, by this process or another. `begin` lets it
-    come, and returns an Event that is set at the end. Its bytes are in the file `partial` until
-    then, and in the file `whole` afterwards."""
-
-    begin: Callable[[], threading.Event]
-    partial: str
-    whole: str
-    size: int
-
-
 class ArrivingBlob(Blob):
-    """A part of a blob that is read while the blob comes into a store. Its last byte is not read
-    before its digest has proved right. The first read lets the blob come."""
+    """A blob of `size` bytes that is read while it comes into a store, by this process or another.
+    Its last byte is not read before its digest has proved right. The first read calls `begin`,
+    which lets it come, and returns an Event that is set at the end. Its bytes are in the file
+    `partial` until then, and in the file `whole` afterwards."""
 
-    def __init__(self, arrival: Arrival, offset: int, length: int) -> None:
-        super().__init__(None, offset, length)
-        self.arrival = arrival
+    def __init__(self, begin: Callable[[], threading.Event], partial: str, whole: str,
+                 size: int) -> None:
+        super().__init__(None, 0, size)
+        self.begin, self.partial, self.whole, self.size = begin, partial, whole, size
         self.ended: Optional[threading.Event] = None
-
-    def part(self, offset: int, length: int) -> Blob:
-        return ArrivingBlob(self.arrival, self.offset + offset, length)
 
     def readinto(self, view: Any) -> int:
         """Waits for the next bytes. Raises OSError if the upstream fails."""
-        self.ended = self.ended or self.arrival.begin()
+        self.ended = self.ended or self.begin()
         start = self.offset + self.position
         wanted = min(len(view), self.length - self.position)
         while wanted:
             has_ended = self.ended.is_set()
-            path, end = self.arrival.partial, self.arrival.size - 1
+            path, end = self.partial, self.size - 1
             if has_ended:
-                path, end = self.arrival.whole, self.arrival.size
+                path, end = self.whole, self.size
             with contextlib.suppress(FileNotFoundError):  # nothing has come yet, or nothing will
                 with open(path, "rb", buffering=0) as file:
                     count = Blob(file, start, min(wanted, end - start)).readinto(view)
@@ -6358,7 +6326,7 @@ class PullThrough(Wrapper):
             return self.store.open_blob(name, digest, offset)
         session = self.store.session_of_blob(name, digest)
         whole = self.store.layout.blob_path(digest)
-        return ArrivingBlob(Arrival(begin, session.path, whole, size), 0, size).rest(offset)
+        return ArrivingBlob(begin, session.path, whole, size).rest(offset)
 
     def _begin_download(self, name: str, digest: Digest, size: int) -> threading.Event:
         """Let a blob of this size (0: unknown) come into the store, unless it is on its way.
@@ -6389,24 +6357,19 @@ class PullThrough(Wrapper):
                 del self.downloads[name, digest]
             ended.set()
 
-    def _check_ours(self, name: str) -> None:
-        """Raises DENIED below the name of an upstream."""
+
+def refused_below_upstreams(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of PullThrough that raises DENIED below the name of an upstream."""
+    def call_inner(self: PullThrough, name: str, *arguments: Any) -> Any:
         if self.find_upstream(name)[0]:
             raise RegistryError("DENIED", name, message="what is below this name is another "
                                 "registry's, and kept here as it is there; push under another name")
+        return method(self, name, *arguments)
+    return call_inner
 
-    def start_upload(self, name: str, algorithm: str = "sha256") -> UploadSession:
-        self._check_ours(name)
-        return self.store.start_upload(name, algorithm)
 
-    def mount(self, name: str, digest: Digest, source: Optional[str] = None) -> bool:
-        self._check_ours(name)
-        return self.store.mount(name, digest, source)
-
-    def put_manifest(self, name: str, manifest: Manifest, tags: Iterable[str] = (),
-                     check_wanted: Callable[[], None] = do_nothing) -> None:
-        self._check_ours(name)
-        self.store.put_manifest(name, manifest, tags, check_wanted)
+for action in ("start_upload", "mount", "put_manifest"):
+    setattr(PullThrough, action, refused_below_upstreams(getattr(Wrapper, action)))
 
 # -------------------------------------------------------------------------------------------------
 # 11  Choice
@@ -7175,7 +7138,7 @@ def read_chart(path: str, scratch: str) -> Optional[Dict[str, str]]:
     # The file is damaged, or no tar; or this Python can't read gzip.
     with contextlib.suppress(ValueError, ImportError):
         with importlib.import_module("gzip").open(path) as file, unpack(
-                lambda size: file.read(min(size, MAX_CHART - file.tell())), scratch) as tar:
+                itertools.islice(iter_blocks(file), MAX_CHART // SPOOL_BLOCK), scratch) as tar:
             for entry in iter_tar(tar):
                 if CHART_YAML.fullmatch(entry.name):
                     return parse_chart(Member(path, tar, entry.offset, entry.length).read())
@@ -7272,8 +7235,7 @@ def write_file(registry: Registry, name: str, digest: Digest, path: str) -> None
         hasher = hashlib.new(digest.algorithm)
         with registry.open_blob(name, digest) as blob:
             copy_bytes(blob, blob.length, write, hasher.update)
-        if hasher.hexdigest() != digest.encoded:
-            raise RegistryError("DIGEST_INVALID", digest, message="a file is damaged")
+        check_hash(hasher, digest, "file")
 
     make_directories(os.path.dirname(path))
     Files(os.path.dirname(path)).fill(path, give)
@@ -13701,7 +13663,7 @@ def load(options: argparse.Namespace) -> int:
     if not any(map(is_archive, options.archives)):
         os.stat(options.archives[0])  # raises the error: a wrong name makes no store
     progress = Progress(options)
-    destination, scratch, ranges = Destination("", ""), tempfile.gettempdir(), None
+    destination, scratch, ranges = Destination("", ""), tempfile.gettempdir(), ""
     if options.to:
         destination = parse_destination(options.to)
         target: Registry = open_remote(options, destination.host, progress.say)
