@@ -3927,6 +3927,9 @@ PAX_RECORD = re.compile(rb"([0-9]{1,5}) ([^=\n]+)=")
 TREE_LINK = re.compile(r"docker/registry/v2/repositories/(%s)/_manifests/"
                        r"(?:tags/(%s)/current|revisions/[^/]+/[^/]+)/link"
                        % (NAME.pattern, TAG.pattern))
+# manifests/HOST/NAME/reference/TAG, manifests/HOST/NAME/digest/sha256-HEX; a port is _PORT_
+CACHE_ENTRY = re.compile(r"(?s)manifests/([^/]+?)_?/(.+)/"
+                         r"(?:digest/sha256[-:][0-9a-f]{64}|[^/]+/([^/]+))")
 
 
 # Members: where the bytes lie
@@ -4553,19 +4556,15 @@ class Contents:
                     self.unnamed.add((name, digest))
 
     def _add_cache(self, members: Dict[str, Member]) -> None:
-        """The image cache of Talos, in its flat layout: blob/sha256-HEX, and the manifests as
-        manifests/HOST/NAME/reference/TAG and .../digest/sha256-HEX. A port is written _PORT_."""
+        """The image cache of Talos, in its flat layout."""
         for path, member in members.items():
-            top, _, rest = path.partition("/")
-            folder, _, reference = rest.rpartition("/")
-            host, _, name = os.path.dirname(folder).partition("/")
-            if top == "manifests" and name:
-                content = member.read()
-                digest = Digest.of(content)
+            match = CACHE_ENTRY.fullmatch(path)
+            if match:
+                host, name, tag = match.groups()
+                digest = Digest.of(member.read())
                 self.blobs.setdefault(digest, member)
-                is_digest = folder.endswith("/digest") and find_digest_in(reference)
-                self._add_name(origin_name(canonical_host(host.rstrip("_")), name),
-                               digest if is_digest else parse_tag(reference), digest)
+                self._add_name(origin_name(canonical_host(host), name),
+                               parse_tag(tag) if tag else digest, digest)
 
 
 # An archive as a registry
@@ -4868,9 +4867,6 @@ class PlannedBlob(NamedTuple):
     open_from: Callable[[int], Blob]
     start: int = 0
 
-    def open(self) -> Blob:
-        return self.open_from(self.start)
-
 
 class PlannedFile(NamedTuple):
     """A file that is to be written."""
@@ -5056,12 +5052,12 @@ class ArchiveWriter(Registry):
         for file in self._small_files(digests):
             take(tar_member(*file))
         for digest in digests:
-            blob, hasher = self.blobs[digest], hashlib.new(digest.algorithm)
-            take(tar_header(blob_name(digest), blob.length))
-            with blob.open() as source:
-                copy_bytes(source, blob.length, hasher.update, take)
+            (length, open_from, start), hasher = self.blobs[digest], hashlib.new(digest.algorithm)
+            take(tar_header(blob_name(digest), length))
+            with open_from(start) as blob:
+                copy_bytes(blob, length, hasher.update, take)
             check_hash(hasher, digest)
-            take(bytes(padded(blob.length) - blob.length))
+            take(bytes(padded(length) - length))
         take(TAR_END)
 
     def _save_file(self, path: str, digests: Sequence[Digest],
@@ -5404,13 +5400,9 @@ class Reply(http.client.HTTPResponse):
 
 
 class ClientConnection(http.client.HTTPConnection):
-    """A connection for requests to HOST[:PORT]."""
+    """A connection for requests."""
 
     response_class = Reply
-
-    def __init__(self, netloc: str, default_port: int) -> None:
-        self.default_port = default_port
-        super().__init__(netloc, timeout=CONNECT_TIMEOUT)
 
 
 def reason_of(error: Exception) -> str:
@@ -5438,27 +5430,27 @@ class ConnectionPool:
         """A new connection, through the proxy that the environment (HTTPS_PROXY, …) may name.
         Raises ProxyError for the proxy, and OSError for what is behind it."""
         proxy = urllib.request.getproxies().get(scheme)
+        parts = urllib.parse.urlsplit("//" + netloc)
+        host, port = str(parts.hostname), parts.port or (443 if scheme == "https" else 80)
         if proxy and not urllib.request.proxy_bypass(netloc) and not is_this_machine(netloc):
-            connection = self._open_tunnel(proxy, scheme, netloc)
+            connection = self._open_tunnel(proxy, scheme, host, port)
         else:
-            connection = ClientConnection(netloc, 443 if scheme == "https" else 80)
+            connection = ClientConnection(host, port, timeout=CONNECT_TIMEOUT)
             connection.connect()
         if scheme == "https":
-            host = urllib.parse.urlsplit("//" + netloc).hostname
             connection.sock = self.context.wrap_socket(connection.sock, server_hostname=host)
         return connection
 
     @staticmethod
-    def _open_tunnel(proxy: str, scheme: str, netloc: str) -> ClientConnection:
+    def _open_tunnel(proxy: str, scheme: str, host: str, port: int) -> ClientConnection:
         """A new connection through a proxy. Raises ProxyError."""
         via = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
         user, secret = (urllib.parse.unquote(part or "") for part in (via.username, via.password))
         address = via.netloc.rpartition("@")[2]
         login = {"Proxy-Authorization": basic_authorization(user, secret)} if user else {}
         try:
-            connection = ClientConnection(address, 80)
-            connection.default_port = 443 if scheme == "https" else 80
-            connection.set_tunnel(netloc, headers=login)
+            connection = ClientConnection(address, timeout=CONNECT_TIMEOUT)
+            connection.set_tunnel(host, port, login)
             connection.connect()
         except NETWORK_ERRORS as error:
             raise ProxyError("the proxy %s fails (%s); check %s_proxy in the environment, or add "
@@ -5491,7 +5483,8 @@ class ConnectionPool:
         """The reply; afterwards the connection is idle, closed or, until let_go(), the reply's."""
         parts = urllib.parse.urlsplit(request.url)
         path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-        headers = dict(request.headers, **{"User-Agent": "tinyreg/" + __version__})
+        headers = dict(request.headers, Host=parts.netloc)
+        headers["User-Agent"] = "tinyreg/" + __version__
         if HOPS.passed is not None:
             headers["Via"] = ", ".join(HOPS.passed + [THIS_HOP])
         if request.authorization:
@@ -5668,14 +5661,14 @@ class Authenticator:
     """Answers the challenges of a registry with the login, if there is one, of the user who runs
     tinyreg: as RFC 7617 (Basic) and the token authentication of Distribution (Bearer) have it.
 
-    Keeps the tokens by scope. Of several threads that need the same token one asks for it, and the
-    others wait for its answer; nobody holds the mutex meanwhile."""
+    Keeps the tokens by scope. Of several threads that need the same one, one asks for it, and the
+    others wait for it."""
 
     def __init__(self, client: HttpClient) -> None:
         self.client = client
-        self.tokens: Dict[str, concurrent.futures.Future] = {}
+        self.tokens: Dict[str, Token] = {}
+        self.turns: Dict[str, threading.Lock] = {}  # by scope, held while a token is asked for
         self.challenges: Challenges = {}  # that a login has answered, without their scopes
-        self.mutex = threading.Lock()  # of the tokens
 
     def _log_in(self, scope: str, refused: Optional[str], challenges: Challenges) -> Token:
         """A token for a scope ("": for no repository), other than the header that was refused.
@@ -5717,40 +5710,31 @@ class Authenticator:
         authorization = login.authorization if login else None
         return ClientRequest("GET", url, authorization=authorization, timeout=TOKEN_TIMEOUT)
 
-
     def find(self, scope: str) -> Optional[str]:
         """The Authorization header for a scope; None until a challenge wants one, which may be that
         for another scope. A token that is about to end is renewed. Raises UNAUTHORIZED."""
-        future = self.tokens.get(scope)
-        if not future:
-            with contextlib.suppress(RegistryError):  # the registry may want no token for it
-                return self.replace(scope, None, self.challenges) if self.challenges else None
-            return None
-        token = future.result()
-        if time.monotonic() > token.ends:
+        token = self.tokens.get(scope)
+        if token and time.monotonic() <= token.ends:
+            return token.header
+        if token:
             return self.replace(scope, token.header, token.challenges)
-        return token.header
+        with contextlib.suppress(RegistryError):  # the registry may want no token for it
+            return self.replace(scope, None, self.challenges) if self.challenges else None
+        return None
 
     def replace(self, scope: str, refused: Optional[str], challenges: Challenges) -> str:
         """Another Authorization header in place of one (None: none) that was refused or is about to
-        end. Raises UNAUTHORIZED."""
-        with self.mutex:
-            future: Any = self.tokens.get(scope)
-            # Another thread may be faster: its token is here, or on its way.
-            is_fresh = future and not (future.done() and future.result().header == refused)
-            if not is_fresh:
-                if len(self.tokens) >= MAX_TOKENS:
-                    self.tokens = {}
-                future = self.tokens[scope] = concurrent.futures.Future()
-        if not is_fresh:
-            try:
-                future.set_result(self._log_in(scope, refused, challenges))
+        end. Raises UNAUTHORIZED, TemporaryFailure."""
+        if len(self.tokens) >= MAX_TOKENS:
+            self.tokens, self.turns = {}, {}
+        with self.turns.setdefault(scope, threading.Lock()):
+            token = self.tokens.get(scope)
+            if not token or token.header == refused:  # no other thread was faster
+                self.tokens.pop(scope, None)
+                token = self.tokens[scope] = self._log_in(scope, refused, challenges)
                 self.challenges = {scheme: dict(parameters, scope="")
                                    for scheme, parameters in challenges.items()}
-            except BaseException as error:  # the threads that wait get it, too
-                self.tokens.pop(scope, None)
-                future.set_exception(error)
-        return future.result().header
+            return token.header
 
 
 # Blobs on their way
@@ -6301,12 +6285,11 @@ class PullThrough(Wrapper):
         return self.store.tags(name, last)
 
     def referrers(self, name: str, subject: Digest, last: str = "") -> Iterator[Manifest]:
-        digests: List[Digest] = []
         with contextlib.suppress(Unavailable):  # those that are here still count
             digests = self._ask(name, Remote.referrer_digests, subject) or []
-        for digest in digests[:PAGE_SIZE]:
-            with contextlib.suppress(Unknown, Unavailable):  # the others still count
-                self.manifest(name, digest)  # which fetches and keeps it
+            for digest in digests[:PAGE_SIZE]:
+                with contextlib.suppress(Unknown, Unavailable):  # the others still count
+                    self.manifest(name, digest)  # which fetches and keeps it
         return self.store.referrers(name, subject, last)
 
     # The store's own would list only those that are here.
