@@ -5220,10 +5220,9 @@ def ask_helper(helper: str, host: str) -> Optional[Login]:
 
 def helper_for(document: Dict[str, Any], host: str) -> str:
     """The credential helper that a file of logins names for this host; "" without."""
-    for key, helper in (document.get("credHelpers") or {}).items():
-        if login_key(key) == host and helper:
-            return helper
-    return document.get("credsStore") or ""
+    helpers = document.get("credHelpers") or {}
+    helper = {login_key(key): helpers[key] for key in helpers}.get(host)
+    return helper or document.get("credsStore") or ""
 
 
 def find_login_in(file: str, keys: Sequence[str]) -> Optional[Login]:
@@ -5246,11 +5245,10 @@ def find_login(host: str, path: str = "") -> Optional[Login]:
     for file in login_files():
         try:
             login = find_login_in(file, keys)
+            if login:
+                return login
         except (OSError, ValueError, TypeError, AttributeError) as error:
             logger.warning("no logins read from %s: %s", file, error)
-            continue
-        if login:
-            return login
     return None
 
 
@@ -5518,9 +5516,9 @@ def network_advice(error: Exception) -> str:
             outdated.group(), local_time(time.time()))
     if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in text:
         reason = text.rpartition("certificate verify failed")[2].partition("(_ssl")[0]
-        reason = reason.lstrip(":").strip()  # Python 3.6 gives none
         return "its certificate is not trusted (%s); name its CA with --ca FILE" % (
-            reason or "its CA, its name, or this machine's clock")
+            reason.strip(": ")  # Python 3.6 gives none
+            or "its CA, its name, or this machine's clock")
     if isinstance(error, ssl.SSLError):
         return "it does not speak TLS; if it is meant to speak plain HTTP, add --plain-http"
     if isinstance(error, socket.gaierror):
@@ -5614,7 +5612,8 @@ class HttpClient:
             return RegistryError(code, message=message)
         failure = TemporaryFailure(code, message=message)
         seconds = re.fullmatch("[0-9]{1,9}", reply.header("Retry-After"))
-        failure.wait = float(seconds.group()) if seconds else None
+        if seconds:
+            failure.wait = float(seconds.group())
         return failure
 
     def send(self, request: ClientRequest) -> Reply:
@@ -6173,15 +6172,15 @@ class ArrivingBlob(Blob):
         """Waits for the next bytes. Raises OSError if the upstream fails."""
         self.ended = self.ended or self.begin()
         start = self.offset + self.position
-        wanted = min(len(view), self.length - self.position)
-        while wanted:
+        view = view[:self.length - self.position]
+        while view:
             has_ended = self.ended.is_set()
             path, end = self.partial, self.size - 1
             if has_ended:
                 path, end = self.whole, self.size
             with contextlib.suppress(FileNotFoundError):  # nothing has come yet, or nothing will
                 with open(path, "rb", buffering=0) as file:
-                    count = Blob(file, start, min(wanted, end - start)).readinto(view)
+                    count = Blob(file, start, end - start).readinto(view)
                 if count:
                     self.position += count
                     return count

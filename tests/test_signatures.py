@@ -380,6 +380,10 @@ def test_pull_takes_what_is_signed_and_names_the_rest(lab, good, start_server, r
     # The platform is here already, and comes from the store.
     done = run_tinyreg("pull", "%s/lab/signed@%s" % (host, amd64.digest), *words)
     assert done.returncode == 1 and "no key of --signed-by has signed " + amd64.digest in done.stderr
+    # A signature by itself: that it can't run shows in its layer, which is looked at over there.
+    tag = store.resolve("lab/signed", "latest").replace(":", "-") + ".sig"
+    done = run_tinyreg("pull", "%s/lab/signed:%s" % (host, tag), "--root", tmp_path / "near", "--signed-by", good.public)
+    assert (done.returncode, done.stderr) == (0, "") and near.resolve(name, tag) == store.resolve("lab/signed", tag)
 
 
 def test_what_is_checked_is_what_is_copied(store, good, tmp_path, no_fsync):
