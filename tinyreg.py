@@ -6190,6 +6190,16 @@ class ArrivingBlob(Blob):
         return 0
 
 
+def denied_below_upstreams(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of PullThrough that raises DENIED below the name of an upstream."""
+    def call_inner(self: Any, name: str, *arguments: Any) -> Any:
+        if self.find_upstream(name)[0]:
+            raise RegistryError("DENIED", name, message="what is below this name is another "
+                                "registry's, and kept here as it is there; push under another name")
+        return method(self, name, *arguments)
+    return call_inner
+
+
 class PullThrough(Wrapper):
     """A store in front of other registries. What a repository below NS/ lacks is fetched from the
     upstream of NS, passed on at once, and kept. The upstream of * is another such cache: it has
@@ -6339,19 +6349,9 @@ class PullThrough(Wrapper):
                 del self.downloads[name, digest]
             ended.set()
 
-
-def refused_below_upstreams(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of PullThrough that raises DENIED below the name of an upstream."""
-    def call_inner(self: PullThrough, name: str, *arguments: Any) -> Any:
-        if self.find_upstream(name)[0]:
-            raise RegistryError("DENIED", name, message="what is below this name is another "
-                                "registry's, and kept here as it is there; push under another name")
-        return method(self, name, *arguments)
-    return call_inner
-
-
-for action in ("start_upload", "mount", "put_manifest"):
-    setattr(PullThrough, action, refused_below_upstreams(getattr(Wrapper, action)))
+    start_upload = denied_below_upstreams(Wrapper.start_upload)
+    mount = denied_below_upstreams(Wrapper.mount)
+    put_manifest = denied_below_upstreams(Wrapper.put_manifest)
 
 # -------------------------------------------------------------------------------------------------
 # 11  Choice

@@ -382,7 +382,7 @@ def test_pull_takes_what_is_signed_and_names_the_rest(lab, good, start_server, r
     assert done.returncode == 1 and "no key of --signed-by has signed " + amd64.digest in done.stderr
     # A signature by itself: that it can't run shows in its layer, which is looked at over there.
     tag = store.resolve("lab/signed", "latest").replace(":", "-") + ".sig"
-    done = run_tinyreg("pull", "%s/lab/signed:%s" % (host, tag), "--root", tmp_path / "near", "--signed-by", good.public)
+    done = run_tinyreg("pull", "%s/lab/signed:%s" % (host, tag), *words[:4])
     assert (done.returncode, done.stderr) == (0, "") and near.resolve(name, tag) == store.resolve("lab/signed", tag)
 
 
