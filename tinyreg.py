@@ -3905,9 +3905,9 @@ PARTS = "tinyreg-parts.json"                # see Parts
 
 # By the kind that cosign save and hauler write of a manifest, how cosign's tag for it ends. "" is
 # the image; "@" is a referrer, which needs no tag.
-COSIGN_KINDS = {program + kind: suffix for program in ("dev.cosignproject.cosign/", "dev.hauler/")
-                for kind, suffix in (("image", ""), ("imageIndex", ""), ("sigs", ".sig"),
-                                     ("atts", ".att"), ("sboms", ".sbom"), ("referrers", "@"))}
+COSIGN_KIND = re.compile(r"dev\.(?:cosignproject\.cosign|hauler)/([^/]+)")
+COSIGN_KINDS = {"image": "", "imageIndex": "", "sigs": ".sig", "atts": ".att", "sboms": ".sbom",
+                "referrers": "@"}
 HAULER_SUBJECT = "hauler.dev/subject-digest"  # if it is not the image of the same name
 
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz",
@@ -4473,7 +4473,8 @@ class Contents:
                 continue  # image-spec: a program "MUST ignore" types that it doesn't know
             annotations = expect(dict, entry.get("annotations") or {})
             name = find_entry_name(annotations, default, *keys)
-            kind = COSIGN_KINDS.get("/".join(str(annotations.get("kind")).split("/")[:2]))
+            match = COSIGN_KIND.match(str(annotations.get("kind")))
+            kind = COSIGN_KINDS.get(match.group(1)) if match else None
             if kind == "":
                 is_first, images[name] = name not in images, digest
                 name = name or (default, "latest" if is_first else digest)
@@ -4586,15 +4587,6 @@ class Reach(NamedTuple):
     referrers: Dict[str, Set[Digest]]  # by subject
 
 
-@contextlib.contextmanager
-def unsupported_unless_valid(path: str) -> Iterator[None]:
-    """Whatever is wrong with an archive is raised as UNSUPPORTED, with its path."""
-    try:
-        yield
-    except (ValueError, Invalid) as error:
-        raise RegistryError("UNSUPPORTED", message="%s: %s" % (path, error))
-
-
 class Archive(Contents, Registry):
     """Tars and directories with images, as one registry that can only be read.
 
@@ -4611,17 +4603,20 @@ class Archive(Contents, Registry):
         self._reach = functools.lru_cache(MAX_REACHES)(self._follow)
         # A hundred thousand names may lead to one large manifest.
         self._mentions = functools.lru_cache(maxsize=None)(self._read_mentions)
-        for path in paths:
-            with unsupported_unless_valid(path):
+        try:
+            for path in paths:
                 members = self._read_members(path, scratch, partly)
                 if members:
                     self.add(path, members)
-        if self.unreadable and not self.blobs:
-            raise RegistryError("UNSUPPORTED", message="%s: %s" % min(self.unreadable.items()))
-        if ranges:
-            self.add_blobs(read_folder(ranges))
-        with unsupported_unless_valid(self.root):
+            if self.unreadable and not self.blobs:
+                path = min(self.unreadable)
+                raise ValueError(self.unreadable[path])
+            path = self.root
+            if ranges:
+                self.add_blobs(read_folder(ranges))
             self.joined = self.parts.join(self.blobs)
+        except (ValueError, Invalid) as error:
+            raise RegistryError("UNSUPPORTED", message="%s: %s" % (path, error))
 
     def _read_members(self, path: str, scratch: str, partly: bool) -> Dict[str, Member]:
         """Raises ValueError, OSError."""
@@ -5240,8 +5235,7 @@ def find_login_in(file: str, keys: Sequence[str]) -> Optional[Login]:
 
 def find_login(host: str, path: str = "") -> Optional[Login]:
     """The Login for a repository. A key may name a part of its path; the longest one counts."""
-    parts = [host] + path.split("/")
-    keys = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    keys = list(itertools.accumulate([host] + path.split("/"), os.path.join))[::-1]
     for file in login_files():
         try:
             login = find_login_in(file, keys)
@@ -5606,7 +5600,7 @@ class HttpClient:
         if reply.status == 400 and self.plain_http and code == "UNSUPPORTED":
             message += "; if it speaks HTTPS, leave out --plain-http"
         if reply.status == 404:
-            advice = "" if "@" in image else "; check its name and tag"
+            advice = "" if "@" in image else "; check its name" + " and tag" * (":" in image)
             message = "%s has no %s%s" % (self.host, image, advice)
         if reply.status not in RETRIED:
             return RegistryError(code, message=message)
@@ -5724,13 +5718,13 @@ class Authenticator:
     def replace(self, scope: str, refused: Optional[str], challenges: Challenges) -> str:
         """Another Authorization header in place of one (None: none) that was refused or is about to
         end. Raises UNAUTHORIZED, TemporaryFailure."""
-        if len(self.tokens) >= MAX_TOKENS:
-            self.tokens, self.turns = {}, {}
         with self.turns.setdefault(scope, threading.Lock()):
             token = self.tokens.get(scope)
             if not token or token.header == refused:  # no other thread was faster
                 self.tokens.pop(scope, None)
                 token = self.tokens[scope] = self._log_in(scope, refused, challenges)
+                if len(self.tokens) > MAX_TOKENS:
+                    self.tokens, self.turns = {scope: token}, {}
                 self.challenges = {scheme: dict(parameters, scope="")
                                    for scheme, parameters in challenges.items()}
             return token.header
@@ -5905,8 +5899,9 @@ class Remote(Registry):
         Raises RegistryError for other statuses than these."""
         url = path if path.startswith("/v2/") else "/v2/%s%s" % (name, path)
         scope = "repository:%s:%s" % (name, action)
-        reference = path.rpartition("/")[2]
-        image = name + ("@" if ":" in reference else ":") + reference
+        reference, image = path.rpartition("/")[2], name
+        if "/tags/list" not in path:
+            image += ("@" if ":" in reference else ":") + reference
         request = ClientRequest(method, url, **settings)
         return self.retry(self.exchange, request, scope, statuses, image)
 

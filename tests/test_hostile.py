@@ -508,6 +508,7 @@ ATTACKS = {
                         ("", HEX + "/", "\n"), ("", HEX, ""), ("", "a:a/", "x")],
     "TREE_LINK": [(TAGS, "a/_manifests/tags/", ""), (TAGS, "/_manifests/revisions/a/a", ""),
                   (TAGS, "a/_manifests/tags/a/current/link/", ""), (TAGS + "a", "/", "")],
+    "COSIGN_KIND": [("dev.hauler/", "a", "/"), ("", "dev.hauler/", "")],
     "CACHE_ENTRY": [("manifests/", "a", ""), ("manifests/", "a/", ""), ("manifests/", "_/", "\n/"),
                     ("manifests/a/", "digest/", ""), ("manifests/a/a/digest/sha256-", HEX, "x/")],
     "PAX_RECORD": [(b"9 ", b"a", b""), (b"", b"9", b""), (b"", b"9 a", b"")],

@@ -264,6 +264,11 @@ def test_tags_and_referrers_come_in_pages(store, server, start_proxy):
 
 
 @needs_distribution
+def test_a_repository_without_a_list_of_tags_is_called_by_its_name(server):
+    with pytest.raises(RegistryError, match=r" has no far/gone; check its name$"):
+        Remote(server.host).tags("far/gone")
+
+
 def test_an_index_without_all_its_children_is_refused_with_what_to_do(store, distribution):
     make_multi(store, "demo")
     with pytest.raises(RegistryError, match="copy them as well; or add --strip"):
