@@ -5718,13 +5718,15 @@ class Authenticator:
     def replace(self, scope: str, refused: Optional[str], challenges: Challenges) -> str:
         """Another Authorization header in place of one (None: none) that was refused or is about to
         end. Raises UNAUTHORIZED, TemporaryFailure."""
+        if len(self.turns) > MAX_TOKENS:
+            self.turns = {}
         with self.turns.setdefault(scope, threading.Lock()):
             token = self.tokens.get(scope)
             if not token or token.header == refused:  # no other thread was faster
                 self.tokens.pop(scope, None)
                 token = self.tokens[scope] = self._log_in(scope, refused, challenges)
                 if len(self.tokens) > MAX_TOKENS:
-                    self.tokens, self.turns = {scope: token}, {}
+                    self.tokens = {scope: token}
                 self.challenges = {scheme: dict(parameters, scope="")
                                    for scheme, parameters in challenges.items()}
             return token.header
