@@ -5642,12 +5642,10 @@ def parse_challenges(header: str) -> Challenges:
 
 
 class Token(NamedTuple):
-    """An Authorization header, when it has to be renewed (in time.monotonic()), and the challenges
-    that it answers."""
+    """An Authorization header, and when it has to be renewed, in time.monotonic()."""
 
     header: str
     ends: float
-    challenges: Challenges
 
 
 class Authenticator:
@@ -5677,9 +5675,9 @@ class Authenticator:
             if not isinstance(life, int) or life <= 0:
                 life = SHORT_LIFE
             if isinstance(token, str) and len(token) <= MAX_TOKEN:
-                return Token("Bearer " + token, time.monotonic() + life * 0.9, challenges)
+                return Token("Bearer " + token, time.monotonic() + life * 0.9)
         elif "basic" in challenges and login and login.authorization != refused:
-            return Token(login.authorization, float("inf"), challenges)
+            return Token(login.authorization, float("inf"))
         raise login_error(self.client.host, login)
 
     def _token_request(self, challenge: Dict[str, str], scope: str,
@@ -5705,14 +5703,13 @@ class Authenticator:
 
     def find(self, scope: str) -> Optional[str]:
         """The Authorization header for a scope; None until a challenge wants one, which may be that
-        for another scope. A token that is about to end is renewed. Raises UNAUTHORIZED."""
+        for another scope. A token that is about to end is renewed."""
         token = self.tokens.get(scope)
         if token and time.monotonic() <= token.ends:
             return token.header
-        if token:
-            return self.replace(scope, token.header, token.challenges)
         with contextlib.suppress(RegistryError):  # the registry may want no token for it
-            return self.replace(scope, None, self.challenges) if self.challenges else None
+            if self.challenges:
+                return self.replace(scope, token and token.header, self.challenges)
         return None
 
     def replace(self, scope: str, refused: Optional[str], challenges: Challenges) -> str:
