@@ -564,13 +564,13 @@ def split_image(text: str) -> Tuple[str, Union[None, str, Digest]]:
 
 
 class Image(NamedTuple):
-    """An image of another registry: that registry's host, the repository there, and the tag or
-    Digest; `stored_name` is the repository that has the image in our store."""
+    """An image of another registry: the repository that has it in our store, its tag or Digest,
+    that registry's host, and the repository there."""
 
+    stored_name: str
+    reference: Reference
     host: str
     path: str
-    reference: Reference
-    stored_name: str
 
 
 def origin_of(host: str) -> str:
@@ -605,7 +605,7 @@ def parse_image(text: str) -> Image:
             raise RegistryError("NAME_INVALID", path,
                                 message="64 hexadecimal digits are a digest, not a name")
         path = "library/" + path
-    return Image(host, path, reference or "latest", origin_name(host, parse_name(path)))
+    return Image(origin_name(host, parse_name(path)), reference or "latest", host, path)
 
 
 def has_origin(name: str) -> bool:
@@ -6398,21 +6398,17 @@ def parse_local(text: str) -> Tuple[List[str], Optional[str]]:
         return [image.stored_name], None if names_repository(text) else image.reference
 
 
-def is_likely(text: str) -> bool:
-    """Whether any text looks like an image: HOST.DOMAIN[:PORT]/NAME, with a tag or digest."""
-    host, slash, _ = text.partition("/")
-    if not slash or "." not in without_port(host) or names_repository(text):
-        return False
-    with contextlib.suppress(Invalid):  # that is the answer
-        return bool(parse_image(text))
-    return False
-
-
 def has_reference(text: str) -> bool:
     """Whether any text could be NAME:TAG or NAME@DIGEST."""
     with contextlib.suppress(Invalid):  # that is the answer
         return not names_repository(text) and bool(parse_local(text))
     return False
+
+
+def is_likely(text: str) -> bool:
+    """Whether any text looks like an image: HOST.DOMAIN[:PORT]/NAME, with a tag or digest."""
+    host, slash, _ = text.partition("/")
+    return bool(slash) and "." in without_port(host) and has_reference(text)
 
 
 def iter_listed(lines: Iterable[str]) -> Iterator[Tuple[int, str, bool]]:
@@ -6470,7 +6466,9 @@ def in_one_line(problems: Sequence[str]) -> str:
 
 
 def find_problem(choice: Choice) -> str:
-    """Why a line can't be read; "" if it can."""
+    """Why a line can't be read; "" if it can, or names an image for a guess only."""
+    if choice.is_guess:
+        return ""
     if "$" in choice.image:
         return "%s: %s: a variable has no value; put it in, for example with envsubst" % (
             choice.where, choice.image)
@@ -6494,7 +6492,7 @@ def read_choices(words: Iterable[str], paths: Iterable[str],
                  is_meant: Callable[[str], bool] = is_likely) -> List[Choice]:
     """The images that words and files name, each once, the guesses last, which `is_meant` tells.
     Raises CommandError with every line that can't be read, OSError."""
-    choices, problems = [Choice(word) for word in words], []
+    choices: List[Choice] = []
     for path in paths:
         # Standard input stays open: what is read from it again is empty.
         source = sys.stdin.fileno() if path == "-" else path
@@ -6506,16 +6504,16 @@ def read_choices(words: Iterable[str], paths: Iterable[str],
         lines = content.decode("utf-8-sig", "replace").split("\n")
         listed = iter_listed(lines) if is_plain_list(lines) else iter_mentioned(lines, is_meant)
         for number, text, is_guess in listed:
-            choice = Choice(text, "%s:%d" % (path, number), is_guess)
-            problem = "" if is_guess or not text else find_problem(choice)
-            problems += [problem] if problem else []
-            choices += [choice] if text else []
+            if text:
+                choices.append(Choice(text, "%s:%d" % (path, number), is_guess))
+    problems = list(filter(None, map(find_problem, choices)))
     if problems:
         is_yaml = any(": " in choice.image + " " for choice in choices)
         advice = "; a chart's values have to be rendered first: helm template CHART -f FILE"
         raise CommandError(in_one_line(problems) + (advice if is_yaml else ""))
     unique: Dict[str, Choice] = collections.OrderedDict()
-    for choice in sorted(choices, key=lambda choice: choice.is_guess):
+    choices.sort(key=lambda choice: choice.is_guess)
+    for choice in [Choice(word) for word in words] + choices:
         unique.setdefault(choice.image, choice)
     return list(unique.values())
 
@@ -6540,14 +6538,10 @@ class Filter(NamedTuple):
     exclude: Sequence[Any]
     newest: Optional[int]
 
-    def apply(self, name: str, references: Iterable[str]) -> List[str]:
-        """The references of a repository that are not excluded."""
-        return [reference for reference in references
-                if not fits_any(self.exclude, name, reference)]
-
     def tags(self, name: str, tags: Iterable[str], pattern: str = "*") -> List[str]:
         """The tags that fit a pattern and stay. With `newest`, the newest comes first."""
-        tags = self.apply(name, filter(parse_glob(pattern).fullmatch, tags))
+        tags = [tag for tag in filter(parse_glob(pattern).fullmatch, tags)
+                if not fits_any(self.exclude, name, tag)]
         if self.newest is None:
             return tags
         releases = [tag for tag in tags
@@ -6633,8 +6627,10 @@ def write_lock(path: Optional[str], digests: Mapping[str, Optional[Digest]]) -> 
     all; a port has its colon again. Raises OSError."""
     if not path:
         return
-    names = {(full_name if has_origin(image) else str)(image): digests[image] for image in digests}
-    lines = {"%s@%s\n" % (name.partition("@")[0], digest) for name, digest in names.items()}
+    lines = set()
+    for image, digest in digests.items():
+        name = full_name(image) if has_origin(image) else image
+        lines.add("%s@%s\n" % (name.partition("@")[0], digest))
     path = os.path.realpath(path)
     Files(os.path.dirname(path)).write(path, "".join(sorted(lines)).encode())
 
@@ -6652,15 +6648,18 @@ MANIFEST_COST = 1 << 10           # bytes of memory that a manifest takes beside
 MAX_PLANS = 2 * MAX_MANIFESTS     # … for those of all images that wait to be copied
 # cosign gives a manifest's signature the tag sha256-HEX.sig, and so on.
 COSIGN_SUFFIXES = (".sig", ".att", ".sbom")
+NO_CHOICE = Choice("")
 
 
 class Report:
     """What becomes of one image, counted while it is copied. `watch(report)` is called each time
     that a counter changes, from any thread."""
 
-    def __init__(self, image: str = "", watch: Callable[["Report"], None] = do_nothing) -> None:
-        self.image = image
-        self.choice = Choice(image)  # who has named it
+    def __init__(self, choice: Choice = NO_CHOICE,
+                 watch: Callable[["Report"], None] = do_nothing) -> None:
+        self.choice = choice  # what messages call it, and where it was named
+        self.image = choice.image
+        self.pin = ""  # its name in our store, with the tag, for a lock file
         self.digest: Optional[Digest] = None
         self.watch = watch
         self.mutex = threading.Lock()
@@ -6698,7 +6697,7 @@ class Report:
     def as_json(self) -> Dict[str, Any]:
         """All of it, for --json."""
         fields = {name: value for name, value in vars(self).items()
-                  if name not in ("choice", "watch", "mutex")}
+                  if name not in ("choice", "pin", "watch", "mutex")}
         referrers = [{"digest": digest, "type": kind} for digest, kind in self.referrers]
         return dict(fields, referrers=referrers, where=self.choice.where)
 
@@ -10133,7 +10132,7 @@ def plan_archive(registry: Registry, name: str, reference: Reference) -> Archive
     """What get_archive() sends. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN, BLOB_UNKNOWN; UNAVAILABLE
     if an upstream is away."""
     writer = ArchiveWriter()
-    report = Report(name)
+    report = Report(Choice(name))
     copy(registry, writer, name, reference, report=report)
     if report.missing:
         raise RegistryError("BLOB_UNKNOWN", *report.missing)
@@ -11709,9 +11708,6 @@ def find_root(path: str) -> Optional[str]:
 
 def open_store(options: argparse.Namespace, create: bool = False, renew: bool = True) -> Directory:
     """The store at --root; with `create`, it is made if it is not there. Raises CommandError."""
-    settings: Dict[str, Any] = {name: getattr(options, name, 0)
-                                for name in ("sparse", "min_free", "max_blob", "shared")}
-    settings["quota"] = getattr(options, "quota", ())
     if not options.root:  # a script whose variable is empty
         raise CommandError("--root '' names no directory")
     path = os.path.abspath(options.root)
@@ -11719,6 +11715,8 @@ def open_store(options: argparse.Namespace, create: bool = False, renew: bool = 
     if root:
         raise CommandError("%s is no store, but %s is: write --root %s"
                            % (path, root, shlex.quote(root)))
+    names = ("sparse", "min_free", "max_blob", "shared", "quota")  # options of serve
+    settings = {name: getattr(options, name) for name in names if hasattr(options, name)}
     try:
         return Directory(options.root, create=create, renew=renew, **settings)
     except OSError as error:
@@ -12005,16 +12003,27 @@ def start_thread(function: Callable[..., None], *arguments: Any) -> None:
 
 # serve
 
+def iter_tags(store: Directory) -> Iterator[Tuple[str, str, Digest]]:
+    """Yield (repository, tag, digest) of each tag."""
+    for name in store.repositories():
+        for tag in store.tags(name):
+            with contextlib.suppress(Unknown):  # deleted since, or damaged
+                yield name, tag, store.resolve(name, tag)
+
+
 def example(store: Union[Archive, Directory], host: str) -> str:
     """A command that pulls the first image that there is."""
-    if isinstance(store, Archive):
-        images = ((name, reference) for name, reference, _ in store.images())
-    else:
-        images = ((name, tag) for name in store.repositories() for tag in store.tags(name))
-    return "docker pull %s/%s" % (host, image_text(*next(images, ("alpine", "latest"))))
+    images = store.images() if isinstance(store, Archive) else iter_tags(store)
+    name, reference, _ = next(images, ("alpine", "latest", None))
+    return "docker pull %s/%s" % (host, image_text(name, reference))
 
 
 EVERY_ADDRESS = ("::", "0.0.0.0")
+
+
+def host_and_port(host: str, port: int) -> str:
+    """An address as it stands in a URL."""
+    return ("[%s]:%d" if ":" in host else "%s:%d") % (host, port)
 
 
 def outer_addresses(listener: socket.socket, is_local: bool, names: Sequence[str]) -> List[str]:
@@ -12027,14 +12036,14 @@ def outer_addresses(listener: socket.socket, is_local: bool, names: Sequence[str
         addresses = sorted(name for name in host_names() if re.fullmatch("[0-9.]+", name)
                            and not name.startswith(("127.", "169.254.")))
         hosts = list(names) or addresses[:3] or [socket.gethostname()]
-    return ["%s:%d" % ("[%s]" % host if ":" in host else host, port) for host in hosts]
+    return [host_and_port(host, port) for host in hosts]
 
 
 def listener_url(listener: socket.socket, scheme: str) -> str:
     """What the banner says of a listening socket."""
     host, port = listener.getsockname()[:2]
     extent = " (every address of this machine)" if host in EVERY_ADDRESS else ""
-    return "%s://%s:%d%s" % (scheme, "[%s]" % host if ":" in host else host, port, extent)
+    return "%s://%s%s" % (scheme, host_and_port(host, port), extent)
 
 
 class Service:
@@ -12115,11 +12124,9 @@ class Service:
         urls = [listener_url(listener, scheme) for listener in self.listeners]
         reach = "whoever is on this machine" if self.is_local else "whoever can reach it"
         access = self.access.in_words(reach, self.registry.is_read_only)
-        stores = ("stores in", self.store.root)
+        rows = [("listens on", ", ".join(urls)), ("stores in", self.store.root)]
         if isinstance(self.store, Archive):
-            stores = ("serves", self.store.root + " (read-only)")
-        rows = [("listens on", ", ".join(urls)), stores]
-        if isinstance(self.store, Archive):
+            rows[1] = "serves", self.store.root + " (read-only)"
             absent = self.store.lacking()
             if absent:
                 rows.append(("lacks", "%s, of which save --have left out %d: what needs them can't "
@@ -12188,10 +12195,31 @@ def give_up(image: str, reason: object) -> None:
     raise CommandError("%s: %s" % (image, reason))
 
 
-def tell_many(options: argparse.Namespace, pattern: str, count: int) -> None:
-    """Say how many images a pattern fits, if they are many: planning them takes a while."""
-    if count > MANY and not options.quiet:
-        complain("%s fits %d images" % (pattern, count))
+def leave_out(choice: Choice, reason: object, fail: Callable[[str, Any], None]) -> None:
+    """Call `fail` for an image that can't be taken; if it is a guess, only say so."""
+    (complain_of if choice.is_guess else fail)(choice.image, choice.note(reason))
+
+
+def iter_chosen(options: argparse.Namespace, choices: Iterable[Choice],
+                find: Callable[[str], Sequence[Tuple[Any, ...]]],
+                fail: Callable[[str, Any], None]) -> Iterator[Tuple[Choice, Any]]:
+    """Yield each of the choices with each image that `find` knows for its text, once, without those
+    that --exclude leaves out. An image is a tuple that begins with its repository here and its
+    reference. Calls `fail` for what is not there."""
+    seen: Set[str] = set()  # texts, for as values a:1@DIGEST and a:2@DIGEST are equal
+    for choice in choices:
+        images: Sequence[Tuple[Any, ...]] = ()
+        try:
+            images = find(choice.image)
+        except RegistryError as error:  # whatever it is, the next image may fare better
+            leave_out(choice, error, fail)
+        if len(images) > MANY and not options.quiet:  # to plan them takes a while
+            complain("%s fits %d images" % (choice.image, len(images)))
+        for image in images:
+            label = image_text(*image[:2])
+            if label not in seen and not fits_any(options.exclude, *image[:2]):
+                seen.add(label)
+                yield choice, image
 
 
 def find_repositories(store: Directory, text: str, is_exact: bool = False) -> List[str]:
@@ -12214,6 +12242,11 @@ def find_repositories(store: Directory, text: str, is_exact: bool = False) -> Li
     return []
 
 
+def present_of(registry: Reader, names: List[str]) -> List[str]:
+    """Those of some repositories that exist, or all if none does."""
+    return list(filter(registry.has_repository, names)) or names
+
+
 def find_image(store: Directory, text: str, is_exact: bool = False) -> Tuple[str, str]:
     """The repository and the reference of an image in the store.
 
@@ -12224,10 +12257,9 @@ def find_image(store: Directory, text: str, is_exact: bool = False) -> Tuple[str
     MANIFEST_INVALID, DIGEST_INVALID, MANIFEST_UNKNOWN."""
     names, given = parse_local(text)
     reference = given or "latest"
-    path: Callable[..., str] = store.layout.tag_path
-    if isinstance(reference, Digest):
-        path = store.layout.revision_path
-    present = list(filter(store.has_repository, names)) or names
+    is_digest = isinstance(reference, Digest)
+    path: Any = store.layout.revision_path if is_digest else store.layout.tag_path
+    present = present_of(store, names)
     # Anyone may own team/app at docker.io, but library/alpine is Docker's.
     if is_exact or "/" in present[0]:
         del present[1:]
@@ -12244,52 +12276,44 @@ def find_image(store: Directory, text: str, is_exact: bool = False) -> Tuple[str
                         % (image_text(present[0], reference), others))
 
 
-def find_images(options: argparse.Namespace, store: Directory, text: str,
-                is_exact: bool = False) -> List[Tuple[str, str]]:
+def find_images(options: argparse.Namespace, store: Directory, text: str, is_exact: bool = False,
+                is_listing: bool = False) -> List[Tuple[str, str]]:
     """The repository and the reference of each image in the store that a text means: of one, as
     find_image() has it; with * of all that fit it, without a tag also of those that were pulled by
-    their digest. Raises CommandError if nothing fits."""
-    chosen, images = Filter(options.exclude, options.newest), []
-    if "*" not in text:
-        name, reference = find_image(store, text, is_exact)
-        return [(name, reference) for reference in chosen.apply(name, [reference])]
-    text, colon, tag = (text, "", "*") if names_repository(text) else text.rpartition(":")
-    for name in find_repositories(store, text, is_exact):
-        references = chosen.tags(name, store.tags(name), tag)
-        if not colon and options.newest is None:
-            references += chosen.apply(name, store.pinned(name))
+    their digest. For ls a name without a tag means all of a repository, also what has no tag.
+    Raises CommandError if nothing fits."""
+    is_whole = names_repository(text)
+    if "*" not in text and not (is_whole and is_listing):
+        return [find_image(store, text, is_exact)]
+    names, _, pattern = (text, "", "*") if is_whole else text.rpartition(":")
+    images: List[Tuple[str, str]] = []
+    for name in find_repositories(store, names, is_exact):
+        references = Filter(options.exclude, options.newest).tags(name, store.tags(name), pattern)
+        if is_whole and not options.newest:
+            references += (untagged(store, name) if is_listing else store.pinned(name)) or ()
         images += [(name, reference) for reference in references]
     if not images:
-        raise CommandError("%s%s%s fits no image in the store; `tinyreg.py ls --tags` shows what "
-                           "is there" % (text, colon, colon and tag))
+        raise CommandError("%s fits no image in the store; `tinyreg.py ls --tags` shows what is "
+                           "there" % text)
     return images
 
 
-def iter_stored(options: argparse.Namespace, store: Directory, fail: Callable[[str, Any], None],
-                is_exact: bool = False, choices: Optional[List[Choice]] = None
-                ) -> Iterator[Tuple[Choice, str, str]]:
-    """Yield (a Choice of it alone, repository, reference) for each image of the store that
-    `choices` name, or else the command line and -f, once. Calls `fail` for what is not there; a
-    guess is left out."""
-    seen: Set[str] = set()  # texts, for as values a:1@DIGEST and a:2@DIGEST are equal
-    for choice in named_images(options) if choices is None else choices:
-        text, images = choice.image, []
-        try:
-            images = find_images(options, store, text, is_exact)
-        except (Unknown, Invalid) as error:
-            (complain_of if choice.is_guess else fail)(text, choice.note(error))
-        tell_many(options, text, len(images))
-        for image in images:
-            label = image_text(*image)
-            if label not in seen:
-                seen.add(label)
-                yield (choice._replace(image=label if "*" in text else text),) + image
+def iter_stored(options: argparse.Namespace, store: Directory, choices: Iterable[Choice],
+                fail: Callable[[str, Any], None],
+                is_exact: bool = False) -> Iterator[Tuple[Choice, str, str]]:
+    """Yield (a Choice of it alone, repository, reference) for each image of the store that is
+    chosen, once. Calls `fail` for what is not there; a guess is left out."""
+    find = functools.partial(find_images, options, store, is_exact=is_exact)
+    for choice, image in iter_chosen(options, choices, find, fail):
+        label = image_text(*image) if "*" in choice.image else choice.image
+        yield (choice._replace(image=label),) + image
 
 
-def list_image(registry: Reader, name: str, reference: str, pushed: float = 0.0) -> Dict[str, Any]:
+def list_image(registry: Reader, name: str, reference: str) -> Dict[str, Any]:
     """What ls reports of an image: its description, its name and when it was pushed, or why it
     can't be read."""
     digest = reference if isinstance(reference, Digest) else None
+    pushed = registry.pushed(name, reference)
     entry = {"repository": name, "tag": None if digest else reference,
              "pushed": timestamp(pushed) if pushed else None}
     try:
@@ -12298,38 +12322,32 @@ def list_image(registry: Reader, name: str, reference: str, pushed: float = 0.0)
         return dict(entry, digest=digest, error=str(error))
 
 
-def list_stored(store: Directory, name: str, references: Iterable[str]) -> List[Dict[str, Any]]:
-    """What ls reports of some images of one repository."""
-    return [list_image(store, name, reference, store.pushed(name, reference))
-            for reference in references]
+def points_to(store: Directory, name: str, tag: str, digest: Digest) -> bool:
+    """Whether a tag points to a digest; one that is damaged, or is gone, does not."""
+    with contextlib.suppress(Unknown):  # that is the answer
+        return store.resolve(name, tag) == digest
+    return False
 
 
 def list_word(options: argparse.Namespace, store: Directory, text: str) -> Iterator[Any]:
     """Yield what ls reports of one word of the command line: of an image; or of all images of a
     repository, first of those that have a tag; or the digests of its blobs. Raises CommandError,
     NAME_INVALID, MANIFEST_INVALID, DIGEST_INVALID, MANIFEST_UNKNOWN."""
-    if not names_repository(text):
-        if options.digests:
-            raise CommandError("%s: --digests lists all blobs of a repository or archive" % text)
-        for name, reference in find_images(options, store, text):
-            if isinstance(reference, Digest) and reference.tag:
-                with contextlib.suppress(Unknown):  # then the digest alone names the image
-                    if store.resolve(name, reference.tag) == reference:
-                        reference = reference.tag
-            yield from list_stored(store, name, [reference])
-        return
-    repositories, chosen = find_repositories(store, text), Filter(options.exclude, options.newest)
-    if not repositories:
+    names = find_repositories(store, text)
+    if not names and names_repository(text):
         raise CommandError("there is no repository %s, and no such file; tinyreg.py ls lists "
                            "the repositories" % text)
-    for name in repositories:
-        if options.digests:
-            yield from store.digests(name)
-            continue
-        references = chosen.tags(name, store.tags(name))
-        if options.newest is None:
-            references += chosen.apply(name, untagged(store, name) or ())
-        yield from list_stored(store, name, references)
+    if options.digests:
+        if not names_repository(text):
+            raise CommandError("%s: --digests lists all blobs of a repository or archive" % text)
+        yield from itertools.chain(*map(store.digests, names))
+        return
+    for name, reference in find_images(options, store, text, is_listing=True):
+        tag = getattr(reference, "tag", None)  # of TAG@DIGEST; then the tag names it, if it may
+        if tag and points_to(store, name, tag, Digest(reference)):
+            reference = tag
+        if not fits_any(options.exclude, name, reference):
+            yield list_image(store, name, reference)
 
 
 def list_archives(archive: Archive, store: Optional[Directory]) -> List[Dict[str, Any]]:
@@ -12343,11 +12361,10 @@ def list_archives(archive: Archive, store: Optional[Directory]) -> List[Dict[str
         try:
             report = plan.plan()
             absent = set(plan.blobs) - present
-            lacking = absent - parts.left_out
+            lacking, left_out = absent - parts.left_out, absent & parts.left_out
             needed = set().union(*map(archive.needed_parts, lacking))
-            left_out = absent - lacking
-            in_store = [store and os.path.exists(store.layout.blob_path(blob))
-                        for blob in left_out].count(True)
+            in_store = sum(os.path.exists(store.layout.blob_path(blob))
+                           for blob in left_out) if store else 0
             entry.update(lacking=len(lacking), left_out=len(left_out), in_store=in_store,
                          needs=sorted(parts.names[key][number - 1] for key, number in needed),
                          referrers=report.as_json()["referrers"],
@@ -12364,9 +12381,15 @@ def counted_kinds(kinds: Iterable[str]) -> str:
                      for kind, count in sorted(collections.Counter(kinds).items()))
 
 
-def part_numbers(numbers: List[str]) -> str:
-    """These parts of an archive, in words."""
-    return ("parts " if numbers[1:] else "part ") + ", ".join(numbers) if numbers else "no part"
+def part_numbers(parts: Iterable[Part], archive: str) -> str:
+    """The numbers of those parts that belong to one archive."""
+    return ", ".join(str(part.number) for part in sorted(parts) if part.archive == archive)
+
+
+def parts_in_words(numbers: str, names: Sequence[str]) -> str:
+    """Which of the parts of an archive these are."""
+    kind = "parts " if "," in numbers else "part " if numbers else "no part"
+    return "%s%s of %d" % (kind, numbers, len(names))
 
 
 def list_cells(entry: Dict[str, Any], is_alone: bool) -> List[str]:
@@ -12430,28 +12453,23 @@ def parse_local_tag(text: str) -> Tuple[List[str], str]:
     return names, tag
 
 
-def list_history(store: Directory, text: str) -> List[Dict[str, Any]]:
-    """What ls --history reports of a tag: what it points to, and has pointed to. Raises
-    CommandError, NAME_INVALID, MANIFEST_INVALID, MANIFEST_UNKNOWN."""
-    parse_local_tag(text)
-    name, tag = find_image(store, text)
-    history = store.history(name, tag)
-    return [{"repository": name, "tag": tag, "digest": digest, "pushed": timestamp(moment),
-             "present": digest == history[0][0],
-             "gone": find_readable(store, name, digest) is None} for digest, moment in history]
-
-
 def show_history(options: argparse.Namespace) -> int:
     """Show what each of these tags points to, and has pointed to."""
-    store = open_store(options, renew=False)
+    store, entries = open_store(options, renew=False), []
     if not options.images:
         raise CommandError("say of which tag: tinyreg.py ls --history NAME:TAG")
-    entries = [entry for text in options.images for entry in list_history(store, text)]
     rows = [["TAG", "PUSHED", "DIGEST", ""]]
-    for entry in entries:
-        states = [word for word in ("present", "gone") if entry[word]]
-        rows.append([image_text(entry["repository"], entry["tag"]), entry["pushed"],
-                     entry["digest"], ", ".join(states)])
+    for text in options.images:
+        parse_local_tag(text)
+        name, tag = find_image(store, text)
+        history = store.history(name, tag)
+        for digest, moment in history:
+            states = {"present": digest == history[0][0],
+                      "gone": find_readable(store, name, digest) is None}
+            entries.append(dict(states, repository=name, tag=tag, digest=digest,
+                                pushed=timestamp(moment)))
+            rows.append([image_text(name, tag), timestamp(moment), digest,
+                         ", ".join(filter(states.get, states))])
     show(options, entries, table_lines(rows))
     return 0
 
@@ -12478,6 +12496,7 @@ def list_store(options: argparse.Namespace) -> int:
             raise
         paths = words
     items: List[Any] = []
+    parts: List[str] = []
     if store and not words:
         items += store.digests() if options.digests else store.repositories()
     for word in words:
@@ -12486,18 +12505,16 @@ def list_store(options: argparse.Namespace) -> int:
     if paths:
         archive = Archive(paths, tempfile.gettempdir())
         items += archive.digests() if options.digests else list_archives(archive, store)
+        parts = [parts_in_words(part_numbers(archive.parts.given, key), names)
+                 for key, names in archive.parts.names.items()
+                 if names]  # a difference of one file has none
     lines = items
     if store and not words and not items:
         complain("%s holds no images" % store.root)
     if words and not options.digests:
         is_alone = (not paths and len(options.images) == 1 and names_repository(words[0])
                     and "*" not in words[0])
-        lines = list_rows(items, is_alone)
-        for key, names in archive.parts.names.items() if paths else ():
-            given = [str(part.number) for part in sorted(archive.parts.given)
-                     if part.archive == key]
-            if names:  # a difference of one file has none
-                lines.append("%s of %d" % (part_numbers(given), len(names)))
+        lines = list_rows(items, is_alone) + parts
     show(options, items, lines)
     return 0
 
@@ -12543,27 +12560,11 @@ class Deletion(NamedTuple):
     reference: Reference
 
 
-def complain_of_guesses(choices: Iterable[Choice]) -> None:
-    """Say which images a file may have meant otherwise, so that they are not deleted."""
-    guesses = ["%s (%s)" % choice[:2] for choice in choices if choice.is_guess]
-    if guesses:
-        complain("tinyreg: left out, for they stand where no image has to be: "
-                 + in_one_line(guesses))
-
-
-def points_to(store: Directory, name: str, tag: str, digest: Digest) -> bool:
-    """Whether a tag points to a digest; one that is damaged, or is gone, does not."""
-    with contextlib.suppress(Unknown):  # that is the answer
-        return store.resolve(name, tag) == digest
-    return False
-
-
 def pass_if_gone(store: Directory, listed: Iterable[str], image: str, reason: object) -> None:
     """Go on without a tag that a list pins to a digest, if it is gone: who runs rm -f on a plan of
     gc again means the rest of it. Raises CommandError for other images."""
     names, reference = parse_local(image)
-    tag = reference.tag if isinstance(reference, Digest) else None
-    name = (list(filter(store.has_repository, names)) or names)[0]
+    name, tag = present_of(store, names)[0], getattr(reference, "tag", None)
     if image not in listed or not tag or os.path.isdir(store.layout.tag_path(name, tag)):
         give_up(image, reason)
     complain_of(image, "is gone already")
@@ -12574,7 +12575,10 @@ def plan_deletions(options: argparse.Namespace,
     """What goes of what the command line and -f name, each once, with a manifest every tag that
     points to it; and in words what stays, because a tag has moved. Raises CommandError."""
     choices = named_images(options)
-    complain_of_guesses(choices)
+    guesses = ["%s (%s)" % choice[:2] for choice in choices if choice.is_guess]
+    if guesses:
+        complain("tinyreg: left out, for they stand where no image has to be: "
+                 + in_one_line(guesses))
     choices = [choice for choice in choices if not choice.is_guess]
     for image in (choice.image for choice in choices):
         if names_repository(image) and "*" not in image:
@@ -12584,8 +12588,8 @@ def plan_deletions(options: argparse.Namespace,
     moved = []
     fail = functools.partial(pass_if_gone, store, {choice.image for choice in choices
                                                    if choice.where})
-    for (text, *_), name, reference in iter_stored(options, store, fail, True, choices):
-        tag = reference.tag if isinstance(reference, Digest) else reference
+    for (text, *_), name, reference in iter_stored(options, store, choices, fail, True):
+        tag = getattr(reference, "tag", reference)
         try:
             digest = store.resolve(name, tag) if tag else Digest(reference)
         except Unknown as error:
@@ -12594,11 +12598,11 @@ def plan_deletions(options: argparse.Namespace,
         if reference not in (tag, digest):
             moved.append("%s stays: the tag points to %s" % (text, digest))
             continue
-        tags = [] if tag else [other for other in store.tags(name)
-                               if points_to(store, name, other, digest)]
-        going = [Deletion(image_text(name, other), name, digest, other) for other in tags]
-        for deletion in going + [Deletion(text, name, digest, tag or digest)]:
-            deletions.setdefault((name, deletion.reference), deletion)
+        others = [] if tag else [other for other in store.tags(name)
+                                 if points_to(store, name, other, digest)]
+        for going in others + [tag or digest]:
+            image = image_text(name, going) if going in others else text
+            deletions.setdefault((name, going), Deletion(image, name, digest, going))
     is_all = any(set(choice.image.partition(":")[0]) <= set("*/") for choice in choices)
     # Who says --newest may mean that these stay, which is what gc --keep is for.
     is_doubtful = is_all or options.newest or len(deletions) > MANY
@@ -12626,23 +12630,24 @@ def remove(options: argparse.Namespace) -> int:
     were deleted before it are reported all the same."""
     store, size = open_store(options), 0
     deletions, moved = plan_deletions(options, store)
+    for name in {deletion.name for deletion in deletions} if options.dry_run else ():
+        going = {deletion.reference for deletion in deletions if deletion.name == name}
+        size += freed_bytes(store, name, 0, going)[0] - freed_bytes(store, name, 0)[0]
     done: List[Deletion] = []
-    if options.dry_run:
-        done, deletions = deletions, []
-        for name in {deletion.name for deletion in done}:
-            going = {deletion.reference for deletion in done if deletion.name == name}
-            size += freed_bytes(store, name, 0, going)[0] - freed_bytes(store, name, 0)[0]
     try:
         for deletion in deletions:
+            image, name, digest, reference = deletion
             with contextlib.suppress(Unknown):  # somebody else has just deleted it
-                delete: Callable[..., None] = store.delete_manifest
-                if not isinstance(deletion.reference, Digest):
-                    delete = store.delete_tag
-                    present = store.resolve(deletion.name, deletion.reference)
-                    if present != deletion.digest:  # pushed again since it was planned
-                        moved.append("%s stays: the tag points to %s" % (deletion.image, present))
-                        continue
-                delete(deletion.name, deletion.reference)
+                present = resolve_reference(store, name, reference)
+                if present != digest:  # pushed again since it was planned
+                    moved.append("%s stays: the tag points to %s" % (image, present))
+                    continue
+                if options.dry_run:
+                    pass
+                elif isinstance(reference, Digest):
+                    store.delete_manifest(name, reference)
+                else:
+                    store.delete_tag(name, reference)
             done.append(deletion)
     finally:
         report = {"deleted": [deletion.image for deletion in done],
@@ -12676,13 +12681,13 @@ def read_password(user: str, from_stdin: bool, is_new: bool = True) -> str:
     CommandError."""
     limit = MAX_PASSWORD if is_new else MAX_TOKEN  # other registries take tokens as passwords
     try:
-        asked = None if from_stdin else ask_for_password(user, is_new)
-        line = sys.stdin.buffer.readline() if asked is None else b""
-        password: str = line.decode("utf-8").rstrip("\r\n") if asked is None else asked
+        password = None if from_stdin else ask_for_password(user, is_new)
+        if password is None:
+            password = sys.stdin.buffer.readline().decode("utf-8").rstrip("\r\n")
         size = len(password.encode("utf-8"))
     except (EOFError, KeyboardInterrupt, UnicodeError):
-        size = 0
-    if not 0 < size <= limit or "\0" in password:
+        password = None
+    if not password or size > limit or "\0" in password:
         raise CommandError("a password has 1 to %d bytes of UTF-8; nothing was changed"
                            % limit)
     return password
@@ -12849,22 +12854,26 @@ class Progress:
     """Shows how far a transfer is: on a terminal, in a line that is drawn again and again."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.is_quiet = options.quiet or options.json
+        self.is_quiet = options.quiet
         self.is_moving = sys.stderr.isatty() and not self.is_quiet
         self.reports: List[Report] = []  # of all images that are copied
         self.next_time = 0.0  # of the monotonic clock; until then the line is not drawn again
         self.mutex = threading.Lock()  # every thread that copies a blob calls watch()
 
-    def clear(self) -> None:
-        """Remove the line that moves."""
+    def show(self, line: str) -> None:
+        """Show a line in place of the one that moves; "" only removes that."""
         if self.is_moving:
-            tell_progress("")
+            tell_progress(line)
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
         if not self.is_quiet:
-            self.clear()
+            self.show("")
             complain(line)
+
+    def count(self, blobs: int, size: int) -> None:
+        """Show how much was read."""
+        self.show("%s, %s read" % (counted(blobs, "blob"), in_units(size)))
 
     def watch(self, report: Report) -> None:
         """Show how far an image is, at most ten times a second. Report calls this."""
@@ -12874,7 +12883,7 @@ class Progress:
             self.next_time = time.monotonic() + 0.1
         share = report.moved_bytes() / report.total_bytes if report.total_bytes else 1.0
         bar = ("#" * int(share * 20)).ljust(20, "-")
-        tell_progress("%s [%s] %d %%, in total %s of %s" % (
+        self.show("%s [%s] %d %%, in total %s of %s" % (
             report.image, bar, share * 100,
             in_units(sum(report.moved_bytes() for report in self.reports)),
             in_units(sum(report.total_bytes for report in self.reports))))
@@ -12924,18 +12933,17 @@ def leave_at_once(number: int, frame: Any) -> None:
     os._exit(130)
 
 
-def prepare_copy(options: argparse.Namespace, image: str, *places: Any,
+def prepare_copy(options: argparse.Namespace, choice: Choice, *places: Any,
                  watch: Callable[[Report], None] = do_nothing) -> Copy:
-    """A Copy with the options of a command. Messages call it `image`; `places` are those that Copy
-    takes."""
+    """A Copy with the options of a command; `places` are those that Copy takes."""
     return Copy(*places, platforms=options.platform, referrers=not options.no_referrers,
-                report=Report(image, watch), strip=options.strip)
+                report=Report(choice, watch), strip=options.strip)
 
 
 def plan_checked(options: argparse.Namespace, copy: Copy) -> None:
     """Plan a copy, and check the signatures that a command wants. Raises RegistryError."""
     copy.plan()
-    if getattr(options, "signed_by", None):  # pull and load have it
+    if options.signed_by:
         # The root is a digest, and from here on no tag is looked up: what is checked is copied.
         signed = Signed(copy.source, sum(options.signed_by, []))
         signed.check(copy.name, copy.reference, copy.root)
@@ -12955,6 +12963,9 @@ class Destination(NamedTuple):
 
     host: str
     prefix: str  # ends in a slash, or is ""
+
+    def __str__(self) -> str:
+        return (self.host + "/" + self.prefix).rstrip("/")
 
     def name_for(self, name: str) -> str:
         """What a repository of the store is called there. What once came from that registry goes
@@ -12978,10 +12989,9 @@ class Transfer:
     An image that fails does not stop the others. Once there is a Transfer, Ctrl-C ends the program
     at once."""
 
-    def __init__(self, options: argparse.Namespace, target: Registry, progress: Progress,
-                 destination: Destination) -> None:
-        self.options, self.progress = options, progress
-        self.target, self.destination = target, destination
+    def __init__(self, options: argparse.Namespace, target: Registry) -> None:
+        self.options, self.target = options, target
+        self.progress = Progress(options)
         self.traffic = Traffic(options.jobs, options.rate)
         self.stored_names: Dict[Tuple[str, str], str] = {}  # by the names that they get, and tags
         self.copies: List[Copy] = []
@@ -12998,25 +13008,30 @@ class Transfer:
     def fail(self, image: str, reason: object, quietly: bool = False) -> None:
         """Note why an image is not copied; say it on stderr, unless `quietly`."""
         self.failures.append({"image": image, "error": str(reason)})
-        self.progress.clear()
+        self.progress.show("")
         if not quietly:
             self.told.append("%s: %s" % (image, reason))
             complain("tinyreg: " + self.told[-1])
 
-    def add(self, image: str, source: Reader, name: str, reference: str,
-            stored_name: str) -> Report:
-        """Name one image that is to be copied. Messages call it `image`. Raises NAME_INVALID;
-        CommandError if another one would get the same name."""
-        target_name = self.destination.name_for(renamed(stored_name, self.options.rename))
+    def add(self, choice: Choice, source: Reader, name: str, reference: str,
+            stored_name: str = "") -> Report:
+        """Name one image that is to be copied; `stored_name` is its name here, if the source has
+        another one. Raises NAME_INVALID; CommandError if another one would get the same name."""
+        stored_name = stored_name or name
+        target_name = renamed(stored_name, self.options.rename)
+        if self.options.to:
+            target_name = self.options.to.name_for(target_name)
         tag = getattr(reference, "tag", reference)
         other = self.stored_names.setdefault((target_name, tag), stored_name)
         if tag and other != stored_name:
             raise CommandError("%s and %s would both become %s; copy one of them, or give them "
                                "different names with --rename"
                                % (other, stored_name, image_text(target_name, tag)))
-        self.copies.append(prepare_copy(self.options, image, source, self.target, name, reference,
+        self.copies.append(prepare_copy(self.options, choice, source, self.target, name, reference,
                                         target_name, self.traffic, watch=self.progress.watch))
-        return self.copies[-1].report
+        report = self.copies[-1].report
+        report.pin = image_text(stored_name, reference)
+        return report
 
     def run(self) -> int:
         """Copy what was added, unless it is a dry run, and report. Returns the exit status. Raises
@@ -13027,30 +13042,28 @@ class Transfer:
                 complain("tinyreg: --rename %s=%s: no name begins so; the first is %s"
                          % (old, new, names[0]))
         with self.traffic.pool, concurrent.futures.ThreadPoolExecutor(self.options.jobs) as pool:
-            planned = []
-            for copy in self._iter_done(pool, self._plan):
-                planned.append(copy)
-                complain_of_moves(copy.report)
-            self.copies = planned
-            self.progress.reports = reports = [copy.report for copy in planned]
+            self.copies = list(self._iter_done(pool, self._plan))
+            self.progress.reports = reports = [copy.report for copy in self.copies]
+            for report in reports:
+                complain_of_moves(report)
             needed, free = sum(self.needed.values()), self.target.free_space()
             if free is not None and needed > free and not self.options.dry_run:
                 raise CommandError("%s are needed, and %s are free; make room, or copy less "
                                    "(--platform, --no-referrers)"
                                    % (in_units(needed), in_units(free)))
-            if len(planned) > MANY:
-                self.progress.say("%s: %s to copy" % (counted(len(planned), "image"),
+            if len(reports) > MANY:
+                self.progress.say("%s: %s to copy" % (counted(len(reports), "image"),
                                                       in_units(needed)))
             for copy in self._iter_done(pool, self._copy):
                 self._tell(copy)
         show(self.options, {
             "images": [report.as_json() for report in reports], "failed": self.failures,
             "needed_bytes": needed, "files": self.files, "finished": timestamp(),
-            "store": getattr(self.options, "to", None) or self.options.root,
+            "store": str(self.options.to or self.options.root),
             "missing": sorted(lacking_digests(reports)), "holds": sorted(self.holds),
         }, self._iter_lines(needed, free))
-        lock = getattr(self.options, "lock", None)  # push has none
-        pins = {report.image: report.digest for report in reports if report.complete}
+        lock = self.options.lock
+        pins = {report.pin: report.digest for report in reports if report.complete}
         if pins:
             write_lock(lock, pins)
         if self.told and count > 1 and not self.options.json:
@@ -13075,9 +13088,7 @@ class Transfer:
             if reason is None:
                 yield copy
             else:
-                choice = copy.report.choice
-                (complain_of if choice.is_guess else self.fail)(copy.report.image,
-                                                                choice.note(reason))
+                leave_out(copy.report.choice, reason, self.fail)
 
     def _plan(self, copy: Copy) -> None:
         plan_checked(self.options, copy)
@@ -13099,13 +13110,12 @@ class Transfer:
 
     def _tell(self, copy: Copy) -> None:
         """Say what became of an image."""
-        options, report = self.options, copy.report
-        self.progress.clear()
-        lacking = what_is_lacking(report)
+        self.progress.show("")
+        lacking = what_is_lacking(copy.report)
         if lacking:
-            self.fail(report.image, lacking, quietly=is_in_parts(copy))
-        elif not options.quiet and not options.json:
-            tell(summary(report, options.dry_run))
+            self.fail(copy.report.image, lacking, quietly=is_in_parts(copy))
+        elif not self.options.quiet and not self.options.json:
+            tell(summary(copy.report, self.options.dry_run))
             flush_output()  # who reads it from a pipe sees that the transfer goes on
 
     def _iter_lines(self, needed: int, free: Optional[int]) -> Iterator[str]:
@@ -13118,12 +13128,11 @@ class Transfer:
             yield "the store is " + self.target.root
 
 
-def open_remote(options: argparse.Namespace, host: str, say: Callable[[str], Any],
-                keeps_lists: bool = False) -> Remote:
+def open_remote(options: argparse.Namespace, host: str, keeps_lists: bool = False) -> Remote:
     """The registry at a host, with CONNECTION_OPTIONS. Raises CommandError for a wrong --ca."""
     try:
         return Remote(host, options.ca, options.insecure, options.plain_http, options.retries,
-                      say=say, keeps_lists=keeps_lists)
+                      say=Progress(options).say, keeps_lists=keeps_lists)
     except OSError as error:
         raise CommandError("can't use %s as the CA: %s"
                            % (options.ca, error.strerror or error))
@@ -13136,58 +13145,42 @@ def place_of(image: Image, via: Optional[Destination]) -> Tuple[str, str]:
     return image.host, image.path
 
 
-def iter_remote(options: argparse.Namespace, open_host: Callable[[str], Remote],
-                fail: Callable[[str, Any], None]) -> Iterator[Tuple[Choice, Image]]:
-    """Yield each image of other registries that the command line and -f name, once. Calls `fail`
-    for patterns that fit nothing, and for what names no image."""
-    chosen = Filter(options.exclude, options.newest)
-    images: Set[str] = set()
-    for choice in named_images(options):
-        text, _, pattern = choice.image.rpartition(":")
-        is_pattern = "*" in pattern and "/" not in pattern  # else what precedes it is a host
-        try:
-            image = parse_image(text if is_pattern else choice.image)
-            references = [image.reference]
-            if is_pattern:
-                host, path = place_of(image, options.via)
-                tags = filter(TAG.fullmatch, open_host(host).tags(path))
-                references = chosen.tags(image.stored_name, tags, pattern)
-                if not references:
-                    raise RegistryError("MANIFEST_UNKNOWN", message="no tag fits")
-        except RegistryError as error:  # whatever it is, the next image may fare better
-            (complain_of if choice.is_guess else fail)(choice.image, choice.note(error))
-            continue
-        tell_many(options, choice.image, len(references))
-        for reference in chosen.apply(image.stored_name, references):
-            text = image_text(image.stored_name, reference)  # as values, a:1@D and a:2@D are equal
-            if text not in images:
-                images.add(text)
-                yield choice, image._replace(reference=reference)
+def find_remote(options: argparse.Namespace, open_host: Callable[[str], Remote],
+                text: str) -> List[Image]:
+    """The images of another registry that a text means: one, or all whose tag fits a pattern.
+    Raises RegistryError, also if no tag fits."""
+    before, _, pattern = text.rpartition(":")
+    if "*" not in pattern or "/" in pattern:  # in the latter case what precedes it is a host
+        return [parse_image(text)]
+    image = parse_image(before)
+    host, path = place_of(image, options.via)
+    tags = Filter(options.exclude, options.newest).tags(
+        image.stored_name, filter(TAG.fullmatch, open_host(host).tags(path)), pattern)
+    if not tags:
+        raise RegistryError("MANIFEST_UNKNOWN", message="no tag fits")
+    return [image._replace(reference=tag) for tag in tags]
 
 
 def pull(options: argparse.Namespace) -> int:
     """Copy images from their registries into the store."""
-    options.strip = False  # the store takes an index without its children
-    store, progress = open_store(options, create=True), Progress(options)
-    open_host = functools.lru_cache(None)(functools.partial(open_remote, options, say=progress.say,
-                                                            keeps_lists=True))
-    transfer = Transfer(options, store, progress, Destination("", ""))
-    for choice, image in iter_remote(options, open_host, transfer.fail):
+    options.strip, options.to = False, None  # the store takes an index without its children
+    transfer = Transfer(options, open_store(options, create=True))
+    open_host = functools.lru_cache(None)(functools.partial(open_remote, options, keeps_lists=True))
+    find = functools.partial(find_remote, options, open_host)
+    for choice, image in iter_chosen(options, named_images(options), find, transfer.fail):
         text = "%s/%s" % (image.host, image_text(image.path, image.reference))
         host, path = place_of(image, options.via)
-        transfer.add(text, open_host(host), path, image.reference,
-                     image.stored_name).choice = choice
+        transfer.add(choice._replace(image=text), open_host(host), path, image.reference,
+                     image.stored_name)
     return transfer.run()
 
 
 def push(options: argparse.Namespace) -> int:
     """Copy images from the store to another registry."""
-    store, progress = open_store(options), Progress(options)
-    destination = parse_destination(options.to)
-    transfer = Transfer(options, open_remote(options, destination.host, progress.say), progress,
-                        destination)
-    for choice, name, reference in iter_stored(options, store, transfer.fail):
-        transfer.add(choice.image, store, name, reference, name).choice = choice
+    store = open_store(options)
+    transfer = Transfer(options, open_remote(options, options.to.host))
+    for choice, *image in iter_stored(options, store, named_images(options), transfer.fail):
+        transfer.add(choice, store, *image)
     return transfer.run()
 
 
@@ -13214,18 +13207,14 @@ def set_tag(options: argparse.Namespace) -> int:
         raise CommandError("write: tag IMAGE NAME:TAG, or: tag --undo NAME:TAG")
     names, tag = parse_local_tag(text)
     store = open_store(options)
-    target = next(filter(store.has_repository, names), names[0])
-    if options.undo:
-        name, reference = former_image(store, text)
-    else:
-        name, reference = find_image(store, options.image)
-    if not isinstance(reference, Digest):
-        reference = store.resolve(name, reference)
+    target = present_of(store, names)[0]
+    name, reference = (former_image(store, text) if options.undo
+                       else find_image(store, options.image))
     before = None
     with contextlib.suppress(Unknown):  # the tag is new
         before = store.resolve(target, tag)
-    report = copy(store, store, name, TaggedDigest(reference, tag), target,
-                  referrers=name != target)
+    digest = TaggedDigest(resolve_reference(store, name, reference), tag)
+    report = copy(store, store, name, digest, target, referrers=name != target)
     if not report.complete:
         raise CommandError("%s: %s" % (text, what_is_lacking(report)))
     if not options.quiet:
@@ -13256,14 +13245,6 @@ def report_collection(options: argparse.Namespace, collection: Collection,
     if collection.unread:
         complain("tinyreg: kept all that may belong to what can't be read (see tinyreg.py verify): "
                  + ", ".join(collection.unread[:10]) + (" …" if collection.unread[10:] else ""))
-
-
-def iter_tags(store: Directory) -> Iterator[Tuple[str, str, Digest]]:
-    """Yield (repository, tag, digest) of each tag."""
-    for name in store.repositories():
-        for tag in store.tags(name):
-            with contextlib.suppress(Unknown):  # deleted since, or damaged
-                yield name, tag, store.resolve(name, tag)
 
 
 def read_lists(store: Directory, paths: Sequence[str],
@@ -13407,10 +13388,9 @@ def report_verification(options: argparse.Namespace, check: Verification) -> Non
     for finding, images in findings:
         lines.append("%s: %s (%s)" % finding)
         lines += ["    harms " + image for image in sorted(images)]
-    moved, would = check.moved, ""
-    if options.dry_run and options.repair:
-        would = "would be "
-        moved = [finding.path for finding, _ in findings if finding.problem != "missing blob"]
+    would = "would be " if options.dry_run and options.repair else ""
+    moved = check.moved if not would else [
+        finding.path for finding, _ in findings if finding.problem != "missing blob"]
     lines += ["%sput aside: %s" % (would, path) for path in moved]
     lines += ["not signed by a key of --signed-by: " + image for image in check.unsigned]
     if not options.quiet:
@@ -13452,30 +13432,25 @@ def verify(options: argparse.Namespace) -> int:
     if archives and (has_images or options.repair or options.rate):
         raise CommandError("--repair, --rate and images go with the store, not with archives")
     logger.setLevel(logging.ERROR)  # what it would warn of is in the report
-    shown = sys.stderr.isatty() and not options.quiet
-
-    def progress(blobs: int, size: int) -> None:
-        if shown:
-            tell_progress("%s, %s read" % (counted(blobs, "blob"), in_units(size)))
-
+    progress = Progress(options)
     signal.signal(signal.SIGINT, leave_at_once)  # threads would go on reading
     check: Verification
     images: List[Tuple[str, str]] = []
     if archives:
-        check = ArchiveVerification(archives, progress)
+        check = ArchiveVerification(archives, progress.count)
     else:
         store = open_store(options)
         if has_images:
             images = [image[1:] for image in iter_stored(
-                options, store, lambda image, why: give_up(image, "no such file, and %s" % why))]
-        check = StoreVerification(store, progress, options.rate,
+                options, store, named_images(options),
+                lambda image, why: give_up(image, "no such file, and %s" % why))]
+        check = StoreVerification(store, progress.count, options.rate,
                                   options.repair and not options.dry_run, images)
     check.run()
     if options.signed_by:
         registry = Archive(archives, partly=True) if archives else store
         check.unsigned = list(iter_unsigned(registry, sum(options.signed_by, []), images))
-    if shown:
-        complain("")
+    progress.show("")
     report_verification(options, check)
     return 1 if check.findings or check.unsigned else 0
 
@@ -13509,9 +13484,9 @@ def add_to_archive(options: argparse.Namespace, store: Directory, writer: Archiv
     """Copy one image of the store into what becomes an archive. Raises CommandError: an archive
     that lacks an image would only be noticed on the far side."""
     try:
-        copy = prepare_copy(options, choice.image, store, writer, name, reference)
-        copy.report.choice = choice
-        copy.plan()
+        copy = prepare_copy(options, choice, store, writer, name, reference)
+        copy.report.pin = image_text(name, reference)
+        plan_checked(options, copy)
         complain_of_moves(copy.report)
         report = copy.run()
     except RegistryError as error:  # whatever it is, the message names the image
@@ -13526,13 +13501,13 @@ def write_archive(options: argparse.Namespace, writer: ArchiveWriter,
                   size: int) -> List[Dict[str, Any]]:
     """Write what is planned, and show how far it is. Returns what save reports of the files."""
     progress = Progress(options)
-    report = Report(options.output, progress.watch)
+    report = Report(Choice(options.output), progress.watch)
     report.total_bytes = size
     progress.reports.append(report)
     try:
         return writer.save(lambda count: report.add(copied_bytes=count))
     finally:
-        progress.clear()
+        progress.show("")
 
 
 def save(options: argparse.Namespace) -> int:
@@ -13552,17 +13527,18 @@ def save(options: argparse.Namespace) -> int:
     writer = ArchiveWriter(digest for paths in options.have for path in paths
                            for digest in digests_in(path))
     reports = [add_to_archive(options, store, writer, *image)
-               for image in iter_stored(options, store, give_up)]
+               for image in iter_stored(options, store, named_images(options), give_up)]
     writer.plan(options.output, None if options.no_self else read_file(__file__, -1),
                 options.split)
-    files = [{"file": path, "size": writer.size(digests)} for path, digests in writer.files]
-    needed = sum(writer.size(digests) for _, digests in writer.files)
-    pins = {image_text(*find_image(store, report.image)): report.digest for report in reports}
+    files: List[Dict[str, Any]] = [{"file": path, "size": writer.size(digests)}
+                                   for path, digests in writer.files]
+    needed = sum(file["size"] for file in files)
+    pins = {report.pin: report.digest for report in reports}
+    if to_stdout and not options.dry_run:
+        writer.write(writer.files[0][1], sys.stdout.buffer.write)
+        write_lock(options.lock, pins)
+        return 0
     if not options.dry_run:
-        if to_stdout:
-            writer.write(writer.files[0][1], sys.stdout.buffer.write)
-            write_lock(options.lock, pins)
-            return 0
         folder = os.path.dirname(os.path.realpath(options.output))
         remove_parts(options.output)
         free = shutil.disk_usage(folder).free
@@ -13610,12 +13586,12 @@ def iter_part_lines(archive: Archive, reports: List[Report], are_kept: bool) -> 
                            for digest in lacking_digests(reports)])
     complete = sum(report.complete for report in reports)
     advice = "" if are_kept else " (load all at once: another registry keeps no pieces of a blob)"
-    for archive_key, names in archive.parts.names.items():
-        missing, taken = [[str(number) for key, number in sorted(parts) if key == archive_key]
-                          for parts in (needed, archive.parts.given - needed)]
+    for key, names in archive.parts.names.items():
+        missing = part_numbers(needed, key)
+        taken = parts_in_words(part_numbers(archive.parts.given - needed, key), names)
         if missing:
-            yield "%s of %d taken; %d of %d images complete; still needed: %s%s" % (
-                part_numbers(taken), len(names), complete, len(reports), ", ".join(missing), advice)
+            yield "%s taken; %d of %d images complete; still needed: %s%s" % (
+                taken, complete, len(reports), missing, advice)
 
 
 def iter_archive_problems(archive: Archive, reports: List[Report]) -> Iterator[str]:
@@ -13638,19 +13614,17 @@ def load(options: argparse.Namespace) -> int:
     """Copy the images of archives into the store, or to another registry."""
     if not any(map(is_archive, options.archives)):
         os.stat(options.archives[0])  # raises the error: a wrong name makes no store
-    progress = Progress(options)
-    destination, scratch, ranges = Destination("", ""), tempfile.gettempdir(), ""
+    scratch, ranges = tempfile.gettempdir(), ""
     if options.to:
-        destination = parse_destination(options.to)
-        target: Registry = open_remote(options, destination.host, progress.say)
+        target: Registry = open_remote(options, options.to.host)
     else:
         store = target = open_store(options, create=True)
         scratch, ranges = store.files.scratch, os.path.join(store.layout.own, "ranges")
     archive = Archive(options.archives, scratch, ranges, partly=True)
     present = set(archive.digests())
-    transfer, reports = Transfer(options, target, progress, destination), []
+    transfer, reports = Transfer(options, target), []
     for name, reference, digest in archive.images():
-        report = transfer.add(image_text(name, reference), archive, name, reference, name)
+        report = transfer.add(Choice(image_text(name, reference)), archive, name, reference)
         report.missing += {digest} - present
         reports.append(report)
     if not reports:
@@ -13678,7 +13652,7 @@ def load(options: argparse.Namespace) -> int:
 def add(options: argparse.Namespace) -> int:
     """Store files as one image, or charts as an image each."""
     is_base = names_repository(options.to)
-    (name, *_), tag = (parse_local if is_base else parse_local_tag)(options.to)
+    (name, *_), tag = parse_local(options.to) if is_base else parse_local_tag(options.to)
     store = open_store(options, create=True)
     for paths in [[path] for path in options.files] if is_base else [options.files]:
         for path in paths:
@@ -13703,7 +13677,7 @@ def get(options: argparse.Namespace) -> int:
     names, reference = parse_local(options.image)
     if options.archives:
         registry: Registry = Archive(options.archives, tempfile.gettempdir())
-        name = next(filter(registry.has_repository, names), names[0])
+        name = present_of(registry, names)[0]
     else:
         registry = open_store(options)
         name, reference = find_image(registry, options.image)
@@ -13758,7 +13732,7 @@ def log_in_to(options: argparse.Namespace) -> int:
     user = ask_user(options)
     login = Login(user, read_password(user, options.stdin, is_new=False), None, file)
     try:
-        is_checked = open_remote(options, host, complain).try_login(login)
+        is_checked = open_remote(options, host).try_login(login)
     except Refused:
         raise CommandError("%s does not take the user %s with this password; nothing was written"
                            % (host, user))
@@ -13892,7 +13866,6 @@ SIGNED_BY = repeated(
     "--signed-by", "FILE", "refuse and name what none of the public keys in this file (PEM: ECDSA "
     "P-256, RSA, Ed25519) has signed with cosign; keyless signatures and Notation's don't count; "
     "may be repeated (default: take anything)", read_keys)
-DRY_RUN = flag("--dry-run", "say what would be copied, and copy nothing")
 
 # Each of these, and QUIET, is a variable of the environment as well.
 SERVE_OPTIONS = [
@@ -13963,16 +13936,20 @@ CHOICE = [
     value("--newest", "N", "take the N newest of the tags that a pattern fits in a repository: in "
           "the order of versions, with runs of digits as numbers; pre-releases (-rc -alpha -beta "
           "-dev) and cosign's tags only if the pattern names them (default: all)", parse_positive)]
-IMAGE_LIST = [repeated(
-    "-f --file", "FILE", "take the images that FILE names as well: a list, one a line, # begins a "
-    "comment; or, if it has an image: key or a FROM, YAML, JSON or a Dockerfile; there "
-    "what else looks like an image is tried, too; - is stdin")] + CHOICE
-PLATFORM = repeated("--platform", "OS/ARCH[/VARIANT]", "copy images for this platform only; may "
-                    "be repeated; the index keeps its digest (default: all)")
+
+
+def image_options(text: str, metavar: str = "IMAGE") -> List[Option]:
+    """How a command is told the images that it works on, and that it may report in JSON; `text` is
+    the help on the words that name them."""
+    return [AS_JSON, value("images", metavar, text, nargs="*"), repeated(
+        "-f --file", "FILE", "take the images that FILE names as well: a list, one a line, # "
+        "begins a comment; or, if it has an image: key or a FROM, YAML, JSON or a Dockerfile; "
+        "there what else looks like an image is tried, too; - is stdin")] + CHOICE
+
+
 STRIP = flag("--strip", "take out of an index what does not go along (--platform), for registries "
              "that refuse it otherwise; its digest changes, those of its images and their "
              "signatures don't; where one image is left, the tag points to that")
-NO_REFERRERS = flag("--no-referrers", "leave signatures, SBOMs and the like behind")
 CONNECTION_OPTIONS = [
     value("--retries", "N", "how often a request is tried again, with longer and longer pauses",
           int, 5),
@@ -13981,9 +13958,16 @@ CONNECTION_OPTIONS = [
          "whoever is on the way can read passwords and change tags"),
     flag("--plain-http", "use HTTP: whoever is on the way can read passwords and change tags"),
 ]
-LOCK = value("--lock", "FILE", "write a line NAME:TAG@DIGEST into FILE for each image that was "
-             "copied, with its name before --rename; pull -f FILE takes these bytes again",
-             parse_new_file)
+COPY_OPTIONS = [
+    repeated("--platform", "OS/ARCH[/VARIANT]", "copy images for this platform only; may be "
+             "repeated; the index keeps its digest (default: all)"),
+    flag("--no-referrers", "leave signatures, SBOMs and the like behind"),
+    flag("--dry-run", "say what would be copied, and copy nothing"),
+    value("--lock", "FILE", "write a line NAME:TAG@DIGEST into FILE for each image that was "
+          "copied, with its name before --rename; pull -f FILE takes these bytes again",
+          parse_new_file),
+    SIGNED_BY]
+LOGIN_HOST = value("host", "HOST[:PORT]", "the registry; docker.io is Docker Hub", parse_login_host)
 RENAME = repeated("--rename", "FROM=TO", "copy what begins with FROM, such as docker.io/library, "
                   "under names that begin with TO instead; of several the longest FROM counts; "
                   "may be repeated", parse_rename)
@@ -14233,9 +14217,8 @@ COMMANDS = [
         "  helm template CHART | tinyreg.py pull -f -\n"
         "  tinyreg.py pull -f images.txt --lock images.lock\n"
         "  tinyreg.py pull -f images.lock --via harbor.lab/proxy-docker\n",
-        [AS_JSON, value("images", "IMAGE", "as docker pull takes it; * may stand in a tag",
-                        nargs="*"),
-         *IMAGE_LIST, PLATFORM, SIGNED_BY, NO_REFERRERS, DRY_RUN, LOCK, RENAME,
+        [*image_options("as docker pull takes it; * may stand in a tag"),
+         *COPY_OPTIONS, RENAME,
          value("--via", "HOST[:PORT][/PREFIX]", "fetch docker.io's images from this mirror of it; "
                "they keep their names", parse_destination)] + REMOTE_OPTIONS,
         REMOTE_NOTES),
@@ -14245,18 +14228,17 @@ COMMANDS = [
         "  tinyreg.py push -f images.txt --to lab.example/mirror\n"
         "  tinyreg.py push alpine:3.19 --to harbor.lab/mirror --platform linux/amd64 --strip\n"
         "  tinyreg.py push -f images.txt --to lab.example --rename docker.io=hub --rate 2M\n",
-        [AS_JSON, value("images", "IMAGE", "as pull took it, or as ls shows it; * may stand in the "
-                        "name and the tag", nargs="*"),
-         *IMAGE_LIST, PLATFORM, STRIP, NO_REFERRERS, DRY_RUN, RENAME,
+        [*image_options("as pull took it, or as ls shows it; * may stand in the name and the tag"),
+         *COPY_OPTIONS, STRIP, RENAME,
          value("--to", "HOST[:PORT][/PREFIX]", "the registry, and what its repositories' names "
-               "begin with", required=True)] + REMOTE_OPTIONS,
+               "begin with", parse_destination, required=True)] + REMOTE_OPTIONS,
         REMOTE_NOTES),
     Command(
         "login", log_in_to, "Try a login at another registry, and keep it for pull, push and load.",
         "  tinyreg.py login registry.lab:5000\n"
         "  tinyreg.py login quay.io --user ci --stdin < ci-password\n"
         "  tinyreg.py login docker.io --user alice\n",
-        [value("host", "HOST[:PORT]", "the registry; docker.io is Docker Hub", parse_login_host),
+        [LOGIN_HOST,
          value("--user", "NAME", "who logs in (default: the terminal is asked)"),
          flag("--stdin", "read the password from a line on standard input")] + CONNECTION_OPTIONS,
         "\nIt is kept where docker login keeps it, or podman login if only that was used, so these "
@@ -14266,7 +14248,7 @@ COMMANDS = [
     Command(
         "logout", log_out_from, "Remove the login for another registry.",
         "  tinyreg.py logout registry.lab:5000\n",
-        [value("host", "HOST[:PORT]", "the registry; docker.io is Docker Hub", parse_login_host)]),
+        [LOGIN_HOST]),
     Command(
         "save", save, "Write images of the store into an archive.",
         "  tinyreg.py save alpine nginx:1.25 -o images.tar\n"
@@ -14274,8 +14256,8 @@ COMMANDS = [
         "  tinyreg.py save -f images.txt -o images.tar --have have.txt --split 3900M\n"
         "  tinyreg.py save alpine -o - | ssh HOST docker load\n"
         "  tinyreg.py save alpine -o - | gpg -c > images.tar.gpg\n",
-        [AS_JSON, value("images", "IMAGE", "NAME[:TAG] or NAME@DIGEST; * stands for a part of a "
-                        "component or tag, ** for anything", nargs="*"),
+        [*image_options("NAME[:TAG] or NAME@DIGEST; * stands for a part of a component or tag, ** "
+                        "for anything"),
          value("-o --output", "FILE", "the archive; - is stdout", required=True),
          flag("--no-self", "leave out tinyreg.py itself"),
          repeated("--have", "FILE", "leave out the blobs that are in these lists (what `ls "
@@ -14284,7 +14266,7 @@ COMMANDS = [
                   nargs="+"),
          value("--split", "SIZE", "write parts of at most this size, for example 3900M for a "
                "FAT32 stick (default: one file)", parse_size),
-         *IMAGE_LIST, PLATFORM, STRIP, NO_REFERRERS, DRY_RUN, LOCK]),
+         *COPY_OPTIONS, STRIP]),
     Command(
         "load", load, "Put the images of archives into the store.",
         "  tinyreg.py load images.tar\n"
@@ -14301,8 +14283,9 @@ COMMANDS = [
                "image cache of Talos; a registry's data directory; - is stdin",
                nargs="+"),
          value("--want", "FILE", "write the digests that are missing into this file"),
-         value("--to", "HOST[:PORT][/PREFIX]", "put them into this registry, not into the store"),
-         PLATFORM, STRIP, SIGNED_BY, NO_REFERRERS, DRY_RUN, LOCK, RENAME] + REMOTE_OPTIONS),
+         value("--to", "HOST[:PORT][/PREFIX]", "put them into this registry, not into the store",
+               parse_destination),
+         *COPY_OPTIONS, STRIP, RENAME] + REMOTE_OPTIONS),
     Command(
         "add", add, "Store files, or Helm charts, beside the images, as oras and helm push them.",
         "  tinyreg.py add install.sh rke2.tar.gz --to rke2/files:v1.34\n"
@@ -14357,13 +14340,11 @@ COMMANDS = [
         "  tinyreg.py rm alpine:3.19\n"
         "  tinyreg.py rm alpine@sha256:0123...\n"
         "  tinyreg.py rm 'student*/**' --dry-run\n",
-        [AS_JSON,
-         value("images", "IMAGE", "NAME:TAG deletes the tag; NAME@DIGEST deletes the manifest and "
-               "every tag that points to it; with * all that fits", nargs="*"),
+        [*image_options("NAME:TAG deletes the tag; NAME@DIGEST deletes the manifest and every tag "
+                        "that points to it; with * all that fits"),
          flag("--dry-run", "only say what would go, and what that frees"),
          flag("--yes", "delete also more than %d images, every name (**), or what --newest takes "
-              "(it is gc --keep that lets the newest stay)" % MANY)
-         ] + IMAGE_LIST),
+              "(it is gc --keep that lets the newest stay)" % MANY)]),
     Command(
         "gc", collect, "Delete what nothing refers to; safe beside a running server.",
         "  tinyreg.py gc --dry-run\n"
@@ -14401,10 +14382,8 @@ COMMANDS = [
         "  tinyreg.py verify --repair\n"
         "  tinyreg.py verify alpine:3.19 'team/**'\n"
         "  tinyreg.py verify /media/stick/images-*.tar --signed-by cosign.pub\n",
-        [AS_JSON,
-         value("images", "IMAGE|FILE", "re-read these images of the store, or archives (default: "
-               "the whole store)", nargs="*"),
-         *IMAGE_LIST,
+        [*image_options("re-read these images of the store, or archives (default: the whole "
+                        "store)", "IMAGE|FILE"),
          value("--rate", "SIZE", "read so much a second; 0 is no limit", parse_size, "0"),
          SIGNED_BY,
          flag("--repair", "move what is damaged into ROOT/tinyreg/damaged, so that pushing the "
@@ -14456,6 +14435,8 @@ def variable_of(option: str) -> str:
     return "TINYREG_" + option.lstrip("-").replace("-", "_").upper()
 
 
+VARIABLES = {variable_of(option.names[0]): option for option in [QUIET] + SERVE_OPTIONS
+             if option.names[0].startswith("--")}
 SWITCH = dict.fromkeys(("1", "yes", "true", "on"), True)
 SWITCH.update(dict.fromkeys(("0", "no", "false", "off"), False))
 
@@ -14463,17 +14444,13 @@ SWITCH.update(dict.fromkeys(("0", "no", "false", "off"), False))
 def find_wrong_variable() -> str:
     """What is wrong with a variable that is set as if it were an option of serve; "" if nothing is.
     Kubernetes sets some for a Service called tinyreg, such as TINYREG_PORT."""
-    known = {variable_of(names[0]): settings for names, settings in [QUIET] + SERVE_OPTIONS
-             if names[0][0] == "-"}
-    known["TINYREG_ROOT"] = {}
     for name, text in os.environ.items():
-        pair = "%s=%s" % (name, text)
-        if name in known:
-            is_switch = known[name].get("action") == "store_true"
+        if name in VARIABLES:
+            is_switch = VARIABLES[name].settings.get("action") == "store_true"
             if is_switch and text and text.lower() not in SWITCH:
                 return "%s is %r: write 1 for yes, 0 for no" % (name, text)
-        elif name.startswith("TINYREG_") and not re.search(
-                "_SERVICE_(HOST|PORT)|_PORT_[0-9]|_PORT=[a-z]+:", pair):
+        elif name.startswith("TINYREG_") and name != "TINYREG_ROOT" and not re.search(
+                "_SERVICE_(HOST|PORT)|_PORT_[0-9]|_PORT=[a-z]+:", "%s=%s" % (name, text)):
             return "%s is set, but there is no such option" % name
     return ""
 
@@ -14483,9 +14460,9 @@ def with_environment(words: List[str]) -> List[str]:
     counts more, so an option that it names is not taken from there."""
     named = {word.partition("=")[0] for word in words}
     added = []
-    for (name, *_), settings in [QUIET] + SERVE_OPTIONS:
-        text = os.environ.get(variable_of(name))
-        if not text or name in named or not name.startswith("--"):
+    for variable, ((name, *_), settings) in VARIABLES.items():
+        text = os.environ.get(variable)
+        if not text or name in named:
             continue
         if settings.get("action") != "store_true":
             values = text.split() if settings.get("action") == "append" else [text]

@@ -404,7 +404,7 @@ def test_an_error_ends_the_whole_copy(source, target):
 def test_the_report_is_heard_of_while_bytes_move(source, target):
     make_image(source, NAME)
     heard = []
-    copy(source, target, NAME, "latest", report=Report("demo", lambda report: heard.append(report.copied_bytes)))
+    copy(source, target, NAME, "latest", report=Report(watch=lambda report: heard.append(report.copied_bytes)))
     assert heard and heard == sorted(heard) and heard[-1] == 18 + len(config_for("amd64"))
 
 

@@ -386,6 +386,21 @@ def test_pull_takes_what_is_signed_and_names_the_rest(lab, good, start_server, r
     assert (done.returncode, done.stderr) == (0, "") and near.resolve(name, tag) == store.resolve("lab/signed", tag)
 
 
+def test_save_and_push_take_what_is_signed_and_name_the_rest(lab, good, start_server, root, tmp_path):
+    store, _, _ = lab
+    both = ["lab/signed", "lab/plain:1", "--root", root, "--signed-by", good.public]
+    done = run_tinyreg("save", *both, "-o", tmp_path / "both.tar")
+    assert done.returncode == 1 and "lab/plain:1: no key of --signed-by has signed" in done.stderr
+    assert not (tmp_path / "both.tar").exists()
+    host, lock = start_server(tmp_path / "far").host, tmp_path / "lock"
+    done = run_tinyreg("push", *both, "--to", host, "--lock", lock)
+    assert done.returncode == 1 and "lab/plain:1: no key of --signed-by has signed" in done.stderr
+    digest = store.resolve("lab/signed", "latest")
+    assert lock.read_text() == "lab/signed:latest@%s\n" % digest
+    far = Directory(str(tmp_path / "far"))
+    assert list(far.repositories()) == ["lab/signed"] and far.resolve("lab/signed", "latest") == digest
+
+
 def test_what_is_checked_is_what_is_copied(store, good, tmp_path, no_fsync):
     """A tag that is moved while a pull is at work leads to the image that was checked, or to none."""
     manifest = make_image(store, "demo")
@@ -401,7 +416,7 @@ def test_what_is_checked_is_what_is_copied(store, good, tmp_path, no_fsync):
     options = tinyreg.build_parser().parse_args(["pull", "x", "--signed-by", good.public])
     options.strip = False
     near = Directory(str(tmp_path / "near"))
-    copy = tinyreg.prepare_copy(options, "demo", Moving(store), near, "demo", "latest")
+    copy = tinyreg.prepare_copy(options, tinyreg.Choice("demo"), Moving(store), near, "demo", "latest")
     tinyreg.plan_checked(options, copy)
     copy.run()
     assert near.resolve("demo", "latest") == manifest.digest != store.resolve("demo", "latest")
@@ -416,7 +431,8 @@ def test_no_unsigned_image_comes_along_under_a_tag_of_a_signature(store, good, t
     evil = make_image(store, "demo", manifest.digest.replace(":", "-") + ".att", layers=(b"evil",))
     options = tinyreg.build_parser().parse_args(["pull", "x", "--signed-by", good.public])
     options.strip = False
-    copy = tinyreg.prepare_copy(options, "demo", store, Directory(str(tmp_path / "near")), "demo", "latest")
+    near = Directory(str(tmp_path / "near"))
+    copy = tinyreg.prepare_copy(options, tinyreg.Choice("demo"), store, near, "demo", "latest")
     with pytest.raises(Refused, match=evil.digest):
         tinyreg.plan_checked(options, copy)
 
