@@ -7769,7 +7769,7 @@ class Access:
         place = self.rules.place_to_push(user) if user and needed == NEEDED["push"] else None
         return RegistryError(
             "DENIED", message="%s may %s%s%s; whoever runs this registry can allow more %s" % (
-                user or "clients", IN_WORDS[level], " in " + name if name else "",
+                user or "clients", IN_WORDS[level], " in " + name if name and name != "**" else "",
                 ", but may push to " + place if place else "", option))
 
     @staticmethod
@@ -8451,7 +8451,8 @@ class Response:
         self.headers = list(headers)
         self.body = body
         self.reason: Optional[str] = None  # for the status line, if not HTTP's own
-        self.refusal = ""  # what an error's message says beyond its code
+        self.error = ""    # the message of an error …
+        self.refusal = ""  # … if it says more than its code
         # Whether the same request may get it again while the registry has not changed.
         self.is_repeatable = False
 
@@ -8473,8 +8474,9 @@ class Response:
     @classmethod
     def of_error(cls, error: RegistryError) -> "Response":
         response = cls(error.status, [("Content-Type", JSON)] + error.headers, error.body())
+        response.error = error.message[:300]
         if error.message != ERRORS[error.code].message:
-            response.refusal = error.message[:300]
+            response.refusal = response.error
         if error.status >= 500:  # docker, podman and skopeo show the status line of these, no body
             response.reason = re.sub("[^ -~]", "?", error.message[:300])
         return response
@@ -9820,6 +9822,17 @@ def repositories_page(registry: Registry, access: Access, request: Request) -> R
          for group, rows in tables.items()])
 
 
+def for_people(request: Request, response: Response) -> Response:
+    """The response; an error as a page, if a browser asked for one."""
+    if (not response.error or request.path.startswith("/v2")
+            or "text/html" not in request.header("accept")):
+        return response
+    shown = page("No", fill("<p>%s</p>", response.error[:1].upper() + response.error[1:] + "."))
+    shown.status, shown.refusal = response.status, response.refusal
+    shown.headers += [header for header in response.headers if header[0] != "Content-Type"]
+    return shown
+
+
 def find_page(registry: Registry, access: Access, request: Request) -> Response:
     """The repositories, the tags of a repository, or one image, as the query says. Raises
     NAME_UNKNOWN, MANIFEST_UNKNOWN."""
@@ -11099,7 +11112,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         client = request.client
         if client != self.counts_for and self.worker.crowd.count(self, client) > 0:
             return Response.of_error(too_many_connections(client))
-        response = dispatch(self.worker.registry, self.worker.access, request)
+        response = for_people(
+            request, dispatch(self.worker.registry, self.worker.access, request))
         blob = response.body
         if isinstance(blob, Blob) and blob.file and blob.length <= SMALL_BLOB:
             with blob:

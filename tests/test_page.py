@@ -157,6 +157,20 @@ def test_an_image_page_tells_layers_commands_labels_sharing_and_referrers(regist
     assert "linux/amd64, linux/arm64" in text and "Platforms" in text
 
 
+def test_a_browser_is_refused_with_a_page(start_server, tmp_path):
+    """A student opens /live, or presses Cancel where a password is asked for; curl gets JSON."""
+    (tmp_path / "users").write_text("alice:%s\n" % tinyreg.new_hash("pw"))
+    for options, status, words in ((["--anonymous", "pull"], 403, "Clients may pull; whoever runs this registry"),
+                                   (["--users", tmp_path / "users"], 401, "Authentication required.")):
+        server = start_server(tmp_path / str(status), *options)
+        answer = server.ask("GET", "/live", accept="text/html,*/*;q=0.8")
+        text = Document(answer.text).text
+        assert (answer.status, words in text) == (status, True), text
+        plain = server.ask("GET", "/live")
+        assert plain.status == status and plain.error and plain.headers["WWW-Authenticate"] == answer.headers[
+            "WWW-Authenticate"] and server.ask("GET", "/v2/", accept="text/html").text[:1] == "{"
+
+
 @pytest.mark.parametrize("repositories, more", [(5, False), (6, True)])
 def test_a_layer_of_many_repositories_says_that_there_are_more(store, repositories, more):
     """Four are named. The title has a digest as people write it; the whole one is below."""
