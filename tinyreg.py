@@ -7593,6 +7593,9 @@ class Rules:
         return max(levels + [self.anonymous])
 
 
+MAY_PUSH = ", but may push to "  # where a denial begins to name other repositories
+
+
 class UploadLimit:
     """Limits the upload sessions that one client has open in one process. A client on this machine
     has no limit, because it may be a proxy."""
@@ -7770,7 +7773,7 @@ class Access:
         return RegistryError(
             "DENIED", message="%s may %s%s%s; whoever runs this registry can allow more %s" % (
                 user or "clients", IN_WORDS[level], " in " + name if name and name != "**" else "",
-                ", but may push to " + place if place else "", option))
+                MAY_PUSH + place if place else "", option))
 
     @staticmethod
     def _check_local(request: BareRequest, writes: bool) -> None:
@@ -7973,13 +7976,14 @@ def explain(exchange: Exchange, words: Words) -> Tuple[str, str]:
 def without_names(exchange: Exchange) -> Exchange:
     """The exchange without what may name other repositories than `name`.
 
-    These are its target's query, and the path and the refusal if its name was not read."""
+    These are its target's query, the end of a denial, and the path and the refusal if its name was
+    not read."""
     path = exchange.target.partition("?")[0]
     if not exchange.name:
         path = "/%s" % path.split("/")[1] if exchange.route and path.startswith("/") else "…"
     query = "?mount=" if MOUNT.search(exchange.target) else ""
-    return exchange._replace(target=path + query,
-                             refusal=exchange.refusal if exchange.name else "")
+    refusal = exchange.refusal.partition(MAY_PUSH)[0] if exchange.name else ""
+    return exchange._replace(target=path + query, refusal=refusal)
 
 
 # The log
