@@ -14455,8 +14455,7 @@ def variable_of(option: str) -> str:
 
 VARIABLES = {variable_of(option.names[0]): option for option in [QUIET] + SERVE_OPTIONS
              if option.names[0].startswith("--")}
-SWITCH = dict.fromkeys(("1", "yes", "true", "on"), True)
-SWITCH.update(dict.fromkeys(("0", "no", "false", "off"), False))
+YES, NO = ("1", "yes", "true", "on"), ("0", "no", "false", "off")
 
 
 def find_wrong_variable() -> str:
@@ -14465,7 +14464,7 @@ def find_wrong_variable() -> str:
     for name, text in os.environ.items():
         if name in VARIABLES:
             is_switch = VARIABLES[name].settings.get("action") == "store_true"
-            if is_switch and text and text.lower() not in SWITCH:
+            if is_switch and text and text.lower() not in YES + NO:
                 return "%s is %r: write 1 for yes, 0 for no" % (name, text)
         elif name.startswith("TINYREG_") and name != "TINYREG_ROOT" and not re.search(
                 "_SERVICE_(HOST|PORT)|_PORT_[0-9]|_PORT=[a-z]+:", "%s=%s" % (name, text)):
@@ -14485,7 +14484,7 @@ def with_environment(words: List[str]) -> List[str]:
         if settings.get("action") != "store_true":
             values = text.split() if settings.get("action") == "append" else [text]
             added += ["%s=%s" % (name, word) for word in values]
-        elif SWITCH.get(text.lower(), True):
+        elif text.lower() not in NO:
             added.append(name)
     return added + words
 
