@@ -5,6 +5,7 @@ import contextlib
 import glob
 import http.client
 import json
+import logging
 import os
 import re
 import signal
@@ -23,7 +24,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TINYREG = os.path.join(os.path.dirname(HERE), "tinyreg.py")
 sys.path.insert(0, os.path.dirname(TINYREG))
 
-from samples import descriptor  # noqa: E402  what follows needs the path
+import tinyreg  # noqa: E402  what follows needs the path
+from samples import descriptor  # noqa: E402
 from tinyreg import MANIFEST_TYPES, OCI_INDEX, Digest, Directory  # noqa: E402
 
 # Seconds until a test gives up waiting for something. Large, so that a busy machine fails no test;
@@ -302,6 +304,15 @@ class Server:
         self.stop(how)
         self.listen = self.host
         self.start()
+
+
+@pytest.fixture(autouse=True)
+def same_process():
+    """What a command or a request that ran in this process has set for its process, or thread, is undone."""
+    yield
+    tinyreg.HOPS.passed = None
+    tinyreg.logger.handlers[:] = []
+    tinyreg.logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

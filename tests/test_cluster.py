@@ -3,6 +3,7 @@
 Each mount is a client of its own, as on a host of its own. The clusters run in user space on loopback."""
 
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -24,7 +25,7 @@ HOSTS = 3
 CEPH_CONF = """\
 [global]
 fsid = {fsid}
-mon host = [v2:127.0.0.1:33000,v1:127.0.0.1:36789]
+mon host = [v2:127.0.0.1:13300,v1:127.0.0.1:16789]
 public network = 127.0.0.0/8
 public addr = 127.0.0.1
 run dir = {home}
@@ -118,7 +119,7 @@ class CephFS(Cluster):
         keyring, monmap = os.path.join(self.home, "keyring"), os.path.join(self.home, "monmap")
         run("ceph-authtool", "--create-keyring", keyring, "--gen-key", "-n", "mon.", "--cap", "mon", "allow *")
         run("ceph-authtool", keyring, "--gen-key", "-n", "client.admin", *everything)
-        run("monmaptool", "--create", "--addv", "a", "[v2:127.0.0.1:33000,v1:127.0.0.1:36789]", "--fsid",
+        run("monmaptool", "--create", "--addv", "a", "[v2:127.0.0.1:13300,v1:127.0.0.1:16789]", "--fsid",
             self.setting("fsid"), monmap)
         self.run("ceph-mon", "--mkfs", "-i", "a", "--monmap", monmap, "--keyring", keyring)
         self.run("ceph-mon", "-i", "a")
@@ -237,7 +238,9 @@ def cluster(request):
     require_root()
     if not os.path.exists("/dev/fuse"):
         unavailable("no /dev/fuse here")
-    with private_folder("cluster") as folder:
+    # One at a time on a machine: glusterd has one socket, and the mon one port.
+    with open("/tmp/tinyreg-cluster.lock", "w") as lock, private_folder("cluster") as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         made = []
         try:
             cluster = request.param.__new__(request.param)
