@@ -12327,6 +12327,14 @@ def iter_stored(options: argparse.Namespace, store: Directory, choices: Iterable
         yield (choice._replace(image=label),) + image
 
 
+def check_any(images: List[Any]) -> List[Any]:
+    """Some images, one at least: else verify would read all, and save write none. Raises
+    CommandError."""
+    if not images:
+        raise CommandError("no image is left: all that were named are excluded, or not here")
+    return images
+
+
 def list_image(registry: Reader, name: str, reference: str) -> Dict[str, Any]:
     """What ls reports of an image: its description, its name and when it was pushed, or why it
     can't be read."""
@@ -13459,9 +13467,9 @@ def verify(options: argparse.Namespace) -> int:
     else:
         store = open_store(options)
         if has_images:
-            images = [image[1:] for image in iter_stored(
+            images = check_any([image[1:] for image in iter_stored(
                 options, store, named_images(options),
-                lambda image, why: give_up(image, "no such file, and %s" % why))]
+                lambda image, why: give_up(image, "no such file, and %s" % why))])
         check = StoreVerification(store, progress.count, options.rate,
                                   options.repair and not options.dry_run, images)
     check.run()
@@ -13544,8 +13552,8 @@ def save(options: argparse.Namespace) -> int:
     store = open_store(options)
     writer = ArchiveWriter(digest for paths in options.have for path in paths
                            for digest in digests_in(path))
-    reports = [add_to_archive(options, store, writer, *image)
-               for image in iter_stored(options, store, named_images(options), give_up)]
+    reports = check_any([add_to_archive(options, store, writer, *image) for image
+                         in iter_stored(options, store, named_images(options), give_up)])
     writer.plan(options.output, None if options.no_self else read_file(__file__, -1),
                 options.split)
     files: List[Dict[str, Any]] = [{"file": path, "size": writer.size(digests)}
