@@ -67,7 +67,9 @@ def tinyreg_does(store, capsys):
         status = tinyreg.main([command, "--root", store.root] + [str(word) for word in words])
         output = capsys.readouterr()
         return status, output.out, output.err
-    return run
+    level = tinyreg.logger.level
+    yield run
+    tinyreg.logger.setLevel(level)  # verify logs errors only
 
 
 @pytest.fixture
