@@ -2322,6 +2322,11 @@ class Layout:
         """Yield (digest, folder) for each link of a repository to a manifest. Raises OSError."""
         return digest_folders(self.repository_path(name, "_manifests", "revisions"))
 
+    def linked(self, name: str) -> Set[Digest]:
+        """What a repository has links to: its blobs and manifests, each once. Raises OSError."""
+        return {digest for digest, _ in itertools.chain(self.iter_layers(name),
+                                                        self.iter_revisions(name))}
+
     def list_tags(self, name: str) -> List[str]:
         """The names of a repository's folders of tags, also of those without a link."""
         return list_directory(self.tag_path(name, ""))
@@ -2708,10 +2713,7 @@ class Directory(Registry):
         repositories = {name: [0, 0] for name in self.repositories()}
         for name in repositories:
             uploads += len(list_directory(self.layout.uploads_path(name)))
-            # A set, because a manifest may have been pushed as a blob, too.
-            links = itertools.chain(self.layout.iter_layers(name),
-                                    self.layout.iter_revisions(name))
-            for digest in {digest for digest, _ in links}:
+            for digest in self.layout.linked(name):
                 owners.setdefault(digest, []).append(name)
         shared = {digest: names for digest, names in owners.items() if len(names) > 1}
         for digest, names in owners.items():
@@ -2722,7 +2724,7 @@ class Directory(Registry):
                 "blobs": len(sizes), "bytes": sum(sizes.values()),
                 "unlinked": sum(sizes[digest] for digest in sizes.keys() - owners),
                 "uploads": uploads, "repositories": repositories,
-                "free": disk.f_bavail * disk.f_frsize, "total": disk.f_blocks * disk.f_frsize,
+                "free": self.free_space(), "total": disk.f_blocks * disk.f_frsize,
                 "shared": {digest: names[:6] for digest, names in shared.items()}}
 
     def free_space(self) -> int:
@@ -2761,9 +2763,7 @@ class Directory(Registry):
             linked: Set[Digest] = set()
             waiting = 0
             for repository in self.layout.iter_repositories(account):
-                linked.update(other for iter_links in (self.layout.iter_layers,
-                                                       self.layout.iter_revisions)
-                              for other, _ in iter_links(repository))
+                linked |= self.layout.linked(repository)
                 uploads = self.layout.uploads_path(repository)
                 waiting += sum(look_at(os.path.join(uploads, session_id, "data")).size
                                for session_id in list_directory(uploads))
@@ -3651,9 +3651,8 @@ def freed_bytes(store: Directory, name: str, grace: float,
     later = Collection(store, untagged=True, dry_run=True, expiry=expiry)
     later.unpinned = going
     later.collect_repository(name)
-    links = itertools.chain(store.layout.iter_layers(name), store.layout.iter_revisions(name))
     size = sum(look_at(store.layout.blob_path(digest)).size
-               for digest in {digest for digest, _ in links} if key_of(digest) not in later.needed)
+               for digest in store.layout.linked(name) if key_of(digest) not in later.needed)
     return size, later.newest + grace + TOUCH_AGAIN_AFTER
 
 
@@ -9619,9 +9618,8 @@ def attached(registry: Registry, name: str, digest: Digest) -> Iterator[Tuple[st
         size += len(manifest.content)
         if size > MAX_PAGE_READ:
             break
-        said = manifest.content.decode("utf-8", "replace")
         kinds = [kind for kind, *words in map(str.split, KINDS.splitlines())
-                 if any(word in said for word in words)]
+                 if any(word.encode() in manifest.content for word in words)]
         yield (kinds or [manifest.artifact_type or manifest.media_type])[0], manifest
 
 
@@ -10260,7 +10258,7 @@ def get_metrics(registry: Registry, access: Access, request: Request) -> Respons
 
 
 READINESS_WAIT = 5.0  # seconds; half of what load balancers commonly wait
-READINESS_LOCK = threading.Lock()  # held by the thread that asks the disk
+READINESS = concurrent.futures.ThreadPoolExecutor(1)  # the thread that asks the disk
 
 
 def get_health(registry: Registry, access: Access, request: Request) -> Response:
@@ -10274,26 +10272,14 @@ def get_readiness(registry: Registry, access: Access, request: Request) -> Respo
 
     A network's disk that is away may answer nothing at all. So a thread asks, one at a time, and
     is not waited for without end."""
-    errors: List[Exception] = []
-
-    def check() -> None:
-        try:
-            registry.check_ready()
-        except (RegistryError, OSError) as error:  # for the thread that waits, which raises it
-            errors.append(error)
-        finally:
-            READINESS_LOCK.release()
-
-    if READINESS_LOCK.acquire(timeout=READINESS_WAIT):
-        thread = threading.Thread(target=check, daemon=True)
-        thread.start()
-        thread.join(READINESS_WAIT)
-        if not thread.is_alive():
-            for error in errors:
-                raise error
-            return Response.of_text("ready\n")
-    raise RegistryError("UNAVAILABLE", message="the registry's disk has not answered for %g seconds"
-                        % READINESS_WAIT)
+    check = READINESS.submit(registry.check_ready)
+    try:
+        check.result(READINESS_WAIT)
+    except concurrent.futures.TimeoutError:  # the thread still waits for the disk
+        check.cancel()
+        raise RegistryError("UNAVAILABLE", message="the registry's disk has not answered for %g "
+                            "seconds" % READINESS_WAIT)
+    return Response.of_text("ready\n")
 
 
 def ca_response(request: Request) -> Response:
@@ -11237,7 +11223,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _send_blob(self, blob: Blob) -> None:
         """Send a blob; where there is no TLS the kernel copies it from the file to the socket."""
         if blob.file is None or self.worker.tls or not hasattr(os, "sendfile"):
-            return self._send_read(blob)
+            return copy_bytes(blob, blob.length, self._send_all)
         source, target = blob.file.fileno(), self.connection.fileno()
         offset, end, pace = blob.offset, blob.offset + blob.length, Pace()
         while offset < end:
@@ -11246,15 +11232,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 raise OSError(errno.EIO, "a blob became shorter while it was sent")
             offset += count or 0
             self.sent += count or 0
-
-    def _send_read(self, blob: Blob) -> None:
-        buffer, left = memoryview(bytearray(min(blob.length, COPY_BUFFER))), blob.length
-        while left:
-            count = blob.readinto(buffer[:left])
-            if not count:
-                raise OSError(errno.EIO, "a blob became shorter while it was sent")
-            self._send_all(buffer[:count])
-            left -= count
 
     def _send_stream(self, stream: Stream, chunked: bool) -> None:
         """Send a body while it is made. If the server stops before its end, the client sees that
