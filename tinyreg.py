@@ -7251,17 +7251,18 @@ class Who(NamedTuple):
     grants: Optional[Dict[str, int]]
 
 
-class BareRequest:
-    """A request without its body: the method, the decoded path, the query, and the headers by
-    their names in lower case.
+class Request:
+    """One request: the method, the decoded path, the query, the headers by their names in lower
+    case, and the body, a file to read once.
 
     The values of a header that is repeated are joined by commas: docker sends its Accept in six
     lines. `client` is the address that the request came from, through proxies that we believe.
-    `certificate` is the user whom the client's TLS certificate names, if it has one. `version` is
-    HTTP's. `who` is None until Access has identified the client."""
+    `certificate` is the user whom the client's TLS certificate names, if it has one. `ca` is the
+    certificate of the CA that made the server's certificate. `version` is HTTP's."""
 
     def __init__(self, method: str, target: str, headers: Optional[Dict[str, str]] = None,
-                 client: str = "", scheme: str = "http", certificate: Optional[str] = None,
+                 body: Any = None, client: str = "", scheme: str = "http",
+                 certificate: Optional[str] = None, ca: Optional[bytes] = None,
                  version: str = "1.1") -> None:
         path, _, query = origin_form(target).partition("?")
         self.method = method
@@ -7272,7 +7273,14 @@ class BareRequest:
         self.scheme = scheme
         self.certificate = certificate
         self.version = version
-        self.who: Optional[Who] = None
+        self.body = body or io.BytesIO()
+        self.ca = ca
+        self.who: Optional[Who] = None         # once Access has identified the client
+        self.route: Any = None                 # its row in the table of routes, if there is one, …
+        self.path_values: Dict[str, Any] = {}  # … and what the path has: name, reference, digest, …
+        self.observation: Any = None           # the server's Observation
+        # Raises ClientLeft once nobody waits for the response any more.
+        self.check_wanted: Callable[[], None] = do_nothing
 
     def get(self, parameter: str, default: Any = None) -> Any:
         """The last value of a query parameter, or the default without one."""
@@ -7648,7 +7656,7 @@ class Access:
 
     # Who sends a request
 
-    def identify(self, request: BareRequest) -> Who:
+    def identify(self, request: Request) -> Who:
         """Who sent a request. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
         if request.who is None:
             if self.watch.changed():
@@ -7659,7 +7667,7 @@ class Access:
             request.who = self._identify(request)
         return request.who
 
-    def _identify(self, request: BareRequest) -> Who:
+    def _identify(self, request: Request) -> Who:
         scheme, _, value = request.header("authorization").partition(" ")
         scheme = scheme.lower() if self.users_file else ""
         if scheme == "basic":
@@ -7675,7 +7683,7 @@ class Access:
             return who
         return Who(request.certificate, None)
 
-    def _unauthorized(self, request: BareRequest, message: Optional[str] = None,
+    def _unauthorized(self, request: Request, message: Optional[str] = None,
                       **problem: str) -> RegistryError:
         """A 401 whose challenge makes the client send what it has.
 
@@ -7696,7 +7704,7 @@ class Access:
         return RegistryError("UNAUTHORIZED", message=message,
                              headers=[("WWW-Authenticate", challenge)])
 
-    def make_token(self, request: BareRequest, scopes: Iterable[str]) -> str:
+    def make_token(self, request: Request, scopes: Iterable[str]) -> str:
         """A token for the client that sent a request, with a password or, if it needs none,
         without. Raises UNAUTHORIZED, TOOMANYREQUESTS."""
         who = self.identify(request)
@@ -7706,7 +7714,7 @@ class Access:
 
     # What it may do
 
-    def allows(self, request: BareRequest, action: str, name: Optional[str] = None) -> bool:
+    def allows(self, request: Request, action: str, name: Optional[str] = None) -> bool:
         """Whether the client may do this in a repository, or in any if there is no name. Raises as
         identify does."""
         who, needed = self.identify(request), NEEDED[action]
@@ -7721,16 +7729,16 @@ class Access:
                 return False
         return self.rules.level(who.user, name) >= needed
 
-    def lists(self, request: BareRequest, name: str) -> bool:
+    def lists(self, request: Request, name: str) -> bool:
         """Whether the catalog shows a repository to the client, whatever its token grants."""
         return self.rules.level(self.identify(request).user, name) > 0
 
-    def pulls_everything(self, request: BareRequest) -> bool:
+    def pulls_everything(self, request: Request) -> bool:
         """Whether the client may pull from all repositories, and no rule could say otherwise."""
         return (not self.rules.path and self.identify(request).grants is None
                 and self.allows(request, "pull"))
 
-    def check(self, request: BareRequest, action: str, name: Optional[str] = None) -> None:
+    def check(self, request: Request, action: str, name: Optional[str] = None) -> None:
         """Raises UNAUTHORIZED if the client may not do this, but may with a password; else DENIED,
         with a message that docker prints. Raises TOOMANYREQUESTS."""
         who, needed = self.identify(request), NEEDED[action]
@@ -7754,7 +7762,7 @@ class Access:
         raise self._unauthorized(request, **problem)
 
     @staticmethod
-    def _scope(request: BareRequest, action: str, name: str) -> str:
+    def _scope(request: Request, action: str, name: str) -> str:
         """The scopes for which the client should get a token."""
         actions = {"push": "pull,push", "delete": "*"}.get(action, "pull")
         scope = "repository:%s:%s" % (name, actions)
@@ -7775,7 +7783,7 @@ class Access:
                 MAY_PUSH + place if place else "", option))
 
     @staticmethod
-    def _check_local(request: BareRequest, writes: bool) -> None:
+    def _check_local(request: Request, writes: bool) -> None:
         """Raises DENIED for a request that is not meant for this machine.
 
         A browser here lets web pages send us requests: under a name of their own (DNS rebinding),
@@ -7839,20 +7847,20 @@ class Access:
 class Exchange(NamedTuple):
     """One request and its response, as the log and /live show them."""
 
-    client: str      # its address
-    user: str
-    method: str
-    target: str      # without secrets
-    route: str       # the name of the handler; "" without one
-    name: str        # the repository in the path …
-    reference: str   # … and the tag or digest there
-    status: int
-    received: int    # bytes of the request's body
-    sent: int        # bytes of the response's body
-    seconds: float
-    digest: str      # of the blob or manifest in the response
-    agent: str       # the client's User-Agent
-    refusal: str = ""  # what an error's message says beyond its code
+    client: str             # its address
+    user: str = ""
+    method: str = "-"
+    target: str = "-"       # without secrets
+    route: str = ""         # the name of the handler, if there is one
+    name: str = ""          # the repository in the path …
+    reference: str = ""     # … and the tag or digest there
+    status: int = 0
+    received: int = 0       # bytes of the request's body
+    sent: int = 0           # bytes of the response's body
+    seconds: float = 0.0
+    digest: str = ""        # of the blob or manifest in the response
+    agent: str = ""         # the client's User-Agent
+    refusal: str = ""       # what an error's message says beyond its code
 
 
 # Log lines
@@ -7952,24 +7960,6 @@ def outcome(exchange: Exchange) -> str:
     """The key in COLOURS of an exchange."""
     expected = exchange.status in (401, 404) or exchange.method == "HTTPS"
     return "good" if exchange.status < 400 else "no" if expected else "bad"
-
-
-def explain(exchange: Exchange, words: Words) -> Tuple[str, str]:
-    """The exchange in words: who asks; and what, and what the response tells the client."""
-    if exchange.method == "POST" and MOUNT.search(exchange.target):
-        words = MOUNT_WORDS
-    answer = words.by_status.get(exchange.status) or (
-        "{refusal}" if exchange.refusal else MEANINGS.get(exchange.status))
-    answer = answer or (words.success if exchange.status < 400 else "that went wrong")
-    reference = shorten(exchange.reference)
-    values = dict(exchange._asdict(), sent=in_units(exchange.sent),
-                  received=in_units(exchange.received),
-                  reference=reference, digest=shorten(exchange.digest),
-                  image=exchange.name + ("@" if ":" in reference else ":") + reference)
-    who = exchange.agent.split(" ")[0] or "someone"
-    who += " (%s)" % exchange.user if exchange.user else ""
-    return "%s at %s" % (who, exchange.client), "%s -> %d: %s" % (
-        words.question.format(**values), exchange.status, answer.format(**values))
 
 
 def without_names(exchange: Exchange) -> Exchange:
@@ -8355,19 +8345,32 @@ class Observation:
         for queue in self.queues:
             queue.start()
 
-    def words_of(self, exchange: Exchange) -> Tuple[str, str]:
+    def _in_words(self, exchange: Exchange) -> Tuple[str, str]:
         """Who asks; and what, and what the response tells the client."""
-        keys = (exchange.method, exchange.route), ("", exchange.route)
-        return explain(exchange, next((self.words[key] for key in keys if key in self.words),
-                                      Words()))
+        words = (self.words.get((exchange.method, exchange.route))
+                 or self.words.get(("", exchange.route), Words()))
+        if exchange.method == "POST" and MOUNT.search(exchange.target):
+            words = MOUNT_WORDS
+        answer = words.by_status.get(exchange.status) or (
+            "{refusal}" if exchange.refusal else MEANINGS.get(exchange.status))
+        answer = answer or (words.success if exchange.status < 400 else "that went wrong")
+        reference = shorten(exchange.reference)
+        values = dict(exchange._asdict(), sent=in_units(exchange.sent),
+                      received=in_units(exchange.received),
+                      reference=reference, digest=shorten(exchange.digest),
+                      image=exchange.name + ("@" if ":" in reference else ":") + reference)
+        who = exchange.agent.split(" ")[0] or "someone"
+        who += " (%s)" % exchange.user if exchange.user else ""
+        return "%s at %s" % (who, exchange.client), "%s -> %d: %s" % (
+            words.question.format(**values), exchange.status, answer.format(**values))
 
     def explain(self, exchange: Exchange) -> str:
         """The exchange in words, as --log explain and /live show it."""
-        return "%s %s: %s" % ((time.strftime("%H:%M:%S"),) + self.words_of(exchange))
+        return time.strftime("%H:%M:%S ") + ": ".join(self._in_words(exchange))
 
     def show_on_terminal(self, exchange: Exchange) -> None:
         """Write the exchange in words, and above it who asks, unless that was the last one, too."""
-        who, line = self.words_of(exchange)
+        who, line = self._in_words(exchange)
         key = hashlib.blake2b(who.encode("utf-8", "replace"), digest_size=8).digest()
         heading = who if self.last_client[:] != key else ""
         self.last_client[:] = key
@@ -8408,25 +8411,6 @@ class Observation:
 # -------------------------------------------------------------------------------------------------
 
 Headers = List[Tuple[str, str]]
-
-
-class Request(BareRequest):
-    """One request: its head, and its body, a file to read once.
-
-    `ca` is the certificate of the CA that made the server's certificate."""
-
-    def __init__(self, method: str, target: str, headers: Optional[Dict[str, str]] = None,
-                 body: Any = None, client: str = "", scheme: str = "http",
-                 certificate: Optional[str] = None, ca: Optional[bytes] = None,
-                 version: str = "1.1") -> None:
-        super().__init__(method, target, headers, client, scheme, certificate, version)
-        self.body = body or io.BytesIO()
-        self.ca = ca
-        self.route: Optional[Route] = None     # find_route() sets it, …
-        self.path_values: Dict[str, Any] = {}  # … and these: name, reference, digest, …
-        self.observation: Any = None           # the server's Observation
-        # Raises ClientLeft once nobody waits for the response any more.
-        self.check_wanted: Callable[[], None] = do_nothing
 
 
 class Stream:
@@ -11002,7 +10986,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 self.certificate = self.connection.shake_hands()
             except OSError as error:  # most often a client that doesn't trust the CA: worth a line
                 logger.warning("%s: no TLS handshake: %s", self.client, error.strerror)
-                self._record_refusal("TLS", CLIENT_LEFT)
+                self._record_refusal("TLS")
                 raise ClientLeft("no TLS handshake")
 
     # Requests
@@ -11164,11 +11148,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self._record_refusal("HTTPS" if is_tls else "-", error.status)
         self._linger()
 
-    def _record_refusal(self, method: str, status: int) -> None:
+    def _record_refusal(self, method: str, status: int = CLIENT_LEFT) -> None:
         """Tell the observers of what did not become a request."""
-        self.worker.observation.record(Exchange(
-            client=self.client, user="", method=method, target="-", route="", name="", reference="",
-            status=status, received=0, sent=self.sent, seconds=0.0, digest="", agent=""))
+        self.worker.observation.record(
+            Exchange(self.client, method=method, status=status, sent=self.sent))
 
     def handle_expect_100(self) -> bool:
         """Send 100 Continue. A handler that reads the body causes it: a refused client need not
