@@ -2768,16 +2768,15 @@ class Directory(Registry):
                 waiting += sum(look_at(os.path.join(uploads, session_id, "data")).size
                                for session_id in list_directory(uploads))
             used = sum(look_at(self.layout.blob_path(other)).size for other in linked)
+            over = "over the quota: %s has %s of %s (--quota), and " % (
+                account, in_units(used), in_units(limit))
             if used + size > limit and digest not in linked:
-                raise RegistryError("DENIED", message="over the quota: %s has %s of %s "
-                                    "(--quota), and this does not fit into the rest; at the "
-                                    "registry, tinyreg.py rm and then gc --untagged make room"
-                                    % (account, in_units(used), in_units(limit)))
+                raise RegistryError("DENIED", message=over + "this does not fit into the rest; at "
+                                    "the registry, tinyreg.py rm and then gc --untagged make room")
             if used + waiting > 2 * limit and not digest:
-                raise RegistryError("DENIED", message="over the quota: %s has %s of %s "
-                                    "(--quota), and %s of uploads that have not ended; they are "
-                                    "forgotten a day after their last byte"
-                                    % (account, in_units(used), in_units(limit), in_units(waiting)))
+                raise RegistryError("DENIED", message=over + "%s of uploads that have not ended; "
+                                    "they are forgotten a day after their last byte"
+                                    % in_units(waiting))
             room = min(room, limit - used, size + UPLOAD_STEP)
         return room
 
@@ -9647,25 +9646,25 @@ def layer_table(registry: Registry, access: Access, request: Request, name: str,
         history = [{}] * len(layers)
     usage = registry.usage(PAGE_PATIENCE)
     sharers = usage["shared"] if usage else {}
-    rest, rows = iter(layers), []
+    rest = iter(layers)
+    rows: List[Sequence[Content]] = []
     largest = max((layer.size for layer in layers), default=1)
     for step in history:
         # What docker build writes around a command says nothing.
         command = re.sub(r"^(RUN )?/bin/sh -c (#\(nop\) +)?| # buildkit$", r"\1",
                          member(step, "created_by", str))
-        row: List[Content] = [None, None, fill("<code>%s</code>", command), None, None]
-        if not step.get("empty_layer"):
-            layer = next(rest)
-            size = in_units(layer.size)
-            others = [[link(other, repository=other), " "]
-                      for other in sharers.get(layer.digest, ())
-                      if other != name and access.allows(request, "pull", other)]
-            others[4:] = [["…"]] if len(others) > 4 else []
-            row = [bar([("own", layer.size)], largest, size), size,
-                   fill("<code>%s</code>", command or layer.media_type), others,
-                   fill('<a href="v2/%s/blobs/%s">%s</a>', name, layer.digest,
-                        shorten(layer.digest))]
-        rows.append(row)
+        if step.get("empty_layer"):
+            rows.append((None, None, fill("<code>%s</code>", command), None, None))
+            continue
+        layer = next(rest)
+        size = in_units(layer.size)
+        others = [[link(other, repository=other), " "] for other in sharers.get(layer.digest, ())
+                  if other != name and access.allows(request, "pull", other)]
+        others[4:] = [["…"]] if len(others) > 4 else []
+        rows.append((bar([("own", layer.size)], largest, size), size,
+                     fill("<code>%s</code>", command or layer.media_type), others,
+                     fill('<a href="v2/%s/blobs/%s">%s</a>', name, layer.digest,
+                          shorten(layer.digest))))
     return table("Layers, the lowest first", ("Layer", "Size", "Made by", "Also in", "Digest"),
                  rows)
 
@@ -9684,7 +9683,7 @@ def image_details(registry: Registry, access: Access, request: Request, name: st
     command = " ".join(shlex.quote(str(word)) for word in words)
     layers = manifest.blobs[1:] if manifest.document.get("config") else manifest.blobs
     return [layer_table(registry, access, request, name, layers, member(config, "history", list)),
-            definitions("Config", [("Runs", fill("<code>%s</code>", command) if words else None)]
+            definitions("Config", [("Runs", [command] if words else None)]
                         + [(re.sub("(?<=[a-z])(?=[A-Z])", " ", key), value)
                            for key, value in sorted(settings.items())
                            if value and key not in ("Entrypoint", "Cmd")]
@@ -9884,11 +9883,10 @@ def disk_page(registry: Registry, access: Access, request: Request) -> Response:
     parts = list(zip(DISK_PARTS, sizes))
     legend = [fill("<li>%s%s %s</li>\n", bar([(words, 1)], 1, words), in_units(size), words)
               for words, size in parts]
-    words = ", ".join("%s %s" % (in_units(size), words) for words, size in parts)
     return page(
         "Disk use",
         fill('<div class="whole">%s</div><ul class="legend">%s</ul>',
-             bar(parts, usage["total"], words), legend),
+             bar(parts, usage["total"], "the sizes below, as parts of the disk"), legend),
         fill(DISK_FACTS, "%d, %s" % (usage["blobs"], in_units(used)), usage["uploads"],
              ago(usage["time"]), in_units(freed), command_line(GC_COMMANDS)),
         largest_repositories([(own, shared, name)
@@ -9912,28 +9910,24 @@ class ClientSetup(NamedTuple):
     """What a client is told about this registry."""
 
     host: str
-    ca: Optional[str]         # the CA's certificate; "" if the system knows it; None without TLS
-    mirror: bool = False      # take the images of other registries from it, too:
-    origins: Sequence[str] = ("docker.io",)  # of these, which the store has images of
-    only_known: bool = False  # of no others, where a client could ask for all
-    login: str = ""           # the Authorization header for that
+    ca: Optional[str]            # the CA's certificate; "" if the system knows it; None without TLS
+    origins: Sequence[str] = ()  # of a mirror: the registries of which the store has images, …
+    only_known: bool = False     # … and no others, where a client could ask for all
+    login: str = ""              # the Authorization header for that
 
     @property
     def url(self) -> str:
         return ("http://" if self.ca is None else "https://") + self.host
 
-    def hosts_toml(self, ca_file: str) -> str:
-        """A hosts.toml for images of this registry. containerd 1.6 needs the CA in both places."""
+    def hosts_toml(self, ca_file: str, for_others: bool = False) -> str:
+        """A hosts.toml for images of this registry, or `for_others`, those of other registries: it
+        has no `server`, so pushes, and pulls of what is not here, go to the registry that the image
+        names. containerd 1.6 needs the CA in both places."""
         ca = 'ca = "%s"\n' % ca_file if self.ca else ""
-        table = '[host."%s"]\n  capabilities = ["pull", "resolve", "push"]\n' % self.url
-        return 'server = "%s"\n%s%s%s' % (self.url, ca, table, "  " + ca if ca else "")
-
-    def mirror_toml(self, ca_file: str) -> str:
-        """A hosts.toml for the images of other registries. It has no `server`, so pushes, and pulls
-        of what is not here, go to the registry that the image names."""
-        toml = '[host."%s"]\n  capabilities = ["pull", "resolve"]\n' % self.url
-        if self.ca:
-            toml += '  ca = "%s"\n' % ca_file
+        toml = '[host."%s"]\n  capabilities = ["pull", "resolve"%s]\n%s' % (
+            self.url, "" if for_others else ', "push"', ca and "  " + ca)
+        if not for_others:
+            return 'server = "%s"\n%s%s' % (self.url, ca, toml)
         if self.login:
             toml += '  [host."%s".header]\n    Authorization = "%s"\n' % (self.url, self.login)
         return toml
@@ -9956,19 +9950,19 @@ def mirror_files(client: str, setup: ClientSetup, ca_file: str) -> Iterator[Clie
         remark = "for Docker from 29 on with containerd's image store; " + remark
     for folder in setup.origins if setup.only_known else ["_default"]:
         yield ClientFile("%s/%s/hosts.toml" % (CLIENTS[client][0], folder),
-                         setup.mirror_toml(ca_file), remark, 0o600 if setup.login else 0o644)
+                         setup.hosts_toml(ca_file, True), remark, 0o600 if setup.login else 0o644)
 
 
 def daemon_json(setup: ClientSetup) -> Iterator[ClientFile]:
     """Docker's settings. It can't give a password to one of its registry-mirrors, and one that
     wants a password would stop all pulls."""
     settings: Dict[str, List[str]] = {}
-    if setup.mirror and not setup.login:
+    if setup.origins and not setup.login:
         settings["registry-mirrors"] = [setup.url]
     if setup.ca is None:
         settings["insecure-registries"] = [setup.host]
     if settings:
-        remark = ("before Docker 29, mirrors are for docker.io only" if setup.mirror else
+        remark = ("before Docker 29, mirrors are for docker.io only" if setup.origins else
                   "Docker's settings")
         yield ClientFile("/etc/docker/daemon.json", json.dumps(settings) + "\n", remark)
 
@@ -9977,7 +9971,7 @@ def registries_conf(setup: ClientSetup) -> Iterator[ClientFile]:
     """Podman's settings. It has no word for "all origins", so each has a table."""
     insecure = "insecure = true\n" if setup.ca is None else ""
     tables = ['location = "%s"\n' % setup.host] if insecure else []
-    for origin in setup.origins if setup.mirror else ():
+    for origin in setup.origins:
         tables.append('prefix = "%s"\nlocation = "%s/%s"\n'
                       % (origin, setup.host, origin_of(origin)))
     if tables:
@@ -9989,7 +9983,7 @@ def registries_conf(setup: ClientSetup) -> Iterator[ClientFile]:
 def registries_yaml(setup: ClientSetup, ca_file: str) -> ClientFile:
     """The settings of k3s."""
     hosts = [setup.host]
-    if setup.mirror:
+    if setup.origins:
         hosts = hosts + list(setup.origins) if setup.only_known else ["*"]
     text = "mirrors:\n" + "".join('  "%s":\n    endpoint: ["%s"]\n' % (host, setup.url)
                                   for host in hosts)
@@ -10005,7 +9999,7 @@ def client_files(client: str, setup: ClientSetup) -> Iterator[ClientFile]:
     ca_file = "%s/%s/ca.crt" % (folder, setup.host)
     if setup.ca:
         yield ClientFile(ca_file, setup.ca, remark)
-    if setup.mirror and client in ("docker", "containerd"):
+    if setup.origins and client in ("docker", "containerd"):
         yield from mirror_files(client, setup, ca_file)
     if client == "docker":
         yield from daemon_json(setup)
@@ -10064,10 +10058,10 @@ def outside_host(access: Access, request: Request) -> str:
 def client_setup(registry: Registry, access: Access, request: Request, mirror: bool) -> ClientSetup:
     """What a client is told over HTTP; only of origins that it may see."""
     ca = (request.ca or b"").decode() if request.outer_scheme() == "https" else None
-    origins = ["docker.io"]
+    origins = ["docker.io"] if mirror else []
     if mirror and access.allows(request, "pull"):
         origins = known_origins(registry, functools.partial(access.lists, request))
-    return ClientSetup(outside_host(access, request), ca, mirror, origins)
+    return ClientSetup(outside_host(access, request), ca, origins)
 
 
 def use_script(registry: Registry, access: Access, request: Request, client: str) -> Response:
@@ -10081,7 +10075,7 @@ def use_script(registry: Registry, access: Access, request: Request, client: str
 
 def client_help(setup: ClientSetup) -> Optional[Markup]:
     """What to run on a machine to set up each of the clients."""
-    query = "?mirror" if setup.mirror else ""
+    query = "?mirror" if setup.origins else ""
     ca = "--cacert tinyreg-ca.crt " if setup.ca else ""
     return definitions(None, [
         (client, (command_line("curl -fsS %s%s | sudo sh" % (
@@ -11128,13 +11122,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.send_header("Docker-Distribution-Api-Version", "registry/2.0")
         # No browser shall take a blob for a page, or for a script of our page.
         self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Date", self.date_time_string())
-
-    def date_time_string(self, timestamp: Optional[float] = None) -> str:
-        """The Date header, formatted once a second."""
-        if timestamp is not None:
-            return super().date_time_string(timestamp)
-        return self.worker.current_date()
+        self.send_header("Date", self.worker.current_date())
 
     def send_refusal(self, error: RegistryError) -> None:
         """Respond to what did not become a request, record it, and close."""
@@ -12819,8 +12807,7 @@ def clients(options: argparse.Namespace) -> int:
     if ca and not options.server_ca:
         check_tls_name(options.root, host)
     origins = origins_in(options.root) if options.mirror else ()
-    setup = ClientSetup(host, ca, options.mirror, origins, options.known_origins,
-                        mirror_login(options))
+    setup = ClientSetup(host, ca, origins, options.known_origins, mirror_login(options))
     script = "".join(client_script(client, setup) for client in CLIENTS
                      if options.client in (None, client))
     if not options.install:

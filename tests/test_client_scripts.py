@@ -181,7 +181,7 @@ def test_a_script_that_runs_again_changes_nothing_and_nobody_s_settings_are_lost
     theirs = 'server = "https://theirs.lab"\n'
     client.sh("rm -rf /etc/containerd /etc/docker; mkdir -p %s; echo '%s' > %s"
               % (os.path.dirname(HOSTS_TOML), theirs.strip(), HOSTS_TOML))
-    scripts = "".join(client_script(name, ClientSetup(HOST, None, mirror=True)) for name in CLIENTS)
+    scripts = "".join(client_script(name, ClientSetup(HOST, None, ["docker.io"])) for name in CLIENTS)
     first = client.sh(scripts, shell)
     assert first.returncode == 0, first.stdout
     assert 'host."http://%s"' % HOST in client.read(HOSTS_TOML) and "theirs" not in client.read(HOSTS_TOML)

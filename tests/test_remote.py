@@ -1646,7 +1646,7 @@ def test_containerd_mirrors_every_registry_by_its_ns(ctr, server, tmp_path):
     store = Directory(server.root)
     images = {name: make_image(store, name, "1", layers=(name.encode(),))
               for name in ("docker.io/library/demo", "quay.io/team/demo", "lab.example_5000/team/demo")}
-    setup = ClientSetup(server.host, None, mirror=True)
+    setup = ClientSetup(server.host, None, ["docker.io"])
     mirror = next(mirror_files("containerd", setup, ""))
     folder = tmp_path / "certs.d" / "_default"
     folder.mkdir(parents=True)
