@@ -6304,6 +6304,7 @@ class PullThrough(Wrapper):
             if size is None:
                 raise
         self.store.check_room(size)
+        self.store.check_quota(name, size, digest)
         begin = functools.partial(self._begin_download, name, digest, size)
         if not size:  # it is empty, or the upstream does not say: then all of it comes first
             begin().wait()
@@ -9608,7 +9609,8 @@ def attached(registry: Registry, name: str, digest: Digest) -> Iterator[Tuple[st
 
 def image_row(registry: Registry, name: str, reference: Reference,
               text: Content = None) -> Sequence[Content]:
-    """The row of a tag or manifest in a table with the headings IMAGE_ROW."""
+    """The row of a tag or manifest in a table with the headings IMAGE_ROW. `text`, which names a
+    platform, stands for the reference."""
     try:
         digest = resolve_reference(registry, name, reference)
         image = describe(registry, name, digest)
@@ -9873,12 +9875,14 @@ def disk_page(registry: Registry, access: Access, request: Request) -> Response:
     if usage is None:
         return page("Disk use", fill("<p>This registry is served from an archive; it takes no "
                                      "space of its own.</p>"))
-    used, free, freed = usage["bytes"], usage["free"], usage["unlinked"]
-    own = sum(pair[0] for pair in usage["repositories"].values()) + freed
+    used, free, unlinked = usage["bytes"], usage["free"], usage["unlinked"]
+    freed = unlinked
     if usage["took"] < PAGE_PATIENCE:
         with contextlib.suppress(OSError):  # a disk that is read-only
             freed = garbage(registry.at_hand(), usage["time"])
-    own = max(own - freed, 0)
+    # Most of what gc would free has a link yet, from the repository that alone has it.
+    own = sum(pair[0] for pair in usage["repositories"].values())
+    own = max(own + unlinked - freed, 0)
     sizes = own, used - own - freed, freed, usage["total"] - free - used, free
     parts = list(zip(DISK_PARTS, sizes))
     legend = [fill("<li>%s%s %s</li>\n", bar([(words, 1)], 1, words), in_units(size), words)

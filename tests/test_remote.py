@@ -1517,7 +1517,8 @@ def test_parallel_clients_share_one_download_that_streams(mirror, filled, server
     assert answer.status == 206 and len(answer.body) == 100
 
 
-@pytest.mark.parametrize("limit, status", [("--min-free=8000T", 507), ("--max-blob=1M", 413)])
+@pytest.mark.parametrize("limit, status", [
+    ("--min-free=8000T", 507), ("--max-blob=1M", 413), ("--quota=docker.io=1M", 403)])
 def test_the_limits_of_the_store_are_those_of_what_is_fetched(mirror, filled, start_server, tmp_path, limit, status):
     _, proxy = mirror
     limited = start_server(tmp_path / "limited", "--upstream", "docker.io=http://" + proxy.host, limit)
