@@ -1099,11 +1099,19 @@ def open_owned(path: str, flags: int) -> int:
     return os.open(path, flags, 0o666)
 
 
+# Held while root makes a folder: a thread that makes one inside it finds it given away.
+making_directory = threading.Lock()
+
+
 def make_directory(path: str) -> None:
     """Make a folder; one that root makes belongs to whom its parent belongs. Raises OSError."""
-    os.mkdir(path)
-    parent, name = os.path.split(path)
-    if not os.geteuid() and os.stat(parent).st_uid:
+    if os.geteuid():
+        return os.mkdir(path)
+    with making_directory:
+        os.mkdir(path)
+        parent, name = os.path.split(path)
+        if not os.stat(parent).st_uid:
+            return
         above = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
