@@ -233,7 +233,7 @@ class GlusterFS(Cluster):
 
 
 @pytest.fixture(scope="module", params=[
-    pytest.param(kind, marks=pytest.mark.xdist_group(kind.__name__), id=kind.__name__) for kind in (CephFS, GlusterFS)])
+    pytest.param(kind, marks=pytest.mark.xdist_group("cluster"), id=kind.__name__) for kind in (CephFS, GlusterFS)])
 def cluster(request):
     require_root()
     if not os.path.exists("/dev/fuse"):

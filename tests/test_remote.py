@@ -1157,7 +1157,6 @@ def test_what_a_registry_says_neither_moves_the_cursor_nor_ends_pull(server, sta
     (["pull", "127.0.0.1:1/x"], "can't reach 127.0.0.1:1: nothing listens there"),
     (["pull", "no-such-host.invalid/x"], "no-such-host.invalid"),
     (["push", "nothing", "--to", "127.0.0.1:1"], "nothing: not in the store as nothing:latest; `tinyreg.py ls`"),
-    (["push", "x", "--to", "http://lab"], "write HOST[:PORT] or HOST[:PORT]/PREFIX"),
     (["pull", "x", "--ca", "/nowhere"], "can't use /nowhere as the CA"),
     (["pull", "-f", "/nowhere"], "/nowhere: No such file or directory"),
 ])
@@ -1166,6 +1165,11 @@ def test_what_is_wrong_is_told_in_one_line(tmp_path, arguments, wanted):
     done = run_tinyreg(*(arguments + ["--root", tmp_path / "back"]))
     assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
     assert wanted in done.stderr
+
+
+def test_a_target_that_is_no_registry_is_a_wrong_option(tmp_path):
+    done = run_tinyreg("push", "x", "--to", "http://lab", "--root", tmp_path / "back")
+    assert done.returncode == 2 and "write HOST[:PORT] or HOST[:PORT]/PREFIX" in done.stderr
 
 
 def test_push_goes_below_the_prefix_and_back_to_its_own_registry(server, tmp_path):
