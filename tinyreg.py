@@ -111,6 +111,7 @@ import itertools
 import json
 import logging
 import mmap
+import operator
 import os
 import random
 import re
@@ -6538,20 +6539,37 @@ def version_key(tag: str) -> Any:
     return len(parts) > 1, [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
+BOUND = re.compile(r"(>=?|<=?)[ ]?([\w.+-]+)")
+COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+
+
+def parse_versions(text: str) -> Callable[[str], bool]:
+    """Whether a tag is a version within bounds such as >=3.18,<4. Raises CommandError."""
+    bounds = [BOUND.fullmatch(part.strip()) for part in text.split(",")]
+    if not all(bound and version_key(bound.group(2))[0] for bound in bounds):
+        raise CommandError("%r is no range of versions; write for example '>=3.18,<4'" % text)
+    limits = [(COMPARE[bound.group(1)], version_key(bound.group(2)))
+              for bound in bounds if bound]
+    return lambda tag: version_key(tag)[0] and all(
+        compare(version_key(tag), limit) for compare, limit in limits)
+
+
 class Filter(NamedTuple):
     """Which of the images that are named stay: none that fits `exclude`; and of the tags that a
-    pattern matches in one repository the `newest` releases, if that is a number."""
+    pattern matches in one repository the releases that are among the `versions`, and of these the
+    `newest`, if that is a number."""
 
     exclude: Sequence[Any]
     newest: Optional[int]
+    versions: Optional[Callable[[str], bool]] = None
 
     def tags(self, name: str, tags: Iterable[str], pattern: str = "*") -> List[str]:
-        """The tags that fit a pattern and stay. With `newest`, the newest comes first."""
+        """The tags that fit a pattern and stay; of releases, the newest comes first."""
         tags = [tag for tag in filter(parse_glob(pattern).fullmatch, tags)
                 if not fits_any(self.exclude, name, tag)]
-        if self.newest is None:
+        if self.newest is None and not self.versions:
             return tags
-        releases = [tag for tag in tags
+        releases = [tag for tag in tags if not self.versions or self.versions(tag)
                     if all(word in pattern for word in UNRELEASED.findall(tag.lower()))]
         return sorted(releases, key=version_key, reverse=True)[:self.newest]
 
@@ -12157,9 +12175,10 @@ def named_images(options: argparse.Namespace) -> List[Choice]:
     if not choices:
         raise CommandError("no image is named; write for example alpine:3.19, or name a list of "
                            "images with -f FILE")
-    if options.newest and not any("*" in choice.image for choice in choices):
-        raise CommandError("--newest chooses among the tags that a pattern fits; write for example "
-                           "'alpine:3.*'")
+    is_narrowed = options.newest or options.versions
+    if is_narrowed and not any("*" in choice.image for choice in choices):
+        raise CommandError("--newest and --versions choose among the tags that a pattern fits; "
+                           "write for example 'alpine:3.*'")
     return choices
 
 
@@ -12266,8 +12285,9 @@ def find_images(options: argparse.Namespace, store: Directory, text: str, is_exa
     names, _, pattern = (text, "", "*") if is_whole else text.rpartition(":")
     images: List[Tuple[str, str]] = []
     for name in find_repositories(store, names, is_exact):
-        references = Filter(options.exclude, options.newest).tags(name, store.tags(name), pattern)
-        if is_whole and not options.newest:
+        chosen = Filter(options.exclude, options.newest, options.versions)
+        references = chosen.tags(name, store.tags(name), pattern)
+        if is_whole and not (options.newest or options.versions):
             references += (untagged(store, name) if is_listing else store.pinned(name)) or ()
         images += [(name, reference) for reference in references]
     if not images:
@@ -13139,7 +13159,7 @@ def find_remote(options: argparse.Namespace, open_host: Callable[[str], Remote],
         return [parse_image(text)]
     image = parse_image(before)
     host, path = place_of(image, options.via)
-    tags = Filter(options.exclude, options.newest).tags(
+    tags = Filter(options.exclude, options.newest, options.versions).tags(
         image.stored_name, filter(TAG.fullmatch, open_host(host).tags(path)), pattern)
     if not tags:
         raise RegistryError("MANIFEST_UNKNOWN", message="no tag fits")
@@ -13920,7 +13940,9 @@ CHOICE = [
              parse_glob),
     value("--newest", "N", "take the N newest of the tags that a pattern fits in a repository: in "
           "the order of versions, with runs of digits as numbers; pre-releases (-rc -alpha -beta "
-          "-dev) and cosign's tags only if the pattern names them (default: all)", parse_positive)]
+          "-dev) and cosign's tags only if the pattern names them (default: all)", parse_positive),
+    value("--versions", "RANGE", "of the tags that a pattern fits, take the releases whose version "
+          "lies in this range, for example '>=3.18,<4' (default: all)", parse_versions)]
 
 
 def image_options(text: str, metavar: str = "IMAGE") -> List[Option]:
@@ -14199,6 +14221,7 @@ COMMANDS = [
         "  tinyreg.py pull alpine:3.19 quay.io/prometheus/prometheus:v2.53.0\n"
         "  tinyreg.py pull -f images.txt --platform linux/amd64 --dry-run\n"
         "  tinyreg.py pull 'alpine:3.*' --newest 3\n"
+        "  tinyreg.py pull 'alpine:*' --versions '>=3.18,<4'\n"
         "  helm template CHART | tinyreg.py pull -f -\n"
         "  tinyreg.py pull -f images.txt --lock images.lock\n"
         "  tinyreg.py pull -f images.lock --via harbor.lab/proxy-docker\n",

@@ -290,6 +290,23 @@ def test_newest_is_the_order_of_versions_without_pre_releases(pattern, newest, t
     assert Filter([], newest).tags("app", TAGS, pattern) == tags
 
 
+@pytest.mark.parametrize("versions, tags", [
+    (">=3.9,<4", ["3.10.1", "3.10", "3.9-slim", "3.9"]),
+    (">3.9", ["3.10.1", "3.10", "3.9-slim"]),
+    ("<3.3", ["3.2", "2.99"]),
+    (">=v3.2, <= 3.3", ["v3.3", "3.2"]),
+    (">=5", []),
+])
+def test_a_range_is_of_versions_and_takes_no_pre_releases(versions, tags):
+    assert Filter([], None, tinyreg.parse_versions(versions)).tags("app", TAGS) == tags
+
+
+@pytest.mark.parametrize("text", ["", "3.18", ">=", ">=latest", "=>3", ">=3;<4", ">=3,", "~3"])
+def test_a_range_that_is_none_is_a_wrong_option(run, text):
+    with pytest.raises(tinyreg.CommandError, match="is no range of versions"):
+        tinyreg.parse_versions(text)
+
+
 def test_what_is_excluded_is_no_candidate_for_the_newest():
     chosen = Filter(list(map(tinyreg.parse_glob, ["*-slim", "app:3.10*", "other:*"])), 2)
     assert chosen.tags("app", TAGS, "3.*") == ["3.9", "3.2"]
@@ -302,11 +319,13 @@ def test_pull_asks_the_registry_which_tags_there_are(tmp_path, run, host):
     store, name = Directory(str(tmp_path / "registry")), host.replace(":", "_")
     assert tags_of(store) == {name + "/app": ["3.10", "3.9-slim"], name + "/other": ["1"]}
     assert done.out.splitlines()[0].startswith(host + "/app:3.10: ")
+    run("pull", host + "/app:*", "--versions", ">=2.99,<3.10")
+    assert tags_of(store)[name + "/app"] == sorted(["2.99", "3.10", "3.2", "3.9", "3.9-slim", "v3.3"])
     done = run("pull", host + "/app:4.*", host + "/other:1", status=1)
     assert "tinyreg: %s/app:4.*: no tag fits\n" % host in done.err and "/other:1: " in done.out
     for pattern in ("/*:1", "/*"):
         assert "invalid repository name" in run("pull", host + pattern, status=1).err
-    assert "--newest chooses among the tags" in run("pull", host + "/app", "--newest", "1", status=1).err
+    assert "--newest and --versions choose among the tags" in run("pull", host + "/app", "--newest", "1", status=1).err
 
 
 def saved(run, folder, *words):
