@@ -12308,8 +12308,8 @@ def iter_stored(options: argparse.Namespace, store: Directory, choices: Iterable
 
 
 def check_any(images: List[Any]) -> List[Any]:
-    """Some images, one at least: else verify would read all, and save write none. Raises
-    CommandError."""
+    """Some images, one at least: else verify would read all, and the others do nothing without a
+    word. Raises CommandError."""
     if not images:
         raise CommandError("no image is left: all that were named are excluded, or not here")
     return images
@@ -13177,6 +13177,7 @@ def pull(options: argparse.Namespace) -> int:
         host, path = place_of(image, options.via)
         transfer.add(choice._replace(image=text), open_host(host), path, image.reference,
                      image.stored_name)
+    check_any(transfer.copies + transfer.failures)
     return transfer.run()
 
 
@@ -13186,6 +13187,7 @@ def push(options: argparse.Namespace) -> int:
     transfer = Transfer(options, open_remote(options, options.to.host))
     for choice, *image in iter_stored(options, store, named_images(options), transfer.fail):
         transfer.add(choice, store, *image)
+    check_any(transfer.copies + transfer.failures)
     return transfer.run()
 
 

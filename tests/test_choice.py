@@ -467,10 +467,11 @@ def test_verify_reads_the_images_that_are_named(tmp_path, run, filled):
 def test_where_no_image_is_left_nothing_is_written_or_read(tmp_path, run, filled):
     (tmp_path / "values.yaml").write_text("note: we may take quay.io/gone/app:1\nimage: null\n")
     for words in (["team/app:1", "--exclude", "1"], ["-f", tmp_path / "values.yaml"]):
-        for command in (["save", "-o", tmp_path / "none.tar"], ["verify"]):
+        for command in (["save", "-o", tmp_path / "none.tar"], ["verify"], ["push", "--to", "127.0.0.1:9"]):
             done = run(*command, *words, status=1)
             assert done.out == "" and "no image is left" in done.err
     assert not (tmp_path / "none.tar").exists()
+    assert "no image is left" in run("pull", "127.0.0.1:9/team/app:1", "--exclude", "1", status=1).err
 
 
 def test_rm_deletes_what_a_plan_names_but_no_tag_that_has_moved_since(tmp_path, run, filled):
