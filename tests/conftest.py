@@ -242,6 +242,15 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def program(python=sys.executable, **constants):
+    """What runs tinyreg.py: with this Python, its bytecode, since to compile the file anew for each of a thousand
+    processes would take a large part of a test run. `constants` replaces some of the module's."""
+    if python != sys.executable and not constants:
+        return [python, TINYREG]
+    return [python, "-c", "import sys; sys.path[0] = %r; import tinyreg; sys.argv[0] = tinyreg.__file__; "
+            "vars(tinyreg).update(%r); sys.exit(tinyreg.main())" % (os.path.dirname(TINYREG), constants)]
+
+
 class Server:
     """tinyreg.py serving a root, as a process of its own on a free port; `host` is what an image name begins with.
 
@@ -251,18 +260,14 @@ class Server:
                  **limits):
         self.root = str(root)
         self.options = list(options)
-        self.python = python
         self.listen = listen
         self.environment = environment
-        self.program = [TINYREG]
-        if limits:
-            self.program = ["-c", "import sys; sys.path.insert(0, %r); import tinyreg; vars(tinyreg).update(%r); "
-                            "sys.exit(tinyreg.main())" % (os.path.dirname(TINYREG), limits)]
+        self.program = program(python, **limits)
         self.log_path = log_path or self.root.rstrip("/") + ".log"
         self.start()
 
     def start(self):
-        command = [self.python] + self.program + ["serve", "--root", self.root, "--listen", self.listen] + self.options
+        command = self.program + ["serve", "--root", self.root, "--listen", self.listen] + self.options
         environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1", **(self.environment or {}))
         with open(self.log_path, "a") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment,
@@ -366,7 +371,7 @@ def python_that_opens(files, folder):
 
 def run_tinyreg(*arguments, **settings):
     """Run one tinyreg command to its end; returns the CompletedProcess with text output."""
-    return subprocess.run([settings.pop("python", sys.executable), TINYREG] + [str(word) for word in arguments],
+    return subprocess.run(program(settings.pop("python", sys.executable)) + [str(word) for word in arguments],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, **settings)
 
 
