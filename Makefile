@@ -16,7 +16,7 @@ help:
 # The tools live in .venv. Each stamp says that its tools are there, for this version of this file.
 
 test: .venv/test
-	.venv/bin/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	.venv/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 bench: .venv/test
 	.venv/bin/python tests/bench.py $(ARGS)

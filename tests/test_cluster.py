@@ -230,8 +230,7 @@ class GlusterFS(Cluster):
             os.kill(int(file.read()), signal.SIGTERM)
 
 
-@pytest.fixture(scope="module", params=[
-    pytest.param(kind, marks=pytest.mark.xdist_group("cluster"), id=kind.__name__) for kind in (CephFS, GlusterFS)])
+@pytest.fixture(scope="module", params=[CephFS, GlusterFS], ids=lambda kind: kind.__name__)
 def cluster(request):
     require_root()
     if not os.path.exists("/dev/fuse"):
