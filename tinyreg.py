@@ -5081,11 +5081,10 @@ class ArchiveWriter(Registry):
         sync_directory(os.path.dirname(path))
         return hasher.hexdigest()
 
-    def save(self, note: Callable[[int], Any] = do_nothing) -> List[Dict[str, Any]]:
-        """Write the files; returns the path, the size and the sha256 of each, for --json. Calls
-        `note` with the number of bytes that are written. Raises DIGEST_INVALID, OSError."""
-        return [{"file": path, "size": self.size(digests),
-                 "sha256": self._save_file(path, digests, note)} for path, digests in self.files]
+    def save(self, note: Callable[[int], Any] = do_nothing) -> List[str]:
+        """Write the files; returns the sha256 of each. Calls `note` with the number of bytes that
+        are written. Raises DIGEST_INVALID, OSError."""
+        return [self._save_file(path, digests, note) for path, digests in self.files]
 
 # -------------------------------------------------------------------------------------------------
 # 10  Remote
@@ -6563,11 +6562,15 @@ class Filter(NamedTuple):
     newest: Optional[int]
     versions: Optional[Callable[[str], bool]] = None
 
+    def narrows(self) -> bool:
+        """Whether not all tags that a pattern fits are meant, but some of the releases."""
+        return self.newest is not None or self.versions is not None
+
     def tags(self, name: str, tags: Iterable[str], pattern: str = "*") -> List[str]:
         """The tags that fit a pattern and stay; of releases, the newest comes first."""
         tags = [tag for tag in filter(parse_glob(pattern).fullmatch, tags)
                 if not fits_any(self.exclude, name, tag)]
-        if self.newest is None and not self.versions:
+        if not self.narrows():
             return tags
         releases = [tag for tag in tags if not self.versions or self.versions(tag)
                     if all(word in pattern for word in UNRELEASED.findall(tag.lower()))]
@@ -12169,14 +12172,18 @@ def serve(options: argparse.Namespace) -> int:
 MANY = 100  # images: so many that a pattern may match without a word
 
 
+def chosen_filter(options: argparse.Namespace) -> Filter:
+    """The Filter that the options of CHOICE ask for."""
+    return Filter(options.exclude, options.newest, options.versions)
+
+
 def named_images(options: argparse.Namespace) -> List[Choice]:
     """The images that the command line and the files of -f name. Raises CommandError for none."""
     choices = read_choices(options.images, options.file)
     if not choices:
         raise CommandError("no image is named; write for example alpine:3.19, or name a list of "
                            "images with -f FILE")
-    is_narrowed = options.newest or options.versions
-    if is_narrowed and not any("*" in choice.image for choice in choices):
+    if chosen_filter(options).narrows() and not any("*" in choice.image for choice in choices):
         raise CommandError("--newest and --versions choose among the tags that a pattern fits; "
                            "write for example 'alpine:3.*'")
     return choices
@@ -12283,11 +12290,10 @@ def find_images(options: argparse.Namespace, store: Directory, text: str, is_exa
     if "*" not in text and not (is_whole and is_listing):
         return [find_image(store, text, is_exact)]
     names, _, pattern = (text, "", "*") if is_whole else text.rpartition(":")
-    images: List[Tuple[str, str]] = []
+    chosen, images = chosen_filter(options), []
     for name in find_repositories(store, names, is_exact):
-        chosen = Filter(options.exclude, options.newest, options.versions)
         references = chosen.tags(name, store.tags(name), pattern)
-        if is_whole and not (options.newest or options.versions):
+        if is_whole and not chosen.narrows():
             references += (untagged(store, name) if is_listing else store.pinned(name)) or ()
         images += [(name, reference) for reference in references]
     if not images:
@@ -13159,7 +13165,7 @@ def find_remote(options: argparse.Namespace, open_host: Callable[[str], Remote],
         return [parse_image(text)]
     image = parse_image(before)
     host, path = place_of(image, options.via)
-    tags = Filter(options.exclude, options.newest, options.versions).tags(
+    tags = chosen_filter(options).tags(
         image.stored_name, filter(TAG.fullmatch, open_host(host).tags(path)), pattern)
     if not tags:
         raise RegistryError("MANIFEST_UNKNOWN", message="no tag fits")
@@ -13504,9 +13510,8 @@ def add_to_archive(options: argparse.Namespace, store: Directory, writer: Archiv
     return report
 
 
-def write_archive(options: argparse.Namespace, writer: ArchiveWriter,
-                  size: int) -> List[Dict[str, Any]]:
-    """Write what is planned, and show how far it is. Returns what save reports of the files."""
+def write_archive(options: argparse.Namespace, writer: ArchiveWriter, size: int) -> List[str]:
+    """Write what is planned, and show how far it is. Returns the sha256 of each file."""
     progress = Progress(options)
     report = Report(Choice(options.output), progress.watch)
     report.total_bytes = size
@@ -13517,10 +13522,9 @@ def write_archive(options: argparse.Namespace, writer: ArchiveWriter,
         progress.show("")
 
 
-def save(options: argparse.Namespace) -> int:
-    """Write images of the store into an archive."""
-    to_stdout = options.output == "-"
-    if to_stdout and (options.split or sys.stdout.isatty()):
+def check_output(options: argparse.Namespace) -> None:
+    """Raises CommandError if save can't write where -o says."""
+    if options.output == "-" and (options.split or sys.stdout.isatty()):
         raise CommandError("parts, or a terminal, can't take an archive from stdout: name a file "
                            "with -o")
     if os.path.isdir(options.output):
@@ -13530,6 +13534,11 @@ def save(options: argparse.Namespace) -> int:
                            % (options.output, options.output))
     if options.lock and os.path.realpath(options.lock) == os.path.realpath(options.output):
         raise CommandError("--lock %s would replace the archive" % options.lock)
+
+
+def save(options: argparse.Namespace) -> int:
+    """Write images of the store into an archive."""
+    check_output(options)
     store = open_store(options)
     writer = ArchiveWriter(digest for paths in options.have for path in paths
                            for digest in digests_in(path))
@@ -13541,7 +13550,7 @@ def save(options: argparse.Namespace) -> int:
                                    for path, digests in writer.files]
     needed = sum(file["size"] for file in files)
     pins = {report.pin: report.digest for report in reports}
-    if to_stdout and not options.dry_run:
+    if options.output == "-" and not options.dry_run:
         writer.write(writer.files[0][1], sys.stdout.buffer.write)
         write_lock(options.lock, pins)
         return 0
@@ -13552,7 +13561,8 @@ def save(options: argparse.Namespace) -> int:
         if needed > free:
             raise CommandError("%s has room for %s, and %s are needed"
                                % (folder, in_units(free), in_units(needed)))
-        files = write_archive(options, writer, needed)
+        for file, sha256 in zip(files, write_archive(options, writer, needed)):
+            file["sha256"] = sha256
         write_lock(options.lock, pins)
     lines = ["%s: %s, %s in %s" % (options.output, counted(len(reports), "image"),
                                    in_units(needed), counted(len(writer.files), "file"))]
