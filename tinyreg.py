@@ -9334,10 +9334,6 @@ again() {{  # reload|restart SERVICE
 {steps})
 """
 
-RELOAD_DOCKER = """\
-case $wrote in */daemon.json) again reload docker ;; esac
-"""
-
 # containerd reads certs.d only if config_path says so. Its version decides in which table that is.
 SET_CONFIG_PATH = r"""
 c=/etc/containerd/config.toml d=/etc/containerd/certs.d
@@ -9375,19 +9371,99 @@ else
 fi
 """
 
-TRUST_IN_SYSTEM = """\
-if command -v update-ca-trust > /dev/null; then
-    d=/etc/pki/ca-trust/source/anchors u=update-ca-trust
-    if [ -d /etc/ca-certificates/trust-source ]; then
-        d=/etc/ca-certificates/trust-source/anchors
-    fi
-elif [ -d /etc/pki/trust/anchors ]; then d=/etc/pki/trust/anchors u=update-ca-certificates
-else d=/usr/local/share/ca-certificates u=update-ca-certificates; fi
-put "$d/tinyreg-{file}.crt" 644 'for all programs that trust what the system trusts' <<'END'
-{ca}
+# The steps of CLIENT_SCRIPT for each client, as templates for render().
+CLIENTS = {
+    "docker": """\
+ca|put '/etc/docker/certs.d/{host}/ca.crt' 644 'read at each pull, no restart' <<'END'
+ca|{ca}
+ca|END
+folder|login|put '/etc/docker/certs.d/{folder}/hosts.toml' 600 'for Docker from 29 on with \
+containerd'\\''s image store; with a password in it' <<'END'
+folder|open|put '/etc/docker/certs.d/{folder}/hosts.toml' 644 'for Docker from 29 on with \
+containerd'\\''s image store; a mirror must let everyone pull: serve --anonymous pull; or say \
+clients --user NAME' <<'END'
+folder|[host."{url}"]
+folder|  capabilities = ["pull", "resolve"]
+folder|ca|  ca = "/etc/docker/certs.d/{host}/ca.crt"
+folder|login|  [host."{url}".header]
+folder|login|    Authorization = "{login}"
+folder|END
+settings|own|put '/etc/docker/daemon.json' 644 'Docker'\\''s settings' <<'END'
+settings|mirror|put '/etc/docker/daemon.json' 644 'before Docker 29, mirrors are for docker.io \
+only' <<'END'
+settings|{settings}
+settings|END
+case $wrote in */daemon.json) again reload docker ;; esac
+""",
+    # A hosts.toml for other registries has no `server`: pushes, and pulls of what is not here, go
+    # to the registry that the image names. containerd 1.6 needs the CA in both places.
+    "containerd": """\
+ca|put '/etc/containerd/certs.d/{host}/ca.crt' 644 'for Kubernetes, for nerdctl, and for ctr with \
+--hosts-dir /etc/containerd/certs.d; no restart' <<'END'
+ca|{ca}
+ca|END
+folder|login|put '/etc/containerd/certs.d/{folder}/hosts.toml' 600 'with a password in it' <<'END'
+folder|open|put '/etc/containerd/certs.d/{folder}/hosts.toml' 644 'a mirror must let everyone \
+pull: serve --anonymous pull; or say clients --user NAME' <<'END'
+folder|[host."{url}"]
+folder|  capabilities = ["pull", "resolve"]
+folder|ca|  ca = "/etc/containerd/certs.d/{host}/ca.crt"
+folder|login|  [host."{url}".header]
+folder|login|    Authorization = "{login}"
+folder|END
+put '/etc/containerd/certs.d/{host}/hosts.toml' 644 'for Kubernetes, for nerdctl, and for ctr with \
+--hosts-dir /etc/containerd/certs.d; no restart' <<'END'
+server = "{url}"
+ca|ca = "/etc/containerd/certs.d/{host}/ca.crt"
+[host."{url}"]
+  capabilities = ["pull", "resolve", "push"]
+ca|  ca = "/etc/containerd/certs.d/{host}/ca.crt"
 END
-$u
-"""
+{set_config_path}""",
+    # Podman has no word for "all origins", so each has a table.
+    "podman": """\
+ca|put '/etc/containers/certs.d/{host}/ca.crt' 644 'for podman, buildah, skopeo, CRI-O' <<'END'
+ca|{ca}
+ca|END
+tables|put '/etc/containers/registries.conf.d/50-tinyreg.conf' 644 'read at each pull' <<'END'
+insecure|[[registry]]
+insecure|location = "{host}"
+insecure|insecure = true
+origin|[[registry]]
+origin|prefix = "{origin[0]}"
+origin|location = "{host}/{origin[1]}"
+origin|insecure|insecure = true
+tables|END
+""",
+    "k3s": """\
+ca|put '/etc/rancher/k3s/certs.d/{host}/ca.crt' 644 'on every node' <<'END'
+ca|{ca}
+ca|END
+put '/etc/rancher/k3s/registries.yaml' 644 'then: systemctl restart k3s, or k3s-agent' <<'END'
+mirrors:
+served|  "{served}":
+served|    endpoint: ["{url}"]
+ca|configs:
+ca|  "{host}":
+ca|    tls:
+ca|      ca_file: /etc/rancher/k3s/certs.d/{host}/ca.crt
+END
+""",
+    # buildx, crane, helm, oras, regctl and cosign trust what the system trusts.
+    "system": """\
+ca|if command -v update-ca-trust > /dev/null; then
+ca|    d=/etc/pki/ca-trust/source/anchors u=update-ca-trust
+ca|    if [ -d /etc/ca-certificates/trust-source ]; then
+ca|        d=/etc/ca-certificates/trust-source/anchors
+ca|    fi
+ca|elif [ -d /etc/pki/trust/anchors ]; then d=/etc/pki/trust/anchors u=update-ca-certificates
+ca|else d=/usr/local/share/ca-certificates u=update-ca-certificates; fi
+ca|put "$d/tinyreg-{file}.crt" 644 'for all programs that trust what the system trusts' <<'END'
+ca|{ca}
+ca|END
+ca|$u
+""",
+}
 
 def source_hash(text: str) -> str:
     """What a Content-Security-Policy calls this inline style or script."""
@@ -9929,16 +10005,6 @@ def disk_page(registry: Registry, access: Access, request: Request) -> Response:
 
 # Setting up clients
 
-CLIENTS = {  # where each looks for the CAs of registries, and a remark about that
-    "docker": ("/etc/docker/certs.d", "read at each pull, no restart"),
-    "containerd": ("/etc/containerd/certs.d", "for Kubernetes, for nerdctl, and for ctr with "
-                   "--hosts-dir /etc/containerd/certs.d; no restart"),
-    "podman": ("/etc/containers/certs.d", "for podman, buildah, skopeo, CRI-O"),
-    "k3s": ("/etc/rancher/k3s/certs.d", "on every node"),
-    "system": ("", ""),  # buildx, crane, helm, oras, regctl and cosign trust what the system trusts
-}
-
-
 class ClientSetup(NamedTuple):
     """What a client is told about this registry."""
 
@@ -9952,112 +10018,42 @@ class ClientSetup(NamedTuple):
     def url(self) -> str:
         return ("http://" if self.ca is None else "https://") + self.host
 
-    def hosts_toml(self, ca_file: str, for_others: bool = False) -> str:
-        """A hosts.toml for images of this registry, or `for_others`, those of other registries: it
-        has no `server`, so pushes, and pulls of what is not here, go to the registry that the image
-        names. containerd 1.6 needs the CA in both places."""
-        ca = 'ca = "%s"\n' % ca_file if self.ca else ""
-        toml = '[host."%s"]\n  capabilities = ["pull", "resolve"%s]\n%s' % (
-            self.url, "" if for_others else ', "push"', ca and "  " + ca)
-        if not for_others:
-            return 'server = "%s"\n%s%s' % (self.url, ca, toml)
-        if self.login:
-            toml += '  [host."%s".header]\n    Authorization = "%s"\n' % (self.url, self.login)
-        return toml
 
-
-class ClientFile(NamedTuple):
-    """A file that a client needs, with a remark for its owner."""
-
-    path: str
-    content: str
-    remark: str
-    mode: int = 0o644
-
-
-def mirror_files(client: str, setup: ClientSetup, ca_file: str) -> Iterator[ClientFile]:
-    """The hosts.toml files that let containerd and Docker pull from this registry first."""
-    remark = ("with a password in it" if setup.login else
-              "a mirror must let everyone pull: serve --anonymous pull; or say clients --user NAME")
-    if client == "docker":
-        remark = "for Docker from 29 on with containerd's image store; " + remark
-    for folder in setup.origins if setup.only_known else ["_default"]:
-        yield ClientFile("%s/%s/hosts.toml" % (CLIENTS[client][0], folder),
-                         setup.hosts_toml(ca_file, True), remark, 0o600 if setup.login else 0o644)
-
-
-def daemon_json(setup: ClientSetup) -> Iterator[ClientFile]:
-    """Docker's settings. It can't give a password to one of its registry-mirrors, and one that
-    wants a password would stop all pulls."""
-    settings: Dict[str, List[str]] = {}
-    if setup.origins and not setup.login:
-        settings["registry-mirrors"] = [setup.url]
-    if setup.ca is None:
-        settings["insecure-registries"] = [setup.host]
-    if settings:
-        remark = ("before Docker 29, mirrors are for docker.io only" if setup.origins else
-                  "Docker's settings")
-        yield ClientFile("/etc/docker/daemon.json", json.dumps(settings) + "\n", remark)
-
-
-def registries_conf(setup: ClientSetup) -> Iterator[ClientFile]:
-    """Podman's settings. It has no word for "all origins", so each has a table."""
-    insecure = "insecure = true\n" if setup.ca is None else ""
-    tables = ['location = "%s"\n' % setup.host] if insecure else []
-    for origin in setup.origins:
-        tables.append('prefix = "%s"\nlocation = "%s/%s"\n'
-                      % (origin, setup.host, origin_of(origin)))
-    if tables:
-        yield ClientFile("/etc/containers/registries.conf.d/50-tinyreg.conf",
-                         "".join("[[registry]]\n" + table + insecure for table in tables),
-                         "read at each pull")
-
-
-def registries_yaml(setup: ClientSetup, ca_file: str) -> ClientFile:
-    """The settings of k3s."""
-    hosts = [setup.host]
-    if setup.origins:
-        hosts = hosts + list(setup.origins) if setup.only_known else ["*"]
-    text = "mirrors:\n" + "".join('  "%s":\n    endpoint: ["%s"]\n' % (host, setup.url)
-                                  for host in hosts)
-    if setup.ca:
-        text += 'configs:\n  "%s":\n    tls:\n      ca_file: %s\n' % (setup.host, ca_file)
-    return ClientFile("/etc/rancher/k3s/registries.yaml", text,
-                      "then: systemctl restart k3s, or k3s-agent")
-
-
-def client_files(client: str, setup: ClientSetup) -> Iterator[ClientFile]:
-    """The files that a client needs."""
-    folder, remark = CLIENTS[client]
-    ca_file = "%s/%s/ca.crt" % (folder, setup.host)
-    if setup.ca:
-        yield ClientFile(ca_file, setup.ca, remark)
-    if setup.origins and client in ("docker", "containerd"):
-        yield from mirror_files(client, setup, ca_file)
-    if client == "docker":
-        yield from daemon_json(setup)
-    elif client == "containerd":
-        path = "%s/%s/hosts.toml" % (folder, setup.host)
-        yield ClientFile(path, setup.hosts_toml(ca_file), remark)
-    elif client == "podman":
-        yield from registries_conf(setup)
-    elif client == "k3s":
-        yield registries_yaml(setup, ca_file)
+def render(template: str, values: Dict[str, Any]) -> str:
+    """The template with its {values}. A line that begins with NAME| is left out if the value NAME
+    is empty or false; if that is a list, the lines come once for each item, which {NAME} is then.
+    A line may have several, the outer first."""
+    parts = []
+    for names, lines in itertools.groupby(template.splitlines(True),
+                                          lambda line: re.findall(r"^(\w+)\|", line)):
+        if not names:
+            parts.append("".join(lines).format(**values))
+            continue
+        value = values[names[0]]
+        section = "".join(line.partition("|")[2] for line in lines)
+        items = value if isinstance(value, list) else [value] if value else []
+        for item in items:
+            parts.append(render(section, dict(values, **{names[0]: item})))
+    return "".join(parts)
 
 
 def client_script(client: str, setup: ClientSetup) -> str:
     """A script for sh that sets up a client; "" if nothing is needed. Files of others stay."""
-    if client == "system":
-        file = setup.host.replace(":", "-").strip("[]")
-        steps = TRUST_IN_SYSTEM.format(file=file, ca=setup.ca.strip()) if setup.ca else ""
-    else:
-        steps = "".join("put '%s' %o '%s' <<'END'\n%s\nEND\n" % (
-            file.path, file.mode, file.remark.replace("'", "'\\''"), file.content.rstrip("\n"))
-            for file in client_files(client, setup))
-    if client == "docker":
-        steps += RELOAD_DOCKER
-    elif client == "containerd" and steps:
-        steps += SET_CONFIG_PATH
+    insecure, origins = setup.ca is None, list(setup.origins)
+    settings = {}
+    # Docker can't give a password to a mirror, and one that wants a password stops all pulls.
+    if origins and not setup.login:
+        settings["registry-mirrors"] = [setup.url]
+    if insecure:
+        settings["insecure-registries"] = [setup.host]
+    steps = render(CLIENTS[client], dict(
+        setup._asdict(), url=setup.url, ca=(setup.ca or "").strip(), insecure=insecure,
+        file=setup.host.replace(":", "-").strip("[]"), set_config_path=SET_CONFIG_PATH,
+        open=not setup.login, own=not origins, mirror=bool(origins),
+        settings=settings and json.dumps(settings), tables=insecure or bool(origins),
+        origin=[(host, origin_of(host)) for host in origins],
+        folder=origins if setup.only_known else ["_default"] if origins else [],
+        served=[setup.host] + origins if setup.only_known or not origins else ["*"]))
     return CLIENT_SCRIPT.format(client=client, host=setup.host, steps=steps) if steps else ""
 
 

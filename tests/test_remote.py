@@ -26,8 +26,8 @@ from conftest import PATIENCE, TINYREG, Client, free_port, get, open_url, run_ti
 from registries import Proxy, needs_distribution
 from samples import (EVIL, index, is_harmless, make_image, make_referrer, read_blob, to_manifest)
 from test_copy import make_multi
-from tinyreg import (ClientSetup, Digest, Directory, RegistryError, Remote, copy, copy_bytes,
-                     find_login, mirror_files)
+from tinyreg import (ClientSetup, Digest, Directory, RegistryError, Remote, client_script, copy, copy_bytes,
+                     find_login)
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
@@ -1651,11 +1651,10 @@ def test_containerd_mirrors_every_registry_by_its_ns(ctr, server, tmp_path):
     store = Directory(server.root)
     images = {name: make_image(store, name, "1", layers=(name.encode(),))
               for name in ("docker.io/library/demo", "quay.io/team/demo", "lab.example_5000/team/demo")}
-    setup = ClientSetup(server.host, None, ["docker.io"])
-    mirror = next(mirror_files("containerd", setup, ""))
+    script = client_script("containerd", ClientSetup(server.host, None, ["docker.io"]))
     folder = tmp_path / "certs.d" / "_default"
     folder.mkdir(parents=True)
-    (folder / "hosts.toml").write_text(mirror.content)
+    (folder / "hosts.toml").write_text(re.search("_default/hosts.toml.*\n([^']*)END\n", script).group(1))
     for name, manifest in images.items():
         image = name.replace("_5000", ":5000") + ":1"
         ctr("content", "fetch", "--hosts-dir", str(tmp_path / "certs.d"), image)
