@@ -13847,155 +13847,6 @@ def parse_upstream(text: str) -> Tuple[str, str, bool, str]:
     return origin_of(space), canonical_host(host), scheme == "http", prefix + "/" if prefix else ""
 
 
-class Option(NamedTuple):
-    """An option of a command, or a word that it takes: the arguments of argparse's
-    add_argument()."""
-
-    names: List[str]
-    settings: Dict[str, Any]
-
-
-def flag(name: str, text: str) -> Option:
-    """An option without a value; `text` is its help."""
-    return Option([name], {"action": "store_true", "help": text})
-
-
-def value(names: str, metavar: str, text: str, parse: Callable = str, default: Any = None,
-          **settings: Any) -> Option:
-    """An option with one value, or a word without dashes. `parse` reads the text of the value, and
-    that of the default."""
-    return Option(names.split(), dict(settings, metavar=metavar, help=text, type=parse,
-                                      default=default))
-
-
-def repeated(names: str, metavar: str, text: str, parse: Callable = str, **settings: Any) -> Option:
-    """An option that may be given several times; its values make a list."""
-    return value(names, metavar, text, parse, [], action="append", **settings)
-
-
-QUIET = flag("--quiet", "say nothing but errors")
-AS_JSON = flag("--json", "print JSON")
-SIGNED_BY = repeated(
-    "--signed-by", "FILE", "refuse and name what none of the public keys in this file (PEM: ECDSA "
-    "P-256, RSA, Ed25519) has signed with cosign; keyless signatures and Notation's don't count; "
-    "may be repeated (default: take anything)", read_keys)
-
-# Each of these, and QUIET, is a variable of the environment as well.
-SERVE_OPTIONS = [
-    value("archives", "ARCHIVE", "serve the images in these archives instead of the store, "
-          "read-only", nargs="*"),
-    repeated("--listen", "[HOST]:PORT", "address to listen on; :5000 is every address; may be "
-             "repeated (default: 127.0.0.1:5000, which Docker trusts without TLS)", parse_listen),
-    value("--anonymous", "LEVEL", "what clients without a password may do: none, pull, push or "
-          "admin, which deletes (default: none with --users or --tls-client-ca; else admin if "
-          "only this machine can reach it, and pull if others can)", choices=LEVELS),
-    value("--users", "FILE", "htpasswd file of those who may log in; see tinyreg.py passwd"),
-    value("--rules", "FILE", "lines REPOSITORY-GLOB USER|*|@anonymous pull|push|admin|none; the "
-          "last that matches counts; * stays within one component of a name, ** does not; the "
-          "user * is everyone who has logged in; {user} in the glob is the name of who asks "
-          "(without rules users may do everything)"),
-    flag("--metrics-open", "with --users: let everyone read /metrics, for a Prometheus without a "
-         "password"),
-    flag("--tls", "serve HTTPS, with a CA and a certificate for this host that are made and "
-         "renewed as needed (with the openssl command); clients get the CA at /ca.crt; see "
-         "tinyreg.py clients"),
-    repeated("--tls-name", "NAME", "one more name or address to make the certificate for; may be "
-             "repeated"),
-    value("--tls-cert", "FILE", "serve HTTPS with this certificate (and its chain, PEM)"),
-    value("--tls-key", "FILE", "its key, unless that is in the same file"),
-    value("--tls-client-ca", "FILE", "take only clients with a certificate from this CA; its "
-          "subject's CN is the user"),
-    repeated("--trusted-proxy", "NET", "address or network of a proxy or load balancer whose "
-             "X-Forwarded-For tells who the client is; may be repeated (default: this machine's "
-             "alone)", parse_network),
-    flag("--sparse", "take image manifests whose blobs are missing (pulls of such an image fail)"),
-    flag("--read-only", "refuse pushes and deletions"),
-    flag("--shared", "servers on other hosts have this directory too: keep no answers in memory; "
-         "the README says what the file system must promise, and how to mount NFS"),
-    repeated("--immutable-tags", "GLOB", "tags (v*) or images (prod/**:*) that clients can't move "
-             "or delete; may be repeated (default: none)", parse_glob),
-    repeated("--notify", "URL", "POST events to this URL, in Distribution's format; may be "
-             "repeated; settings follow a #: actions=push,mount,delete,pull & "
-             "repositories=GLOB,... & secret=FILE & headers=FILE (default: none)", Endpoint),
-    value("--log", "STYLE", "text, json, off, or explain, which says in words what happens",
-          default="text", choices=list(LOG_FORMATS) + ["explain", "off"]),
-    value("--log-file", "FILE", "log there; SIGHUP opens it anew (default: stderr)"),
-    value("--workers", "N", "processes that serve", parse_positive, min(4, cores())),
-    repeated("--upstream", "NS=URL", "fetch what is missing below NS/ from URL, and keep it; may "
-             "be repeated; logins are those of docker login; pushes below NS/ are refused "
-             "(example: docker.io=https://registry-1.docker.io); *=URL is another tinyreg, for all "
-             "origins that are not named", parse_upstream),
-    value("--upstream-ttl", "TIME", "how long a tag is taken as right before the upstream is "
-          "asked again", parse_seconds, "5m"),
-    SIGNED_BY,
-    value("--drain", "TIME", "how long running transfers may take to end after SIGTERM",
-          parse_seconds, "30s"),
-    value("--min-free", "SIZE", "refuse uploads that would leave less than this free on the disk, "
-          "for example 10G", parse_size, "0"),
-    value("--max-blob", "SIZE", "refuse blobs that are larger; 0 is no limit", parse_size, "0"),
-    repeated("--quota", "GLOB=SIZE", "refuse what would make the repositories below each name that "
-             "fits larger than this, for example students/*=2G; content that several of them have "
-             "counts once; the last that fits counts; may be repeated (default: none)",
-             parse_quota),
-    value("--gc-every", "TIME", "delete what nothing refers to this often, for example 24h; 0 is "
-          "never", parse_seconds, "0"),
-    value("--grace", "TIME", "how long --gc-every leaves what a client was told about",
-          parse_seconds, "%dh" % GRACE_HOURS),
-]
-
-CHOICE = [
-    repeated("--exclude", "GLOB", "leave out what has a TAG or NAME:TAG that fits; may be repeated",
-             parse_glob),
-    value("--newest", "N", "take the N newest of the tags that a pattern fits in a repository: in "
-          "the order of versions, with runs of digits as numbers; pre-releases (-rc -alpha -beta "
-          "-dev) and cosign's tags only if the pattern names them (default: all)", parse_positive),
-    value("--versions", "RANGE", "of the tags that a pattern fits, take the releases whose version "
-          "lies in this range, for example '>=3.18,<4' (default: all)", parse_versions)]
-
-
-def image_options(text: str, metavar: str = "IMAGE") -> List[Option]:
-    """How a command is told the images that it works on, and that it may report in JSON; `text` is
-    the help on the words that name them."""
-    return [AS_JSON, value("images", metavar, text, nargs="*"), repeated(
-        "-f --file", "FILE", "take the images that FILE names as well: a list, one a line, # "
-        "begins a comment; or, if it has an image: key or a FROM, YAML, JSON or a Dockerfile; "
-        "there what else looks like an image is tried, too; - is stdin")] + CHOICE
-
-
-STRIP = flag("--strip", "take out of an index what does not go along (--platform), for registries "
-             "that refuse it otherwise; its digest changes, those of its images and their "
-             "signatures don't; where one image is left, the tag points to that")
-CONNECTION_OPTIONS = [
-    value("--retries", "N", "how often a request is tried again, with longer and longer pauses",
-          int, 5),
-    value("--ca", "FILE", "trust the certificates of this CA (PEM) as well"),
-    flag("--insecure", "don't check certificates, and take plain HTTP where there is no TLS: "
-         "whoever is on the way can read passwords and change tags"),
-    flag("--plain-http", "use HTTP: whoever is on the way can read passwords and change tags"),
-]
-COPY_OPTIONS = [
-    repeated("--platform", "OS/ARCH[/VARIANT]", "copy images for this platform only; may be "
-             "repeated; the index keeps its digest (default: all)"),
-    flag("--no-referrers", "leave signatures, SBOMs and the like behind"),
-    flag("--dry-run", "say what would be copied, and copy nothing"),
-    value("--lock", "FILE", "write a line NAME:TAG@DIGEST into FILE for each image that was "
-          "copied, with its name before --rename; pull -f FILE takes these bytes again",
-          parse_new_file),
-    SIGNED_BY]
-LOGIN_HOST = value("host", "HOST[:PORT]", "the registry; docker.io is Docker Hub", parse_login_host)
-RENAME = repeated("--rename", "FROM=TO", "copy what begins with FROM, such as docker.io/library, "
-                  "under names that begin with TO instead; of several the longest FROM counts; "
-                  "may be repeated", parse_rename)
-REMOTE_OPTIONS = [
-    value("--jobs", "N", "how many images are planned, and blobs copied, at once", parse_positive,
-          4),
-    value("--rate", "SIZE", "copy at most so much a second in all, for example 2M; 0 is no limit",
-          parse_size, "0")]
-REMOTE_OPTIONS += CONNECTION_OPTIONS
-REMOTE_NOTES = ("\nLogins are those of tinyreg.py login, docker login and podman login. "
-                "HTTPS_PROXY, HTTP_PROXY and\nNO_PROXY in the environment are honoured.")
-
-
 # What help prints, for whoever has this file and nothing else. The example lines of lesson are run
 # by a test, those of the others are for people to change.
 TOPICS = {
@@ -14201,248 +14052,503 @@ def print_help(options: argparse.Namespace) -> int:
     return 0
 
 
+class Option(NamedTuple):
+    """An option of a command, or a word that it takes: the arguments of argparse's
+    add_argument()."""
+
+    names: List[str]
+    settings: Dict[str, Any]
+
+
+# How the value of an option is read, or which values there are: by the name of the option, or else
+# by the word that stands for its value.
+VALUES: Dict[str, Any] = {
+    "--lock": parse_new_file, "--plan": parse_new_file, "--older-than": parse_age,
+    "--retries": int, "--signed-by": read_keys,
+    "CLIENT": CLIENTS, "FROM=TO": parse_rename, "GLOB": parse_glob, "GLOB=SIZE": parse_quota,
+    "HOST[:PORT]": parse_login_host, "HOST[:PORT][/PREFIX]": parse_destination, "LEVEL": LEVELS,
+    "N": parse_positive, "NET": parse_network, "NS=URL": parse_upstream, "RANGE": parse_versions,
+    "SIZE": parse_size, "STYLE": list(LOG_FORMATS) + ["explain", "off"], "TIME": parse_seconds,
+    "TOPIC": TOPICS, "URL": Endpoint, "[HOST]:PORT": parse_listen,
+}
+
+
+def read_options(text: str) -> Iterator[Option]:
+    """Yield the options, and the words without dashes, that a text describes. A line has the names,
+    what stands for the value (a switch has none), and more arguments of argparse's add_argument().
+    The lines below it are the help; what has none is not shown."""
+    for names, kind, more, lines in re.findall(r"^([-a-z ]+)([A-Z[]\S*)?(.*)\n((?: .*\n)*)", text,
+                                               re.MULTILINE):
+        settings: Dict[str, Any] = {"help": lines.strip() or argparse.SUPPRESS}
+        settings.update(word.split("=") for word in more.split())
+        if settings.get("action") == "append":
+            settings["default"] = []
+        if kind:
+            read = VALUES.get(names.split()[-1]) or VALUES.get(kind, str)
+            settings.update({"metavar": kind, "type" if callable(read) else "choices": read})
+        else:
+            settings["action"] = "store_true"
+        yield Option(names.split(), settings)
+
+
+COMMON_OPTIONS = """\
+--root DIR
+    directory of the store (TINYREG_ROOT)
+--quiet
+    say nothing but errors
+"""
+AS_JSON = """\
+--json
+    print JSON
+"""
+SIGNED_BY = """\
+--signed-by FILE action=append
+    refuse and name what none of the public keys in this file (PEM: ECDSA P-256, RSA, Ed25519)
+    has signed with cosign; keyless signatures and Notation's don't count; may be repeated
+    (default: take anything)
+"""
+
+# Each of these, and of COMMON_OPTIONS, is a variable of the environment as well.
+SERVE_OPTIONS = """\
+archives ARCHIVE nargs=*
+    serve the images in these archives instead of the store, read-only
+--listen [HOST]:PORT action=append
+    address to listen on; :5000 is every address; may be repeated (default: 127.0.0.1:5000,
+    which Docker trusts without TLS)
+--anonymous LEVEL
+    what clients without a password may do: none, pull, push or admin, which deletes (default:
+    none with --users or --tls-client-ca; else admin if only this machine can reach it, and pull
+    if others can)
+--users FILE
+    htpasswd file of those who may log in; see tinyreg.py passwd
+--rules FILE
+    lines REPOSITORY-GLOB USER|*|@anonymous pull|push|admin|none; the last that matches counts;
+    * stays within one component of a name, ** does not; the user * is everyone who has logged
+    in; {user} in the glob is the name of who asks (without rules users may do everything)
+--metrics-open
+    with --users: let everyone read /metrics, for a Prometheus without a password
+--tls
+    serve HTTPS, with a CA and a certificate for this host that are made and renewed as needed
+    (with the openssl command); clients get the CA at /ca.crt; see tinyreg.py clients
+--tls-name NAME action=append
+    one more name or address to make the certificate for; may be repeated
+--tls-cert FILE
+    serve HTTPS with this certificate (and its chain, PEM)
+--tls-key FILE
+    its key, unless that is in the same file
+--tls-client-ca FILE
+    take only clients with a certificate from this CA; its subject's CN is the user
+--trusted-proxy NET action=append
+    address or network of a proxy or load balancer whose X-Forwarded-For tells who the client
+    is; may be repeated (default: this machine's alone)
+--sparse
+    take image manifests whose blobs are missing (pulls of such an image fail)
+--read-only
+    refuse pushes and deletions
+--shared
+    servers on other hosts have this directory too: keep no answers in memory; the README says
+    what the file system must promise, and how to mount NFS
+--immutable-tags GLOB action=append
+    tags (v*) or images (prod/**:*) that clients can't move or delete; may be repeated (default:
+    none)
+--notify URL action=append
+    POST events to this URL, in Distribution's format; may be repeated; settings follow a #:
+    actions=push,mount,delete,pull & repositories=GLOB,... & secret=FILE & headers=FILE
+    (default: none)
+--log STYLE default=text
+    text, json, off, or explain, which says in words what happens
+--log-file FILE
+    log there; SIGHUP opens it anew (default: stderr)
+--workers N default=%d
+    processes that serve
+--upstream NS=URL action=append
+    fetch what is missing below NS/ from URL, and keep it; may be repeated; logins are those of
+    docker login; pushes below NS/ are refused (example:
+    docker.io=https://registry-1.docker.io); *=URL is another tinyreg, for all origins that are
+    not named
+--upstream-ttl TIME default=5m
+    how long a tag is taken as right before the upstream is asked again
+--drain TIME default=30s
+    how long running transfers may take to end after SIGTERM
+--min-free SIZE default=0
+    refuse uploads that would leave less than this free on the disk, for example 10G
+--max-blob SIZE default=0
+    refuse blobs that are larger; 0 is no limit
+--quota GLOB=SIZE action=append
+    refuse what would make the repositories below each name that fits larger than this, for
+    example students/*=2G; content that several of them have counts once; the last that fits
+    counts; may be repeated (default: none)
+--gc-every TIME default=0
+    delete what nothing refers to this often, for example 24h; 0 is never
+--grace TIME default=%dh
+    how long --gc-every leaves what a client was told about
+""" % (min(4, cores()), GRACE_HOURS) + SIGNED_BY
+
+CHOICE = """\
+--exclude GLOB action=append
+    leave out what has a TAG or NAME:TAG that fits; may be repeated
+--newest N
+    take the N newest of the tags that a pattern fits in a repository: in the order of versions,
+    with runs of digits as numbers; pre-releases (-rc -alpha -beta -dev) and cosign's tags only
+    if the pattern names them (default: all)
+--versions RANGE
+    of the tags that a pattern fits, take the releases whose version lies in this range, for
+    example '>=3.18,<4' (default: all)
+"""
+# How a command is told more images than its line names, and that it may report in JSON.
+IMAGE_OPTIONS = AS_JSON + """\
+-f --file FILE action=append
+    take the images that FILE names as well: a list, one a line, # begins a comment; or, if it
+    has an image: key or a FROM, YAML, JSON or a Dockerfile; there what else looks like an image
+    is tried, too; - is stdin
+""" + CHOICE
+STRIP = """\
+--strip
+    take out of an index what does not go along (--platform), for registries that refuse it
+    otherwise; its digest changes, those of its images and their signatures don't; where one
+    image is left, the tag points to that
+"""
+RENAME = """\
+--rename FROM=TO action=append
+    copy what begins with FROM, such as docker.io/library, under names that begin with TO
+    instead; of several the longest FROM counts; may be repeated
+"""
+LOGIN_HOST = """\
+host HOST[:PORT]
+    the registry; docker.io is Docker Hub
+"""
+CONNECTION_OPTIONS = """\
+--retries N default=5
+    how often a request is tried again, with longer and longer pauses
+--ca FILE
+    trust the certificates of this CA (PEM) as well
+--insecure
+    don't check certificates, and take plain HTTP where there is no TLS: whoever is on the way
+    can read passwords and change tags
+--plain-http
+    use HTTP: whoever is on the way can read passwords and change tags
+"""
+REMOTE_OPTIONS = """\
+--jobs N default=4
+    how many images are planned, and blobs copied, at once
+--rate SIZE default=0
+    copy at most so much a second in all, for example 2M; 0 is no limit
+""" + CONNECTION_OPTIONS
+COPY_OPTIONS = """\
+--platform OS/ARCH[/VARIANT] action=append
+    copy images for this platform only; may be repeated; the index keeps its digest (default:
+    all)
+--no-referrers
+    leave signatures, SBOMs and the like behind
+--dry-run
+    say what would be copied, and copy nothing
+--lock FILE
+    write a line NAME:TAG@DIGEST into FILE for each image that was copied, with its name before
+    --rename; pull -f FILE takes these bytes again
+""" + SIGNED_BY
+
+
+REMOTE_NOTES = """
+Logins are those of tinyreg.py login, docker login and podman login. HTTPS_PROXY, HTTP_PROXY and
+NO_PROXY in the environment are honoured."""
+
+
 class Command(NamedTuple):
     """A subcommand, and what its --help says."""
 
     name: str
     run: Callable[[argparse.Namespace], int]
-    purpose: str
+    purpose: str  # its first line is what the list of all commands shows
     examples: str
-    options: List[Option]
-    notes: str = ""
+    options: str = ""
 
 
 COMMANDS = [
     Command(
-        "serve", serve,
-        "Serve the store to clients that push and pull (what tinyreg.py does without a command).",
-        "  tinyreg.py serve\n"
-        "  tinyreg.py serve --root /srv/registry --listen :5000 --anonymous push\n"
-        "  tinyreg.py serve --listen :5000 --tls --users users --rules rules\n"
-        "  tinyreg.py serve --listen :5000 --upstream '*=http://centre.lab:5000'\n"
-        "  tinyreg.py serve /media/usb/images.tar\n",
-        SERVE_OPTIONS,
-        "\nEach option is a variable in the environment, too: --log-file is TINYREG_LOG_FILE.\n"
-        "Where an option may be repeated, spaces separate the values."),
+        "serve", serve, """\
+Serve the store to clients that push and pull (what tinyreg.py does without a command).
+Each option is a variable in the environment, too: --log-file is TINYREG_LOG_FILE.
+Where an option may be repeated, spaces separate the values.""", """\
+  tinyreg.py serve
+  tinyreg.py serve --root /srv/registry --listen :5000 --anonymous push
+  tinyreg.py serve --listen :5000 --tls --users users --rules rules
+  tinyreg.py serve --listen :5000 --upstream '*=http://centre.lab:5000'
+  tinyreg.py serve /media/usb/images.tar
+""", SERVE_OPTIONS),
     Command(
-        "pull", pull, "Copy images from their registries into the store.",
-        "  tinyreg.py pull alpine:3.19 quay.io/prometheus/prometheus:v2.53.0\n"
-        "  tinyreg.py pull -f images.txt --platform linux/amd64 --dry-run\n"
-        "  tinyreg.py pull 'alpine:3.*' --newest 3\n"
-        "  tinyreg.py pull 'alpine:*' --versions '>=3.18,<4'\n"
-        "  helm template CHART | tinyreg.py pull -f -\n"
-        "  tinyreg.py pull -f images.txt --lock images.lock\n"
-        "  tinyreg.py pull -f images.lock --via harbor.lab/proxy-docker\n",
-        [*image_options("as docker pull takes it; * may stand in a tag"),
-         *COPY_OPTIONS, RENAME,
-         value("--via", "HOST[:PORT][/PREFIX]", "fetch docker.io's images from this mirror of it; "
-               "they keep their names", parse_destination)] + REMOTE_OPTIONS,
-        REMOTE_NOTES),
+        "pull", pull, "Copy images from their registries into the store." + REMOTE_NOTES, """\
+  tinyreg.py pull alpine:3.19 quay.io/prometheus/prometheus:v2.53.0
+  tinyreg.py pull -f images.txt --platform linux/amd64 --dry-run
+  tinyreg.py pull 'alpine:3.*' --newest 3
+  tinyreg.py pull 'alpine:*' --versions '>=3.18,<4'
+  helm template CHART | tinyreg.py pull -f -
+  tinyreg.py pull -f images.txt --lock images.lock
+  tinyreg.py pull -f images.lock --via harbor.lab/proxy-docker
+""", """\
+images IMAGE nargs=*
+    as docker pull takes it; * may stand in a tag
+--via HOST[:PORT][/PREFIX]
+    fetch docker.io's images from this mirror of it; they keep their names
+""" + IMAGE_OPTIONS + COPY_OPTIONS + RENAME + REMOTE_OPTIONS),
     Command(
-        "push", push, "Copy images from the store to another registry.",
-        "  tinyreg.py push alpine:3.19 --to lab.example:5000\n"
-        "  tinyreg.py push -f images.txt --to lab.example/mirror\n"
-        "  tinyreg.py push alpine:3.19 --to harbor.lab/mirror --platform linux/amd64 --strip\n"
-        "  tinyreg.py push -f images.txt --to lab.example --rename docker.io=hub --rate 2M\n",
-        [*image_options("as pull took it, or as ls shows it; * may stand in the name and the tag"),
-         *COPY_OPTIONS, STRIP, RENAME,
-         value("--to", "HOST[:PORT][/PREFIX]", "the registry, and what its repositories' names "
-               "begin with", parse_destination, required=True)] + REMOTE_OPTIONS,
-        REMOTE_NOTES),
+        "push", push, "Copy images from the store to another registry." + REMOTE_NOTES, """\
+  tinyreg.py push alpine:3.19 --to lab.example:5000
+  tinyreg.py push -f images.txt --to lab.example/mirror
+  tinyreg.py push alpine:3.19 --to harbor.lab/mirror --platform linux/amd64 --strip
+  tinyreg.py push -f images.txt --to lab.example --rename docker.io=hub --rate 2M
+""", """\
+images IMAGE nargs=*
+    as pull took it, or as ls shows it; * may stand in the name and the tag
+--to HOST[:PORT][/PREFIX] required=yes
+    the registry, and what its repositories' names begin with
+""" + IMAGE_OPTIONS + COPY_OPTIONS + STRIP + RENAME + REMOTE_OPTIONS),
     Command(
-        "login", log_in_to, "Try a login at another registry, and keep it for pull, push and load.",
-        "  tinyreg.py login registry.lab:5000\n"
-        "  tinyreg.py login quay.io --user ci --stdin < ci-password\n"
-        "  tinyreg.py login docker.io --user alice\n",
-        [LOGIN_HOST,
-         value("--user", "NAME", "who logs in (default: the terminal is asked)"),
-         flag("--stdin", "read the password from a line on standard input")] + CONNECTION_OPTIONS,
-        "\nIt is kept where docker login keeps it, or podman login if only that was used, so these "
-        "use it, too:\nin $REGISTRY_AUTH_FILE, ~/.docker/config.json or containers/auth.json. "
-        "There it is base64, which is no\nencryption. HTTPS_PROXY, HTTP_PROXY and NO_PROXY in the "
-        "environment are honoured."),
+        "login", log_in_to, """\
+Try a login at another registry, and keep it for pull, push and load.
+It is kept where docker login keeps it, or podman login if only that was used, so these use it, too:
+in $REGISTRY_AUTH_FILE, ~/.docker/config.json or containers/auth.json. There it is base64, which is
+no encryption. HTTPS_PROXY, HTTP_PROXY and NO_PROXY in the environment are honoured.""", """\
+  tinyreg.py login registry.lab:5000
+  tinyreg.py login quay.io --user ci --stdin < ci-password
+  tinyreg.py login docker.io --user alice
+""", LOGIN_HOST + """\
+--user NAME
+    who logs in (default: the terminal is asked)
+--stdin
+    read the password from a line on standard input
+""" + CONNECTION_OPTIONS),
     Command(
-        "logout", log_out_from, "Remove the login for another registry.",
-        "  tinyreg.py logout registry.lab:5000\n",
-        [LOGIN_HOST]),
+        "logout", log_out_from, "Remove the login for another registry.", """\
+  tinyreg.py logout registry.lab:5000
+""", LOGIN_HOST),
     Command(
-        "save", save, "Write images of the store into an archive.",
-        "  tinyreg.py save alpine nginx:1.25 -o images.tar\n"
-        "  tinyreg.py save '**' -o images.tar\n"
-        "  tinyreg.py save -f images.txt -o images.tar --have have.txt --split 3900M\n"
-        "  tinyreg.py save alpine -o - | ssh HOST docker load\n"
-        "  tinyreg.py save alpine -o - | gpg -c > images.tar.gpg\n",
-        [*image_options("NAME[:TAG] or NAME@DIGEST; * stands for a part of a component or tag, ** "
-                        "for anything"),
-         value("-o --output", "FILE", "the archive; - is stdout", required=True),
-         flag("--no-self", "leave out tinyreg.py itself"),
-         repeated("--have", "FILE", "leave out the blobs that are in these lists (what `ls "
-                  "--digests` or `load --json` said on the far side, or `save --json` here) or "
-                  "archives; images are named before it; may be repeated",
-                  nargs="+"),
-         value("--split", "SIZE", "write parts of at most this size, for example 3900M for a "
-               "FAT32 stick (default: one file)", parse_size),
-         *COPY_OPTIONS, STRIP]),
+        "save", save, "Write images of the store into an archive.", """\
+  tinyreg.py save alpine nginx:1.25 -o images.tar
+  tinyreg.py save '**' -o images.tar
+  tinyreg.py save -f images.txt -o images.tar --have have.txt --split 3900M
+  tinyreg.py save alpine -o - | ssh HOST docker load
+  tinyreg.py save alpine -o - | gpg -c > images.tar.gpg
+""", """\
+images IMAGE nargs=*
+    NAME[:TAG] or NAME@DIGEST; * stands for a part of a component or tag, ** for anything
+-o --output FILE required=yes
+    the archive; - is stdout
+--no-self
+    leave out tinyreg.py itself
+--have FILE action=append nargs=+
+    leave out the blobs that are in these lists (what `ls --digests` or `load --json` said on
+    the far side, or `save --json` here) or archives; images are named before it; may be
+    repeated
+--split SIZE
+    write parts of at most this size, for example 3900M for a FAT32 stick (default: one file)
+""" + IMAGE_OPTIONS + COPY_OPTIONS + STRIP),
     Command(
-        "load", load, "Put the images of archives into the store.",
-        "  tinyreg.py load images.tar\n"
-        "  tinyreg.py load rke2-images.linux-amd64.tar.zst\n"
-        "  tinyreg.py load images-*.tar --want want.txt\n"
-        "  tinyreg.py load images.tar --json > receipt.json     # for save --have\n"
-        "  tinyreg.py load images.tar --to registry.lab:5000\n"
-        "  tinyreg.py load images.tar --signed-by cosign.pub\n"
-        "  docker save alpine | tinyreg.py load -\n"
-        "  gpg -d images.tar.gpg | tinyreg.py load -\n",
-        [AS_JSON,
-         value("archives", "FILE", "an OCI image layout or what docker save wrote, as tar, .tar.gz "
-               "(or .zst, .xz, .bz2) or directory; a haul of hauler, a package of zarf, a flat "
-               "image cache of Talos; a registry's data directory; - is stdin",
-               nargs="+"),
-         value("--want", "FILE", "write the digests that are missing into this file"),
-         value("--to", "HOST[:PORT][/PREFIX]", "put them into this registry, not into the store",
-               parse_destination),
-         *COPY_OPTIONS, STRIP, RENAME] + REMOTE_OPTIONS),
+        "load", load, "Put the images of archives into the store.", """\
+  tinyreg.py load images.tar
+  tinyreg.py load rke2-images.linux-amd64.tar.zst
+  tinyreg.py load images-*.tar --want want.txt
+  tinyreg.py load images.tar --json > receipt.json     # for save --have
+  tinyreg.py load images.tar --to registry.lab:5000
+  tinyreg.py load images.tar --signed-by cosign.pub
+  docker save alpine | tinyreg.py load -
+  gpg -d images.tar.gpg | tinyreg.py load -
+""", """\
+archives FILE nargs=+
+    an OCI image layout or what docker save wrote, as tar, .tar.gz (or .zst, .xz, .bz2) or
+    directory; a haul of hauler, a package of zarf, a flat image cache of Talos; a registry's
+    data directory; - is stdin
+--want FILE
+    write the digests that are missing into this file
+--to HOST[:PORT][/PREFIX]
+    put them into this registry, not into the store
+""" + AS_JSON + COPY_OPTIONS + STRIP + RENAME + REMOTE_OPTIONS),
     Command(
-        "add", add, "Store files, or Helm charts, beside the images, as oras and helm push them.",
-        "  tinyreg.py add install.sh rke2.tar.gz --to rke2/files:v1.34\n"
-        "  tinyreg.py add web-1.2.3.tgz --to charts     # is charts/web:1.2.3\n",
-        [value("files", "FILE", "what to store, under its name without folders; a single .tgz that "
-               "holds a Chart.yaml is stored as a chart, with FILE.prov if that is there",
-               nargs="+"),
-         value("--to", "NAME[:TAG]", "the tag that they get, which is moved if it is there, "
-               "whatever a server's --immutable-tags say; without TAG each FILE is a chart and "
-               "becomes NAME/CHART:VERSION, a + in the version as _", required=True)],
-        "\nWhat is stored goes through save, load, pull and push, and oras, helm, skopeo and curl "
-        "(/files/NAME:TAG/FILE)\nget it. The same files always make the same digest. A chart's "
-        "config has the fields of Chart.yaml that are one text;\nmaintainers, dependencies and "
-        "other lists are in the chart alone, which is where helm reads them."),
+        "add", add, """\
+Store files, or Helm charts, beside the images, as oras and helm push them.
+What is stored goes through save, load, pull and push, and oras, helm, skopeo and curl
+(/files/NAME:TAG/FILE) get it. The same files always make the same digest. A chart's config has the
+fields of Chart.yaml that are one text; maintainers, dependencies and other lists are in the chart
+alone, which is where helm reads them.""", """\
+  tinyreg.py add install.sh rke2.tar.gz --to rke2/files:v1.34
+  tinyreg.py add web-1.2.3.tgz --to charts     # is charts/web:1.2.3
+""", """\
+files FILE nargs=+
+    what to store, under its name without folders; a single .tgz that holds a Chart.yaml is
+    stored as a chart, with FILE.prov if that is there
+--to NAME[:TAG] required=yes
+    the tag that they get, which is moved if it is there, whatever a server's --immutable-tags
+    say; without TAG each FILE is a chart and becomes NAME/CHART:VERSION, a + in the version as
+    _
+"""),
     Command(
-        "get", get, "Write out the files of an artifact: what add, oras or helm have stored.",
-        "  tinyreg.py get rke2/files:v1.34 -o /opt/rke2\n"
-        "  tinyreg.py get charts/web:1.2.3\n"
-        "  tinyreg.py get charts/web:1.2.3 --from images.tar\n",
-        [value("image", "IMAGE", "NAME[:TAG] or NAME@DIGEST"),
-         value("-o --output", "DIR", "the folder; made if it is not there", default="."),
-         flag("--force", "replace files that are there, which is an error otherwise"),
-         repeated("--from", "ARCHIVE", "read it from this archive, not from the store; may be "
-                  "repeated", dest="archives")]),
+        "get", get, "Write out the files of an artifact: what add, oras or helm have stored.", """\
+  tinyreg.py get rke2/files:v1.34 -o /opt/rke2
+  tinyreg.py get charts/web:1.2.3
+  tinyreg.py get charts/web:1.2.3 --from images.tar
+""", """\
+image IMAGE
+    NAME[:TAG] or NAME@DIGEST
+-o --output DIR default=.
+    the folder; made if it is not there
+--force
+    replace files that are there, which is an error otherwise
+--from ARCHIVE action=append dest=archives
+    read it from this archive, not from the store; may be repeated
+"""),
     Command(
-        "ls", list_store, "List repositories, images, or what archives hold.",
-        "  tinyreg.py ls\n"
-        "  tinyreg.py ls alpine quay.io/a/b:1.0 'team/**'\n"
-        "  tinyreg.py ls images.tar\n"
-        "  tinyreg.py ls --history alpine:3.19\n"
-        "  tinyreg.py ls --digests > have.txt\n",
-        [AS_JSON,
-         value("images", "IMAGE", "list the tags of NAME, or NAME:TAG, or what is in an archive, "
-               "with sizes, platforms and (in the store) times of pushes", nargs="*"),
-         flag("--tags", "list the tags of all repositories"),
-         flag("--history", "list what each NAME:TAG points to and has pointed to, and since when; "
-              "the latest first"),
-         flag("--digests", "list every blob held instead")] + CHOICE),
+        "ls", list_store, "List repositories, images, or what archives hold.", """\
+  tinyreg.py ls
+  tinyreg.py ls alpine quay.io/a/b:1.0 'team/**'
+  tinyreg.py ls images.tar
+  tinyreg.py ls --history alpine:3.19
+  tinyreg.py ls --digests > have.txt
+""", """\
+images IMAGE nargs=*
+    list the tags of NAME, or NAME:TAG, or what is in an archive, with sizes, platforms and (in
+    the store) times of pushes
+--tags
+    list the tags of all repositories
+--history
+    list what each NAME:TAG points to and has pointed to, and since when; the latest first
+--digests
+    list every blob held instead
+""" + AS_JSON + CHOICE),
     Command(
-        "tag", set_tag, "Give an image of the store one more tag, or take a tag's last move back.",
-        "  tinyreg.py tag alpine:3.19 alpine:stable\n"
-        "  tinyreg.py tag ci/app@sha256:0123... team/app:1.0\n"
-        "  tinyreg.py tag --undo team/app:1.0\n",
-        [value("image", "IMAGE", "NAME:TAG or NAME@DIGEST; with --undo the tag"),
-         value("tag", "NAME:TAG", "the new tag, in the same repository or in another one; a tag "
-               "that is there already is moved, whatever a server's --immutable-tags say",
-               nargs="?"),
-         flag("--undo", "let the tag point to what it pointed to before; a second time takes that "
-              "back")]),
+        "tag", set_tag,
+        "Give an image of the store one more tag, or take a tag's last move back.", """\
+  tinyreg.py tag alpine:3.19 alpine:stable
+  tinyreg.py tag ci/app@sha256:0123... team/app:1.0
+  tinyreg.py tag --undo team/app:1.0
+""", """\
+image IMAGE
+    NAME:TAG or NAME@DIGEST; with --undo the tag
+tag NAME:TAG nargs=?
+    the new tag, in the same repository or in another one; a tag that is there already is moved,
+    whatever a server's --immutable-tags say
+--undo
+    let the tag point to what it pointed to before; a second time takes that back
+"""),
     Command(
-        "rm", remove, "Delete tags and manifests.",
-        "  tinyreg.py rm alpine:3.19\n"
-        "  tinyreg.py rm alpine@sha256:0123...\n"
-        "  tinyreg.py rm 'student*/**' --dry-run\n",
-        [*image_options("NAME:TAG deletes the tag; NAME@DIGEST deletes the manifest and every tag "
-                        "that points to it; with * all that fits"),
-         flag("--dry-run", "only say what would go, and what that frees"),
-         flag("--yes", "delete also more than %d images, every name (**), or what --newest takes "
-              "(it is gc --keep that lets the newest stay)" % MANY)]),
+        "rm", remove, "Delete tags and manifests.", """\
+  tinyreg.py rm alpine:3.19
+  tinyreg.py rm alpine@sha256:0123...
+  tinyreg.py rm 'student*/**' --dry-run
+""", """\
+images IMAGE nargs=*
+    NAME:TAG deletes the tag; NAME@DIGEST deletes the manifest and every tag that points to it;
+    with * all that fits
+--dry-run
+    only say what would go, and what that frees
+--yes
+    delete also more than %d images, every name (**), or what --newest takes (it is gc --keep
+    that lets the newest stay)
+""" % MANY + IMAGE_OPTIONS),
     Command(
-        "gc", collect, "Delete what nothing refers to; safe beside a running server.",
-        "  tinyreg.py gc --dry-run\n"
-        "  tinyreg.py gc\n"
-        "  tinyreg.py gc --untagged --grace 7d\n"
-        "  tinyreg.py gc --keep 10 --older-than 90d --repositories 'team/**' --dry-run\n"
-        "  tinyreg.py gc --only images.txt --plan going.txt\n",
-        [AS_JSON,
-         flag("--untagged", "also delete manifests that no tag leads to, itself or over an index "
-              "or a subject"),
-         value("--keep", "N", "delete the tags of each repository except the N that were last "
-               "pushed (load and pull count as well), and the manifests to which no other tag "
-               "leads, with their signatures; it does not know of a server's --immutable-tags "
-               "(default: all are kept)", parse_positive),
-         value("--older-than", "TIME", "delete the tags that were last pushed longer ago, for "
-               "example 90d, likewise; with --keep only what both would delete (default: any age "
-               "is kept)", parse_age),
-         repeated("--only", "FILE", "delete, likewise, the tags that no list names; a FILE is read "
-                  "as by pull -f, also a pattern or a lock file, but any NAME:TAG in it counts; "
-                  "NAME:TAG@DIGEST keeps the tag wherever it points, NAME alone keeps "
-                  "NAME:latest; may be repeated"),
-         value("--plan", "FILE", "as --dry-run, and write the tags that would go into FILE, for "
-               "people to review, and for rm -f, which deletes those that still point there",
-               parse_new_file),
-         value("--repositories", "GLOB", "in which repositories --keep, --older-than and --only "
-               "delete tags; * stays within one component, ** does not (default: all)", parse_glob),
-         flag("--force", "let tags expire also where their times and this machine's clock don't "
-              "go together"),
-         value("--grace", "TIME", "leave what was pushed, or a client was told about, this short "
-               "ago", parse_seconds, "%dh" % GRACE_HOURS),
-         flag("--dry-run", "only list what would go, with its size")]),
+        "gc", collect, "Delete what nothing refers to; safe beside a running server.", """\
+  tinyreg.py gc --dry-run
+  tinyreg.py gc
+  tinyreg.py gc --untagged --grace 7d
+  tinyreg.py gc --keep 10 --older-than 90d --repositories 'team/**' --dry-run
+  tinyreg.py gc --only images.txt --plan going.txt
+""", """\
+--untagged
+    also delete manifests that no tag leads to, itself or over an index or a subject
+--keep N
+    delete the tags of each repository except the N that were last pushed (load and pull count
+    as well), and the manifests to which no other tag leads, with their signatures; it does not
+    know of a server's --immutable-tags (default: all are kept)
+--older-than TIME
+    delete the tags that were last pushed longer ago, for example 90d, likewise; with --keep
+    only what both would delete (default: any age is kept)
+--only FILE action=append
+    delete, likewise, the tags that no list names; a FILE is read as by pull -f, also a pattern
+    or a lock file, but any NAME:TAG in it counts; NAME:TAG@DIGEST keeps the tag wherever it
+    points, NAME alone keeps NAME:latest; may be repeated
+--plan FILE
+    as --dry-run, and write the tags that would go into FILE, for people to review, and for rm
+    -f, which deletes those that still point there
+--repositories GLOB
+    in which repositories --keep, --older-than and --only delete tags; * stays within one
+    component, ** does not (default: all)
+--force
+    let tags expire also where their times and this machine's clock don't go together
+--grace TIME default=%dh
+    leave what was pushed, or a client was told about, this short ago
+--dry-run
+    only list what would go, with its size
+""" % GRACE_HOURS + AS_JSON),
     Command(
-        "verify", verify, "Read everything again; name what is damaged, and what it harms.",
-        "  tinyreg.py verify --rate 50M\n"
-        "  tinyreg.py verify --repair\n"
-        "  tinyreg.py verify alpine:3.19 'team/**'\n"
-        "  tinyreg.py verify /media/stick/images-*.tar --signed-by cosign.pub\n",
-        [*image_options("re-read these images of the store, or archives (default: the whole "
-                        "store)", "IMAGE|FILE"),
-         value("--rate", "SIZE", "read so much a second; 0 is no limit", parse_size, "0"),
-         SIGNED_BY,
-         flag("--repair", "move what is damaged into ROOT/tinyreg/damaged, so that pushing the "
-              "image again mends it"),
-         flag("--dry-run", "with --repair: only list what would be moved")]),
+        "verify", verify, "Read everything again; name what is damaged, and what it harms.", """\
+  tinyreg.py verify --rate 50M
+  tinyreg.py verify --repair
+  tinyreg.py verify alpine:3.19 'team/**'
+  tinyreg.py verify /media/stick/images-*.tar --signed-by cosign.pub
+""", """\
+images IMAGE|FILE nargs=*
+    re-read these images of the store, or archives (default: the whole store)
+--rate SIZE default=0
+    read so much a second; 0 is no limit
+--repair
+    move what is damaged into ROOT/tinyreg/damaged, so that pushing the image again mends it
+--dry-run
+    with --repair: only list what would be moved
+""" + SIGNED_BY + IMAGE_OPTIONS),
     Command(
-        "passwd", passwd, "Set the password of a user of a registry that has --users.",
-        "  tinyreg.py passwd alice --users /etc/tinyreg/users\n"
-        "  tinyreg.py passwd ci --users /etc/tinyreg/users --stdin < ci-password\n"
-        "  tinyreg.py passwd --users /etc/tinyreg/users --stdin < class.txt\n"
-        "  tinyreg.py passwd alice --users /etc/tinyreg/users --delete\n"
-        "  tinyreg.py passwd --list --users /etc/tinyreg/users\n",
-        [value("user", "USER", "letters, digits and most else, but no colon and no space",
-               nargs="?"),
-         value("--users", "FILE", "the htpasswd file; made if it is not there", required=True),
-         flag("--list", "list the users instead"),
-         flag("--stdin", "read the password from a line on standard input; without USER, lines of "
-              "a user, a space and a password each"),
-         flag("--delete", "remove the user")]),
+        "passwd", passwd, "Set the password of a user of a registry that has --users.", """\
+  tinyreg.py passwd alice --users /etc/tinyreg/users
+  tinyreg.py passwd ci --users /etc/tinyreg/users --stdin < ci-password
+  tinyreg.py passwd --users /etc/tinyreg/users --stdin < class.txt
+  tinyreg.py passwd alice --users /etc/tinyreg/users --delete
+  tinyreg.py passwd --list --users /etc/tinyreg/users
+""", """\
+user USER nargs=?
+    letters, digits and most else, but no colon and no space
+--users FILE required=yes
+    the htpasswd file; made if it is not there
+--list
+    list the users instead
+--stdin
+    read the password from a line on standard input; without USER, lines of a user, a space and
+    a password each
+--delete
+    remove the user
+"""),
     Command(
-        "clients", clients, "Print shell scripts that make clients trust the registry.",
-        "  tinyreg.py clients docker --host registry.lab:5000\n"
-        "  tinyreg.py clients containerd --mirror | ssh root@node sh\n"
-        "  tinyreg.py clients containerd --mirror --user node < password > setup.sh\n"
-        "  tinyreg.py clients docker --install\n",
-        [value("client", "CLIENT", "one of %(choices)s", nargs="?", choices=CLIENTS),
-         value("--host", "HOST:PORT", "what clients call the registry (default: this host's name, "
-               "and port 5000)"),
-         flag("--mirror", "let them take images of every origin from it, too"),
-         flag("--known-origins", "with --mirror: only of the origins that the store has images of"),
-         value("--user", "NAME", "who pulls from the mirror, if it wants a password, which is read "
-               "from standard input and gets into the script (docker, containerd)"),
-         flag("--install", "run the script here instead of printing it"),
-         value("--server-ca", "FILE", "the CA of the registry's certificate; system, if clients "
-               "trust it already, such as a proxy's (default: the one that serve --tls has made)"),
-         value("--ca", "FILE", argparse.SUPPRESS, dest="server_ca"),  # what it was called before
-         flag("--plain-http", "the registry has no TLS")]),
+        "clients", clients, "Print shell scripts that make clients trust the registry.", """\
+  tinyreg.py clients docker --host registry.lab:5000
+  tinyreg.py clients containerd --mirror | ssh root@node sh
+  tinyreg.py clients containerd --mirror --user node < password > setup.sh
+  tinyreg.py clients docker --install
+""", """\
+client CLIENT nargs=?
+    one of %(choices)s
+--host HOST:PORT
+    what clients call the registry (default: this host's name, and port 5000)
+--mirror
+    let them take images of every origin from it, too
+--known-origins
+    with --mirror: only of the origins that the store has images of
+--user NAME
+    who pulls from the mirror, if it wants a password, which is read from standard input and
+    gets into the script (docker, containerd)
+--install
+    run the script here instead of printing it
+--server-ca FILE
+    the CA of the registry's certificate; system, if clients trust it already, such as a proxy's
+    (default: the one that serve --tls has made)
+--ca FILE dest=server_ca
+--plain-http
+    the registry has no TLS
+"""),
     Command(
-        "help", print_help, "Print what is needed at night, without the README.",
-        "  tinyreg.py help\n"
-        "  tinyreg.py help disk-full\n"
-        "  tinyreg.py help systemd > /etc/systemd/system/tinyreg.service\n",
-        [value("topic", "TOPIC", "one of %(choices)s", nargs="?", choices=TOPICS)]),
+        "help", print_help, "Print what is needed at night, without the README.", """\
+  tinyreg.py help
+  tinyreg.py help disk-full
+  tinyreg.py help systemd > /etc/systemd/system/tinyreg.service
+""", """\
+topic TOPIC nargs=?
+    one of %(choices)s
+"""),
 ]
 
 
@@ -14451,39 +14557,36 @@ def variable_of(option: str) -> str:
     return "TINYREG_" + option.lstrip("-").replace("-", "_").upper()
 
 
-VARIABLES = {variable_of(option.names[0]): option for option in [QUIET] + SERVE_OPTIONS
+VARIABLES = {variable_of(option.names[0]): option
+             for option in read_options(COMMON_OPTIONS + SERVE_OPTIONS)
              if option.names[0].startswith("--")}
 YES, NO = ("1", "yes", "true", "on"), ("0", "no", "false", "off")
 
 
-def find_wrong_variable() -> str:
-    """What is wrong with a variable that is set as if it were an option of serve; "" if nothing is.
-    Kubernetes sets some for a Service called tinyreg, such as TINYREG_PORT."""
-    for name, text in os.environ.items():
-        if name in VARIABLES:
-            is_switch = VARIABLES[name].settings.get("action") == "store_true"
-            if is_switch and text and text.lower() not in YES + NO:
-                return "%s is %r: write 1 for yes, 0 for no" % (name, text)
-        elif name.startswith("TINYREG_") and name != "TINYREG_ROOT" and not re.search(
-                "_SERVICE_(HOST|PORT)|_PORT_[0-9]|_PORT=[a-z]+:", "%s=%s" % (name, text)):
-            return "%s is set, but there is no such option" % name
-    return ""
-
-
-def with_environment(words: List[str]) -> List[str]:
+def with_environment(words: List[str], fail: Callable[[str], None]) -> List[str]:
     """The arguments of serve, and before them those that the environment sets: the command line
-    counts more, so an option that it names is not taken from there."""
+    counts more, so an option that it names is not taken from there.
+
+    Calls `fail` for a variable that is wrong: serve should not run without what it was to say.
+    Kubernetes sets some for a Service called tinyreg, such as TINYREG_PORT."""
     named = {word.partition("=")[0] for word in words}
     added = []
-    for variable, ((name, *_), settings) in VARIABLES.items():
-        text = os.environ.get(variable)
-        if not text or name in named:
-            continue
-        if settings.get("action") != "store_true":
-            values = text.split() if settings.get("action") == "append" else [text]
-            added += ["%s=%s" % (name, word) for word in values]
-        elif text.lower() not in NO:
+    for variable, text in os.environ.items():
+        (name, *_), settings = VARIABLES.get(variable, Option([""], {}))
+        action = settings.get("action")
+        if not settings:
+            if variable.startswith("TINYREG_") and not re.search(
+                    "_SERVICE_(HOST|PORT)|_PORT_[0-9]|_PORT=[a-z]+:", variable + "=" + text):
+                fail("%s is set, but there is no such option" % variable)
+        elif not text or name in named:
+            pass
+        elif action != "store_true":
+            values = text.split() if action == "append" else [text]
+            added += ["%s=%s" % (name, value) for value in values]
+        elif text.lower() in YES:
             added.append(name)
+        elif text.lower() not in NO:
+            fail("%s is %r: write 1 for yes, 0 for no" % (variable, text))
     return added + words
 
 
@@ -14520,14 +14623,14 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version="tinyreg " + __version__)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
     parser.commands = commands.choices
-    root = value("--root", "DIR", "directory of the store (TINYREG_ROOT)", default=default_root())
-    for name, function, purpose, examples, options, notes in COMMANDS:
+    for name, function, purpose, examples, options in COMMANDS:
+        first = purpose.splitlines()[0]
         command = commands.add_parser(
-            name, help=purpose[0].lower() + purpose[1:].rstrip("."), description=purpose + notes,
+            name, help=first[0].lower() + first[1:].rstrip("."), description=purpose,
             epilog="examples:\n" + examples, formatter_class=HelpFormatter)
-        command.set_defaults(function=function)
-        for names, settings in [root, QUIET] + options:
+        for names, settings in read_options(COMMON_OPTIONS + options):
             command.add_argument(*names, **settings)
+        command.set_defaults(function=function, root=default_root())
     return parser
 
 
@@ -14545,10 +14648,7 @@ def with_command(words: List[str], parser: Parser) -> List[str]:
             parser.error("write the command first: tinyreg.py %s ..." % word)
     if {"-h", "--help"} & set(words):  # errors about variables send people here
         return words
-    problem = find_wrong_variable()
-    if problem:  # better than to serve without what it was to say
-        parser.commands["serve"].error(problem)
-    return ["serve"] + with_environment(words[1:])
+    return ["serve"] + with_environment(words[1:], parser.commands["serve"].error)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
