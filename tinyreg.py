@@ -8006,16 +8006,12 @@ def without_names(exchange: Exchange) -> Exchange:
 
 # The log
 
-def write_log(line: str, colour: str = "", heading: str = "") -> None:
-    """Write one line with one system call, so that the lines of threads and processes don't mix. On
-    a terminal it may have a colour, and a heading above it."""
-    line = harmless(line)
-    if colour:
-        line = "  \x1b[%sm%s\x1b[0m" % (colour, line)
-    if heading:
-        line = "\x1b[1m%s\x1b[0m\n%s" % (harmless(heading), line)
+def write_log(form: str, *texts: str) -> None:
+    """Write texts in this form with one system call, so that the lines of threads and processes
+    don't mix."""
+    line = form % tuple(map(harmless, texts)) + "\n"
     with contextlib.suppress(OSError):  # requests are answered even if the log can't be written
-        os.write(2, line.encode("utf-8", "replace") + b"\n")
+        os.write(2, line.encode("utf-8", "replace"))
 
 
 def open_log_file(path: str) -> None:
@@ -8040,11 +8036,11 @@ class LogHandler(logging.Handler):
         if record.exc_info:
             trace = logging.Formatter().formatException(record.exc_info).splitlines()
         if self.style == "json":
-            return write_log(json_line(level=level.lower(), message=message, trace=trace))
+            return write_log("%s", json_line(level=level.lower(), message=message, trace=trace))
         start = "tinyreg:" if self.style == "command" else "%s %s" % (timestamp(), level)
-        write_log("%s %s" % (start, message))
+        write_log("%s %s", start, message)
         for line in trace:
-            write_log("    " + line)
+            write_log("    %s", line)
 
 
 def start_logging(style: str) -> None:
@@ -8057,30 +8053,29 @@ def start_logging(style: str) -> None:
 
 STATUSES = [status.value for status in http.HTTPStatus if status >= 200] + ["other"]
 LATENCIES = (0.0005, 0.002, 0.01, 0.05, 0.25, 1, 5, 30)  # seconds
-METRICS = {  # the name without tinyreg_: (type, help)
-    "requests_total": ("counter", "Requests, by method, route (the handler's name) and status"),
-    "request_seconds": ("histogram", "Time from a request's head to the end of its answer"),
-    "received_bytes_total": ("counter", "Bytes of request bodies"),
-    "sent_bytes_total": ("counter", "Bytes of answers' bodies"),
-    "cache_hits_total": ("counter", "Answers given from memory"),
-    "events_dropped_total": (
-        "counter", "Notifications lost because an endpoint's queue was full"),
-    "watchers": ("gauge", "Browsers that look at /live"),
-    "notifications_waiting": ("gauge", "Notifications not yet delivered, by endpoint"),
-    "store_bytes": ("gauge", "Bytes of all blobs"),
-    "store_blobs": ("gauge", "Blobs and manifests stored"),
-    "store_unlinked_bytes": ("gauge", "Bytes of blobs that no repository has, which gc frees"),
-    "store_repositories": ("gauge", "Repositories"),
-    "store_uploads": ("gauge", "Upload sessions open"),
-    "store_measured_seconds": ("gauge", "When the store was measured, as Unix time"),
-    "store_free_bytes": ("gauge", "Free space on the store's disk"),
-    "last_gc_seconds": ("gauge", "When garbage was collected last, as Unix time"),
-    "last_gc_freed_bytes": ("gauge", "Bytes that it freed"),
-    "last_verify_seconds": (
-        "gauge", "When everything was read again last (tinyreg.py verify), as Unix time"),
-    "last_verify_findings": ("gauge", "What was damaged or missing then"),
-    "last_verify_read_bytes": ("gauge", "Bytes that it read"),
-}
+# The name without tinyreg_, the type, and what it is.
+METRICS = """\
+requests_total counter Requests, by method, route (the handler's name) and status
+request_seconds histogram Time from a request's head to the end of its answer
+received_bytes_total counter Bytes of request bodies
+sent_bytes_total counter Bytes of answers' bodies
+cache_hits_total counter Answers given from memory
+events_dropped_total counter Notifications lost because an endpoint's queue was full
+watchers gauge Browsers that look at /live
+notifications_waiting gauge Notifications not yet delivered, by endpoint
+store_bytes gauge Bytes of all blobs
+store_blobs gauge Blobs and manifests stored
+store_unlinked_bytes gauge Bytes of blobs that no repository has, which gc frees
+store_repositories gauge Repositories
+store_uploads gauge Upload sessions open
+store_measured_seconds gauge When the store was measured, as Unix time
+store_free_bytes gauge Free space on the store's disk
+last_gc_seconds gauge When garbage was collected last, as Unix time
+last_gc_freed_bytes gauge Bytes that it freed
+last_verify_seconds gauge When everything was read again last (tinyreg.py verify), as Unix time
+last_verify_findings gauge What was damaged or missing then
+last_verify_read_bytes gauge Bytes that it read
+"""
 
 
 class Metrics:
@@ -8137,8 +8132,8 @@ class Metrics:
             self.numbers[count] += 1
             self.numbers[count + 1] += exchange.seconds
 
-    def _samples(self) -> Iterator[Tuple[str, float]]:
-        """The (name, number) of each cell, but for routes that have no requests."""
+    def _samples(self) -> Iterator[str]:
+        """The name and the number of each cell, but for routes that have no requests."""
         below = 0.0
         for name in self.cells:
             number = self.total(name)
@@ -8146,25 +8141,29 @@ class Metrics:
             below = below + number if "_bucket{" in name else 0.0
             count = re.sub("_bucket(.*),le=.*", r"_count\1}", name)
             if "{" not in name or self.total(count):  # all buckets of a histogram, or none
-                yield name, below or number
+                yield "%s %.15g" % (name, below or number)
 
-    def text(self, gauges: List[Tuple[str, float]]) -> str:
-        """All metrics and the further gauges in Prometheus' format."""
+    def text(self, gauges: Iterable[str]) -> str:
+        """All metrics and the further gauges, each a name and a number, in Prometheus' format."""
+        samples: Dict[str, List[str]] = collections.defaultdict(list)
+        for sample in itertools.chain(self._samples(), gauges):
+            metric = re.sub(r"(_bucket|_count|_sum)?(\{.*)? .*", "", sample)
+            samples[metric].append("tinyreg_" + sample)
         lines = []
-        by_metric: Dict[str, List[str]] = collections.defaultdict(list)
-        for name, number in itertools.chain(self._samples(), gauges):
-            metric = re.sub(r"(_bucket|_count|_sum)?(\{.*)?$", "", name)
-            by_metric[metric].append("tinyreg_%s %.15g" % (name, number))
-        for metric, (kind, explanation) in METRICS.items():
-            if metric in by_metric:
+        for metric, kind, explanation in (line.split(" ", 2) for line in METRICS.splitlines()):
+            if metric in samples:
                 lines += ["# HELP tinyreg_%s %s" % (metric, explanation),
-                          "# TYPE tinyreg_%s %s" % (metric, kind)] + by_metric[metric]
+                          "# TYPE tinyreg_%s %s" % (metric, kind)] + samples[metric]
         return "\n".join(lines + [""])
 
 
 # Notifications
 
 EVENT_TYPE = "application/vnd.docker.distribution.events.v2+json"
+
+
+ENDPOINT_SETTINGS = {"actions": "push,mount,delete", "repositories": "**", "secret": "",
+                     "headers": ""}
 
 
 class Endpoint:
@@ -8175,28 +8174,28 @@ class Endpoint:
 
     def __init__(self, text: str) -> None:
         self.url, _, fragment = text.partition("#")
-        settings = dict(urllib.parse.parse_qsl(fragment, keep_blank_values=True))
+        settings = dict(ENDPOINT_SETTINGS)
+        settings.update(urllib.parse.parse_qsl(fragment, keep_blank_values=True))
         try:
             self.parts = urllib.parse.urlsplit(self.url)
-            is_usable = (self.parts.scheme in ("http", "https") and self.parts.hostname
-                         and "@" not in self.parts.netloc and self.parts.port != 0)
-        except ValueError:  # the port is no number, or the address is no address
-            is_usable = False
-        if not is_usable:
+            if (self.parts.scheme not in ("http", "https") or not self.parts.hostname
+                    or "@" in self.parts.netloc or self.parts.port == 0):
+                raise ValueError
+        except ValueError:  # also if the port is no number, or the address is no address
             raise CommandError("write http://HOST[:PORT]/PATH; a password goes as Authorization "
                                "into headers=FILE")
         self.key = hashlib.sha256(self.url.encode()).hexdigest()[:16]
         # For logs; without the path, which may be secret.
         self.shown = "%s://%s (%s)" % (self.parts.scheme, self.parts.netloc, self.key[:8])
-        self.actions = settings.pop("actions", "push,mount,delete").split(",")
-        self.globs = [parse_glob(glob)
-                      for glob in settings.pop("repositories", "**").split(",")]
-        self.secret, self.headers = settings.pop("secret", None), settings.pop("headers", None)
-        wrong = list(settings) + sorted(set(self.actions) - {"push", "pull", "mount", "delete"})
+        self.actions = settings["actions"].split(",")
+        self.globs = [parse_glob(glob) for glob in settings["repositories"].split(",")]
+        self.secret, self.headers = settings["secret"], settings["headers"]
+        wrong = (set(settings) - set(ENDPOINT_SETTINGS)
+                 | set(self.actions) - {"push", "pull", "mount", "delete"})
         if wrong:
             raise CommandError("%s: %s is none of actions=push,mount,delete,pull  "
                                "repositories=GLOB  secret=FILE  headers=FILE"
-                               % (self.shown, ", ".join(wrong)))
+                               % (self.shown, ", ".join(sorted(wrong))))
         for path in filter(None, (self.secret, self.headers)):
             if not os.access(path, os.R_OK):
                 raise CommandError("%s: can't read %s" % (self.shown, path))
@@ -8217,13 +8216,11 @@ class Endpoint:
                 signature = hmac.new(key.read().strip(), body, "sha256").hexdigest()
             # GitHub's name and form, which many receivers can check.
             headers["X-Hub-Signature-256"] = "sha256=" + signature
-        kind: Type[http.client.HTTPConnection] = http.client.HTTPConnection
-        if self.parts.scheme == "https":
-            kind = http.client.HTTPSConnection
-        connection = kind(self.parts.hostname or "", self.parts.port, timeout=NOTIFY_LIMIT)
-        with contextlib.closing(connection):
-            query = "?" + self.parts.query if self.parts.query else ""
-            connection.request("POST", (self.parts.path or "/") + query, body, headers)
+        kind = (http.client.HTTPSConnection if self.parts.scheme == "https"
+                else http.client.HTTPConnection)
+        target = urllib.request.Request(self.url).selector  # its path and query
+        with contextlib.closing(kind(self.parts.netloc, timeout=NOTIFY_LIMIT)) as connection:
+            connection.request("POST", target, body, headers)
             status = connection.getresponse().status
         if status >= 400:  # Distribution counts 2xx and 3xx as delivered
             raise OSError("it answered %d" % status)
@@ -8380,9 +8377,9 @@ class Observation:
                  or self.words.get(("", exchange.route), Words()))
         if exchange.method == "POST" and MOUNT.search(exchange.target):
             words = MOUNT_WORDS
-        answer = words.by_status.get(exchange.status) or (
-            "{refusal}" if exchange.refusal else MEANINGS.get(exchange.status))
-        answer = answer or (words.success if exchange.status < 400 else "that went wrong")
+        success = words.success if exchange.status < 400 else "that went wrong"
+        answer = (words.by_status.get(exchange.status) or exchange.refusal and "{refusal}"
+                  or MEANINGS.get(exchange.status) or success)
         reference = shorten(exchange.reference)
         values = dict(exchange._asdict(), sent=in_units(exchange.sent),
                       received=in_units(exchange.received),
@@ -8400,10 +8397,13 @@ class Observation:
     def show_on_terminal(self, exchange: Exchange) -> None:
         """Write the exchange in words, and above it who asks, unless that was the last one, too."""
         who, line = self._in_words(exchange)
+        form, texts = "  \x1b[%sm%s %s\x1b[0m", [
+            COLOURS[outcome(exchange)], time.strftime("%H:%M:%S"), line]
         key = hashlib.blake2b(who.encode("utf-8", "replace"), digest_size=8).digest()
-        heading = who if self.last_client[:] != key else ""
+        if self.last_client[:] != key:
+            form, texts = "\x1b[1m%s\x1b[0m\n" + form, [who] + texts
         self.last_client[:] = key
-        write_log(time.strftime("%H:%M:%S ") + line, COLOURS[outcome(exchange)], heading)
+        write_log(form, *texts)
 
     def record(self, exchange: Exchange, cached: bool = False) -> None:
         """Tell all observers of an exchange; `cached` says that its response came from memory."""
@@ -8413,22 +8413,20 @@ class Observation:
         if self.style == "explain" and os.isatty(2):
             self.show_on_terminal(exchange)
         elif self.style != "off":
-            write_log(self.format(exchange))
+            write_log("%s", self.format(exchange))
 
-    def gauges(self) -> List[Tuple[str, float]]:
-        """The (name, number) of metrics that are looked up, not counted. Raises OSError."""
-        gauges: List[Tuple[str, float]] = []
+    def gauges(self) -> Iterator[str]:
+        """Metrics that are looked up, not counted: their names and numbers. Raises OSError."""
         for queue in self.queues:
             name = re.sub(r'[\\"]', "_", harmless(queue.endpoint.shown))
-            gauges.append(('notifications_waiting{endpoint="%s"}' % name, len(queue.numbers())))
+            yield 'notifications_waiting{endpoint="%s"} %d' % (name, len(queue.numbers()))
         for task in ("gc", "verify") if self.folder else ():
             path = os.path.join(self.folder or "", task)
             # There was no run yet, or one of an earlier version.
             with contextlib.suppress(OSError, ValueError):
-                numbers = load_json(read_file(path) or b"")
-                gauges.append(("last_%s_seconds" % task, os.stat(path).st_mtime))
-                gauges += [("last_%s_%s" % (task, key), numbers[key]) for key in numbers]
-        return gauges
+                numbers = dict(load_json(read_file(path) or b""), seconds=os.stat(path).st_mtime)
+                for key, number in numbers.items():
+                    yield "last_%s_%s %.15g" % (task, key, number)
 
 # -------------------------------------------------------------------------------------------------
 # 16  API
@@ -10246,20 +10244,26 @@ def live_events(registry: Registry, access: Access, request: Request) -> Respons
 
 # For machines
 
-USAGE_GAUGES = (("store_bytes", "bytes"), ("store_blobs", "blobs"),
-                ("store_unlinked_bytes", "unlinked"), ("store_uploads", "uploads"),
-                ("store_measured_seconds", "time"), ("store_free_bytes", "free"))
+USAGE_GAUGES = """\
+store_bytes %(bytes)d
+store_blobs %(blobs)d
+store_unlinked_bytes %(unlinked)d
+store_repositories %(repositories)d
+store_uploads %(uploads)d
+store_measured_seconds %(time).15g
+store_free_bytes %(free)d
+"""
 
 
 def get_metrics(registry: Registry, access: Access, request: Request) -> Response:
     """Numbers for Prometheus. Raises DENIED, UNAUTHORIZED."""
     if not request.observation.metrics_open:
         access.check(request, "watch")
-    gauges = request.observation.gauges()
+    gauges = list(request.observation.gauges())
     usage = registry.usage()
     if usage is not None:
-        gauges += [(name, usage[key]) for name, key in USAGE_GAUGES]
-        gauges.append(("store_repositories", len(usage["repositories"])))
+        usage = dict(usage, repositories=len(usage["repositories"]))
+        gauges += (USAGE_GAUGES % usage).splitlines()
     return Response(200, [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")],
                     request.observation.metrics.text(gauges).encode())
 
