@@ -785,18 +785,27 @@ Document = Dict[str, Any]  # a JSON object
 
 class Descriptor(NamedTuple):
     """What a manifest says of content that it refers to (OCI image-spec, descriptor.md). A
-    registry need not have `foreign` content."""
+    registry need not have `foreign` content. `platform` is "" but in an index."""
 
     media_type: str
     digest: Digest
     size: int
     foreign: bool
+    platform: str
 
 
 def _require(condition: Any, message: str, *details: Any) -> None:
     """Raises MANIFEST_INVALID unless the condition holds."""
     if not condition:
         raise RegistryError("MANIFEST_INVALID", *details, message=message)
+
+
+def platform_name(platform: Any) -> str:
+    """OS/ARCHITECTURE[/VARIANT] from an image's config, or from the platform in an index's entry;
+    "" if it names none."""
+    platform = platform if isinstance(platform, dict) else {}
+    words = [platform.get(key) for key in ("os", "architecture", "variant")]
+    return "/".join(word for word in words if word and isinstance(word, str))
 
 
 def parse_descriptor(value: Any) -> Descriptor:
@@ -809,7 +818,8 @@ def parse_descriptor(value: Any) -> Descriptor:
     _require(isinstance(size, int) and not isinstance(size, bool) and size >= 0,
              "a descriptor's size must be a number, 0 or more", digest)
     foreign = bool(value.get("urls")) or FOREIGN_LAYER_TYPES.fullmatch(media_type) is not None
-    return Descriptor(media_type, parse_digest(digest), size, foreign)
+    return Descriptor(media_type, parse_digest(digest), size, foreign,
+                      platform_name(value.get("platform")))
 
 
 def _parse_json_number(text: str) -> Union[int, float]:
@@ -851,14 +861,6 @@ def load_json(content: bytes, is_strict: bool = False) -> Document:
         if not level:
             return value
     raise ValueError("nested too deeply")
-
-
-def platform_name(platform: Any) -> str:
-    """OS/ARCHITECTURE[/VARIANT] from an image's config, or from the platform in an index's entry;
-    "" if it names none."""
-    platform = platform if isinstance(platform, dict) else {}
-    words = [platform.get(key) for key in ("os", "architecture", "variant")]
-    return "/".join(word for word in words if word and isinstance(word, str))
 
 
 def _media_type(document: Document) -> str:
@@ -1934,9 +1936,7 @@ def describe(registry: Reader, name: str, digest: Digest) -> Dict[str, Any]:
         # BuildKit exports its cache as an index of layers.
         sizes.update((child.digest, child.size) for child in manifest.manifests
                      if child.media_type not in MANIFEST_TYPES)
-        if manifest.manifests:
-            named.update((child.digest, platform_name(entry.get("platform"))) for child, entry
-                         in zip(manifest.manifests, manifest.document["manifests"]))
+        named.update((child.digest, child.platform) for child in manifest.manifests)
         return [child for child in child_digests(manifest) if child not in sizes]
 
     # The root is read once only, and a malformed one raises.
@@ -6686,7 +6686,7 @@ class Report:
     def __init__(self, choice: Choice = NO_CHOICE,
                  watch: Callable[["Report"], None] = do_nothing) -> None:
         self.choice = choice  # what messages call it, and where it was named
-        self.image = choice.image
+        self.image, self.where = choice.image, choice.where
         self.pin = ""  # its name in our store, with the tag, for a lock file
         self.digest: Optional[Digest] = None
         self.watch = watch
@@ -6695,8 +6695,8 @@ class Report:
         self.needed_blobs = self.needed_bytes = 0  # what the target lacks, by measure()
         self.copied_blobs = self.copied_bytes = 0  # what was moved
         self.present_bytes = 0                     # what the target had already
-        # (digest, type) of the signatures, attestations, SBOMs and other referrers that go along
-        self.referrers: List[Tuple[Digest, str]] = []
+        # {digest:, type:} of the signatures, attestations, SBOMs and other referrers that go along
+        self.referrers: List[Dict[str, str]] = []
         # children of indexes that stay behind: the source lacks them, or they are not wanted
         self.absent: List[Digest] = []
         # {digest of an index that lost such children: digest of what took its place}
@@ -6724,10 +6724,8 @@ class Report:
 
     def as_json(self) -> Dict[str, Any]:
         """All of it, for --json."""
-        fields = {name: value for name, value in vars(self).items()
-                  if name not in ("choice", "pin", "watch", "mutex")}
-        referrers = [{"digest": digest, "type": kind} for digest, kind in self.referrers]
-        return dict(fields, referrers=referrers, where=self.choice.where)
+        return {name: value for name, value in vars(self).items()
+                if name not in ("choice", "pin", "watch", "mutex")}
 
 
 def is_wanted(platform: str, wishes: Sequence[str]) -> bool:
@@ -6797,23 +6795,22 @@ class Plan:
     def plan(self) -> Report:
         """Fill the plan. Raises NAME_UNKNOWN, and MANIFEST_UNKNOWN also if the image is for none of
         the platforms."""
-        self.report.referrers = []
-        tag = self._find_root()
+        report, tag = self.report, self._find_root()
+        report.referrers = []
         for manifest in walk([self.root], self._read, self._iter_needed):
-            if manifest.digest in self.going:
-                going = self.going[manifest.digest]
+            going = self.going.get(manifest.digest)
+            if going:
                 self.manifests[going.digest] = going
-        root = self.going[self.root].digest
+        report.digest = root = self.going[self.root].digest
         if tag or self.source.is_named(self.name, root):
             self.tags.setdefault(root, []).append(tag or root)
-        self.report.digest = root
-        self.report.stripped = {digest: manifest.digest for digest, manifest in self.going.items()
-                                if manifest.digest != digest}
-        self.report.absent = [child for child in collections.OrderedDict.fromkeys(self.children)
-                              if child not in self.manifests and child not in self.blobs]
-        self.report.total_blobs = len(self.blobs)
-        self.report.total_bytes = sum(blob.size for blob in self.blobs.values())
-        return self.report
+        report.stripped = {digest: manifest.digest for digest, manifest in self.going.items()
+                           if manifest.digest != digest}
+        report.absent = [child for child in collections.OrderedDict.fromkeys(self.children)
+                         if child not in self.manifests and child not in self.blobs]
+        report.total_blobs = len(self.blobs)
+        report.total_bytes = sum(blob.size for blob in self.blobs.values())
+        return report
 
     def _find_root(self) -> Optional[str]:
         """Set the root's digest; returns the tag that the image is to have. Notes if the source has
@@ -6859,17 +6856,13 @@ class Plan:
         for no platform; they are small, and go along.
 
         Raises MANIFEST_UNKNOWN if no child is for a wanted platform."""
-        if not manifest.manifests:
-            return []
-        platforms = [platform_name(entry.get("platform"))
-                     for entry in manifest.document["manifests"]]
-        children = list(zip(manifest.manifests, platforms))
-        self.attestations.update(child.digest for child, platform in children
-                                 if platform == NO_PLATFORM)
-        wanted = [child for child, platform in children if is_wanted(platform, self.platforms)]
+        children = manifest.manifests
+        self.attestations.update(child.digest for child in children
+                                 if child.platform == NO_PLATFORM)
+        wanted = [child for child in children if is_wanted(child.platform, self.platforms)]
         has_image = not self.attestations.issuperset(child.digest for child in wanted)
         if len(wanted) < len(children) and not has_image:
-            offered = sorted(set(platforms) - {NO_PLATFORM})
+            offered = sorted({child.platform for child in children} - {NO_PLATFORM})
             raise RegistryError("MANIFEST_UNKNOWN", message="no image for %s; there are %s" % (
                 " or ".join(self.platforms), ", ".join(offered)))
         return wanted
@@ -6937,7 +6930,7 @@ class Plan:
             if tag:
                 self.tags.setdefault(going.digest, []).append(tag)
             kind = kind or going.artifact_type or "referrer"
-            self.report.referrers.append((going.digest, kind))
+            self.report.referrers.append({"digest": going.digest, "type": kind})
 
 
 class Traffic:
@@ -7005,7 +6998,7 @@ class Copy(Plan):
     def run(self) -> Report:
         """Move what is planned. If a blob is missing or damaged in the source, the manifests that
         need it are left out, and so are their tags. Raises RegistryError, OSError."""
-        list(self.traffic.pool.map(self._put_in_turn, self.blobs.values()))
+        list(self.traffic.pool.map(self._put_blob, self.blobs.values()))
         lost = set(self.report.missing + self.report.damaged)
         self.report.complete = not lost
         for manifest in self.manifests.values():
@@ -7015,28 +7008,24 @@ class Copy(Plan):
                 self._put_manifest(manifest)
         return self.report
 
-    def _put_in_turn(self, blob: Descriptor) -> None:
-        """Copy a blob, but not while another image's copy is at it: then the target has it."""
-        with self.traffic.turns.setdefault(blob.digest, threading.Lock()):
-            self._put_blob(blob)
-
     def _put_blob(self, blob: Descriptor) -> None:
-        """Copy a blob, unless the target can mount it. One that is missing or damaged in the source
-        is noted in the report."""
-        if self.target.mount(self.target_name, blob.digest):
-            self.report.add(present_bytes=blob.size)
-            return
-        open_from = functools.partial(self._open_from, blob)
-        try:
-            self.source.retry(self.target.put_blob, self.target_name, blob.digest, open_from)
-            self.report.add(copied_blobs=1)
-        except Unknown:
-            if blob.digest not in self.report.missing:
-                raise  # the target's repository or upload session is not there
-        except Invalid:
-            if not self.source.find_damage(blob.digest):
-                raise
-            self.report.damaged.append(blob.digest)
+        """Copy a blob, unless the target can mount it, as when another image's copy was at it. One
+        that is missing or damaged in the source is noted in the report."""
+        with self.traffic.turns.setdefault(blob.digest, threading.Lock()):
+            if self.target.mount(self.target_name, blob.digest):
+                self.report.add(present_bytes=blob.size)
+                return
+            try:
+                self.source.retry(self.target.put_blob, self.target_name, blob.digest,
+                                  functools.partial(self._open_from, blob))
+                self.report.add(copied_blobs=1)
+            except Unknown:
+                if blob.digest not in self.report.missing:
+                    raise  # the target's repository or upload session is not there
+            except Invalid:
+                if not self.source.find_damage(blob.digest):
+                    raise
+                self.report.damaged.append(blob.digest)
 
     def _open_from(self, blob: Descriptor, offset: int) -> LimitedBlob:
         """The rest of a blob of the source, whose bytes the report counts as they are read."""
@@ -7086,12 +7075,10 @@ class Copy(Plan):
             % (error.message, len(absent)))
 
 
-def copy(source: Reader, target: Registry, name: str, reference: str,
-         target_name: Optional[str] = None, jobs: int = 4, **choices: Any) -> Report:
-    """Plan and run a Copy."""
-    traffic = Traffic(jobs)
-    with traffic.pool:
-        work = Copy(source, target, name, reference, target_name, traffic, **choices)
+def copy(*places: Any, **choices: Any) -> Report:
+    """Plan and run a Copy of one image."""
+    work = Copy(*places, **choices)
+    with work.traffic.pool:
         work.plan()
         return work.run()
 
@@ -9735,10 +9722,9 @@ def image_table(caption: str, registry: Registry, name: str,
 def platform_table(registry: Registry, name: str, index: Manifest) -> Optional[Markup]:
     """A table of the manifests of an index. BuildKit says that its attestations are for no
     platform."""
-    children = zip(index.manifests[:ROWS], member(index.document, "manifests", list))
     return table("Platforms", IMAGE_ROW, [
-        image_row(registry, name, child.digest, platform_name(entry.get("platform"))
-                  .replace(NO_PLATFORM, "attestation")) for child, entry in children])
+        image_row(registry, name, child.digest, child.platform.replace(NO_PLATFORM, "attestation"))
+        for child in index.manifests[:ROWS]])
 
 
 def layer_table(registry: Registry, access: Access, request: Request, name: str,
@@ -10152,8 +10138,7 @@ def plan_archive(registry: Registry, name: str, reference: Reference) -> Archive
     """What get_archive() sends. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN, BLOB_UNKNOWN; UNAVAILABLE
     if an upstream is away."""
     writer = ArchiveWriter()
-    report = Report(Choice(name))
-    copy(registry, writer, name, reference, report=report)
+    report = copy(registry, writer, name, reference)
     if report.missing:
         raise RegistryError("BLOB_UNKNOWN", *report.missing)
     writer.plan()
@@ -12379,7 +12364,7 @@ def list_archives(archive: Archive, store: Optional[Directory]) -> List[Dict[str
                            for blob in left_out) if store else 0
             entry.update(lacking=len(lacking), left_out=len(left_out), in_store=in_store,
                          needs=sorted(parts.names[key][number - 1] for key, number in needed),
-                         referrers=report.as_json()["referrers"],
+                         referrers=report.referrers,
                          files=list(files_in(archive, name, archive.manifest(name, digest))))
         except (Unknown, Invalid) as error:  # the row of the image says so
             entry["error"] = str(error)
@@ -12387,10 +12372,10 @@ def list_archives(archive: Archive, store: Optional[Directory]) -> List[Dict[str
     return entries
 
 
-def counted_kinds(kinds: Iterable[str]) -> str:
-    """How many referrers of each kind there are, in words."""
-    return ", ".join("%d %s" % (count, kind)
-                     for kind, count in sorted(collections.Counter(kinds).items()))
+def counted_kinds(referrers: Iterable[Mapping[str, str]]) -> str:
+    """How many referrers of each type there are, in words."""
+    counts = collections.Counter(referrer["type"] for referrer in referrers)
+    return ", ".join("%d %s" % (count, kind) for kind, count in sorted(counts.items()))
 
 
 def part_numbers(parts: Iterable[Part], archive: str) -> str:
@@ -12429,7 +12414,7 @@ def list_cells(entry: Dict[str, Any], is_alone: bool) -> List[str]:
     elif "lacking" in entry:
         state = "complete"
     if entry.get("referrers"):
-        state += "; " + counted_kinds(referrer["type"] for referrer in entry["referrers"])
+        state += "; " + counted_kinds(entry["referrers"])
     if entry.get("files"):
         state += "; files: " + ", ".join(entry["files"])
     return [name, in_units(entry["size"]), platforms, pushed, entry["digest"], state]
@@ -12906,15 +12891,14 @@ def summary(report: Report, is_planned: bool) -> str:
     if is_planned:
         action, blobs, size = "to copy:", report.needed_blobs, report.needed_bytes
     present = report.total_blobs - blobs - len(report.missing)
-    where = " (%s)" % report.choice.where if report.choice.where and is_planned else ""
+    where = " (%s)" % report.where if report.where and is_planned else ""
     line = "%s%s: %s, %s %s in %s, %d there already" % (
         report.image, where, report.digest, action, in_units(size), counted(blobs, "blob"), present)
     if report.absent:
         line += ", %s of the index left out" % counted(len(report.absent), "manifest")
     for old, new in report.stripped.items():
         line += ", --strip put %s in the place of %s" % (new, old)
-    kinds = counted_kinds(kind for _, kind in report.referrers)
-    return line + "; referrers: " + (kinds or "none found")
+    return line + "; referrers: " + (counted_kinds(report.referrers) or "none found")
 
 
 def what_is_lacking(report: Report) -> str:
@@ -13310,17 +13294,17 @@ def collect(options: argparse.Namespace) -> int:
 
 
 class ArchiveVerification(Verification):
-    """The verification of archives: every blob is read, and all that images need is looked for.
-    What was left out on purpose (save --have) is no damage."""
+    """The verification of an archive: every blob of each of its files is read, and all that images
+    need is looked for. What was left out on purpose (save --have) is no damage."""
 
-    def __init__(self, paths: List[str],
+    def __init__(self, archive: Archive, paths: List[str],
                  progress: Callable[[int, int], None] = do_nothing) -> None:
         super().__init__(progress)
-        self.paths = paths
+        self.archive, self.paths = archive, paths
 
     def run(self) -> None:
-        """Raises UNSUPPORTED if nothing of this can be read, OSError."""
-        archive = Archive(self.paths, partly=True)
+        """Raises OSError."""
+        archive = self.archive
         for path, problem in archive.unreadable.items():
             self.add(Finding("unreadable archive", problem, path))
         for path in self.paths:
@@ -13332,7 +13316,7 @@ class ArchiveVerification(Verification):
             digest: blob for digest, blob in archive.joined.items()
             if self.damaged.keys().isdisjoint(archive.parts.ranges[digest])})
         for name, reference, _ in archive.images():
-            self._check_image(archive, name, reference)
+            self._check_image(name, reference)
 
     def _read_blobs(self, path: str, blobs: Mapping[Digest, Union[Member, JoinedBlob]]) -> None:
         # Links give one file many names; it is read once.
@@ -13346,36 +13330,25 @@ class ArchiveVerification(Verification):
                 self.add_damage(digest, path)
             self.count(member.length, 1)
 
-    def _check_image(self, archive: Archive, name: str, reference: Union[str, Digest]) -> None:
-        image = image_text(name, reference)
+    def _check_image(self, name: str, reference: Union[str, Digest]) -> None:
+        image, archive = image_text(name, reference), self.archive
         plan = Plan(archive, name, reference)
         try:
             plan.plan()
         except (Unknown, Invalid) as error:  # the plan has got as far as it could
             self.add(Finding("unreadable image", str(error), archive.root), image)
+        parts, damaged = archive.parts, self.damaged
         for digest in plan.blobs:
-            is_present = digest in archive.blobs or digest in archive.joined
-            if digest in archive.parts.left_out and not is_present:
-                self.left_out.add(digest)
-                continue
-            for finding in self._lacks(archive, digest):
-                self.add(finding, image)
-
-    def _lacks(self, archive: Archive, digest: Digest) -> Iterator[Finding]:
-        """What is wrong with a blob that an image needs."""
-        ranges = archive.parts.ranges.get(digest, [digest])
-        pieces = [digest] if digest in self.damaged else ranges
-        for piece in pieces:
-            if piece in self.damaged:
-                yield self.damaged[piece]
-            elif piece not in archive.blobs:
-                parts = archive.needed_parts(piece) - archive.parts.given
-                for key, number in parts:
-                    names = archive.parts.names[key]
-                    yield Finding("part %d of %d was not given" % (number, len(names)),
-                                  names[number - 1], archive.root)
-                if not parts:
-                    yield Finding("missing blob", piece, archive.root)
+            for piece in damaged.keys() & {digest}.union(parts.ranges.get(digest, ())):
+                self.add(damaged[piece], image)
+        absent = set(plan.blobs).difference(archive.blobs, archive.joined)
+        self.left_out |= absent & parts.left_out
+        for digest in absent - parts.left_out:
+            needed = archive.needed_parts(digest) - parts.given
+            lacks = [("part %d of %d was not given" % (number, len(parts.names[key])),
+                      parts.names[key][number - 1]) for key, number in needed]
+            for problem in lacks or [("missing blob", digest)]:
+                self.add(Finding(*problem, archive.root), image)
 
 
 def verdict_on(check: Verification) -> str:
@@ -13448,11 +13421,13 @@ def verify(options: argparse.Namespace) -> int:
     progress = Progress(options)
     signal.signal(signal.SIGINT, leave_at_once)  # threads would go on reading
     check: Verification
+    registry: Registry
     images: List[Tuple[str, str]] = []
     if archives:
-        check = ArchiveVerification(archives, progress.count)
+        registry = Archive(archives, partly=True)
+        check = ArchiveVerification(registry, archives, progress.count)
     else:
-        store = open_store(options)
+        registry = store = open_store(options)
         if has_images:
             images = check_any([image[1:] for image in iter_stored(
                 options, store, named_images(options),
@@ -13461,7 +13436,6 @@ def verify(options: argparse.Namespace) -> int:
                                   options.repair and not options.dry_run, images)
     check.run()
     if options.signed_by:
-        registry = Archive(archives, partly=True) if archives else store
         check.unsigned = list(iter_unsigned(registry, sum(options.signed_by, []), images))
     progress.show("")
     report_verification(options, check)
@@ -13569,7 +13543,7 @@ def save(options: argparse.Namespace) -> int:
     form = "  %(file)s  %(size)d bytes"
     if options.dry_run:
         lines += table_lines([["  " + report.image, in_units(report.total_bytes),
-                               str(report.digest), report.choice.where] for report in reports])
+                               str(report.digest), report.where] for report in reports])
     else:
         form += "  sha256:%(sha256)s"
     lines += [form % file for file in files]

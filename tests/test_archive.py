@@ -1373,7 +1373,8 @@ def test_a_file_with_many_names_is_read_once(tmp_path, monkeypatch):
               "c": json.dumps(config).encode(), "layer": LARGE}
     read, copy_bytes = [], tinyreg.copy_bytes
     monkeypatch.setattr("tinyreg.copy_bytes", lambda blob, *rest: read.append(blob.length) or copy_bytes(blob, *rest))
-    check = tinyreg.ArchiveVerification([make_tar(tmp_path / "linked.tar", members)])
+    paths = [make_tar(tmp_path / "linked.tar", members)]
+    check = tinyreg.ArchiveVerification(Archive(paths), paths)
     check.run()
     assert read.count(len(LARGE)) == 1 and len(check.damaged) == 1000
     read.clear()

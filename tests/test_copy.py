@@ -18,7 +18,7 @@ import tinyreg
 from conftest import PATIENCE, TINYREG, run_tinyreg, until
 from samples import CONFIG, image, index, make_image, make_referrer, push_blob, read_blob, to_manifest
 from tinyreg import (ArchiveWriter, Blob, Copy, Digest, Directory, RegistryError, Report,
-                     TaggedDigest, copy)
+                     TaggedDigest, Traffic, copy)
 
 NAME = "docker.io/library/demo"
 
@@ -239,8 +239,9 @@ def test_referrers_of_referrers_and_cosign_tags_travel(source, target):
     report = copy(source, target, NAME, "latest")
     assert holdings(target) == holdings(source)
     assert [m.digest for m in target.referrers(NAME, manifest.digest)] == [sbom.digest]
-    assert set(report.referrers) == {(sbom.digest, "application/spdx+json"),
-                                     (signature.digest, "application/signature"), (cosign.digest, "cosign's .sig")}
+    assert {(referrer["digest"], referrer["type"]) for referrer in report.referrers} == {
+        (sbom.digest, "application/spdx+json"), (signature.digest, "application/signature"),
+        (cosign.digest, "cosign's .sig")}
 
 
 def test_no_referrers_when_they_are_not_wanted(source, target):
@@ -396,7 +397,7 @@ def test_an_error_ends_the_whole_copy(source, target):
     with open(source.layout.blob_path(manifest.blobs[3].digest), "r+b") as file:
         file.write(b"spoilt")
     with pytest.raises(RegistryError) as caught:
-        copy(source, target, NAME, "latest", jobs=2)
+        copy(source, target, NAME, "latest", traffic=Traffic(2))
     assert caught.value.code == "DIGEST_INVALID"
     assert not list(target.repositories())
 

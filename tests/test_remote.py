@@ -26,8 +26,8 @@ from conftest import PATIENCE, TINYREG, Client, free_port, get, open_url, run_ti
 from registries import Proxy, needs_distribution
 from samples import (EVIL, index, is_harmless, make_image, make_referrer, read_blob, to_manifest)
 from test_copy import make_multi
-from tinyreg import (ClientSetup, Digest, Directory, RegistryError, Remote, client_script, copy, copy_bytes,
-                     find_login)
+from tinyreg import (ClientSetup, Digest, Directory, RegistryError, Remote, Traffic, client_script,
+                     copy, copy_bytes, find_login)
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
@@ -107,7 +107,7 @@ def test_referrers_travel_by_the_fallback_tag_where_there_is_no_api(store, distr
     back = Directory(str(tmp_path / "back"))
     report = copy(Remote(distribution), back, "demo", "latest")
     assert {found.digest for found in back.referrers("demo", manifest.digest)} == {note.digest for note in notes}
-    assert sorted(kind for _, kind in report.referrers) == ["application/x.0", "application/x.1"]
+    assert sorted(referrer["type"] for referrer in report.referrers) == ["application/x.0", "application/x.1"]
 
 
 @needs_distribution
@@ -736,7 +736,7 @@ def test_a_blob_that_is_cut_goes_on_from_there(filled, server, back, start_proxy
             return 1 << 20
 
     proxy = start_proxy(server.host, spoil)
-    report = copy(Remote(proxy.host), back, "demo", "latest", jobs=1)
+    report = copy(Remote(proxy.host), back, "demo", "latest", traffic=Traffic(1))
     assert (report.present_bytes, report.copied_bytes) == (0, report.total_bytes)
     assert holdings(back, "demo") == holdings(filled, "demo")
     assert "bytes=1048576-" in ranges and "bytes=2097152-" in ranges
@@ -750,7 +750,7 @@ def test_a_manifest_that_is_cut_is_asked_for_again(filled, server, back, start_p
             cuts.append(handler.path)
             return 10
 
-    copy(Remote(start_proxy(server.host, spoil).host), back, "demo", "latest", jobs=1)
+    copy(Remote(start_proxy(server.host, spoil).host), back, "demo", "latest", traffic=Traffic(1))
     assert len(cuts) == 2 and holdings(back, "demo") == holdings(filled, "demo")
 
 
@@ -781,7 +781,7 @@ def test_without_ranges_a_cut_blob_is_read_over(filled, server, back, start_prox
         return limits.pop(0) if large and limits else None
 
     image = filled.resolve("demo", "latest")
-    copy(Remote(start_proxy(server.host, spoil).host), back, "demo", "latest", jobs=1)
+    copy(Remote(start_proxy(server.host, spoil).host), back, "demo", "latest", traffic=Traffic(1))
     assert not limits and holdings(back, "demo") == holdings(filled, "demo")
 
 
