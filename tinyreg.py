@@ -2190,6 +2190,14 @@ class Signed(Wrapper):
         self.check(name, digest, digest)
         return manifest
 
+    def referrers(self, name: str, subject: Digest, last: str = "") -> Iterator[Manifest]:
+        for manifest in self.inner.referrers(name, subject, last):
+            with contextlib.suppress(Refused, Unavailable):  # nobody could read it at present
+                self.check(name, manifest.digest, manifest.digest)
+                yield manifest
+
+    referrer_digests = Reader.referrer_digests
+
 # -------------------------------------------------------------------------------------------------
 # 7  Directory
 #
@@ -6703,6 +6711,8 @@ class Report:
         self.stripped: Dict[Digest, Digest] = {}
         # blobs that the source should have, and lacks
         self.missing: List[Digest] = []
+        # what is about the image, can run, and stays behind because no key has signed it
+        self.unsigned: List[str] = []
         # {tag: its digest in the source}, where that is not the one in TAG@DIGEST
         self.moved: Dict[str, Digest] = {}
         # blobs that are damaged in the source
@@ -6767,14 +6777,15 @@ class Plan:
 
     `platforms` (OS/ARCH[/VARIANT]) leaves the other children of an index behind. The index keeps
     its bytes and so names children that are absent, unless `strip` takes these out of it.
+    `check(name, reference, digest)` raises DENIED for what may not go, as that of Signed does.
 
     `manifests` is in the order in which they are to be put; `blobs` and `tags` are by digest.
     If plan() raises an error, all that it has added by then stays."""
 
     def __init__(self, source: Reader, name: str, reference: str, platforms: Sequence[str] = (),
-                 referrers: bool = True, report: Optional[Report] = None,
-                 strip: bool = False) -> None:
-        self.source, self.name, self.reference = source, name, reference
+                 referrers: bool = True, report: Optional[Report] = None, strip: bool = False,
+                 check: Callable[[str, str, Digest], None] = do_nothing) -> None:
+        self.source, self.name, self.reference, self.check = source, name, reference, check
         self.platforms, self.with_referrers, self.strip = platforms, referrers, strip
         self.report = report or Report()
         self.clear()
@@ -6790,11 +6801,12 @@ class Plan:
         self.going: Dict[Digest, Manifest] = {}
         self.children: List[Digest] = []        # all that indexes name
         self.attestations: Set[Digest] = set()  # manifests whose referrers are not looked for
+        self.refused: Dict[Digest, str] = {}    # referrers that may not go, and their names
         self.free_memory = MAX_MANIFESTS        # bytes that manifests may still take
 
     def plan(self) -> Report:
         """Fill the plan. Raises NAME_UNKNOWN, and MANIFEST_UNKNOWN also if the image is for none of
-        the platforms."""
+        the platforms; DENIED as `check` does."""
         report, tag = self.report, self._find_root()
         report.referrers = []
         for manifest in walk([self.root], self._read, self._iter_needed):
@@ -6808,8 +6820,12 @@ class Plan:
                            if manifest.digest != digest}
         report.absent = [child for child in collections.OrderedDict.fromkeys(self.children)
                          if child not in self.manifests and child not in self.blobs]
+        # An index may have a child that is about another one: it goes as a child.
+        report.unsigned = [text for digest, text in self.refused.items()
+                           if digest not in self.going]
         report.total_blobs = len(self.blobs)
         report.total_bytes = sum(blob.size for blob in self.blobs.values())
+        self.check(self.name, self.reference, self.root)
         return report
 
     def _find_root(self) -> Optional[str]:
@@ -6907,7 +6923,7 @@ class Plan:
         """Yield the digests of what is about a manifest: its referrers, and what cosign has tagged
         with its digest."""
         for referrer in self.referrer_digests(digest):
-            if referrer not in self.going:
+            if referrer not in self.going and self._may_go(referrer, fallback_tag(digest)):
                 yield referrer
                 self._note_referrer(referrer)
         for suffix in COSIGN_SUFFIXES:
@@ -6916,11 +6932,22 @@ class Plan:
                 continue
             try:
                 referrer = self.source.resolve(self.name, tag)
-            except Unknown:
-                continue  # most images have no such tag
-            self.attestations.add(referrer)
-            yield referrer
-            self._note_referrer(referrer, tag, "cosign's " + suffix)
+            except (Unknown, Refused):
+                continue  # most images have no such tag, or the source is Signed
+            if self._may_go(referrer, tag):
+                self.attestations.add(referrer)
+                yield referrer
+                self._note_referrer(referrer, tag, "cosign's " + suffix)
+
+    def _may_go(self, referrer: Digest, tag: str) -> bool:
+        """Whether a manifest may go that is about another one, under this tag or one like it. Notes
+        its name if it may not."""
+        try:
+            self.check(self.name, tag, referrer)
+        except Refused:
+            is_tagged = tag.endswith(COSIGN_SUFFIXES)
+            self.refused[referrer] = image_text(self.name, tag if is_tagged else referrer)
+        return referrer not in self.refused
 
     def _note_referrer(self, digest: Digest, tag: Optional[str] = None,
                        kind: Optional[str] = None) -> None:
@@ -10134,11 +10161,12 @@ def download_headers(content_type: str, file: str) -> List[Tuple[str, str]]:
     return [("Content-Type", content_type), ("Content-Disposition", "attachment; filename=" + file)]
 
 
-def plan_archive(registry: Registry, name: str, reference: Reference) -> ArchiveWriter:
-    """What get_archive() sends. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN, BLOB_UNKNOWN; UNAVAILABLE
-    if an upstream is away."""
+def plan_archive(registry: Registry, name: str, reference: Reference,
+                 **choices: Any) -> ArchiveWriter:
+    """What get_archive() sends; `choices` are those of Plan. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN,
+    BLOB_UNKNOWN; UNAVAILABLE if an upstream is away."""
     writer = ArchiveWriter()
-    report = copy(registry, writer, name, reference)
+    report = copy(registry, writer, name, reference, **choices)
     if report.missing:
         raise RegistryError("BLOB_UNKNOWN", *report.missing)
     writer.plan()
@@ -10157,7 +10185,8 @@ def get_archive(registry: Registry, access: Access, request: Request, name: str,
         # not without the rules that are around the store, as that of --signed-by.
         registry.manifest(name, resolve_reference(registry, name, reference))
         try:
-            writer = plan_archive(registry.at_hand(), name, reference)
+            writer = plan_archive(registry.at_hand(), name, reference,
+                                  check=lambda name, tag, digest: registry.manifest(name, digest))
         except Unknown:
             raise error
     (_, blobs), = writer.files
@@ -12931,23 +12960,19 @@ def leave_at_once(number: int, frame: Any) -> None:
 def prepare_copy(options: argparse.Namespace, choice: Choice, *places: Any,
                  watch: Callable[[Report], None] = do_nothing) -> Copy:
     """A Copy with the options of a command; `places` are those that Copy takes."""
-    return Copy(*places, platforms=options.platform, referrers=not options.no_referrers,
-                report=Report(choice, watch), strip=options.strip)
-
-
-def plan_checked(options: argparse.Namespace, copy: Copy) -> None:
-    """Plan a copy, and check the signatures that a command wants. Raises RegistryError."""
-    copy.plan()
+    check = do_nothing
     if options.signed_by:
-        # The root is a digest, and from here on no tag is looked up: what is checked is copied.
-        signed = Signed(copy.source, sum(options.signed_by, []))
-        signed.check(copy.name, copy.reference, copy.root)
-        for digest in copy.tags.keys() - {copy.root}:  # cosign's tags, which go along
-            signed.check(copy.name, copy.tags[digest][0], digest)
+        check = Signed(places[0], sum(options.signed_by, [])).check
+    return Copy(*places, platforms=options.platform, referrers=not options.no_referrers,
+                report=Report(choice, watch), strip=options.strip, check=check)
 
 
-def complain_of_moves(report: Report) -> None:
-    """Say so if the source has another digest for the tag of TAG@DIGEST."""
+def complain_of_plan(report: Report) -> None:
+    """Say so if the source has another digest for the tag of TAG@DIGEST, and what stays behind
+    because it is not signed."""
+    for text in report.unsigned:
+        complain("tinyreg: %s: %s is left out: no key of --signed-by has signed it, and it can run"
+                 % (report.image, text))
     for tag, digest in report.moved.items():
         complain("tinyreg: %s: the tag %s has moved to %s; the digest was taken, and gets the tag "
                  "here" % (report.image, tag, digest))
@@ -12994,6 +13019,7 @@ class Transfer:
         self.told: List[str] = []  # those of the failures that are told again at the end
         self.files: List[Dict[str, Optional[str]]] = []  # where it comes from, and what is wrong
         self.holds: Set[Digest] = set()  # the blobs of the images that have arrived
+        self.refused: Set[Tuple[str, str]] = set()  # (name, fallback_tag()) of such images
         self.needed: Dict[Digest, int] = {}  # how many bytes of each blob the target lacks
         self.free_memory = MAX_PLANS  # bytes; a plan for which there is none is made again
         self.mutex = threading.Lock()  # of the free memory
@@ -13037,10 +13063,12 @@ class Transfer:
                 complain("tinyreg: --rename %s=%s: no name begins so; the first is %s"
                          % (old, new, names[0]))
         with self.traffic.pool, concurrent.futures.ThreadPoolExecutor(self.options.jobs) as pool:
-            self.copies = list(self._iter_done(pool, self._plan))
+            # A signature stays with its image, also if it was named by itself.
+            self.copies = [copy for copy in list(self._iter_done(pool, self._plan))
+                           if (copy.name, copy.reference.partition(".")[0]) not in self.refused]
             self.progress.reports = reports = [copy.report for copy in self.copies]
             for report in reports:
-                complain_of_moves(report)
+                complain_of_plan(report)
             needed, free = sum(self.needed.values()), self.target.free_space()
             if free is not None and needed > free and not self.options.dry_run:
                 raise CommandError("%s are needed, and %s are free; make room, or copy less "
@@ -13086,7 +13114,11 @@ class Transfer:
                 leave_out(copy.report.choice, reason, self.fail)
 
     def _plan(self, copy: Copy) -> None:
-        plan_checked(self.options, copy)
+        try:
+            copy.plan()
+        except Refused:
+            self.refused.update((copy.name, fallback_tag(digest)) for digest in copy.going)
+            raise
         self.needed.update(copy.measure())
         with self.mutex:
             self.free_memory -= MAX_MANIFESTS - copy.free_memory
@@ -13096,7 +13128,7 @@ class Transfer:
     def _copy(self, copy: Copy) -> None:
         if not self.options.dry_run:
             if not copy.manifests:
-                plan_checked(self.options, copy)
+                copy.plan()
             copy.run()
             if copy.report.complete:
                 copy.report.arrived = timestamp()
@@ -13396,18 +13428,22 @@ def report_verification(options: argparse.Namespace, check: Verification) -> Non
 def iter_unsigned(registry: Registry, keys: Iterable[PublicKey],
                   images: Sequence[Tuple[str, str]]) -> Iterator[str]:
     """Yield those of some images, or of all with and without a tag, that none of the keys has
-    signed."""
-    signed = Signed(registry, keys)
+    signed; and what is about them, can run, and is not signed either."""
+    check = Signed(registry, keys).check
     images = images or [
         (name, reference) for name in registry.repositories() for reference
         in itertools.chain(registry.tags(name), untagged(registry, name) or ())]
     for name, reference in images:
+        plan = Plan(registry, name, reference, check=check)
         try:
-            signed.check(name, reference, resolve_reference(registry, name, reference))
+            plan.plan()
         except Refused:
             yield image_text(name, reference)
+        except Invalid as error:
+            yield "%s (%s)" % (image_text(name, reference), error)
         except Unknown:
             pass  # a damaged tag; it is among the findings
+        yield from plan.report.unsigned
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -13436,7 +13472,9 @@ def verify(options: argparse.Namespace) -> int:
                                   options.repair and not options.dry_run, images)
     check.run()
     if options.signed_by:
-        check.unsigned = list(iter_unsigned(registry, sum(options.signed_by, []), images))
+        registry = Archive(archives, partly=True) if archives else store
+        check.unsigned = list(collections.OrderedDict.fromkeys(
+            iter_unsigned(registry, sum(options.signed_by, []), images)))
     progress.show("")
     report_verification(options, check)
     return 1 if check.findings or check.unsigned else 0
@@ -13473,8 +13511,7 @@ def add_to_archive(options: argparse.Namespace, store: Directory, writer: Archiv
     try:
         copy = prepare_copy(options, choice, store, writer, name, reference)
         copy.report.pin = image_text(name, reference)
-        plan_checked(options, copy)
-        complain_of_moves(copy.report)
+        complain_of_plan(copy.plan())
         report = copy.run()
     except RegistryError as error:  # whatever it is, the message names the image
         raise CommandError("%s: %s" % (choice.image, error))

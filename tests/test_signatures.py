@@ -345,7 +345,7 @@ def test_load_takes_what_is_signed_and_names_the_rest(lab, good, eve, tmp_path):
     done = run_tinyreg("load", archive, "--root", tmp_path / "none", "--signed-by", eve.public, "--json")
     failed = [entry["image"] for entry in json.loads(done.stdout)["failed"]]
     assert failed == ["lab/plain:1", "lab/signed:latest"]  # a signature itself needs none
-    assert "latest" not in Directory(str(tmp_path / "none")).tags("lab/signed")
+    assert list(Directory(str(tmp_path / "none")).repositories()) == []
 
 
 def test_verify_names_what_is_not_signed(lab, good, eve, root):
@@ -417,24 +417,108 @@ def test_what_is_checked_is_what_is_copied(store, good, tmp_path, no_fsync):
     options.strip = False
     near = Directory(str(tmp_path / "near"))
     copy = tinyreg.prepare_copy(options, tinyreg.Choice("demo"), Moving(store), near, "demo", "latest")
-    tinyreg.plan_checked(options, copy)
+    copy.plan()
     copy.run()
     assert near.resolve("demo", "latest") == manifest.digest != store.resolve("demo", "latest")
     copy.clear()  # as where there is no memory for all plans
     with pytest.raises(Refused):
-        tinyreg.plan_checked(options, copy)
+        copy.plan()
+
+
+class Planted:
+    """A signed index, and about it, a platform of it and a referrer: what may go along, and images that nobody
+    signed, which a client could run. One has a tag of cosign's."""
+
+    def __init__(self, store, name, signer):
+        self.index, *self.platforms = make_index(store, name)
+        tag_signatures(store, name, self.index.digest, signer.simple(self.index.digest))
+        note = make_referrer(store, name, self.index)
+        signed, *evil = [self.make_image(store, name, *image) for image in (
+            (b"signed", self.index), (b"evil 1", self.index), (b"evil 2", self.platforms[0]), (b"evil 3", note))]
+        tag_signatures(store, name, signed.digest, signer.simple(signed.digest))
+        evil.append(to_manifest(dict(index(evil[0]), subject=note.document["subject"])))
+        store.put_manifest(name, evil[-1])
+        self.tag = self.index.digest.replace(":", "-") + ".att"
+        evil.append(make_image(store, name, self.tag, layers=(b"tagged",)))
+        self.good = {note.digest, signed.digest}
+        self.evil = {manifest.digest for manifest in evil}
+        self.names = {name + ":" + self.tag} | {"%s@%s" % (name, manifest.digest) for manifest in evil[:-1]}
+
+    @staticmethod
+    def make_image(store, name, layer, subject):
+        about = {"mediaType": subject.media_type, "digest": subject.digest, "size": len(subject.content)}
+        return make_image(store, name, None, layers=(layer,), subject=about)
+
+
+@pytest.fixture
+def planted(store, good):
+    return Planted(store, "lab/planted", good)
+
+
+@pytest.mark.parametrize("way", ["pull", "push", "save", "load"])
+def test_an_unsigned_image_that_is_about_a_signed_one_is_left_out_and_named(planted, good, start_server, root, tmp_path,
+                                                                            way):
+    """Whoever may push there can add one, and a client would run it by its digest."""
+    signed_by, image, name = ["--signed-by", good.public], "lab/planted:latest", "lab/planted"
+    near, archive = tmp_path / "near", tmp_path / "planted.tar"
+    if way == "pull":
+        host = start_server(root).host
+        name = host.replace(":", "_") + "/lab/planted"
+        done = run_tinyreg("pull", host + "/" + image, "--root", near, *signed_by)
+    elif way == "push":
+        done = run_tinyreg("push", image, "--root", root, "--to", start_server(near).host, *signed_by)
+    else:
+        done = run_tinyreg("save", image, "--root", root, "-o", archive, *(signed_by if way == "save" else ()))
+        last = run_tinyreg("load", archive, "--root", near, *(signed_by if way == "load" else ()))
+        done = last if way == "load" else done
+    store = Directory(str(near))
+    present = {manifest.digest for manifest in store.manifests(name)}
+    assert planted.good | {planted.index.digest} <= present and not planted.evil & present
+    assert store.resolve(name, "latest") == planted.index.digest and planted.tag not in store.tags(name)
+    left_out = [line for line in done.stderr.splitlines() if "is left out: no key of --signed-by has signed it" in line]
+    assert len(left_out) == len(planted.names)
+    for text in planted.names:
+        assert sum(text in line for line in left_out) == 1, text
+
+
+def test_verify_names_an_unsigned_image_that_is_about_a_signed_one(planted, good, root, tmp_path):
+    run_tinyreg("save", "lab/planted:latest", "--root", root, "-o", tmp_path / "planted.tar")
+    for where in ("--root", root), ("--root", root, "lab/planted:latest"), (tmp_path / "planted.tar",):
+        done = run_tinyreg("verify", *where, "--signed-by", good.public, "--json")
+        unsigned = json.loads(done.stdout)["unsigned"]
+        assert done.returncode == 1 and len(unsigned) == len(planted.names), done.stdout
+        assert set(unsigned) == planted.names
 
 
 def test_no_unsigned_image_comes_along_under_a_tag_of_a_signature(store, good, tmp_path, no_fsync):
     manifest = make_image(store, "demo")
     tag_signatures(store, "demo", manifest.digest, good.simple(manifest.digest))
-    evil = make_image(store, "demo", manifest.digest.replace(":", "-") + ".att", layers=(b"evil",))
+    tag = manifest.digest.replace(":", "-") + ".att"
+    evil = make_image(store, "demo", tag, layers=(b"evil",))
     options = tinyreg.build_parser().parse_args(["pull", "x", "--signed-by", good.public])
     options.strip = False
     near = Directory(str(tmp_path / "near"))
     copy = tinyreg.prepare_copy(options, tinyreg.Choice("demo"), store, near, "demo", "latest")
-    with pytest.raises(Refused, match=evil.digest):
-        tinyreg.plan_checked(options, copy)
+    copy.plan()
+    copy.run()
+    assert evil.digest not in [manifest.digest for manifest in near.manifests("demo")]
+    assert tag not in near.tags("demo") and copy.report.unsigned == ["demo:" + tag]
+
+
+@pytest.mark.parametrize("way", ["load", "pull", "push"])
+def test_what_is_about_a_refused_image_stays_behind_under_its_own_tag_too(lab, eve, start_server, root, tmp_path, way):
+    store, archive, amd64 = lab
+    tag_signatures(store, "lab/signed", amd64.digest, eve.simple(archive))
+    near, signed_by = tmp_path / "near", ["--signed-by", eve.public]
+    if way == "load":
+        run_tinyreg("save", "lab/**", "--root", root, "-o", archive)
+        done = run_tinyreg("load", archive, "--root", near, *signed_by)
+    elif way == "pull":
+        done = run_tinyreg("pull", start_server(root).host + "/lab/signed:*", "--root", near, *signed_by)
+    else:
+        done = run_tinyreg("push", "lab/**", "--root", root, "--to", start_server(near).host, *signed_by)
+    assert done.returncode == 1 and "no key of --signed-by has signed" in done.stderr
+    assert list(Directory(str(near)).repositories()) == [] and not list(Directory(str(near)).digests())
 
 
 # Behind serve --upstream
@@ -473,6 +557,26 @@ def test_a_cache_serves_what_is_signed_and_nothing_else_of_its_upstream(cache, g
     upstream.stop()
     assert (status("web", "latest"), status("web", amd64.digest), status("old", "latest")) == (200, 200, 403)
     assert front.ask("GET", "/archive/lab/old:latest.tar").status == 403
+
+
+def test_a_cache_neither_serves_nor_lists_an_unsigned_image_that_is_about_a_signed_one(cache, good, tmp_path):
+    front, store, upstream = cache
+    planted = Planted(store, "web", good)
+    answer = front.ask("GET", "/v2/lab/web/referrers/" + planted.index.digest)
+    assert {entry["digest"] for entry in answer.json["manifests"]} == planted.good
+    for reference in planted.evil | {planted.tag}:
+        assert front.ask("GET", "/v2/lab/web/manifests/" + reference).status == 403
+    for digest in planted.evil:  # a blob is no image, so anyone may let it come into the cache
+        for blob in store.manifest("web", digest).blobs:
+            assert front.ask("GET", "/v2/lab/web/blobs/" + blob.digest).status == 200
+    for is_away in (False, True):
+        if is_away:
+            upstream.stop()
+            Directory(front.root).delete_manifest("lab/web", planted.platforms[1].digest)  # it was never pulled
+        with front.open("GET", "/archive/lab/web:latest.tar") as response:
+            (tmp_path / "web.tar").write_bytes(response.read())
+        present = set(tinyreg.Archive([str(tmp_path / "web.tar")]).digests())
+        assert response.status == 200 and planted.good <= present and not planted.evil & present
 
 
 def test_a_signature_that_cannot_be_read_is_none_while_the_upstream_is_away(cache, good):
