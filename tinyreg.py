@@ -10368,6 +10368,8 @@ HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\
 CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 BARE_NEWLINE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 TLS_HANDSHAKE = b"\x16"  # the first byte that a client sends when it speaks TLS
+NOTHING_YET = (BlockingIOError, socket.timeout)  # after TICK seconds; the latter from behind TLS
+CLIENT_GONE = (ClientLeft, ConnectionError, ssl.SSLError)  # SSLError: it sent what is not TLS
 
 # Headers that decide where a request ends, whom it is for or who sent it: one of each at most.
 SINGLE_HEADERS = ("authorization", "content-length", "content-range", "host", "transfer-encoding")
@@ -10404,13 +10406,28 @@ class RequestHead(NamedTuple):
     headers: Dict[str, str]
 
 
+def check_lines(head: Union[bytes, bytearray], searched: int = 0) -> None:
+    """Refuse what is no request's head, and can't become one. Raises RegistryError.
+
+    The bytes before `searched` were checked earlier: to search them again for each byte that a
+    client sends alone would take a worker's time."""
+    if head.startswith(TLS_HANDSHAKE):
+        # The response must begin with "HTTP/". Then Go's clients say "server gave HTTP response
+        # to HTTPS client", and those that were told that the registry is insecure fall back to
+        # HTTP.
+        raise bad_request("this is an HTTP port, not an HTTPS one")
+    if len(head) > MAX_HEAD:
+        raise bad_request("the header block is longer than 64 KiB", 431)
+    if len(head) > MAX_REQUEST_LINE and head.find(b"\r\n", 0, MAX_REQUEST_LINE + 2) < 0:
+        raise bad_request("the request line is longer than 8 KiB", 414)
+    if BARE_NEWLINE.search(head, searched):
+        raise bad_request("lines must end with CR LF")
+
+
 def parse_head(head: bytes) -> RequestHead:
     """Parse a request's head, its closing empty line included. Raises RegistryError."""
+    check_lines(head)
     lines = head[:-4].split(b"\r\n")
-    if len(lines[0]) > MAX_REQUEST_LINE:
-        raise bad_request("the request line is longer than 8 KiB", 414)
-    if BARE_NEWLINE.search(head):
-        raise bad_request("lines must end with CR LF")
     match = REQUEST_LINE.fullmatch(lines[0])
     if not match:
         raise bad_request("not an HTTP/1.1 request line")
@@ -10446,9 +10463,9 @@ class Pace:
         start = time.monotonic()
         try:
             moved = function(*arguments)  # type: Optional[int]
-        except BlockingIOError:
+        except NOTHING_YET:
             moved = None
-        except ConnectionError:
+        except CLIENT_GONE:
             raise ClientLeft("reset")
         self.moved += moved or 0
         self.waited += time.monotonic() - start
@@ -10481,16 +10498,18 @@ class RequestReader:
                 del self.buffer[:2]  # RFC 9112, 2.2: skip empty lines before a request
             if self.buffer:
                 first = first or time.monotonic()
-                end = self.buffer.find(b"\r\n\r\n", max(searched - 3, 0))
-                if end >= 0 and end + 4 <= MAX_HEAD:
-                    return self._take(end + 4)
-                self._check_unfinished(first, max(searched - 1, 0))
+                end = self.buffer.find(b"\r\n\r\n", max(searched - 3, 0)) + 4
+                if 4 <= end <= MAX_HEAD:
+                    return self._take(end)
+                check_lines(self.buffer, max(searched - 1, 0))
+                if time.monotonic() - first > HEAD_LIMIT:
+                    raise bad_request("the request took longer than 20 seconds to arrive", 408)
                 searched = len(self.buffer)
             elif time.monotonic() - began > IDLE_LIMIT:
                 return None
             try:
                 received = self.sock.recv(MAX_HEAD)
-            except BlockingIOError:
+            except NOTHING_YET:
                 continue
             if not received:
                 if self.buffer:
@@ -10504,33 +10523,8 @@ class RequestReader:
         del self.buffer[:count]
         return taken
 
-    def _check_unfinished(self, first: float, searched: int) -> None:
-        """Refuse a head that came too slowly, is too long, or can't end as it should. Raises
-        RegistryError.
-
-        The bytes before `searched` were checked earlier: to search them again for each byte that a
-        client sends alone would take a worker's time."""
-        if self.buffer.startswith(TLS_HANDSHAKE):
-            # The response must begin with "HTTP/". Then Go's clients say "server gave HTTP response
-            # to HTTPS client", and those that were told that the registry is insecure fall back to
-            # HTTP.
-            raise bad_request("this is an HTTP port, not an HTTPS one")
-        if len(self.buffer) > MAX_HEAD:
-            raise bad_request("the header block is longer than 64 KiB", 431)
-        first_line = self.buffer[:MAX_REQUEST_LINE + 2]
-        if len(self.buffer) > MAX_REQUEST_LINE and b"\r\n" not in first_line:
-            raise bad_request("the request line is longer than 8 KiB", 414)
-        if BARE_NEWLINE.search(self.buffer, searched):
-            raise bad_request("lines must end with CR LF")
-        if time.monotonic() - first > HEAD_LIMIT:
-            raise bad_request("the request took longer than 20 seconds to arrive", 408)
-
-    def readinto(self, view: memoryview) -> int:
-        """Read at least one byte of a body, unless `view` has no room. Raises ClientLeft."""
-        if self.buffer:
-            count = min(len(self.buffer), len(view))
-            view[:count] = self._take(count)
-            return count
+    def _receive(self, view: Any) -> int:
+        """Wait for at least one byte of a body, unless `view` has no room. Raises ClientLeft."""
         received = None
         while received is None:
             received = self.pace.call(self.sock.recv_into, view)
@@ -10538,17 +10532,26 @@ class RequestReader:
             raise ClientLeft("left in the middle of a body")
         return received
 
+    def readinto(self, view: memoryview) -> int:
+        """Read at least one byte of a body, unless `view` has no room. Raises ClientLeft."""
+        if not self.buffer:
+            return self._receive(view)
+        block = self._take(len(view))
+        view[:len(block)] = block
+        return len(block)
+
     def readline(self, limit: int) -> bytes:
         """Read a line that ends with CR LF; returns it without them. Raises RegistryError,
         ClientLeft."""
-        end = self.buffer.find(b"\n")
-        while end < 0 and len(self.buffer) <= limit + 2:
-            block, buffered = memoryview(bytearray(MAX_HEAD)), self._take(len(self.buffer))
-            self.buffer += buffered + bytes(block[:self.readinto(block)])
-            end = self.buffer.find(b"\n")
-        if end < 0 or end > limit + 1:
-            raise bad_request("a line of a chunked body is too long")
-        line = self._take(end + 1)
+        while True:
+            end = self.buffer.find(b"\n", 0, limit + 2) + 1
+            if end:
+                break
+            if len(self.buffer) > limit + 1:
+                raise bad_request("a line of a chunked body is too long")
+            block = bytearray(MAX_HEAD)
+            self.buffer += block[:self._receive(block)]
+        line = self._take(end)
         if not line.endswith(b"\r\n"):
             raise bad_request("lines must end with CR LF")
         return line[:-2]
@@ -10566,19 +10569,35 @@ class RequestReader:
 
 
 class RequestBody:
-    """The body of a request, of known length or in chunks. `finished` is set once its end has been
-    read."""
+    """The body of a request, of a known length or in chunks (None). `finished` is set once its end
+    has been read."""
 
-    def __init__(self, reader: RequestReader, length: int, chunked: bool,
+    def __init__(self, reader: RequestReader, length: Optional[int],
                  send_continue: Optional[Callable[[], Any]] = None) -> None:
         self.reader = reader
-        self.left = length  # bytes of the body, or of the present chunk
-        self.chunked = chunked
+        self.left = length or 0  # bytes of the body, or of the present chunk
+        self.sizes = self._iter_sizes() if length is None else iter([0])  # of what follows it
         self.send_continue = send_continue  # called before the first read
-        self.began = False
         self.received = 0
-        self.finished = not chunked and length == 0
-        self.is_empty = self.finished
+        self.is_empty = self.finished = length == 0
+
+    def _iter_sizes(self) -> Iterator[int]:
+        """Yield the size of each chunk, once the one before it was read; 0 at the end."""
+        while True:
+            match = CHUNK_LINE.fullmatch(self.reader.readline(MAX_CHUNK_LINE))
+            if not match:
+                raise bad_request("malformed chunk")
+            size = int(match.group(1), 16)
+            if not size:
+                break
+            yield size
+            if self.reader.readline(0):
+                raise bad_request("a chunk is longer than it says")
+        limit, trailer = MAX_HEAD, b"-"  # no client sends in trailers what a registry needs
+        while trailer:
+            trailer = self.reader.readline(limit)
+            limit = max(limit - len(trailer), 0)
+        yield 0
 
     def readinto(self, view: memoryview) -> int:
         """Read some bytes of the body, 0 at its end. Raises RegistryError for malformed chunks,
@@ -10588,43 +10607,21 @@ class RequestBody:
         if self.send_continue:
             self.send_continue()
             self.send_continue = None
-        if self.chunked and not self.left:
-            self._next_chunk()
-            if self.finished:
-                return 0
+        if not self.left:
+            size = next(self.sizes, None)
+            if size is None:
+                raise bad_request("there is no body behind a malformed chunk")
+            self.left, self.finished = size, not size
         count = self.reader.readinto(view[:self.left])
         self.left -= count
         self.received += count
-        self.finished = not self.chunked and not self.left
         return count
-
-    def _next_chunk(self) -> None:
-        if self.began and self.reader.readline(0) != b"":
-            raise bad_request("a chunk is longer than it says")
-        self.began = True
-        match = CHUNK_LINE.fullmatch(self.reader.readline(MAX_CHUNK_LINE))
-        if not match:
-            raise bad_request("malformed chunk")
-        self.left = int(match.group(1), 16)
-        if not self.left:
-            self._skip_trailers()
-            self.finished = True
-
-    def _skip_trailers(self) -> None:
-        """Read the lines after the last chunk. No client sends anything in them that a registry
-        needs."""
-        budget, trailer = MAX_HEAD, b"-"
-        while trailer:
-            trailer = self.reader.readline(budget)
-            budget = max(budget - len(trailer), 0)
 
     def drain(self) -> bool:
         """Read to the end if little is left and the client does not wait for a 100; whether the end
         was reached."""
-        view = memoryview(bytearray(1 << 16))
-        budget = MAX_DRAIN
-        while (not self.finished and budget > 0 and not self.send_continue
-               and (self.chunked or self.left <= budget)):
+        view, budget = memoryview(bytearray(1 << 16)), MAX_DRAIN
+        while not self.finished and self.left <= budget > 0 and not self.send_continue:
             budget -= max(self.readinto(view), 1)
         return self.finished
 
@@ -10865,88 +10862,26 @@ class Certificates:
         return self.context
 
 
-class TLSSocket:
-    """A client's socket behind TLS, used like the plain one: BlockingIOError after TICK seconds
-    without data.
+class CachedResponses:
+    """Small responses that are valid under one mark: all of their bytes, and their log entries, by
+    the exact bytes of the request's head and who sent it."""
 
-    Raises ConnectionError for bytes that are not proper TLS."""
-
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:
-        sock.settimeout(HANDSHAKE_LIMIT)
-        self.sock = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        self.fileno, self.close = self.sock.fileno, self.sock.close
-
-    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except socket.timeout:  # what a plain socket calls BlockingIOError
-            raise BlockingIOError(errno.EAGAIN, "nothing for some seconds")
-        except ssl.SSLError as error:  # the client's fault, like a connection that breaks
-            raise ConnectionAbortedError(errno.ECONNABORTED, "TLS: %s" % (error.reason or error))
-
-    def shake_hands(self) -> Optional[str]:
-        """Returns the user named by the client's certificate (its only CN), or None."""
-        self._call(self.sock.do_handshake)
-        self.sock.settimeout(TICK)
-        certificate: Any = self.sock.getpeercert() or {}
-        subject = certificate.get("subject", ())
-        names = [value for part in subject for field, value in part if field == "commonName"]
-        return names[0] if len(names) == 1 and USER.fullmatch(names[0]) else None
-
-    def recv(self, count: int) -> bytes:
-        return self._call(self.sock.recv, count)
-
-    def recv_into(self, view: memoryview) -> int:
-        return self._call(self.sock.recv_into, view)
-
-    def send(self, view: memoryview) -> int:
-        """Send one TLS record of these bytes, or nothing; returns how many were taken."""
-        return self._call(self.sock.send, view)
-
-    def shutdown(self, how: int) -> None:
-        # SSLSocket.shutdown would let other threads go on in plain text
-        socket.socket.shutdown(self.sock, how)
-
-
-class CachedResponse(NamedTuple):
-    """A response that can be sent again: all of its bytes, the mark it is valid under, and its log
-    entry."""
-
-    mark: Any
-    content: bytes
-    exchange: Exchange
-
-
-class ResponseCache:
-    """Small responses of this process, by the exact bytes of the request's head.
-
-    What many clients ask, and one client often, then costs two system calls. A response is valid
-    while the registry's version is the one it was made under, whoever changes it; and for a second
-    at most, since a password, a token or the Date may not last longer."""
-
-    def __init__(self, registry: Registry) -> None:
-        self.registry = registry
-        self.responses: Dict[Tuple[Any, bytes], CachedResponse] = {}
+    def __init__(self, mark: Any) -> None:
+        self.mark = mark
+        self.responses: Dict[Tuple[Any, bytes], Tuple[bytes, Exchange]] = {}
         self.size = 0
 
-    def mark(self) -> Any:
-        """The mark to keep a response under that is made from now on; None if nothing may be
-        kept."""
-        version = self.registry.version()
-        return (version, int(time.monotonic() / CACHE_LIFE)) if version is not None else None
+    def put(self, asker: Any, head: bytes, content: bytes, exchange: Exchange) -> None:
+        size = len(head) + len(content)
+        if len(content) <= SMALL_BLOB * 2 and self.size + size <= MAX_CACHED:
+            self.size += size
+            self.responses[asker, head] = content, exchange
 
-    def find(self, asker: Any, head: bytes) -> Optional[CachedResponse]:
-        """The response to this head of a request, if the same asker has sent it before."""
-        response = self.responses.get((asker, head))
-        return response if response and response.mark == self.mark() else None
 
-    def put(self, asker: Any, head: bytes, response: CachedResponse) -> None:
-        if response.mark is None or len(response.content) > SMALL_BLOB * 2:
-            return
-        if self.size > MAX_CACHED:
-            self.responses, self.size = {}, 0
-        self.size += len(head) + len(response.content)
-        self.responses[asker, head] = response
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    """A Unix time as the Date header has it."""
+    return email.utils.formatdate(second, usegmt=True)
 
 
 def too_many_connections(client: str) -> RegistryError:
@@ -11021,14 +10956,27 @@ class Connection(http.server.BaseHTTPRequestHandler):
             if first == b"" or time.monotonic() - began > HANDSHAKE_LIMIT:
                 raise ClientLeft("no TLS handshake")
         self.speaks_plain = first != TLS_HANDSHAKE
-        if not self.speaks_plain:
-            self.connection = self.rfile.sock = TLSSocket(self.connection, context)
-            try:
-                self.certificate = self.connection.shake_hands()
-            except OSError as error:  # most often a client that doesn't trust the CA: worth a line
-                logger.warning("%s: no TLS handshake: %s", self.client, error.strerror)
-                self._record_refusal("TLS")
-                raise ClientLeft("no TLS handshake")
+        if self.speaks_plain:
+            return
+        self.connection.settimeout(HANDSHAKE_LIMIT)
+        self.connection = self.rfile.sock = context.wrap_socket(
+            self.connection, server_side=True, do_handshake_on_connect=False)
+        try:
+            self.connection.do_handshake()
+        except OSError as error:  # most often a client that doesn't trust the CA: worth a line
+            logger.warning("%s: no TLS handshake: %s", self.client, reason_of(error))
+            self._record_refusal("TLS")
+            raise ClientLeft("no TLS handshake")
+        self.connection.settimeout(TICK)
+        subject = (self.connection.getpeercert() or {}).get("subject", ())
+        names = [value for part in subject for field, value in part if field == "commonName"]
+        if len(names) == 1 and USER.fullmatch(names[0]):
+            self.certificate = names[0]
+
+    def _shut(self, how: int) -> None:
+        """Shut one direction down. That of an SSLSocket would let other threads go on in plain
+        text. Raises OSError."""
+        socket.socket.shutdown(self.connection, how)
 
     # Requests
 
@@ -11045,28 +10993,24 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return
         self.started, self.idle_since = time.monotonic(), None
         self.raw_requestline = head
-        if not self._send_cached() and self.parse_request():
-            self._respond()
+        # Who sends the head of a request, as far as that changes what it means.
+        asker = self.certificate, self.client if self.is_proxy else None
+        cached = self.worker.current_responses()
+        response = cached.responses.get((asker, head))
+        if response and not self.speaks_plain and not self.worker.stopping:
+            self._send_cached(*response)
+        elif self.parse_request():
+            self._respond(functools.partial(cached.put, asker, head))
         self.idle_since = time.monotonic()
 
-    def _send_cached(self) -> bool:
-        """Send the response to the same request again, if it is still valid."""
-        if self.speaks_plain or self.worker.stopping:
-            return False
-        cached = self.worker.cache.find(self._asker(), self.raw_requestline)
-        if cached is None:
-            return False
+    def _send_cached(self, content: bytes, exchange: Exchange) -> None:
+        """Send a response again."""
         self.close_connection = False  # only responses that leave the connection open are kept
-        self._send_all(cached.content)
-        client = cached.exchange.client if self.is_proxy else self.client
+        self._send_all(content)
+        client = exchange.client if self.is_proxy else self.client
         seconds = time.monotonic() - self.started
         self.worker.observation.record(
-            cached.exchange._replace(client=client, seconds=seconds), cached=True)
-        return True
-
-    def _asker(self) -> Any:
-        """Who sends the head of a request, as far as that changes what it means."""
-        return self.certificate, self.client if self.is_proxy else None
+            exchange._replace(client=client, seconds=seconds), cached=True)
 
     def parse_request(self) -> bool:
         """Parse the head, strictly; on an error the client has been told."""
@@ -11081,10 +11025,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.close_connection = not wants_more
         return True
 
-    def _respond(self) -> None:
+    def _respond(self, keep: Callable[[bytes, Exchange], None]) -> None:
         """Have the request handled, send the response, and keep that in memory if it may be
         repeated."""
-        mark = self.worker.cache.mark()
         body, request = self._make_request()
         response = Response(CLIENT_LEFT)  # until there is another
         content, self.sent = None, 0
@@ -11099,15 +11042,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.worker.observation.record(exchange)
         may_repeat = response.is_repeatable and response.status == 200 and body.is_empty
         if content and may_repeat and not self.close_connection:
-            self.worker.cache.put(self._asker(), self.raw_requestline,
-                                  CachedResponse(mark, content, exchange))
+            keep(content, exchange)
         if self.close_connection and not body.finished:
             self._linger()
 
     def _make_request(self) -> Tuple[RequestBody, Request]:
         waits = "expect" in self.headers and self.request_version == "HTTP/1.1"
-        body = RequestBody(self.rfile, int(self.headers.get("content-length", 0)),
-                           "transfer-encoding" in self.headers,
+        is_chunked = "transfer-encoding" in self.headers
+        body = RequestBody(self.rfile,
+                           None if is_chunked else int(self.headers.get("content-length", 0)),
                            self.handle_expect_100 if waits else None)
         tls, client = self.worker.tls, self.client
         if "x-forwarded-for" in self.headers:
@@ -11169,7 +11112,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.send_header("Docker-Distribution-Api-Version", "registry/2.0")
         # No browser shall take a blob for a page, or for a script of our page.
         self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Date", self.worker.current_date())
+        self.send_header("Date", http_date(int(time.time())))
 
     def send_refusal(self, error: RegistryError) -> None:
         """Respond to what did not become a request, record it, and close."""
@@ -11268,11 +11211,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
         still sends."""
         deadline, left = time.monotonic() + LINGER_LIMIT, MAX_LINGER
         with contextlib.suppress(OSError):  # the client has gone
-            self.connection.shutdown(socket.SHUT_WR)
+            self._shut(socket.SHUT_WR)
             while left > 0 and time.monotonic() < deadline:
                 try:
                     received = len(self.connection.recv(1 << 16))
-                except BlockingIOError:
+                except NOTHING_YET:
                     continue
                 if not received:
                     break
@@ -11283,7 +11226,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if self.idle_since:
             self.idle_since = None
             with contextlib.suppress(OSError):  # it has just ended
-                self.connection.shutdown(socket.SHUT_RD)
+                self._shut(socket.SHUT_RD)
 
 
 def parse_listen(text: str) -> Tuple[str, int]:
@@ -11411,7 +11354,7 @@ class Server(http.server.HTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log why a connection ended, unless it is that the client left."""
         error = sys.exc_info()[1]
-        if isinstance(error, (ClientLeft, ConnectionError)):
+        if isinstance(error, CLIENT_GONE):
             return
         if isinstance(error, (OSError, RegistryError, RuntimeError)):
             logger.warning("%s: a response was cut: %s", client_address[0], error)
@@ -11502,9 +11445,8 @@ class Worker:
         self.tls = tls  # for a server that speaks HTTPS
         self.proxies = proxies  # networks whose X-Forwarded-For is believed
         self.stopping = False
-        self.cache = ResponseCache(registry)
+        self.cached = CachedResponses(None)
         self.crowd = Crowd()
-        self.date = 0, ""  # the present second, and the Date header that it has
         self.servers = [Server(listener, self) for listener in listeners]
 
     def start(self) -> None:
@@ -11521,14 +11463,18 @@ class Worker:
             server.server_close()
         return self.crowd.await_end(self.drain)
 
-    def current_date(self) -> str:
-        """Now, as the Date header has it."""
-        second, text = self.date
-        now = int(time.time())
-        if now != second:
-            text = email.utils.formatdate(now, usegmt=True)
-            self.date = now, text
-        return text
+    def current_responses(self) -> CachedResponses:
+        """The responses that this process may send again. A new one belongs into those that were
+        current before it was made.
+
+        What many clients ask, and one client often, then costs two system calls. A response is
+        valid while the registry's version is the one it was made under, whoever changes it; and for
+        a second at most, since a password, a token or the Date may not last longer."""
+        cached, version = self.cached, self.registry.version()
+        mark = version, int(time.monotonic() / CACHE_LIFE)
+        if mark != cached.mark or version is None:  # None: nothing may be sent again
+            cached = self.cached = CachedResponses(mark)
+        return cached
 
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}

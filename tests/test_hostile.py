@@ -249,7 +249,7 @@ def test_chunked_bodies_arrive_as_they_were(content, sizes, step):
             wire += b"%x;x=y\r\n%s\r\n" % (len(chunk), chunk)
     wire += (b"%X\r\n%s\r\n" % (len(rest), rest) if rest else b"") + b"0\r\nTrailer: x\r\n\r\n"
     incoming = RequestReader(Feed(wire + SMUGGLED, step))
-    body, got, view = tinyreg.RequestBody(incoming, 0, True), b"", memoryview(bytearray(333))
+    body, got, view = tinyreg.RequestBody(incoming, None), b"", memoryview(bytearray(333))
     while True:
         count = body.readinto(view)
         if not count:
