@@ -5023,7 +5023,7 @@ class ArchiveWriter(Registry):
                        for digest in digests if self._blob_size(digest) > room}
         pieces = itertools.chain.from_iterable(
             self.joined.get(digest, [digest]) for digest in digests)
-        parts = self._pack(collections.OrderedDict.fromkeys(pieces), room)
+        parts = self._pack(dict.fromkeys(pieces), room)
         stem, extension = os.path.splitext(path)
         self.files = [PlannedFile("%s-%dof%d%s" % (stem, number, len(parts), extension), part)
                       for number, part in enumerate(parts, 1)]
@@ -6378,6 +6378,7 @@ IMAGE_KEY = re.compile(
     r"""(?:^[ \t-]*|[{,][ \t]*)["']?image(ID)?["']?[ \t]*:(?:[ \t]+|(?=["']))"""
     r"""("[^"]*"|'[^']*'|(?![ \t]|\{(?!\{))(?:\$\{[^{}]*\}|[^,}])+)""")
 FROM = re.compile(r"FROM\s")
+COMMENT = re.compile(r"^(?:\S+\s+|\s*)#.*")  # of a list; a # in JSON is none
 ANCHOR = re.compile(r"""&([\w-]+)[ \t]+["']?([^\s"']+)""")
 VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^{}]*))?\})")
 TOKEN = re.compile(r"""[^\s"'`=,;|()\[\]{}<>\\]+""")
@@ -6495,12 +6496,8 @@ def find_problem(choice: Choice) -> str:
 
 
 def is_plain_list(lines: Iterable[str]) -> bool:
-    """Whether each line is an image or a comment. Else it is one, with problems, if no line has an
-    `image:` key or a FROM."""
-    if all(not find_problem(Choice(text)) for _, text, _ in iter_listed(lines)):
-        return True
-    return not any(FROM.match(line) or IMAGE_KEY.search(line) for line in lines
-                   if not line.lstrip().startswith("#"))
+    """Whether no line has an `image:` key or a FROM, but in a comment."""
+    return not any(FROM.match(line) or IMAGE_KEY.search(COMMENT.sub("", line)) for line in lines)
 
 
 def read_choices(words: Iterable[str], paths: Iterable[str],
@@ -6526,7 +6523,7 @@ def read_choices(words: Iterable[str], paths: Iterable[str],
         is_yaml = any(": " in choice.image + " " for choice in choices)
         advice = "; a chart's values have to be rendered first: helm template CHART -f FILE"
         raise CommandError(in_one_line(problems) + (advice if is_yaml else ""))
-    unique: Dict[str, Choice] = collections.OrderedDict()
+    unique: Dict[str, Choice] = {}
     choices.sort(key=lambda choice: choice.is_guess)
     for choice in [Choice(word) for word in words] + choices:
         unique.setdefault(choice.image, choice)
@@ -6546,17 +6543,16 @@ def version_key(tag: str) -> Any:
     return len(parts) > 1, [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
-BOUND = re.compile(r"(>=?|<=?)[ ]?([\w.+-]+)")
+# After > or < or the like a word in which is a digit.
+BOUND = re.compile(r"(?:^|,)\s*(>=?|<=?) ?([\w.+-]*?[0-9][\w.+-]*)\s*(?=,|$)")
 COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 
 def parse_versions(text: str) -> Callable[[str], bool]:
     """Whether a tag is a version within bounds such as >=3.18,<4. Raises CommandError."""
-    bounds = [BOUND.fullmatch(part.strip()) for part in text.split(",")]
-    if not all(bound and version_key(bound.group(2))[0] for bound in bounds):
+    limits = [(COMPARE[sign], version_key(version)) for sign, version in BOUND.findall(text)]
+    if BOUND.sub("", text) or not limits:
         raise CommandError("%r is no range of versions; write for example '>=3.18,<4'" % text)
-    limits = [(COMPARE[bound.group(1)], version_key(bound.group(2)))
-              for bound in bounds if bound]
     return lambda tag: version_key(tag)[0] and all(
         compare(version_key(tag), limit) for compare, limit in limits)
 
@@ -6793,8 +6789,8 @@ class Plan:
     def clear(self) -> None:
         """Forget the plan, which takes memory. plan() makes it again."""
         self.root = Digest()  # of the image
-        self.manifests: Dict[Digest, Manifest] = collections.OrderedDict()
-        self.blobs: Dict[Digest, Descriptor] = collections.OrderedDict()
+        self.manifests: Dict[Digest, Manifest] = {}
+        self.blobs: Dict[Digest, Descriptor] = {}
         self.tags: Dict[Digest, List[str]] = {}
         # {digest in the source: the manifest that goes in its place}, usually the same one. A
         # manifest that stays behind has no entry.
@@ -6818,7 +6814,7 @@ class Plan:
             self.tags.setdefault(root, []).append(tag or root)
         report.stripped = {digest: manifest.digest for digest, manifest in self.going.items()
                            if manifest.digest != digest}
-        report.absent = [child for child in collections.OrderedDict.fromkeys(self.children)
+        report.absent = [child for child in dict.fromkeys(self.children)
                          if child not in self.manifests and child not in self.blobs]
         # An index may have a child that is about another one: it goes as a child.
         report.unsigned = [text for digest, text in self.refused.items()
@@ -7168,7 +7164,7 @@ def files_in(registry: Reader, name: str, manifest: Manifest) -> Dict[str, Descr
     """The files of an artifact, by their names, which may have folders; none in a container image.
     A chart is called as `helm pull` calls it; a folder that oras has packed is a file .tar.gz.
     Raises MANIFEST_INVALID, DIGEST_INVALID."""
-    files: Dict[str, Descriptor] = collections.OrderedDict()
+    files: Dict[str, Descriptor] = {}
     chart: Optional[Dict[str, Any]] = None
     document, _ = manifest.document, manifest.blobs  # to read the blobs is to check them all
     for entry in (document.get("layers") or []) + (document.get("blobs") or []):
@@ -8889,7 +8885,7 @@ class Route(NamedTuple):
 def compile_routes(routes: Iterable[Route]) -> List[Tuple[Pattern, Dict[str, Route]]]:
     """The routes of each path, by method, with a pattern for that path; in the order in which
     dispatch tries them."""
-    paths: Dict[str, Dict[str, Route]] = collections.OrderedDict()
+    paths: Dict[str, Dict[str, Route]] = {}
     for route in routes:
         pattern = route.path.replace("{name}", "(?P<name>.+?)")
         pattern = re.sub(r"{(\w+)}", r"(?P<\1>[^/]+)", pattern)
@@ -9904,7 +9900,7 @@ def repositories_page(registry: Registry, access: Access, request: Request) -> R
                                       and access.lists(request, name)], "repository", last_push)
     usage = registry.usage(PAGE_PATIENCE)
     sizes = usage["repositories"] if usage else {}
-    tables: Dict[str, List[Sequence[Content]]] = collections.OrderedDict()
+    tables: Dict[str, List[Sequence[Content]]] = {}
     for name in names:
         with contextlib.suppress(Unknown):  # the repository was deleted since
             times = tag_times(registry, name)
@@ -12556,7 +12552,7 @@ def plan_deletions(options: argparse.Namespace,
         if names_repository(image) and "*" not in image:
             raise CommandError("%s: say which tag (%s:TAG) or manifest (%s@DIGEST) to delete"
                                % (image, image, image))
-    deletions: Dict[Tuple[str, str], Deletion] = collections.OrderedDict()
+    deletions: Dict[Tuple[str, str], Deletion] = {}
     moved = []
     fail = functools.partial(pass_if_gone, store, {choice.image for choice in choices
                                                    if choice.where})
@@ -12936,8 +12932,8 @@ class Destination(NamedTuple):
     def name_for(self, name: str) -> str:
         """What a repository of the store is called there. What once came from that registry goes
         back to its own name, unless there is a prefix."""
-        own = origin_of(self.host) + "/"
-        return name[len(own):] if not self.prefix and name.startswith(own) else self.prefix + name
+        own = () if self.prefix else [(origin_of(self.host), "")]
+        return self.prefix + renamed(name, own)
 
 
 def parse_destination(text: str) -> Destination:
@@ -13159,20 +13155,6 @@ def push(options: argparse.Namespace) -> int:
     return transfer.run()
 
 
-def former_image(store: Directory, text: str) -> Tuple[str, Digest]:
-    """The repository of a tag, and the manifest that it pointed to before. Raises CommandError,
-    NAME_INVALID, MANIFEST_INVALID, MANIFEST_UNKNOWN."""
-    name, tag = find_image(store, text, is_exact=True)
-    former = store.history(name, tag)[1:]
-    if not former:
-        raise CommandError("%s has never pointed to anything else" % image_text(name, tag))
-    digest = former[0][0]
-    if not find_readable(store, name, digest):
-        raise CommandError("%s pointed to %s before, and that is gone; `tinyreg.py ls --history "
-                           "%s` shows what is not" % (image_text(name, tag), digest, text))
-    return name, digest
-
-
 def set_tag(options: argparse.Namespace) -> int:
     """Give an image of the store one more tag; or let a tag point to what it pointed to before.
 
@@ -13183,18 +13165,25 @@ def set_tag(options: argparse.Namespace) -> int:
     names, tag = parse_local_tag(text)
     store = open_store(options)
     target = present_of(store, names)[0]
-    name, reference = (former_image(store, text) if options.undo
-                       else find_image(store, options.image))
-    before = None
+    image = image_text(target, tag)
+    name, reference = find_image(store, options.image, is_exact=options.undo)
+    history: List[Digest] = []
     with contextlib.suppress(Unknown):  # the tag is new
-        before = store.resolve(target, tag)
+        history = [digest for digest, _ in store.history(target, tag)]
+    if options.undo:
+        if not history[1:]:
+            raise CommandError("%s has never pointed to anything else" % image)
+        reference = history[1]
+        if not find_readable(store, name, reference):
+            raise CommandError("%s pointed to %s before, and that is gone; `tinyreg.py ls "
+                               "--history %s` shows what is not" % (image, reference, text))
     digest = TaggedDigest(resolve_reference(store, name, reference), tag)
     report = copy(store, store, name, digest, target, referrers=name != target)
     if not report.complete:
         raise CommandError("%s: %s" % (text, what_is_lacking(report)))
     if not options.quiet:
-        was = ", and was " + before if before not in (None, report.digest) else ""
-        tell("%s is %s%s" % (image_text(target, tag), report.digest, was))
+        was = ", and was " + history[0] if history and history[0] != report.digest else ""
+        tell("%s is %s%s" % (image, report.digest, was))
     return 0
 
 
@@ -13240,12 +13229,9 @@ def collect(options: argparse.Namespace) -> int:
     store = open_store(options)
     expiry = Expiry(options.keep, options.older_than, options.repositories,
                     read_lists(store, options.only, options.force))
-    if options.repositories and not expiry.is_on:
-        raise CommandError("--repositories says where --keep, --older-than or --only delete tags; "
-                           "add one of them")
-    if options.plan and not expiry.is_on:
-        raise CommandError("--plan writes down the tags that --keep, --older-than or --only would "
-                           "delete; add one of them")
+    if (options.repositories or options.plan) and not expiry.is_on:
+        raise CommandError("--repositories and --plan are about the tags that --keep, --older-than "
+                           "or --only delete; add one of these")
     options.dry_run = options.dry_run or bool(options.plan)
     removed: List[Dict[str, Any]] = []
     planned: Dict[str, Optional[Digest]] = {}
