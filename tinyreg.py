@@ -3682,7 +3682,7 @@ MOVABLE = ("damaged link", DANGLING, "tag without manifest")
 class Finding(NamedTuple):
     """One thing that is wrong."""
 
-    problem: str
+    what: str
     name: str  # a digest, a tag, or in words what can't be read
     path: str  # the file, or the archive
 
@@ -3760,13 +3760,13 @@ class StoreVerification(Verification):
         so."""
         with self.store.lock.alone() if self.repair else contextlib.ExitStack():
             for finding, images in self._check_repository(name).items():
-                if finding in findings and finding.problem == LEFTOVER:
+                if finding in findings and finding.what == LEFTOVER:
                     self.leftovers.append(finding.path)
                     if self.repair:
                         self.store.files.remove(os.path.dirname(finding.path))
                 elif finding in findings:
                     self.add(finding, *images)
-                    if self.repair and finding.problem in MOVABLE:
+                    if self.repair and finding.what in MOVABLE:
                         self.moved.append(self.store.quarantine(finding.path))
 
     def _move_if_same(self, path: str, state: FileState) -> None:
@@ -3841,8 +3841,8 @@ class StoreVerification(Verification):
             # What a tag pointed to earlier may be gone; the link itself must not be damaged.
             self._read_links(findings, digest_folders(self.layout.tag_path(name, tag), "index"))
         harmed = self._harmed_images(name, list(tags) + list(revisions), needs, findings)
-        return {finding._replace(problem=DANGLING)
-                if finding.problem == LEFTOVER and harmed[finding.name] else finding:
+        return {finding._replace(what=DANGLING)
+                if finding.what == LEFTOVER and harmed[finding.name] else finding:
                 harmed[finding.name] for finding in findings}
 
     @staticmethod
@@ -6377,7 +6377,7 @@ MAX_VARIABLES = 10        # in the name of one image
 IMAGE_KEY = re.compile(
     r"""(?:^[ \t-]*|[{,][ \t]*)["']?image(ID)?["']?[ \t]*:(?:[ \t]+|(?=["']))"""
     r"""("[^"]*"|'[^']*'|(?![ \t]|\{(?!\{))(?:\$\{[^{}]*\}|[^,}])+)""")
-FROM = re.compile(r"FROM\s")
+FROM = re.compile(r"FROM\s(?:--\S+ )*(.+?)(?: [Aa][Ss] (\S+))?$")  # an image, and its alias
 COMMENT = re.compile(r"^(?:\S+\s+|\s*)#.*")  # of a list; a # in JSON is none
 ANCHOR = re.compile(r"""&([\w-]+)[ \t]+["']?([^\s"']+)""")
 VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^{}]*))?\})")
@@ -6450,18 +6450,19 @@ def iter_mentioned(lines: Iterable[str],
                             or match.group(3) or match.group(), text)
 
     for number, line in enumerate(lines, 1):
-        words = [word for word in line.split() if not word.startswith("--")] or ["#"]
-        if words[0] == "ARG":
-            for name, _, text in (word.partition("=") for word in words[1:]):
+        line = re.sub(r"\s+", " ", line).rstrip()
+        stage = FROM.match(line)
+        if stage:
+            text = fill_in(stage.group(1))
+            if text.lower() not in stages:
+                yield number, text, False
+            stages.add((stage.group(2) or "").lower())
+        elif line.lstrip().startswith("ARG "):
+            for name, _, text in (word.partition("=") for word in line.split()[1:]):
                 text = fill_in(text.strip("\"'"))
                 if len(text) <= MAX_NAME:  # more is no part of an image; it may double each time
                     values[name] = text
-        elif FROM.match(line):
-            text = fill_in(" ".join(words[1:2] if words[2:3] in (["AS"], ["as"]) else words[1:]))
-            if text.lower() not in stages:
-                yield number, text, False
-            stages.update(word.lower() for word in words[3:])
-        elif not words[0].startswith("#"):
+        elif not line.lstrip().startswith("#"):
             values.update(("*" + name, text) for name, text in ANCHOR.findall(line))
             for is_id, text in IMAGE_KEY.findall(line):
                 text = re.sub(r"^&\S+\s+|\s#.*", "", text.strip()).strip("\"' \t")
@@ -6470,7 +6471,7 @@ def iter_mentioned(lines: Iterable[str],
                 if not is_id and text not in ("", "null", "~") and not text.startswith("sha256:"):
                     yield number, text, "{{" in text  # of a template inside a rendered chart
             for token in TOKEN.findall(IMAGE_KEY.sub(" ", line)):
-                is_line = token == line.rstrip() and has_reference(token)
+                is_line = token == line and has_reference(token)
                 if is_line or is_meant(token.rstrip(".:")):
                     yield number, token.rstrip(".:"), True
 
@@ -6981,8 +6982,7 @@ class Copy(Plan):
     def clear(self) -> None:
         super().clear()
         self.present: Set[Digest] = set()  # manifests that the target has, if it is nearer
-        self.root_referrers: Optional[List[Digest]] = None  # as the source has them
-        self.is_known = False  # whether the target has these, and the image
+        self.ask_source = functools.lru_cache(maxsize=None)(super().referrer_digests)
 
     def read_manifest(self, digest: Digest) -> Manifest:
         """From the target, if it has the manifest and is nearer: Docker Hub counts reads."""
@@ -6998,15 +6998,11 @@ class Copy(Plan):
         """From the source. If the target is nearer, and has the image and all that is about it,
         what is about the children that it has is read there: who signs a child signs the index as
         well, and so a rerun costs one request instead of one for each child."""
-        if self.root_referrers is None:
-            self.root_referrers = super().referrer_digests(self.root)
-            self.is_known = self.root in self.present and set(self.root_referrers).issubset(
-                self.target.referrer_digests(self.target_name, self.root))
-        if digest == self.root:
-            return self.root_referrers
-        if self.is_known and digest in self.present:
-            return self.target.referrer_digests(self.target_name, digest)
-        return super().referrer_digests(digest)
+        ask_target = functools.partial(self.target.referrer_digests, self.target_name)
+        if (digest != self.root and {digest, self.root} <= self.present
+                and set(self.ask_source(self.root)).issubset(ask_target(self.root))):
+            return ask_target(digest)
+        return self.ask_source(digest)
 
     def measure(self) -> Dict[Digest, int]:
         """{digest: bytes that the target lacks} of the blobs that it has not got whole."""
@@ -12825,7 +12821,6 @@ class Progress:
         self.is_moving = sys.stderr.isatty() and not self.is_quiet
         self.reports: List[Report] = []  # of all images that are copied
         self.next_time = 0.0  # of the monotonic clock; until then the line is not drawn again
-        self.mutex = threading.Lock()  # every thread that copies a blob calls watch()
 
     def show(self, line: str) -> None:
         """Show a line in place of the one that moves; "" only removes that."""
@@ -12843,12 +12838,11 @@ class Progress:
         self.show("%s, %s read" % (counted(blobs, "blob"), in_units(size)))
 
     def watch(self, report: Report) -> None:
-        """Show how far an image is, at most ten times a second. Report calls this."""
-        with self.mutex:
-            if not self.is_moving or time.monotonic() < self.next_time:
-                return
-            self.next_time = time.monotonic() + 0.1
-        share = report.moved_bytes() / report.total_bytes if report.total_bytes else 1.0
+        """Show how far an image is, about ten times a second. Report calls this, in any thread."""
+        if not self.is_moving or time.monotonic() < self.next_time:
+            return
+        self.next_time = time.monotonic() + 0.1
+        share = report.moved_bytes() / max(report.total_bytes, 1)
         bar = ("#" * int(share * 20)).ljust(20, "-")
         self.show("%s [%s] %d %%, in total %s of %s" % (
             report.image, bar, share * 100,
@@ -13321,7 +13315,7 @@ def verdict_on(check: Verification) -> str:
     if check.findings:
         verdict = ("%d damaged or missing; push the images that it harms (or copy the archive) "
                    "again" % len(check.findings))
-        if all(finding.problem.startswith("part ") for finding in check.findings):
+        if all(finding.what.startswith("part ") for finding in check.findings):
             verdict = "what was given is well; give all parts to know about the rest"
     if check.unsigned:
         verdict = verdict.replace("all is well", "nothing is damaged")
@@ -13333,14 +13327,15 @@ def verdict_on(check: Verification) -> str:
 
 def report_verification(options: argparse.Namespace, check: Verification) -> None:
     """Print what was read, what is wrong, and what that harms."""
-    findings = sorted(check.findings.items())
+    damage: List[Dict[str, Any]] = [dict(finding._asdict(), harms=sorted(images))
+                                    for finding, images in sorted(check.findings.items())]
     lines = []
-    for finding, images in findings:
-        lines.append("%s: %s (%s)" % finding)
-        lines += ["    harms " + image for image in sorted(images)]
+    for entry in damage:
+        lines.append("%(what)s: %(name)s (%(path)s)" % entry)
+        lines += ["    harms " + image for image in entry["harms"]]
     would = "would be " if options.dry_run and options.repair else ""
     moved = check.moved if not would else [
-        finding.path for finding, _ in findings if finding.problem != "missing blob"]
+        entry["path"] for entry in damage if entry["what"] != "missing blob"]
     lines += ["%sput aside: %s" % (would, path) for path in moved]
     lines += ["not signed by a key of --signed-by: " + image for image in check.unsigned]
     if not options.quiet:
@@ -13350,8 +13345,6 @@ def report_verification(options: argparse.Namespace, check: Verification) -> Non
                 would + "removed" if options.repair else "no harm; --repair removes that"))
         lines.append("%s, %s: %s" % (counted(check.blobs, "blob"), in_units(check.bytes),
                                      verdict_on(check)))
-    damage = [{"what": finding.problem, "name": finding.name, "path": finding.path,
-               "harms": sorted(images)} for finding, images in findings]
     show(options, {"blobs": check.blobs, "size": check.bytes, "damage": damage,
                    "left_out": len(check.left_out), "moved": moved, "unsigned": check.unsigned,
                    "leftovers": len(check.leftovers)}, lines)
@@ -13404,8 +13397,7 @@ def verify(options: argparse.Namespace) -> int:
                                   options.repair and not options.dry_run, images)
     check.run()
     if options.signed_by:
-        registry = Archive(archives, partly=True) if archives else store
-        check.unsigned = list(collections.OrderedDict.fromkeys(
+        check.unsigned = list(dict.fromkeys(
             iter_unsigned(registry, sum(options.signed_by, []), images)))
     progress.show("")
     report_verification(options, check)
