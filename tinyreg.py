@@ -7313,9 +7313,14 @@ class Request:
         self.who: Optional[Who] = None         # once Access has identified the client
         self.route: Any = None                 # its row in the table of routes, if there is one, …
         self.path_values: Dict[str, Any] = {}  # … and what the path has: name, reference, digest, …
+        self.access: Any = None                # the Access that decides what the client may do
         self.observation: Any = None           # the server's Observation
         # Raises ClientLeft once nobody waits for the response any more.
         self.check_wanted: Callable[[], None] = do_nothing
+
+    def allows(self, action: str, name: Optional[str] = None) -> bool:
+        """Whether the client may do this; see Access."""
+        return self.access.allows(self, action, name)
 
     def get(self, parameter: str, default: Any = None) -> Any:
         """The last value of a query parameter, or the default without one."""
@@ -8548,28 +8553,28 @@ def list_page(key: str, path: str, entries: Iterable[str], count: int, **fields:
 
 # Handlers: determining support, content discovery
 
-def get_base(registry: Registry, access: Access, request: Request) -> Response:
+def get_base(registry: Registry, request: Request) -> Response:
     """That this is a registry (end-1): docker login and each client's first request ask that."""
     return Response.of_json({})
 
 
-def get_catalog(registry: Registry, access: Access, request: Request) -> Response:
+def get_catalog(registry: Registry, request: Request) -> Response:
     """The names of the repositories that the client may pull, in pages. The specification does not
     have it, but Distribution does, and crane uses it."""
     names = (name for name in registry.repositories(request.get("last", ""))
-             if access.lists(request, name))
+             if request.access.lists(request, name))
     return list_page("repositories", "/v2/_catalog", names, asked_count(request, PAGE_SIZE))
 
 
-def get_token(registry: Registry, access: Access, request: Request) -> Response:
+def get_token(registry: Registry, request: Request) -> Response:
     """A token for a client that was told to use Bearer (Distribution's token protocol). Raises
     UNAUTHORIZED."""
-    token = access.make_token(request, request.query.get("scope", ()))
+    token = request.access.make_token(request, request.query.get("scope", ()))
     return Response.of_json({"token": token, "access_token": token, "expires_in": TOKEN_LIFE},
                             [("Cache-Control", "no-store")])
 
 
-def get_tags(registry: Registry, access: Access, request: Request, name: str) -> Response:
+def get_tags(registry: Registry, request: Request, name: str) -> Response:
     """The tags of a repository (end-8a, end-8b): all of them, unless the client asks for pages.
     Raises NAME_UNKNOWN."""
     return list_page("tags", "/v2/%s/tags/list" % name,
@@ -8577,8 +8582,7 @@ def get_tags(registry: Registry, access: Access, request: Request, name: str) ->
                      asked_count(request, sys.maxsize - 1), name=name)
 
 
-def get_referrers(registry: Registry, access: Access, request: Request, name: str,
-                  digest: Digest) -> Response:
+def get_referrers(registry: Registry, request: Request, name: str, digest: Digest) -> Response:
     """The manifests that are about another (end-12a, end-12b) as an index, in pages that stay below
     the size of a manifest.
 
@@ -8607,8 +8611,7 @@ def get_referrers(registry: Registry, access: Access, request: Request, name: st
 
 # Handlers: manifests
 
-def get_manifest(registry: Registry, access: Access, request: Request, name: str,
-                 reference: Reference) -> Response:
+def get_manifest(registry: Registry, request: Request, name: str, reference: Reference) -> Response:
     """A manifest as it was pushed, whatever Accept says (end-3). Raises NAME_UNKNOWN,
     MANIFEST_UNKNOWN."""
     digest = resolve_reference(registry, name, reference)
@@ -8630,19 +8633,17 @@ def read_manifest_body(request: Request) -> bytes:
     return bytes(content)
 
 
-def mount_missing(registry: Registry, access: Access, request: Request, name: str,
-                  digests: Iterable[str]) -> bool:
+def mount_missing(registry: Registry, request: Request, name: str, digests: Iterable[str]) -> bool:
     """Mount blobs from the other repositories that a read of this name may mean. A HEAD there told
     the client that it need not send them. Returns whether all are here now."""
     for other in set(names_to_try(name, request.get("ns"))) - {name}:
-        if access.allows(request, "pull", other):
+        if request.allows("pull", other):
             digests = [digest for digest in digests
                        if not registry.mount(name, Digest(digest), other)]
     return not digests
 
 
-def put_manifest(registry: Registry, access: Access, request: Request, name: str,
-                 reference: Reference) -> Response:
+def put_manifest(registry: Registry, request: Request, name: str, reference: Reference) -> Response:
     """Store a manifest under a tag (end-7a), or under its digest and any tags (end-7b).
 
     Raises MANIFEST_INVALID, MANIFEST_BLOB_UNKNOWN, DIGEST_INVALID."""
@@ -8654,7 +8655,7 @@ def put_manifest(registry: Registry, access: Access, request: Request, name: str
     try:
         put()
     except BlobsMissing as error:
-        if not mount_missing(registry, access, request, name, error.details):
+        if not mount_missing(registry, request, name, error.details):
             raise
         put()
     headers = [("Location", "/v2/%s/manifests/%s" % (name, manifest.digest)),
@@ -8666,7 +8667,7 @@ def put_manifest(registry: Registry, access: Access, request: Request, name: str
     return Response(201, headers)
 
 
-def delete_manifest(registry: Registry, access: Access, request: Request, name: str,
+def delete_manifest(registry: Registry, request: Request, name: str,
                     reference: Reference) -> Response:
     """Delete a tag, or a manifest with all tags that point to it (end-9). Raises NAME_UNKNOWN,
     MANIFEST_UNKNOWN."""
@@ -8679,8 +8680,7 @@ def delete_manifest(registry: Registry, access: Access, request: Request, name: 
 
 # Handlers: blobs
 
-def get_blob(registry: Registry, access: Access, request: Request, name: str,
-             digest: Digest) -> Response:
+def get_blob(registry: Registry, request: Request, name: str, digest: Digest) -> Response:
     """A blob, or the one range of it that the client asks for (end-2). Raises NAME_UNKNOWN,
     BLOB_UNKNOWN, RANGE_INVALID."""
     headers = content_headers(digest, OCTET_STREAM)
@@ -8704,7 +8704,7 @@ def get_blob(registry: Registry, access: Access, request: Request, name: str,
     return Response(206, headers, blob.part(start, length))
 
 
-def get_file(registry: Registry, access: Access, request: Request, name: str,
+def get_file(registry: Registry, request: Request, name: str,
              reference: Reference, file: str) -> Response:
     """A file of an artifact, as get_blob() gives a blob; else, of no or another name, a list of the
     names that there are. A browser is to keep the file, and not to show it: it may be a page with
@@ -8714,14 +8714,13 @@ def get_file(registry: Registry, access: Access, request: Request, name: str,
     files, title = files_in(registry, name, manifest), file[1:]
     if title not in files:
         return Response.of_text("".join(title + "\n" for title in files), 404 if title else 200)
-    response = get_blob(registry, access, request, name, files[title].digest)
+    response = get_blob(registry, request, name, files[title].digest)
     response.headers.append(("Content-Disposition", "attachment; filename*=UTF-8''"
                              + urllib.parse.quote(os.path.basename(title))))
     return response
 
 
-def delete_blob(registry: Registry, access: Access, request: Request, name: str,
-                digest: Digest) -> Response:
+def delete_blob(registry: Registry, request: Request, name: str, digest: Digest) -> Response:
     """Take a blob from a repository (end-10). Raises NAME_UNKNOWN, BLOB_UNKNOWN."""
     registry.delete_blob(name, digest)
     return Response(202)
@@ -8767,31 +8766,30 @@ def append_body(session: UploadSession, request: Request) -> None:
                             {"Content-Range": content_range, "offset": session.offset})
 
 
-def try_mount(registry: Registry, access: Access, request: Request, name: str,
-              digest: Digest) -> bool:
+def try_mount(registry: Registry, request: Request, name: str, digest: Digest) -> bool:
     """Mount a blob from the repository in `from`; whether that has it.
 
     Without `from`, any repository will do if the client may pull from all. A blob that the client
     may not pull counts as missing, so the client has to upload it. Raises NAME_INVALID."""
     source = request.get("from") or None
     if source:
-        may_pull = access.allows(request, "pull", parse_name(source))
+        may_pull = request.allows("pull", parse_name(source))
     else:
-        may_pull = access.pulls_everything(request)
+        may_pull = request.access.pulls_everything(request)
     return may_pull and registry.mount(name, digest, source)
 
 
-def start_upload(registry: Registry, access: Access, request: Request, name: str) -> Response:
+def start_upload(registry: Registry, request: Request, name: str) -> Response:
     """Mount a blob (end-11), or take it whole (end-4b), or begin an upload (end-4a, end-4c).
 
     Raises DIGEST_INVALID, NAME_INVALID."""
     mount, digest = request.get("mount"), request.get("digest")
-    if mount is not None and try_mount(registry, access, request, name, parse_digest(mount)):
+    if mount is not None and try_mount(registry, request, name, parse_digest(mount)):
         return created_blob(name, mount)
     if digest is None:
         algorithm = parse_algorithm(request.get("digest-algorithm", "sha256"))
         session = registry.start_upload(name, algorithm)
-        access.uploads.count(request.client, session, registry.has_upload)
+        request.access.uploads.count(request.client, session, registry.has_upload)
         return Response(202, upload_headers(session))
     digest = parse_digest(digest)
     session = registry.start_upload(name, digest.algorithm)
@@ -8804,8 +8802,7 @@ def start_upload(registry: Registry, access: Access, request: Request, name: str
     return created_blob(name, digest)
 
 
-def get_upload(registry: Registry, access: Access, request: Request, name: str,
-               session_id: str) -> Response:
+def get_upload(registry: Registry, request: Request, name: str, session_id: str) -> Response:
     """How far an upload is (end-13). Raises BLOB_UPLOAD_UNKNOWN."""
     return Response(204, upload_headers(registry.find_upload(name, session_id)))
 
@@ -8820,16 +8817,14 @@ def carried_session(registry: Registry, request: Request, name: str,
     return session
 
 
-def append_to_upload(registry: Registry, access: Access, request: Request, name: str,
-                     session_id: str) -> Response:
+def append_to_upload(registry: Registry, request: Request, name: str, session_id: str) -> Response:
     """Take a chunk (end-5). Raises BLOB_UPLOAD_UNKNOWN, RANGE_INVALID, SIZE_INVALID."""
     session = carried_session(registry, request, name, session_id)
     append_body(session, request)
     return Response(202, upload_headers(session))
 
 
-def finish_upload(registry: Registry, access: Access, request: Request, name: str,
-                  session_id: str) -> Response:
+def finish_upload(registry: Registry, request: Request, name: str, session_id: str) -> Response:
     """Take the last chunk, if there is one, and make the upload a blob (end-6).
 
     Raises BLOB_UPLOAD_UNKNOWN, RANGE_INVALID, SIZE_INVALID, DIGEST_INVALID."""
@@ -8840,8 +8835,7 @@ def finish_upload(registry: Registry, access: Access, request: Request, name: st
     return created_blob(name, digest)
 
 
-def cancel_upload(registry: Registry, access: Access, request: Request, name: str,
-                  session_id: str) -> Response:
+def cancel_upload(registry: Registry, request: Request, name: str, session_id: str) -> Response:
     """Forget an upload (end-14). Raises BLOB_UPLOAD_UNKNOWN."""
     registry.find_upload(name, session_id).cancel()
     return Response(204)
@@ -9029,7 +9023,7 @@ def find_route(request: Request) -> Optional[Route]:
     return None
 
 
-def choose_repository(registry: Registry, access: Access, request: Request, name: str) -> str:
+def choose_repository(registry: Registry, request: Request, name: str) -> str:
     """The repository that a read of this name means: of those in names_to_try() that the client may
     pull, the first that exists. A tag that this one lacks is not looked for under other names.
 
@@ -9037,19 +9031,19 @@ def choose_repository(registry: Registry, access: Access, request: Request, name
     address to call. Pushes ignore it. Raises NAME_INVALID, DENIED, UNAUTHORIZED."""
     names = names_to_try(name, request.get("ns"))
     # An image from elsewhere, in place of one that the client may not pull, would deceive.
-    access.check(request, "pull", names[0])
-    names = [other for other in names if access.allows(request, "pull", other)]
+    request.access.check(request, "pull", names[0])
+    names = [other for other in names if request.allows("pull", other)]
     return next(filter(registry.has_repository, names), names[0])
 
 
-def handle(registry: Registry, access: Access, request: Request) -> Response:
+def handle(registry: Registry, request: Request) -> Response:
     """Find the handler of a request and call it. Raises RegistryError, OSError, ClientLeft."""
     HOPS.passed = HOP.findall(request.header("via"))
     is_api = request.path.startswith("/v2/")
     if is_api:
         # Before anything else: clients expect the 401 for whatever they ask first.
         try:
-            access.check(request, "pull")
+            request.access.check(request, "pull")
         except RegistryError:
             with contextlib.suppress(RegistryError):  # the log says what was asked, if it is known
                 find_route(request)
@@ -9062,10 +9056,10 @@ def handle(registry: Registry, access: Access, request: Request) -> Response:
     values = request.path_values
     name = values.get("name")
     if route.action == "pull" and name:
-        values["name"] = choose_repository(registry, access, request, name)
+        values["name"] = choose_repository(registry, request, name)
     else:
-        access.check(request, route.action, name)
-    response = route.handler(registry, access, request, **values)
+        request.access.check(request, route.action, name)
+    response = route.handler(registry, request, **values)
     if values.get("name") != name and request.get("ns"):
         response.headers.append(("OCI-Namespace", request.get("ns")))
     event = route.events.get(response.status)
@@ -9078,8 +9072,9 @@ def handle(registry: Registry, access: Access, request: Request) -> Response:
 
 def dispatch(registry: Registry, access: Access, request: Request) -> Response:
     """The Response to a Request, whatever happens; only ClientLeft passes through."""
+    request.access = access
     try:
-        return handle(registry, access, request)
+        return handle(registry, request)
     except RegistryError as error:  # this is what it is for: to tell the client
         return Response.of_error(error)
     except ClientLeft:
@@ -9746,7 +9741,7 @@ def platform_table(registry: Registry, name: str, index: Manifest) -> Optional[M
         for child in index.manifests[:ROWS]])
 
 
-def layer_table(registry: Registry, access: Access, request: Request, name: str,
+def layer_table(registry: Registry, request: Request, name: str,
                 layers: Sequence[Descriptor], history: Sequence[Any]) -> Optional[Markup]:
     """The layers with the commands that made them, and with the other repositories that have them,
     as far as the client may pull those. Unless there is one command for each layer, nobody can
@@ -9769,7 +9764,7 @@ def layer_table(registry: Registry, access: Access, request: Request, name: str,
         layer = next(rest)
         size = in_units(layer.size)
         others = [[link(other, repository=other), " "] for other in sharers.get(layer.digest, ())
-                  if other != name and access.allows(request, "pull", other)]
+                  if other != name and request.allows("pull", other)]
         others[4:] = [["…"]] if len(others) > 4 else []
         rows.append((bar([("own", layer.size)], largest, size), size,
                      fill("<code>%s</code>", command or layer.media_type), others,
@@ -9779,7 +9774,7 @@ def layer_table(registry: Registry, access: Access, request: Request, name: str,
                  rows)
 
 
-def image_details(registry: Registry, access: Access, request: Request, name: str,
+def image_details(registry: Registry, request: Request, name: str,
                   manifest: Manifest, files: Dict[str, Descriptor]) -> Content:
     """The layers and the config of an image; what a chart says of itself; None of an index. The
     config may contain any JSON: it was not checked when it was pushed."""
@@ -9792,7 +9787,7 @@ def image_details(registry: Registry, access: Access, request: Request, name: st
     words = member(settings, "Entrypoint", list) + member(settings, "Cmd", list)
     command = " ".join(shlex.quote(str(word)) for word in words)
     layers = manifest.blobs[1:] if manifest.document.get("config") else manifest.blobs
-    return [layer_table(registry, access, request, name, layers, member(config, "history", list)),
+    return [layer_table(registry, request, name, layers, member(config, "history", list)),
             definitions("Config", [("Runs", [command] if words else None)]
                         + [(re.sub("(?<=[a-z])(?=[A-Z])", " ", key), value)
                            for key, value in sorted(settings.items())
@@ -9834,8 +9829,7 @@ def history_table(registry: Registry, name: str, reference: Reference) -> Option
                  rows if len(rows) > 1 else [])
 
 
-def image_page(registry: Registry, access: Access, request: Request, name: str,
-               reference: Reference) -> Response:
+def image_page(registry: Registry, request: Request, name: str, reference: Reference) -> Response:
     """All that is known of one manifest. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN."""
     manifest = registry.manifest(name, resolve_reference(registry, name, reference))
     image = image_text(name, reference)
@@ -9853,7 +9847,7 @@ def image_page(registry: Registry, access: Access, request: Request, name: str,
             (fill('<a href="files/%s/%s">%s</a>', image, urllib.parse.quote(file), file),
              in_units(blob.size), blob.media_type) for file, blob in files.items()]),
         platform_table(registry, name, manifest),
-        image_details(registry, access, request, name, manifest, files),
+        image_details(registry, request, name, manifest, files),
         table("About this image", ("Kind", "Type", "Digest"), about), about and fill(ABOUT_NOTE),
         history_table(registry, name, reference),
         definitions("Annotations", sorted(member(manifest.document, "annotations", dict).items())),
@@ -9883,7 +9877,7 @@ def tags_page(registry: Registry, request: Request, name: str) -> Response:
         above=fill(CRUMBS, link("Repositories", q=request.get("q")), None))
 
 
-def repositories_page(registry: Registry, access: Access, request: Request) -> Response:
+def repositories_page(registry: Registry, request: Request) -> Response:
     """One page of the repositories, each with its last tags. A search looks at all names."""
     wanted, order = request.get("q", "").strip().lower(), request.get("order")
 
@@ -9892,8 +9886,9 @@ def repositories_page(registry: Registry, access: Access, request: Request) -> R
             return max(tag_times(registry, name).values(), default=0.0)
         return 0.0
 
-    names, tools = one_page(request, [name for name in registry.repositories() if wanted in name
-                                      and access.lists(request, name)], "repository", last_push)
+    names, tools = one_page(
+        request, [name for name in registry.repositories() if wanted in name
+                  and request.access.lists(request, name)], "repository", last_push)
     usage = registry.usage(PAGE_PATIENCE)
     sizes = usage["repositories"] if usage else {}
     tables: Dict[str, List[Sequence[Content]]] = {}
@@ -9928,27 +9923,27 @@ def for_people(request: Request, response: Response) -> Response:
     return shown
 
 
-def find_page(registry: Registry, access: Access, request: Request) -> Response:
+def find_page(registry: Registry, request: Request) -> Response:
     """The repositories, the tags of a repository, or one image, as the query says. Raises
     NAME_UNKNOWN, MANIFEST_UNKNOWN."""
     registry = registry.at_hand()  # to look is not to fetch
     name, reference = request.get("repository"), request.get("reference")
     if name is None:
-        return repositories_page(registry, access, request)
+        return repositories_page(registry, request)
     name = parse_name(name)
-    if not access.allows(request, "pull", name):  # nor may the client learn that it exists
+    if not request.allows("pull", name):  # nor may the client learn that it exists
         raise RegistryError("NAME_UNKNOWN", name)
     if reference is None:
         return tags_page(registry, request, name)
-    return image_page(registry, access, request, name, parse_reference(reference))
+    return image_page(registry, request, name, parse_reference(reference))
 
 
-def get_page(registry: Registry, access: Access, request: Request) -> Response:
+def get_page(registry: Registry, request: Request) -> Response:
     """What the query asks for, or that it is not here."""
     try:
-        return find_page(registry, access, request)
+        return find_page(registry, request)
     except Unknown:
-        response = page("Not here", fill(NOT_HERE, access.users_file and Markup(OR_LOG_IN)))
+        response = page("Not here", fill(NOT_HERE, request.access.users_file and Markup(OR_LOG_IN)))
         response.status = 404
         return response
 
@@ -9977,7 +9972,7 @@ def garbage(store: Directory, measured: float) -> int:
     return collection.counts["bytes"]
 
 
-def disk_page(registry: Registry, access: Access, request: Request) -> Response:
+def disk_page(registry: Registry, request: Request) -> Response:
     """What takes the space, what is shared, and what is free; measured every now and then."""
     usage = registry.usage()
     if usage is None:
@@ -10003,7 +9998,7 @@ def disk_page(registry: Registry, access: Access, request: Request) -> Response:
              ago(usage["time"]), in_units(freed), command_line(GC_COMMANDS)),
         largest_repositories([(own, shared, name)
                               for name, (own, shared) in usage["repositories"].items()
-                              if access.allows(request, "pull", name)]))
+                              if request.allows("pull", name)]))
 
 
 # Setting up clients
@@ -10078,30 +10073,30 @@ def known_origins(registry: Registry, is_listed: Callable[[str], bool] = bool) -
                 names = registry.repositories(host + "/~")
 
 
-def outside_host(access: Access, request: Request) -> str:
+def outside_host(request: Request) -> str:
     """HOST[:PORT] by which other machines know this registry: never localhost, unless the registry
     serves this machine only."""
     host = request.host()
-    if is_this_machine(host) and not access.only_local:
+    if is_this_machine(host) and not request.access.only_local:
         return os.uname().nodename + host[len(without_port(host)):]
     return host
 
 
-def client_setup(registry: Registry, access: Access, request: Request, mirror: bool) -> ClientSetup:
+def client_setup(registry: Registry, request: Request, mirror: bool) -> ClientSetup:
     """What a client is told over HTTP; only of origins that it may see."""
     ca = (request.ca or b"").decode() if request.outer_scheme() == "https" else None
     origins = ["docker.io"] if mirror else []
-    if mirror and access.allows(request, "pull"):
-        origins = known_origins(registry, functools.partial(access.lists, request))
-    return ClientSetup(outside_host(access, request), ca, origins)
+    if mirror and request.allows("pull"):
+        origins = known_origins(registry, functools.partial(request.access.lists, request))
+    return ClientSetup(outside_host(request), ca, origins)
 
 
-def use_script(registry: Registry, access: Access, request: Request, client: str) -> Response:
+def use_script(registry: Registry, request: Request, client: str) -> Response:
     """The script alone that sets up a client; with ?mirror in the target, for all origins."""
     if client not in CLIENTS:
         clients = ", ".join(CLIENTS)
         return Response.of_text("404: there is a script for each of: %s\n" % clients, 404)
-    setup = client_setup(registry, access, request, request.get("mirror") is not None)
+    setup = client_setup(registry, request, request.get("mirror") is not None)
     return Response.of_text(client_script(client, setup) or "# nothing is needed\n")
 
 
@@ -10122,18 +10117,18 @@ def fingerprint(certificate: bytes) -> str:
     return ":".join(re.findall("..", encoded))
 
 
-def use_page(registry: Registry, access: Access, request: Request) -> Response:
+def use_page(registry: Registry, request: Request) -> Response:
     """How to use this registry, for a person who was told its address and nothing else."""
-    host = outside_host(access, request)
+    host = outside_host(request)
     ca = request.ca and fill(USE_CA, command_line(
         "curl -fsS -o tinyreg-ca.crt http://%s/ca.crt\n"
         "openssl x509 -noout -fingerprint -sha256 -in tinyreg-ca.crt" % host),
         fingerprint(request.ca))
-    user = access.identify(request).user or "your-name"
-    place = access.rules.place_to_push(user) or "me/**"
+    user = request.access.identify(request).user or "your-name"
+    place = request.access.rules.place_to_push(user) or "me/**"
     image = "%s/%s" % (host, place.replace("**", "alpine").replace("*", "alpine"))
-    login = access.users_file and fill(USE_LOGIN, command_line("docker login " + host))
-    setup, mirror = [client_help(client_setup(registry, access, request, mirror))
+    login = request.access.users_file and fill(USE_LOGIN, command_line("docker login " + host))
+    setup, mirror = [client_help(client_setup(registry, request, mirror))
                      for mirror in (False, True)]
     return page("How to use it", fill(
         USE_PAGE, ca, setup, login, command_line("docker pull %s/NAME:TAG" % host),
@@ -10141,7 +10136,7 @@ def use_page(registry: Registry, access: Access, request: Request) -> Response:
         mirror))
 
 
-def log_in(registry: Registry, access: Access, request: Request) -> Response:
+def log_in(registry: Registry, request: Request) -> Response:
     """Back to the page. Access has made the browser ask for a password first, if there are any.
     Raises UNAUTHORIZED."""
     return Response(303, [("Location", "./")])
@@ -10165,8 +10160,7 @@ def plan_archive(registry: Registry, name: str, reference: Reference,
     return writer
 
 
-def get_archive(registry: Registry, access: Access, request: Request, name: str,
-                reference: Reference) -> Response:
+def get_archive(registry: Registry, request: Request, name: str, reference: Reference) -> Response:
     """An image with its signatures and SBOMs, as a tar that docker load, podman load, ctr import
     and tinyreg.py load read. Its blobs are read while they are sent. Raises NAME_UNKNOWN,
     MANIFEST_UNKNOWN, BLOB_UNKNOWN."""
@@ -10187,7 +10181,7 @@ def get_archive(registry: Registry, access: Access, request: Request, name: str,
                     Stream(functools.partial(writer.write, blobs), writer.size(blobs)))
 
 
-def get_own_source(registry: Registry, access: Access, request: Request) -> Response:
+def get_own_source(registry: Registry, request: Request) -> Response:
     """This file, unless it was moved or deleted since the start."""
     source = read_file(__file__, -1)
     if source is None:
@@ -10197,25 +10191,26 @@ def get_own_source(registry: Registry, access: Access, request: Request) -> Resp
 
 # Live
 
-def check_live(access: Access, request: Request) -> None:
+def check_live(request: Request) -> None:
     """Raises DENIED or UNAUTHORIZED if the client may not watch what others do. With --log explain,
     which is meant for a classroom, everybody may; else who may delete in all repositories."""
     if not request.observation.live:
         raise RegistryError("UNSUPPORTED",
                             message="an archive is served here; there is nothing to see live")
     if request.observation.style != "explain":
-        access.check(request, "delete", "**")  # no repository's name: only a rule for ** fits it
+        # It is no repository's name: only a rule for ** fits it.
+        request.access.check(request, "delete", "**")
 
 
-def live_page(registry: Registry, access: Access, request: Request) -> Response:
+def live_page(registry: Registry, request: Request) -> Response:
     """The page that shows what clients and registry say to each other, as it happens. Raises
     DENIED, UNAUTHORIZED, UNSUPPORTED."""
-    check_live(access, request)
+    check_live(request)
     command = "curl -N %s://%s/live/events" % (request.outer_scheme(), request.host())
     return page("Live", fill(LIVE_PAGE, command_line(command)))
 
 
-def send_live_events(access: Access, request: Request, exchanges: Iterator[Optional[Exchange]],
+def send_live_events(request: Request, exchanges: Iterator[Optional[Exchange]],
                      send: Callable[[bytes], Any]) -> None:
     """Send what the client may see of each exchange, as server-sent events, until it leaves.
 
@@ -10227,25 +10222,25 @@ def send_live_events(access: Access, request: Request, exchanges: Iterator[Optio
         if exchange is None:
             send(b"\n" if number % 50 == 49 else b"")
             continue
-        if not access.pulls_everything(request):
+        if not request.access.pulls_everything(request):
             exchange = without_names(exchange)
-        allowed = not exchange.name or access.allows(request, "pull", exchange.name)
+        allowed = not exchange.name or request.allows("pull", exchange.name)
         if allowed and exchange.route != "live_events":
             line = "event: %s\ndata: %s\n\n" % (
                 outcome(exchange), harmless(request.observation.explain(exchange)))
             send(line.encode("utf-8", "replace"))
 
 
-def live_events(registry: Registry, access: Access, request: Request) -> Response:
+def live_events(registry: Registry, request: Request) -> Response:
     """The events for the script of the live page. Raises DENIED, UNAUTHORIZED, UNSUPPORTED."""
-    check_live(access, request)
+    check_live(request)
     # X-Accel-Buffering makes nginx pass each event on at once.
     headers = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"),
                ("X-Accel-Buffering", "no")]
     exchanges = request.observation.live.watch()
     next(exchanges)  # from here on; only then is the client told that it is connected
     return Response(200, headers, Stream(
-        functools.partial(send_live_events, access, request, exchanges)))
+        functools.partial(send_live_events, request, exchanges)))
 
 
 # For machines
@@ -10261,10 +10256,10 @@ store_free_bytes %(free)d
 """
 
 
-def get_metrics(registry: Registry, access: Access, request: Request) -> Response:
+def get_metrics(registry: Registry, request: Request) -> Response:
     """Numbers for Prometheus. Raises DENIED, UNAUTHORIZED."""
     if not request.observation.metrics_open:
-        access.check(request, "watch")
+        request.access.check(request, "watch")
     gauges = list(request.observation.gauges())
     usage = registry.usage()
     if usage is not None:
@@ -10278,12 +10273,12 @@ READINESS_WAIT = 5.0  # seconds; half of what load balancers commonly wait
 READINESS = concurrent.futures.ThreadPoolExecutor(1)  # the thread that asks the disk
 
 
-def get_health(registry: Registry, access: Access, request: Request) -> Response:
+def get_health(registry: Registry, request: Request) -> Response:
     """That the server is alive."""
     return Response.of_text("ok\n")
 
 
-def get_readiness(registry: Registry, access: Access, request: Request) -> Response:
+def get_readiness(registry: Registry, request: Request) -> Response:
     """That the server can do its work: the store is there, has room, and can be written to unless
     it is read-only. Raises OSError, UNAVAILABLE.
 
@@ -10306,7 +10301,7 @@ def ca_response(request: Request) -> Response:
     return Response(200, [("Content-Type", "application/x-x509-ca-cert")], request.ca)
 
 
-def get_ca(registry: Registry, access: Access, request: Request) -> Response:
+def get_ca(registry: Registry, request: Request) -> Response:
     """The CA's certificate. Everybody gets it: no client can log in before it trusts the CA."""
     return ca_response(request)
 
