@@ -7268,7 +7268,6 @@ NEEDED = {"look": 0, "login": 0, "watch": 1, "pull": 1, "push": 2, "delete": 3, 
 USER = re.compile(r"[^\s:#*@\x00-\x1f\x7f\ud800-\udfff][^\s:#\x00-\x1f\x7f\ud800-\udfff]{0,127}")
 RULE = re.compile(r"((?:[a-z0-9._/*-]|\{user\})+)[ \t]+(\S+)[ \t]+(none|pull|push|admin)")
 SCRYPT = re.compile(r"(\$scrypt\$ln=14,r=8,p=1\$([A-Za-z0-9+/]{24})\$)([A-Za-z0-9+/]{43})?")
-BCRYPT_LETTERS = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 MAX_PASSWORD = 72            # bytes; bcrypt reads no more, and Go's refuses more
 TOKEN_LIFE = 300             # seconds; docker asks for a new one when it needs it
 TOKEN_PATH = "/v2/token"     # many a proxy passes /v2/ alone, as Distribution's documentation says
@@ -7388,8 +7387,8 @@ def new_hash(password: str) -> str:
 
     It is bcrypt, which Distribution reads too: $2y$, because Apache reads no other, or $2b$ on
     BSDs that have no other. It is scrypt if crypt(3) has no bcrypt, as on macOS."""
-    letters = "".join(random.SystemRandom().choice(BCRYPT_LETTERS) for _ in range(21))
     salt = base64.b64encode(os.urandom(18)).decode()
+    letters = salt[:21].replace("+", ".")  # bcrypt's letters are those of base64, but . for +
     for setting in ("$2y$10$%s." % letters, "$2b$10$%s." % letters,
                     "$scrypt$ln=14,r=8,p=1$%s$" % salt):
         hashed = hash_password(password, setting)
@@ -7432,20 +7431,19 @@ class WrongPasswords:
     """Counts the wrong passwords of each client, over all processes of a server.
 
     It is made in shared memory before the fork. Each process writes its own row and reads all, so
-    that none waits for another. A client's place in the rows follows from its hash. If another
-    client has the same place, it takes the place over: a count is forgotten, but nobody is locked
-    out."""
+    that none waits for another. A client's place in the rows follows from its hash, which nobody
+    can foresee and all processes share. If another client has the same place, it takes the place
+    over: a count is forgotten, but nobody is locked out."""
 
     def __init__(self, processes: int) -> None:
-        self.key = os.urandom(16)
         # Three numbers for each place: whose it is, since when, and how many.
         self.cells = memoryview(mmap.mmap(-1, 24 * REMEMBERED * processes)).cast("d")
         self.process = 0
 
     def add(self, client: str, amount: int) -> Tuple[int, int]:
         """Add to a client's count. Returns the count, and the seconds until it ends."""
-        key = hashlib.blake2b(client.encode(), key=self.key, digest_size=6).digest()
-        owner, now = int.from_bytes(key, "big") + 1, time.monotonic()
+        # 0 is nobody's, and a cell has room for 53 bits.
+        owner, now = hash(client) % (1 << 48) + 1, time.monotonic()
         starts = range(owner % REMEMBERED * 3, len(self.cells), REMEMBERED * 3)
         counts = [self.cells[start:start + 3] for start in starts]
         own = counts[self.process]
@@ -7616,8 +7614,12 @@ class Rules:
         self.anonymous = LEVELS.index(anonymous)
         self.default = LEVELS.index("none" if path else "admin")
 
-    def level(self, user: Optional[str], name: str) -> int:
-        """What a user, or a client without one, may do in a repository."""
+    def level(self, user: Optional[str], name: Optional[str] = None) -> int:
+        """What a user, or a client without one, may do in a repository; or, without a name, what
+        it may do in some, as far as that is known without asking for each."""
+        if name is None:
+            levels = [rule.level for rule in self.rules if rule.user == "@anonymous"]
+            return NEEDED["*"] if user else max(levels + [self.anonymous])
         names = (user, "*") if user else ("@anonymous",)
         default = self.default if user else self.anonymous
         levels = (rule.level for rule in self.rules
@@ -7633,11 +7635,6 @@ class Rules:
             if self.level(user, glob.replace("**", "*").replace("*", "a")) >= NEEDED["push"]:
                 return glob
         return None
-
-    def anonymous_maximum(self) -> int:
-        """What a client without a user may do in some repository."""
-        levels = [rule.level for rule in self.rules if rule.user == "@anonymous"]
-        return max(levels + [self.anonymous])
 
 
 MAY_PUSH = ", but may push to "  # where a denial begins to name other repositories
@@ -7735,7 +7732,7 @@ class Access:
         host = request.forwarded("host", request.header("host"))
         challenge = 'Basic realm="tinyreg"'
         is_api = request.path.startswith("/v2") and request.path != TOKEN_PATH
-        if self.rules.anonymous_maximum() and is_api and host:
+        if self.rules.level(None) and is_api and host:
             realm = "%s://%s%s" % (request.outer_scheme(), host, TOKEN_PATH)
             problem = dict(realm=realm, service="tinyreg", **problem)
             has_token = request.header("authorization")[:7].lower() == "bearer "
@@ -7758,9 +7755,7 @@ class Access:
         """Whether the client may do this in a repository, or in any if there is no name. Raises as
         identify does."""
         who, needed = self.identify(request), NEEDED[action]
-        if name is None:
-            return who.user is not None or self.rules.anonymous_maximum() >= needed
-        if who.grants is not None:
+        if who.grants is not None and name is not None:
             # A token to pull library/alpine is also good where a mirror keeps it, as in
             # docker.io/library/alpine: its client can't know that name.
             parts = name.split("/")
@@ -7790,9 +7785,7 @@ class Access:
                                            or action == "watch" and who.user is None)
         if not must_log_in and self.allows(request, action, name):
             return
-        level = self.rules.anonymous_maximum()
-        if name is not None:
-            level = self.rules.level(who.user, name)
+        level = self.rules.level(who.user, name)
         # A user whose level is enough has a token that grants too little.
         if not self.users_file or who.user is not None and level < needed:
             raise self._denied(who.user, level, needed, name)
@@ -8410,7 +8403,7 @@ class Observation:
         who, line = self._in_words(exchange)
         form, texts = "  \x1b[%sm%s %s\x1b[0m", [
             COLOURS[outcome(exchange)], time.strftime("%H:%M:%S"), line]
-        key = hashlib.blake2b(who.encode("utf-8", "replace"), digest_size=8).digest()
+        key = struct.pack("q", hash(who))  # all processes share Python's hash
         if self.last_client[:] != key:
             form, texts = "\x1b[1m%s\x1b[0m\n" + form, [who] + texts
         self.last_client[:] = key
@@ -9040,15 +9033,11 @@ def handle(registry: Registry, request: Request) -> Response:
     """Find the handler of a request and call it. Raises RegistryError, OSError, ClientLeft."""
     HOPS.passed = HOP.findall(request.header("via"))
     is_api = request.path.startswith("/v2/")
-    if is_api:
-        # Before anything else: clients expect the 401 for whatever they ask first.
-        try:
+    try:
+        route = find_route(request)
+    finally:
+        if is_api:  # whatever the path is: clients expect the 401 for what they ask first
             request.access.check(request, "pull")
-        except RegistryError:
-            with contextlib.suppress(RegistryError):  # the log says what was asked, if it is known
-                find_route(request)
-            raise
-    route = find_route(request)
     if not route:
         return Response.of_text("404: nothing here; the registry is at /v2/\n", 404)
     if registry.is_read_only and route.action in ("push", "delete"):
@@ -9504,24 +9493,27 @@ def fill(template: str, *contents: Content) -> Markup:
     return Markup(template % tuple(markup(content) for content in contents))
 
 
-def link(text: Content, **query: Any) -> Markup:
+def link(text: Content, name: Optional[str] = None, reference: Optional[str] = None,
+         **search: Any) -> Markup:
     """A link to the page of a repository, of an image, or of a search."""
+    query = dict(repository=name, reference=reference, **search)
     query = {key: value for key, value in query.items() if value}
     return fill('<a href="./?%s">%s</a>', urllib.parse.urlencode(query), text)
 
 
-def table(caption: str, headings: Sequence[str],
-          rows: Sequence[Sequence[Content]]) -> Optional[Markup]:
-    """A table, without the columns in which nothing stands; None if it has no rows. On a phone it
-    becomes a list: CSS writes each cell's heading, which is in its data-label, before it."""
+def table(caption: str, columns: str, rows: Sequence[Sequence[Content]]) -> Optional[Markup]:
+    """A table, without those of the columns in which nothing stands; None if it has no rows. On a
+    phone it becomes a list: CSS writes each cell's heading, which is in its data-label, before
+    it."""
     if not rows:
         return None
-    columns = [number for number, cells in enumerate(zip(*rows)) if any(cells)]
-    head = [fill('<th scope="col">%s</th>', headings[number]) for number in columns]
+    headings = columns.split(", ")
+    used = [number for number, cells in enumerate(zip(*rows)) if any(cells)]
+    head = [fill('<th scope="col">%s</th>', headings[number]) for number in used]
     body = []
     for row in rows:
         cells = [fill('<td role="cell" data-label="%s">%s</td>', headings[number], row[number])
-                 for number in columns]
+                 for number in used]
         body.append(fill('<tr role="row">%s</tr>\n', cells))
     return fill('<table role="table"><caption><h2>%s</h2></caption><thead><tr>%s</tr></thead>'
                 "<tbody>%s</tbody></table>", caption, head, body)
@@ -9537,7 +9529,7 @@ def definitions(heading: Optional[str], pairs: Iterable[Tuple[str, Content]]) ->
                      for key, part in sorted(value.items())]
         if isinstance(value, list):
             value = [fill("<code>%s</code><br>", part) for part in value]
-        if value not in (None, "", []):
+        if markup(value):
             items.append(fill("<dt>%s</dt><dd>%s</dd>\n", term, value))
     if not items:
         return None
@@ -9574,7 +9566,7 @@ def bar(parts: Iterable[Tuple[str, int]], whole: int, words: str) -> Markup:
                 "%s</svg>", words, shapes)
 
 
-def page(title: str, *content: Content, above: Content = None) -> Response:
+def page(title: str, *content: Content, above: Content = None, status: int = 200) -> Response:
     """A whole page. `above` stands above its title, and leads to where it belongs."""
     here = ">%s<" % title
     if here not in NAVIGATION:
@@ -9583,7 +9575,7 @@ def page(title: str, *content: Content, above: Content = None) -> Response:
     heading = Markup(markup(title).replace("/", "/<wbr>"))
     text = fill(PAGE, title, Markup(PAGE_STYLE), Markup(navigation), above, heading, content,
                 __version__, Markup(PAGE_SCRIPT))
-    return Response(200, PAGE_HEADERS, text.encode("utf-8", "replace"))
+    return Response(status, PAGE_HEADERS, text.encode("utf-8", "replace"))
 
 
 UNITS_OF_TIME = (("years", 31557600), ("months", 2629800), ("days", 86400), ("hours", 3600),
@@ -9620,7 +9612,7 @@ def age(created: Any) -> Optional[Markup]:
 
 # Pages of repositories and images
 
-IMAGE_ROW = ("Name", "Platform or type", "Size", "Pushed", "About it", "Digest")
+IMAGE_ROW = "Name, Platform or type, Size, Pushed, About it, Digest"
 
 # What people call that which is about an image, by words in its manifest.
 KINDS = """\
@@ -9665,10 +9657,16 @@ def by_name(name: str) -> Any:
 
 
 def tag_times(registry: Registry, name: str) -> Dict[str, float]:
-    """The tags of a repository, and when each was pushed; without those that are about an image.
-    Raises NAME_UNKNOWN."""
-    return {tag: registry.pushed(name, tag) for tag in registry.tags(name)
-            if not FALLBACK_TAG.fullmatch(tag)}
+    """The tags of a repository, and when each was pushed; without those that are about an image."""
+    with contextlib.suppress(Unknown):  # the repository was deleted since
+        return {tag: registry.pushed(name, tag) for tag in registry.tags(name)
+                if not FALLBACK_TAG.fullmatch(tag)}
+    return {}
+
+
+def last_push(registry: Registry, name: str) -> float:
+    """When any of these tags was pushed last; 0.0 without one."""
+    return max(tag_times(registry, name).values(), default=0.0)
 
 
 def one_page(request: Request, entries: Iterable[str], noun: str,
@@ -9680,11 +9678,11 @@ def one_page(request: Request, entries: Iterable[str], noun: str,
     if order:
         entries.sort(key=pushed, reverse=True)
     first = parse_count(request.get("start", "0"))
-    links = [link("by name" if order else "newest first", repository=name, q=wanted,
+    links = [link("by name" if order else "newest first", name, q=wanted,
                   order="" if order else "newest")]
     for text, start in ("previous page", first - ROWS), ("next page", first + ROWS):
         if start in range(len(entries)):
-            links.append(link(text, repository=name, q=wanted, order=order, start=start))
+            links.append(link(text, name, q=wanted, order=order, start=start))
     return entries[first:first + ROWS], fill(
         '<p class="tools">%s%s</p>\n', counted(len(entries), noun), [[" ", one] for one in links])
 
@@ -9721,7 +9719,7 @@ def image_row(registry: Registry, name: str, reference: Reference,
         kinds = {kind for kind, _ in attached(registry, name, digest)}
     except (Unknown, Invalid) as error:  # one that is missing or damaged must not hide the others
         return text or shorten(reference), "not here: %s" % error.message, None, None, None, None
-    return (link(text or shorten(reference), repository=name, reference=reference),
+    return (link(text or shorten(reference), name, reference),
             None if text else ", ".join(image["platforms"]), in_units(image["size"]),
             when(registry.pushed(name, reference)), ", ".join(sorted(kinds)), digest_text(digest))
 
@@ -9749,8 +9747,7 @@ def layer_table(registry: Registry, request: Request, name: str,
     history = [step for step in history if isinstance(step, dict)]
     if len([step for step in history if not step.get("empty_layer")]) != len(layers):
         history = [{}] * len(layers)
-    usage = registry.usage(PAGE_PATIENCE)
-    sharers = usage["shared"] if usage else {}
+    sharers = (registry.usage(PAGE_PATIENCE) or {}).get("shared", {})
     rest = iter(layers)
     rows: List[Sequence[Content]] = []
     largest = max((layer.size for layer in layers), default=1)
@@ -9763,15 +9760,14 @@ def layer_table(registry: Registry, request: Request, name: str,
             continue
         layer = next(rest)
         size = in_units(layer.size)
-        others = [[link(other, repository=other), " "] for other in sharers.get(layer.digest, ())
+        others = [[link(other, other), " "] for other in sharers.get(layer.digest, ())
                   if other != name and request.allows("pull", other)]
         others[4:] = [["…"]] if len(others) > 4 else []
         rows.append((bar([("own", layer.size)], largest, size), size,
                      fill("<code>%s</code>", command or layer.media_type), others,
                      fill('<a href="v2/%s/blobs/%s">%s</a>', name, layer.digest,
                           shorten(layer.digest))))
-    return table("Layers, the lowest first", ("Layer", "Size", "Made by", "Also in", "Digest"),
-                 rows)
+    return table("Layers, the lowest first", "Layer, Size, Made by, Also in, Digest", rows)
 
 
 def image_details(registry: Registry, request: Request, name: str,
@@ -9815,17 +9811,17 @@ def image_facts(registry: Registry, name: str, reference: Reference,
         ("Pushed", when(registry.pushed(name, reference))), ("Built", age(image["created"])),
         ("Size", size), ("Platform or type", ", ".join(image["platforms"])), ("Not here", missing),
         ("Digest", digest_text(manifest.digest)), ("Type", manifest.media_type),
-        ("About", link(shorten(subject), repository=name, reference=subject) if subject
+        ("About", link(shorten(subject), name, subject) if subject
          else None)])
 
 
 def history_table(registry: Registry, name: str, reference: Reference) -> Optional[Markup]:
     """What a tag has pointed to; None if it was never moved."""
     history = [] if isinstance(reference, Digest) else registry.history(name, reference)
-    rows = [(when(moment), link(digest, repository=name, reference=digest)
+    rows = [(when(moment), link(digest, name, digest)
              if find_readable(registry, name, digest) else digest + ", deleted since")
             for digest, moment in history[:ROWS]]
-    return table("What this tag has pointed to", ("Pushed", "Manifest"),
+    return table("What this tag has pointed to", "Pushed, Manifest",
                  rows if len(rows) > 1 else [])
 
 
@@ -9836,26 +9832,26 @@ def image_page(registry: Registry, request: Request, name: str, reference: Refer
     files: Dict[str, Descriptor] = {}
     with contextlib.suppress(Invalid):  # names that no file can have; the layers are shown
         files = files_in(registry, name, manifest)
-    about = [(link(kind, repository=name, reference=referrer.digest),
+    about = [(link(kind, name, referrer.digest),
               referrer.artifact_type or referrer.media_type, digest_text(referrer.digest))
              for kind, referrer in attached(registry, name, manifest.digest)]
     return page(
         image.replace(reference, shorten(reference)),
         image_facts(registry, name, reference, manifest),
         pull_commands(request, image, " files" if files else ""),
-        table("Files", ("Name", "Size", "Type"), [
+        table("Files", "Name, Size, Type", [
             (fill('<a href="files/%s/%s">%s</a>', image, urllib.parse.quote(file), file),
              in_units(blob.size), blob.media_type) for file, blob in files.items()]),
         platform_table(registry, name, manifest),
         image_details(registry, request, name, manifest, files),
-        table("About this image", ("Kind", "Type", "Digest"), about), about and fill(ABOUT_NOTE),
+        table("About this image", "Kind, Type, Digest", about), about and fill(ABOUT_NOTE),
         history_table(registry, name, reference),
         definitions("Annotations", sorted(member(manifest.document, "annotations", dict).items())),
         fill('<h2>Take it with you</h2><p><a href="archive/%s.tar">Download it as an archive</a>, '
              'for docker load; or <a href="v2/%s/manifests/%s">the manifest as it is</a>.</p>',
              image, name, manifest.digest),
         above=fill(CRUMBS, link("Repositories", q=request.get("q")),
-                   link(name, repository=name, q=request.get("q"))))
+                   link(name, name, q=request.get("q"))))
 
 
 # Lists
@@ -9880,35 +9876,28 @@ def tags_page(registry: Registry, request: Request, name: str) -> Response:
 def repositories_page(registry: Registry, request: Request) -> Response:
     """One page of the repositories, each with its last tags. A search looks at all names."""
     wanted, order = request.get("q", "").strip().lower(), request.get("order")
-
-    def last_push(name: str) -> float:
-        with contextlib.suppress(Unknown):  # the repository was deleted since
-            return max(tag_times(registry, name).values(), default=0.0)
-        return 0.0
-
     names, tools = one_page(
         request, [name for name in registry.repositories() if wanted in name
-                  and request.access.lists(request, name)], "repository", last_push)
-    usage = registry.usage(PAGE_PATIENCE)
-    sizes = usage["repositories"] if usage else {}
+                  and request.access.lists(request, name)], "repository",
+        functools.partial(last_push, registry))
+    sizes = (registry.usage(PAGE_PATIENCE) or {}).get("repositories", {})
     tables: Dict[str, List[Sequence[Content]]] = {}
     for name in names:
-        with contextlib.suppress(Unknown):  # the repository was deleted since
-            times = tag_times(registry, name)
-            tags = sorted(times, key=lambda tag: (times[tag], by_name(tag)), reverse=True)
-            links = [link(tag, repository=name, reference=tag, q=wanted) for tag in tags[:4]]
-            more = " and %d more" % (len(tags) - 4) if len(tags) > 4 else None
-            group = "Newest first" if order else host_in(name)
-            shown = name if order else name[len(group):].lstrip("/")
-            tables.setdefault(group, []).append((
-                link(shown, repository=name, q=wanted), [links, more],
-                in_units(sum(sizes[name])) if name in sizes else None,
-                when(max(times.values(), default=0.0))))
+        times = tag_times(registry, name)
+        tags = sorted(times, key=lambda tag: (times[tag], by_name(tag)), reverse=True)
+        links = [link(tag, name, tag, q=wanted) for tag in tags[:4]]
+        more = " and %d more" % (len(tags) - 4) if len(tags) > 4 else None
+        group = "Newest first" if order else host_in(name)
+        shown = name if order else name[len(group):].lstrip("/")
+        tables.setdefault(group, []).append((
+            link(shown, name, q=wanted), [links, more],
+            in_units(sum(sizes[name])) if name in sizes else None,
+            when(times[tags[0]] if tags else 0.0)))
     nothing = fill(NO_MATCH, wanted) if wanted else fill(
         NO_REPOSITORIES, command_line("python3 tinyreg.py pull alpine"))
     return page(
         "Repositories", fill(SEARCH_FORM, wanted, order), tools if names else nothing,
-        [table(group or "Pushed here", ("Repository", "Tags", "Size", "Pushed"), rows)
+        [table(group or "Pushed here", "Repository, Tags, Size, Pushed", rows)
          for group, rows in tables.items()])
 
 
@@ -9918,34 +9907,28 @@ def for_people(request: Request, response: Response) -> Response:
             or "text/html" not in request.header("accept")):
         return response
     shown = page("No", fill("<p>%s</p>", response.error[:1].upper() + response.error[1:] + "."))
-    shown.status, shown.refusal = response.status, response.refusal
-    shown.headers += [header for header in response.headers if header[0] != "Content-Type"]
-    return shown
-
-
-def find_page(registry: Registry, request: Request) -> Response:
-    """The repositories, the tags of a repository, or one image, as the query says. Raises
-    NAME_UNKNOWN, MANIFEST_UNKNOWN."""
-    registry = registry.at_hand()  # to look is not to fetch
-    name, reference = request.get("repository"), request.get("reference")
-    if name is None:
-        return repositories_page(registry, request)
-    name = parse_name(name)
-    if not request.allows("pull", name):  # nor may the client learn that it exists
-        raise RegistryError("NAME_UNKNOWN", name)
-    if reference is None:
-        return tags_page(registry, request, name)
-    return image_page(registry, request, name, parse_reference(reference))
+    response.body = shown.body
+    response.headers = shown.headers + [header for header in response.headers
+                                        if header[0] != "Content-Type"]
+    return response
 
 
 def get_page(registry: Registry, request: Request) -> Response:
-    """What the query asks for, or that it is not here."""
+    """The repositories, the tags of a repository, or one image, as the query says; or that it is
+    not here."""
+    registry = registry.at_hand()  # to look is not to fetch
+    name, reference = request.get("repository"), request.get("reference")
     try:
-        return find_page(registry, request)
+        if name is None:
+            return repositories_page(registry, request)
+        if not request.allows("pull", parse_name(name)):  # nor may the client learn that it exists
+            raise RegistryError("NAME_UNKNOWN", name)
+        if reference is None:
+            return tags_page(registry, request, name)
+        return image_page(registry, request, name, parse_reference(reference))
     except Unknown:
-        response = page("Not here", fill(NOT_HERE, request.access.users_file and Markup(OR_LOG_IN)))
-        response.status = 404
-        return response
+        log_in = request.access.users_file and Markup(OR_LOG_IN)
+        return page("Not here", fill(NOT_HERE, log_in), status=404)
 
 
 # Disk use
@@ -9958,9 +9941,9 @@ def largest_repositories(sizes: Sequence[Tuple[int, int, str]]) -> Optional[Mark
     rows = []
     for own, shared, name in sizes:
         words = "%s of its own, %s shared" % (in_units(own), in_units(shared))
-        rows.append((link(name, repository=name), in_units(own), in_units(shared),
+        rows.append((link(name, name), in_units(own), in_units(shared),
                      bar([("own", own), ("shared", shared)], most, words)))
-    return table("The largest repositories", ("Repository", "Own", "Shared", "Picture"), rows)
+    return table("The largest repositories", "Repository, Own, Shared, Picture", rows)
 
 
 @functools.lru_cache(maxsize=1)
