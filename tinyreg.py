@@ -7942,46 +7942,39 @@ LOG_FORMATS = {"text": as_text, "json": as_json}
 MOUNT = re.compile("[?&]mount=")  # in the target of a POST that begins an upload
 
 
-class Words(NamedTuple):
-    """What `--log explain` says of a route: what the client asks, what a success means to it, and
-    what other statuses mean, if neither the refusal nor MEANINGS says it well. Fields of the
-    Exchange replace their names in braces."""
-
-    question: str = "{method} {target}"
-    success: str = "here it is"
-    by_status: Dict[int, str] = {}
-
-
-# By (method, route), for exchanges that have no route.
+# What `--log explain` says of requests: what the client asks -> what a success means to it -> what
+# another status means, if neither the refusal nor MEANINGS says it well. Fields of the Exchange
+# replace their names in braces. Routes have their own; these are by (method, name of a route), for
+# exchanges that have no route.
 OTHER_WORDS = {
-    ("-", ""): Words("something that is no HTTP request"),
-    ("HTTPS", ""): Words("do you speak HTTPS? (the client tries HTTPS first; that is normal)",
-                         by_status={400: "no, only HTTP; the client goes on with that, if it may"}),
-    ("", "plain_http"): Words("{method} {target}, without TLS",
-                              "this registry speaks HTTPS, and this is how to trust it",
-                              {400: "no, this port speaks HTTPS"}),
-    ("TLS", ""): Words("let us speak TLS", by_status={
-        CLIENT_LEFT: "the client does not like the certificate, and leaves; tinyreg.py clients "
-        "prints how it comes to trust it"}),
+    ("-", ""): "something that is no HTTP request",
+    ("HTTPS", ""): "do you speak HTTPS? (the client tries HTTPS first; that is normal) "
+                   "-> 400: no, only HTTP; the client goes on with that, if it may",
+    ("", "plain_http"): "{method} {target}, without TLS -> this registry speaks HTTPS, and this is "
+                        "how to trust it -> 400: no, this port speaks HTTPS",
+    ("TLS", ""): "let us speak TLS -> 499: the client does not like the certificate, and leaves; "
+                 "tinyreg.py clients prints how it comes to trust it",
 }
-MOUNT_WORDS = Words("may {name} have a blob that another repository has?",
-                    "it is not to be had so; send its bytes to the address in Location",
-                    {201: "yes; {digest} is in both now, and no byte of it was sent"})
-MEANINGS = {  # of statuses, whatever was asked
-    201: "right: it is here now as {digest}",
-    206: "here is the part you asked for ({sent})",
-    304: "you have it already",
-    400: "that is refused, for something is wrong with it",
-    401: "who are you? Come back with a user and a password",
-    403: "you may not do that",
-    404: "that is not here",
-    405: "that can't be done",
-    416: "that does not follow what is here",
-    429: "not so fast",
-    CLIENT_LEFT: "the client left before that was said",
-    503: "not at the moment; try again",
-    507: "there is no room for that: the disk is full",
-}
+NO_WORDS = "{method} {target}"
+MOUNT_WORDS = ("may {name} have a blob that another repository has? -> it is not to be had so; "
+               "send its bytes to the address in Location -> 201: yes; {digest} is in both now, "
+               "and no byte of it was sent")
+# What statuses mean, whatever was asked.
+MEANINGS = dict(line.split(": ", 1) for line in """\
+201: right: it is here now as {digest}
+206: here is the part you asked for ({sent})
+304: you have it already
+400: that is refused, for something is wrong with it
+401: who are you? Come back with a user and a password
+403: you may not do that
+404: that is not here
+405: that can't be done
+416: that does not follow what is here
+429: not so fast
+499: the client left before that was said
+503: not at the moment; try again
+507: there is no room for that: the disk is full
+""".splitlines())
 
 
 # What an answer means for the client, and its colour on a terminal. A client is asked for its
@@ -8343,10 +8336,10 @@ class Observation:
     process.
 
     `folder` is ROOT/tinyreg; archives have none, and then there is no /live and no notification.
-    `routes` has the Words of each (method, name of a route). Raises CommandError for an endpoint
+    `routes` has the words of each (method, name of a route). Raises CommandError for an endpoint
     that is given twice, because both would have one queue."""
 
-    def __init__(self, folder: Optional[str], style: str, routes: Dict[Tuple[str, str], Words],
+    def __init__(self, folder: Optional[str], style: str, routes: Dict[Tuple[str, str], str],
                  endpoints: Sequence[Endpoint] = (), processes: int = 1) -> None:
         self.style = style
         self.metrics_open = False  # whether everyone may read the metrics
@@ -8378,12 +8371,15 @@ class Observation:
     def _in_words(self, exchange: Exchange) -> Tuple[str, str]:
         """Who asks; and what, and what the response tells the client."""
         words = (self.words.get((exchange.method, exchange.route))
-                 or self.words.get(("", exchange.route), Words()))
+                 or self.words.get(("", exchange.route), NO_WORDS))
         if exchange.method == "POST" and MOUNT.search(exchange.target):
             words = MOUNT_WORDS
-        success = words.success if exchange.status < 400 else "that went wrong"
-        answer = (words.by_status.get(exchange.status) or exchange.refusal and "{refusal}"
-                  or MEANINGS.get(exchange.status) or success)
+        question = words.partition(" -> ")[0]
+        answers = dict(re.findall("-> (?:([0-9]{3}): )?(.*?)(?= ->|$)", words))
+        status = str(exchange.status)
+        success = answers.get("", "here it is") if exchange.status < 400 else "that went wrong"
+        answer = (answers.get(status) or exchange.refusal and "{refusal}"
+                  or MEANINGS.get(status) or success)
         reference = shorten(exchange.reference)
         values = dict(exchange._asdict(), sent=in_units(exchange.sent),
                       received=in_units(exchange.received),
@@ -8392,7 +8388,7 @@ class Observation:
         who = exchange.agent.split(" ")[0] or "someone"
         who += " (%s)" % exchange.user if exchange.user else ""
         return "%s at %s" % (who, exchange.client), "%s -> %d: %s" % (
-            words.question.format(**values), exchange.status, answer.format(**values))
+            question.format(**values), exchange.status, answer.format(**values))
 
     def explain(self, exchange: Exchange) -> str:
         """The exchange in words, as --log explain and /live show it."""
@@ -8856,7 +8852,7 @@ class Route(NamedTuple):
     path: str
     action: str
     handler: Callable[..., Response]
-    words: Words = Words()
+    words: str = NO_WORDS
     events: Dict[int, str] = {}
 
     @property
@@ -8881,45 +8877,43 @@ PULL, PUSH, DELETE = {200: "pull", 206: "pull"}, {201: "push"}, {202: "delete"}
 
 ROUTES = compile_routes([
     Route("GET HEAD", "/v2/?", "login", get_base,  # end-1 in distribution-spec
-          Words("are you a registry?", "yes, and you may go on")),
+          "are you a registry? -> yes, and you may go on"),
     Route("GET HEAD", "/v2/_catalog", "pull", get_catalog,
-          Words("which repositories are there?", "here are their names")),
+          "which repositories are there? -> here are their names"),
     Route("GET HEAD", TOKEN_PATH, "pull", get_token,
-          Words("a token, please, which stands for the password for some minutes")),
+          "a token, please, which stands for the password for some minutes"),
     Route("GET HEAD", "/v2/{name}/tags/list", "pull", get_tags,  # end-8
-          Words("which tags has {name}?", "here they are: names, each for one manifest")),
+          "which tags has {name}? -> here they are: names, each for one manifest"),
     Route("GET HEAD", "/v2/{name}/referrers/{digest}", "pull", get_referrers,  # end-12
-          Words("is anything about {reference}: a signature, an SBOM?",
-                "here is the list; it may be empty")),
+          "is anything about {reference}: a signature, an SBOM? -> here is the list; it may be "
+          "empty"),
     Route("GET", "/v2/{name}/manifests/{reference}", "pull", get_manifest,  # end-3
-          Words("the manifest {image}, please: the list of what the image consists of",
-                "here it is ({sent}); next come the blobs on it that the client lacks"), PULL),
+          "the manifest {image}, please: the list of what the image consists of "
+          "-> here it is ({sent}); next come the blobs on it that the client lacks", PULL),
     Route("HEAD", "/v2/{name}/manifests/{reference}", "pull", get_manifest,  # end-3
-          Words("which manifest is {image} at the moment?",
-                "{digest}; a client that has it stops here")),
+          "which manifest is {image} at the moment? -> {digest}; a client that has it stops here"),
     Route("PUT", "/v2/{name}/manifests/{reference}", "push", put_manifest,  # end-7
-          Words("here is the manifest of {image}; from now on let it be pulled"), PUSH),
+          "here is the manifest of {image}; from now on let it be pulled", PUSH),
     Route("DELETE", "/v2/{name}/manifests/{reference}", "delete", delete_manifest,  # end-9
-          Words("delete {image}", "done; the blobs stay until garbage is collected"), DELETE),
+          "delete {image} -> done; the blobs stay until garbage is collected", DELETE),
     Route("POST", "/v2/{name}/blobs/uploads/?", "push", start_upload,  # end-4, end-11
-          Words("a blob for {name} is coming", "send its bytes to the address in Location"), PUSH),
+          "a blob for {name} is coming -> send its bytes to the address in Location", PUSH),
     Route("GET HEAD", "/v2/{name}/blobs/uploads/{session_id}", "push", get_upload,  # end-13
-          Words("how far is my upload to {name}? (it was cut, and shall be resumed)",
-                "so far as Range says; go on from there")),
+          "how far is my upload to {name}? (it was cut, and shall be resumed) "
+          "-> so far as Range says; go on from there"),
     Route("PATCH", "/v2/{name}/blobs/uploads/{session_id}", "push", append_to_upload,  # end-5
-          Words("here are bytes of a blob for {name} ({received})",
-                "taken; more, or is that all?")),
+          "here are bytes of a blob for {name} ({received}) -> taken; more, or is that all?"),
     Route("PUT", "/v2/{name}/blobs/uploads/{session_id}", "push", finish_upload,  # end-6
-          Words("that was all of the blob for {name}"), PUSH),
+          "that was all of the blob for {name}", PUSH),
     Route("DELETE", "/v2/{name}/blobs/uploads/{session_id}", "push", cancel_upload,  # end-14
-          Words("forget my upload to {name}", "forgotten")),
+          "forget my upload to {name} -> forgotten"),
     Route("GET", "/v2/{name}/blobs/{digest}", "pull", get_blob,  # end-2
-          Words("the blob {reference} of {name}, please", "here it is ({sent})"), PULL),
+          "the blob {reference} of {name}, please -> here it is ({sent})", PULL),
     Route("HEAD", "/v2/{name}/blobs/{digest}", "pull", get_blob,  # end-2
-          Words("has {name} the blob {reference}?", "yes, so it need not be sent",
-                {404: "no, so the client sends it"})),
+          "has {name} the blob {reference}? -> yes, so it need not be sent "
+          "-> 404: no, so the client sends it"),
     Route("DELETE", "/v2/{name}/blobs/{digest}", "delete", delete_blob,  # end-10
-          Words("take the blob {reference} from {name}", "done"), DELETE),
+          "take the blob {reference} from {name} -> done", DELETE),
     Route("GET HEAD", "/files/(?P<name>[^:@]+)[:@]{reference}(?P<file>(?s:.*))", "pull", get_file),
 ])
 
@@ -9519,11 +9513,11 @@ def table(caption: str, columns: str, rows: Sequence[Sequence[Content]]) -> Opti
                 "<tbody>%s</tbody></table>", caption, head, body)
 
 
-def definitions(heading: Optional[str], pairs: Iterable[Tuple[str, Content]]) -> Optional[Markup]:
+def definitions(heading: Optional[str], values: Dict[str, Content]) -> Optional[Markup]:
     """A list of terms with their values, below a heading if there is one; None if no term has a
     value. Each part of a JSON list or object has a line of its own."""
     items = []
-    for term, value in pairs:
+    for term, value in values.items():
         if isinstance(value, dict):
             value = [fill("%s=%s", key, part) if part else key
                      for key, part in sorted(value.items())]
@@ -9778,25 +9772,26 @@ def image_details(registry: Registry, request: Request, name: str,
         return None
     config = read_config(registry, name, manifest)
     if files:
-        return definitions("Config", sorted(config.items()))
+        return definitions("Config", dict(sorted(config.items())))
     settings = member(config, "config", dict)
     words = member(settings, "Entrypoint", list) + member(settings, "Cmd", list)
     command = " ".join(shlex.quote(str(word)) for word in words)
+    facts = {"Runs": [command] if words else None}
+    facts.update((re.sub("(?<=[a-z])(?=[A-Z])", " ", key), value)
+                 for key, value in sorted(settings.items())
+                 if value and key not in ("Entrypoint", "Cmd"))
+    facts["Author"] = config.get("author")
     layers = manifest.blobs[1:] if manifest.document.get("config") else manifest.blobs
     return [layer_table(registry, request, name, layers, member(config, "history", list)),
-            definitions("Config", [("Runs", [command] if words else None)]
-                        + [(re.sub("(?<=[a-z])(?=[A-Z])", " ", key), value)
-                           for key, value in sorted(settings.items())
-                           if value and key not in ("Entrypoint", "Cmd")]
-                        + [("Author", config.get("author"))])]
+            definitions("Config", facts)]
 
 
 def pull_commands(request: Request, image: str, kind: str) -> Optional[Markup]:
     """What to type to get an image, or files, for each client."""
     image = "%s/%s" % (request.host(), image)
-    return definitions("Pull it", [
-        (line.split()[0].replace("ctr", "containerd"), command_line(line % image))
-        for line in PULL_COMMANDS[request.outer_scheme() + kind].splitlines()])
+    return definitions("Pull it", {
+        line.split()[0].replace("ctr", "containerd"): command_line(line % image)
+        for line in PULL_COMMANDS[request.outer_scheme() + kind].splitlines()})
 
 
 def image_facts(registry: Registry, name: str, reference: Reference,
@@ -9807,12 +9802,11 @@ def image_facts(registry: Registry, name: str, reference: Reference,
                                                  counted(image["count"], "blob"))
     missing = "%d of the platforms" % image["missing"] if image["missing"] else None
     subject = find_subject(manifest, reference)
-    return definitions(None, [
-        ("Pushed", when(registry.pushed(name, reference))), ("Built", age(image["created"])),
-        ("Size", size), ("Platform or type", ", ".join(image["platforms"])), ("Not here", missing),
-        ("Digest", digest_text(manifest.digest)), ("Type", manifest.media_type),
-        ("About", link(shorten(subject), name, subject) if subject
-         else None)])
+    return definitions(None, {
+        "Pushed": when(registry.pushed(name, reference)), "Built": age(image["created"]),
+        "Size": size, "Platform or type": ", ".join(image["platforms"]), "Not here": missing,
+        "Digest": digest_text(manifest.digest), "Type": manifest.media_type,
+        "About": link(shorten(subject), name, subject) if subject else None})
 
 
 def history_table(registry: Registry, name: str, reference: Reference) -> Optional[Markup]:
@@ -9846,7 +9840,8 @@ def image_page(registry: Registry, request: Request, name: str, reference: Refer
         image_details(registry, request, name, manifest, files),
         table("About this image", "Kind, Type, Digest", about), about and fill(ABOUT_NOTE),
         history_table(registry, name, reference),
-        definitions("Annotations", sorted(member(manifest.document, "annotations", dict).items())),
+        definitions("Annotations", dict(sorted(
+            member(manifest.document, "annotations", dict).items()))),
         fill('<h2>Take it with you</h2><p><a href="archive/%s.tar">Download it as an archive</a>, '
              'for docker load; or <a href="v2/%s/manifests/%s">the manifest as it is</a>.</p>',
              image, name, manifest.digest),
@@ -10087,11 +10082,11 @@ def client_help(setup: ClientSetup) -> Optional[Markup]:
     """What to run on a machine to set up each of the clients."""
     query = "?mirror" if setup.origins else ""
     ca = "--cacert tinyreg-ca.crt " if setup.ca else ""
-    return definitions(None, [
-        (client, (command_line("curl -fsS %s%s | sudo sh" % (
+    return definitions(None, {
+        client: (command_line("curl -fsS %s%s | sudo sh" % (
             ca, shlex.quote("%s/use/%s.sh%s" % (setup.url, client, query)))),
-                  fill('<a href="use/%s.sh%s">what it does</a>', client, query)))
-        for client in CLIENTS if client_script(client, setup)])
+                 fill('<a href="use/%s.sh%s">what it does</a>', client, query))
+        for client in CLIENTS if client_script(client, setup)})
 
 
 def fingerprint(certificate: bytes) -> str:
