@@ -9650,17 +9650,18 @@ def by_name(name: str) -> Any:
     return host_in(name), parts
 
 
-def tag_times(registry: Registry, name: str) -> Dict[str, float]:
-    """The tags of a repository, and when each was pushed; without those that are about an image."""
-    with contextlib.suppress(Unknown):  # the repository was deleted since
+def tag_times(registry: Registry, name: str) -> Optional[Dict[str, float]]:
+    """The tags of a repository, and when each was pushed, without those that are about an image;
+    None if the repository is not there."""
+    with contextlib.suppress(Unknown):  # it was deleted since
         return {tag: registry.pushed(name, tag) for tag in registry.tags(name)
                 if not FALLBACK_TAG.fullmatch(tag)}
-    return {}
+    return None
 
 
 def last_push(registry: Registry, name: str) -> float:
-    """When any of these tags was pushed last; 0.0 without one."""
-    return max(tag_times(registry, name).values(), default=0.0)
+    """When any tag of a repository was pushed last; 0.0 without one."""
+    return max((tag_times(registry, name) or {}).values(), default=0.0)
 
 
 def one_page(request: Request, entries: Iterable[str], noun: str,
@@ -9879,6 +9880,8 @@ def repositories_page(registry: Registry, request: Request) -> Response:
     tables: Dict[str, List[Sequence[Content]]] = {}
     for name in names:
         times = tag_times(registry, name)
+        if times is None:
+            continue
         tags = sorted(times, key=lambda tag: (times[tag], by_name(tag)), reverse=True)
         links = [link(tag, name, tag, q=wanted) for tag in tags[:4]]
         more = " and %d more" % (len(tags) - 4) if len(tags) > 4 else None
