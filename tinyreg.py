@@ -8351,11 +8351,9 @@ class Observation:
         self.last_client = mmap.mmap(-1, 8)  # whose block is the last one on the terminal
         # What notifications name as their sender.
         self.source = {"addr": socket.gethostname(), "instanceID": str(uuid.uuid4())}
-        self.live: Optional[Live] = None
-        self.queues: List[EventQueue] = []
-        if folder:
-            self.live = Live(folder, self.metrics)
-            self.queues = [EventQueue(folder, endpoint, self.metrics) for endpoint in endpoints]
+        self.live = Live(folder, self.metrics) if folder else None
+        self.queues = [EventQueue(folder, endpoint, self.metrics)
+                       for endpoint in endpoints if folder]
         keys = [endpoint.key for endpoint in endpoints]
         for endpoint in endpoints:
             if keys.count(endpoint.key) > 1:
@@ -9998,22 +9996,19 @@ class ClientSetup(NamedTuple):
         return ("http://" if self.ca is None else "https://") + self.host
 
 
-def render(template: str, values: Dict[str, Any]) -> str:
-    """The template with its {values}. A line that begins with NAME| is left out if the value NAME
-    is empty or false; if that is a list, the lines come once for each item, which {NAME} is then.
-    A line may have several, the outer first."""
-    parts = []
+def render(template: str, values: Dict[str, Any]) -> Iterator[str]:
+    """Yield the template with its {values}, in pieces. A line that begins with NAME| is left out if
+    the value NAME is empty or false; if that is a list, the lines come once for each item, which
+    {NAME} is then. A line may have several, the outer first."""
     for names, lines in itertools.groupby(template.splitlines(True),
                                           lambda line: re.findall(r"^(\w+)\|", line)):
-        if not names:
-            parts.append("".join(lines).format(**values))
-            continue
-        value = values[names[0]]
-        section = "".join(line.partition("|")[2] for line in lines)
-        items = value if isinstance(value, list) else [value] if value else []
-        for item in items:
-            parts.append(render(section, dict(values, **{names[0]: item})))
-    return "".join(parts)
+        if names:
+            value = values[names[0]]
+            section = "".join(line.partition("|")[2] for line in lines)
+            for item in value if isinstance(value, list) else filter(None, [value]):
+                yield from render(section, dict(values, **{names[0]: item}))
+        else:
+            yield "".join(lines).format(**values)
 
 
 def client_script(client: str, setup: ClientSetup) -> str:
@@ -10025,14 +10020,14 @@ def client_script(client: str, setup: ClientSetup) -> str:
         settings["registry-mirrors"] = [setup.url]
     if insecure:
         settings["insecure-registries"] = [setup.host]
-    steps = render(CLIENTS[client], dict(
+    steps = "".join(render(CLIENTS[client], dict(
         setup._asdict(), url=setup.url, ca=(setup.ca or "").strip(), insecure=insecure,
         file=setup.host.replace(":", "-").strip("[]"), set_config_path=SET_CONFIG_PATH,
         open=not setup.login, own=not origins, mirror=bool(origins),
         settings=settings and json.dumps(settings), tables=insecure or bool(origins),
         origin=[(host, origin_of(host)) for host in origins],
         folder=origins if setup.only_known else ["_default"] if origins else [],
-        served=[setup.host] + origins if setup.only_known or not origins else ["*"]))
+        served=[setup.host] + origins if setup.only_known or not origins else ["*"])))
     return CLIENT_SCRIPT.format(client=client, host=setup.host, steps=steps) if steps else ""
 
 
