@@ -125,6 +125,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -3892,19 +3893,15 @@ class StoreVerification(Verification):
 
 BLOCK = 512                  # bytes; everything in a tar takes whole blocks
 TAR_END = bytes(2 * BLOCK)
-TAR_HEADER = struct.Struct("100s24x12s12x8s1s100s6s82x155s12x")  # as read_tar_header() names it
 SPOOL_BLOCK = 1 << 20        # bytes read at once from a stream
+XZ_BLOCK = 8 << 10           # … of xz, which may make seven thousand times as much of them
 MIN_SPARE = 64 << 20         # bytes of the disk that unpacking leaves free
 MAX_UNPACKER = 256 << 20     # bytes of memory for decompressing xz; zstd has a limit of its own
 MAX_TAR_TEXT = 64 << 10      # bytes of a long name or pax header; a path has 4 KiB on Linux
 MAX_INDEX = 20 << 20         # bytes of index.json, manifest.json; docker and containerd refuse more
 TAR_FILES = (b"\0", b"0", b"7")
-HARD_LINK = b"1"
-TAR_LINKS = (HARD_LINK, b"2")
-TAR_FOLDER = b"5"
-PAX_HEADER = b"x"
 # Headers that describe the member after them; for GNU's L and K, what of it they contain.
-TAR_TEXTS = {PAX_HEADER: b"", b"g": b"", b"L": b"path", b"K": b"linkpath"}
+TAR_TEXTS = {b"x": "", b"g": "", b"L": "path", b"K": "linkpath"}
 # A blob with many zeros may have the same range often. But an archive that says so of a thousand
 # times its size would keep us reading for hours.
 MAX_CLAIMED = 100            # bytes of joined blobs for each byte that is there
@@ -4006,120 +4003,96 @@ def read_digest(member: Union[Member, JoinedBlob], algorithm: str = "sha256") ->
 
 # Reading tars
 
-class TarEntry(NamedTuple):
-    """What the headers of a member say."""
-
-    name: bytes
-    kind: bytes
-    target: bytes  # of a link
-    offset: int    # of the content, in the tar
-    length: int
-
-
-def parse_tar_number(field: bytes) -> int:
-    """A number in octal digits, or in base 256, as GNU writes large ones; -1 for neither."""
-    if field[0] & 0x80:
-        return int.from_bytes(field, "big") - (0x80 << 8 * (len(field) - 1))
-    digits = field.strip(b" \0")
-    return int(digits or b"0", 8) if re.fullmatch(b"[0-7]*", digits) else -1
-
-
-def tar_text(field: bytes) -> bytes:
-    """A text in a tar header: up to the first zero byte."""
-    return field.partition(b"\0")[0]
-
 
 def padded(length: int) -> int:
     """The bytes that so many bytes take in a tar."""
     return -(-length // BLOCK) * BLOCK
 
 
-def printable(name: bytes) -> str:
-    return repr(os.fsdecode(name[:200]))
-
-
-def parse_pax_records(text: bytes) -> Dict[bytes, bytes]:
+def parse_pax_records(text: bytes) -> Dict[str, str]:
     """The records "LENGTH KEY=VALUE\\n" of a pax header, by key. Raises ValueError."""
-    records: Dict[bytes, bytes] = {}
-    start = 0
-    while start < len(text):
-        match = PAX_RECORD.match(text, start)
-        end = start + int(match.group(1)) if match else 0
+    records: Dict[str, str] = {}
+    end = 0
+    while end < len(text):
+        match = PAX_RECORD.match(text, end)
+        end += int(match.group(1)) if match else 0
         if not match or not match.end() < end <= len(text):
             raise ValueError("malformed pax header")
-        key, value = match.group(2), text[match.end():end - 1]
-        if key.startswith(b"GNU.sparse"):
+        key, value = map(os.fsdecode, (match.group(2), text[match.end():end - 1]))
+        if key.startswith("GNU.sparse"):
             raise ValueError("refused: it has a sparse file")
-        if key == b"size" and not re.fullmatch(b"[0-9]{1,18}", value):
+        if key == "size" and not COUNT.fullmatch(value):
             raise ValueError("malformed pax header")
         records[key] = value
-        start = end
     return records
 
 
-def read_tar_header(tar: BinaryIO, offset: int) -> Optional[TarEntry]:
+def read_tar_header(tar: BinaryIO, offset: int) -> Optional[tarfile.TarInfo]:
     """The header at an offset; None at the end of the tar. Raises ValueError."""
     header = os.pread(tar.fileno(), BLOCK, offset)
     if header == bytes(BLOCK):
         return None
-    if len(header) < BLOCK:
-        raise ValueError("it is cut off: copy it again" if offset else "not a tar file")
-    name, size, checksum, kind, target, magic, prefix = TAR_HEADER.unpack(header)
-    # The checksum is the sum of all bytes, its own being taken as blanks.
-    if sum(header) - sum(checksum) + 8 * ord(" ") != parse_tar_number(checksum):
-        raise ValueError("damaged header at byte %d" % offset if offset else "not a tar file")
-    name = tar_text(name)
-    if magic == b"ustar\0" and prefix[0]:
-        name = tar_text(prefix) + b"/" + name
-    return TarEntry(name, kind, tar_text(target), offset + BLOCK, parse_tar_number(size))
+    try:
+        entry = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        problem = "damaged header at byte %d" % offset
+        if len(header) < BLOCK:
+            problem = "it is cut off: copy it again"
+        raise ValueError(problem if offset else "not a tar file")
+    if header[257:263] != b"ustar\0":
+        # Others have times where this one has the beginning of a long name.
+        entry.name = os.fsdecode(header[:100].partition(b"\0")[0])
+    entry.offset_data = offset + BLOCK
+    return entry
 
 
-def read_tar_text(tar: BinaryIO, entry: TarEntry) -> Dict[bytes, bytes]:
+def read_tar_text(tar: BinaryIO, entry: tarfile.TarInfo) -> Dict[str, str]:
     """What a pax header or a GNU long name says of the member after it. Raises ValueError."""
-    if entry.length > MAX_TAR_TEXT:
-        raise ValueError("a header of %d bytes" % entry.length)
-    text = os.pread(tar.fileno(), entry.length, entry.offset)
-    if entry.kind == PAX_HEADER:
+    if entry.size > MAX_TAR_TEXT:
+        raise ValueError("a header of %d bytes" % entry.size)
+    text = os.pread(tar.fileno(), entry.size, entry.offset_data)
+    if entry.type == b"x":
         return parse_pax_records(text)
-    return {TAR_TEXTS[entry.kind]: text.rstrip(b"\0")}
+    return {TAR_TEXTS[entry.type]: os.fsdecode(text.rstrip(b"\0"))}
 
 
-def iter_tar(tar: BinaryIO) -> Iterator[TarEntry]:
+def iter_tar(tar: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """Yield the files and links of a tar in its order, by seeking from header to header.
 
     Reads old, GNU and pax tars. Raises ValueError for what is no tar, is damaged or cut off, or has
-    a sparse file or a device. The standard library's tarfile is not used, because it skips a
-    damaged header in silence: what follows would just be missing."""
+    a sparse file or a device. The standard library reads single headers only, because its TarFile
+    skips a damaged one in silence, so that what follows would just be missing; and because what it
+    does with the texts of an enemy differs from version to version."""
     size, offset = os.fstat(tar.fileno()).st_size, 0
-    texts: Dict[bytes, bytes] = {}
+    texts: Dict[str, str] = {}
     while True:
         entry = read_tar_header(tar, offset)
         if entry is None:
             return
-        if entry.kind not in TAR_TEXTS:
-            length = int(texts.get(b"size", entry.length)) if entry.kind in TAR_FILES else 0
-            entry = entry._replace(name=texts.get(b"path", entry.name), length=length,
-                                   target=texts.get(b"linkpath", entry.target))
+        if entry.type not in TAR_TEXTS:
+            for field in "path", "linkpath", "size":
+                setattr(entry, field, texts.get(field, getattr(entry, field)))
+            entry.size = int(entry.size) if entry.type in TAR_FILES else 0
             texts = {}
-        if not 0 <= entry.length <= size - entry.offset:
-            raise ValueError("%s is larger than the rest of the archive, which is damaged or cut "
-                             "off; copy it again" % printable(entry.name))
-        offset = entry.offset + padded(entry.length)
-        if entry.kind in TAR_TEXTS:
+        if not 0 <= entry.size <= size - entry.offset_data:
+            raise ValueError("%.200r is larger than the rest of the archive, which is damaged or "
+                             "cut off; copy it again" % entry.name)
+        offset = entry.offset_data + padded(entry.size)
+        if entry.type in TAR_TEXTS:
             texts.update(read_tar_text(tar, entry))
-        elif entry.kind in TAR_FILES + TAR_LINKS:
-            if not entry.name.endswith(b"/"):  # so an old tar says that this is a folder
+        elif entry.type in TAR_FILES or entry.islnk() or entry.issym():
+            if not entry.name.endswith("/"):  # so an old tar says that this is a folder
                 yield entry
-        elif entry.kind != TAR_FOLDER:
-            raise ValueError("refused: %s is a device, a sparse file or of an unknown kind"
-                             % printable(entry.name))
+        elif not entry.isdir():
+            raise ValueError("refused: %.200r is a device, a sparse file or of an unknown kind"
+                             % entry.name)
 
 
-def inner_path(name: bytes) -> str:
+def inner_path(name: str) -> str:
     """A name in an archive, normalized. Raises ValueError if it leads out of the archive."""
-    if name.startswith(b"/") or b".." in name.split(b"/"):
-        raise ValueError("refused: %s leads out of the archive" % printable(name))
-    return os.path.normpath(os.fsdecode(name))
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ValueError("refused: %.200r leads out of the archive" % name)
+    return os.path.normpath(name)
 
 
 def read_tar(path: str, tar: BinaryIO, members: Dict[str, Member]) -> None:
@@ -4128,16 +4101,16 @@ def read_tar(path: str, tar: BinaryIO, members: Dict[str, Member]) -> None:
     If it raises ValueError, `members` has the files before the damage."""
     links: Dict[str, str] = {}
     for entry in iter_tar(tar):
-        name, member = inner_path(entry.name), Member(path, tar, entry.offset, entry.length)
-        if entry.kind in TAR_LINKS:
+        name, member = inner_path(entry.name), Member(path, tar, entry.offset_data, entry.size)
+        if entry.type not in TAR_FILES:
             # The target of a symbolic link starts at the link's folder, a hard link's at the top.
-            folder = b"" if entry.kind == HARD_LINK else os.path.dirname(entry.name)
-            links[name] = inner_path(os.path.normpath(os.path.join(folder, entry.target)))
+            folder = "" if entry.islnk() else os.path.dirname(entry.name)
+            links[name] = inner_path(os.path.normpath(os.path.join(folder, entry.linkname)))
         elif name not in members:
             members[name] = member
         elif (members[name].length != member.length
               or read_digest(members[name]) != read_digest(member)):
-            raise ValueError("refused: it has two files %s that differ" % printable(entry.name))
+            raise ValueError("refused: it has two files %.200r that differ" % entry.name)
     for name, target in links.items():
         for _ in range(MAX_LINKS):
             target = links.get(target, target)
@@ -4171,25 +4144,26 @@ def stream_error(error: object) -> ValueError:
     return ValueError("damaged: %s" % error)
 
 
-def iter_blocks(source: Any) -> Iterator[bytes]:
+def iter_blocks(source: Any, size: int = SPOOL_BLOCK) -> Iterator[bytes]:
     """Yield what a stream's `read` gives."""
-    return iter(functools.partial(source.read, SPOOL_BLOCK), b"")
+    return iter(functools.partial(source.read, size), b"")
 
 
 def iter_xz(lzma: Any, source: BinaryIO) -> Iterator[bytes]:
     """Yield what an xz file holds. lzma.open() would take the memory that the file asks for."""
-    blocks = iter_blocks(source)
-    rest = next(blocks, b"")
-    while rest:
-        decompressor = lzma.LZMADecompressor(memlimit=MAX_UNPACKER)
-        while not decompressor.eof:
-            if decompressor.needs_input and not rest:
-                raise EOFError("it is cut off")
-            yield decompressor.decompress(rest, SPOOL_BLOCK)
-            rest = next(blocks, b"") if decompressor.needs_input else b""
+    decompressor = None
+    for block in iter_blocks(source, XZ_BLOCK):
         # Streams may follow one another, with zeros between them.
-        more = itertools.chain([decompressor.unused_data], blocks)
-        rest = next(filter(None, (block.lstrip(b"\0") for block in more)), b"")
+        while decompressor or block.strip(b"\0"):
+            if not decompressor:
+                block = block.lstrip(b"\0")
+                decompressor = lzma.LZMADecompressor(memlimit=MAX_UNPACKER)
+            yield decompressor.decompress(block)
+            if not decompressor.eof:
+                break
+            block, decompressor = decompressor.unused_data, None
+    if decompressor:
+        raise EOFError("it is cut off")
 
 
 def unpack(blocks: Iterable[bytes], scratch: str) -> BinaryIO:
@@ -4528,7 +4502,7 @@ class Contents:
         same whenever the image is the same. Raises ValueError, DIGEST_INVALID, OSError."""
         names = [image.get("Config")] + expect(list, image.get("Layers") or [])
         try:
-            files = [members[inner_path(expect(str, name).encode())] for name in names]
+            files = [members[inner_path(expect(str, name))] for name in names]
         except KeyError as error:
             raise ValueError("manifest.json names %s, which is not there" % error)
         diff_ids = [None] + self._read_diff_ids(files[0])
@@ -7117,7 +7091,7 @@ CHART_SUFFIXES = {CHART: ".tgz", PROVENANCE: ".tgz.prov"}
 CHART_ANNOTATIONS = (("name", "title"), ("version", "version"), ("description", "description"),
                      ("home", "url"))  # fields, and what helm calls them in the manifest
 MAX_CHART = 100 << 20  # bytes of an unpacked chart; helm takes no more
-CHART_YAML = re.compile(rb"(?:\./)?[^/]+/Chart\.yaml")
+CHART_YAML = re.compile(r"(?:\./)?[^/]+/Chart\.yaml")
 # A field of Chart.yaml that is one text, in quotes or plain, once its lines are joined. What else
 # there may be is passed over: lists, blocks, and what would need all of YAML to be understood.
 CHART_FIELD = re.compile(
@@ -7150,7 +7124,7 @@ def read_chart(path: str, scratch: str) -> Optional[Dict[str, str]]:
                 itertools.islice(iter_blocks(file), MAX_CHART // SPOOL_BLOCK), scratch) as tar:
             for entry in iter_tar(tar):
                 if CHART_YAML.fullmatch(entry.name):
-                    return parse_chart(Member(path, tar, entry.offset, entry.length).read())
+                    return parse_chart(Member(path, tar, entry.offset_data, entry.size).read())
     return None
 
 
