@@ -1762,6 +1762,13 @@ def resolve_reference(registry: Reader, name: str, reference: Reference) -> Dige
     return reference if isinstance(reference, Digest) else registry.resolve(name, reference)
 
 
+def iter_tags(registry: Reader, name: str) -> Iterator[Tuple[str, Digest]]:
+    """Yield each tag of a repository and the digest that it points to. Raises NAME_UNKNOWN."""
+    for tag in registry.tags(name):
+        with contextlib.suppress(Unknown):  # it was just deleted, or its link is damaged
+            yield tag, registry.resolve(name, tag)
+
+
 def find_readable(registry: Reader, name: str, digest: Digest) -> Optional[Manifest]:
     """A manifest whose blobs and children can be listed; None if it is missing or malformed."""
     with contextlib.suppress(Unknown, Invalid):  # left out; or stored so by another program
@@ -1778,6 +1785,15 @@ def define_all(wrapper: type, interface: type, make: Callable[[str], Callable[..
     for name, method in vars(interface).items():
         if callable(method) and not name.startswith("_"):
             setattr(wrapper, name, make(name))
+
+
+def consists_of(registry: Reader, name: str, root: Digest) -> Set[Digest]:
+    """The digests of a manifest and of all blobs and manifests that it leads to, as far as they can
+    be read."""
+    digests = {root}
+    for manifest in walk([root], functools.partial(find_readable, registry, name), child_digests):
+        digests.update(part.digest for part in manifest.blobs + manifest.manifests)
+    return digests
 
 
 class Wrapper(Registry):
@@ -1862,26 +1878,13 @@ class ImmutableTags(Wrapper):
             self._check_movable(name, tag)  # raises in any case
         self.inner.delete_tag(name, tag)
 
-    def _immutable_tags(self, name: str) -> Iterator[Tuple[str, Digest]]:
-        """Yield each immutable tag of a repository, with its digest."""
-        tags: Iterable[str] = []
-        with contextlib.suppress(Unknown):  # the repository has no manifest
-            tags = self.here.tags(name)
-        for tag in tags:
-            with contextlib.suppress(Unknown):  # it was just deleted, or its link is damaged
-                if self.is_immutable(name, tag):
-                    yield tag, self.here.resolve(name, tag)
-
     def _check_unneeded(self, name: str, digest: Digest) -> None:
         """Raises DENIED if an immutable tag leads to this manifest or blob."""
-        read = functools.partial(find_readable, self.here, name)
-        for tag, root in self._immutable_tags(name):
-            needed = {root}
-            for manifest in walk([root], read, child_digests):
-                needed.update(part.digest for part in manifest.blobs + manifest.manifests)
-            if digest in needed:
-                raise RegistryError("DENIED", message="the tag %s needs it, and is not to change "
-                                    "(--immutable-tags)" % tag)
+        with contextlib.suppress(Unknown):  # the repository has no manifest
+            for tag, root in iter_tags(self.here, name):
+                if self.is_immutable(name, tag) and digest in consists_of(self.here, name, root):
+                    raise RegistryError("DENIED", message="the tag %s needs it, and is not to "
+                                        "change (--immutable-tags)" % tag)
 
     def delete_manifest(self, name: str, digest: Digest) -> None:
         with self.lock(name):
@@ -1906,8 +1909,6 @@ def read_config(registry: Reader, name: str, manifest: Manifest) -> Dict[str, An
 
 
 NO_PLATFORM = "unknown/unknown"  # what BuildKit says that its attestations are for
-IMAGE_CONFIGS = ("application/vnd.oci.image.config.v1+json",
-                 "application/vnd.docker.container.image.v1+json")
 
 
 def describe(registry: Reader, name: str, digest: Digest) -> Dict[str, Any]:
@@ -1963,21 +1964,18 @@ def untagged(registry: Reader, name: str,
     """The digests of the manifests that no tag points to, and that are neither a part of another
     manifest of the repository nor about one. None if more than `limit` bytes of manifests would
     have to be read. Raises NAME_UNKNOWN."""
-    tagged, children = set(), set()
+    shown = {digest for _, digest in iter_tags(registry, name)}
     subjects: Dict[Digest, Optional[Digest]] = {}
-    for tag in registry.tags(name):
-        with contextlib.suppress(Unknown):  # deleted since
-            tagged.add(registry.resolve(name, tag))
     for manifest in registry.manifests(name):
         limit -= len(manifest.content)
         if limit < 0:
             return None
         subjects[manifest.digest] = None
         with contextlib.suppress(Invalid):  # stored by another program
-            children.update(child_digests(manifest))
+            shown.update(child_digests(manifest))
             subjects[manifest.digest] = manifest.subject
     return sorted(digest for digest, subject in subjects.items()
-                  if digest not in tagged | children and subject not in subjects)
+                  if digest not in shown and subject not in subjects)
 
 # -------------------------------------------------------------------------------------------------
 # 6  Signatures
@@ -3412,7 +3410,7 @@ class Sweep:
         """Delete upload sessions that nobody has written to for a day, and what crashes have left
         in the scratch folder. Raises OSError."""
         limit = self.now - UPLOAD_IDLE
-        for name in self.store.layout.iter_repositories():
+        for name in self.layout.iter_repositories():
             for session_id in list_directory(self.layout.uploads_path(name)):
                 session = DirectoryUpload(self.store, name, session_id)
                 written, size, _ = self._look(session.path)
@@ -3462,7 +3460,7 @@ class Collection(Sweep):
             if self.doubt and not self.force and not self.dry_run:
                 raise CommandError(self.doubt)
         self.purge()
-        for name in self.store.layout.iter_repositories():
+        for name in self.layout.iter_repositories():
             self.collect_repository(name)
             self._sweep_empty(name)
         self.sweep("blobs", ((digest, folder) for digest, folder in self.layout.iter_blobs()
@@ -3744,7 +3742,7 @@ class StoreVerification(Verification):
     def run(self) -> None:
         """Raises OSError."""
         self._read_blobs()
-        for name in dict(self.images) or self.store.layout.iter_repositories():
+        for name in dict(self.images) or self.layout.iter_repositories():
             findings = self._check_repository(name)
             if findings:
                 self._confirm(name, findings)
@@ -3780,18 +3778,13 @@ class StoreVerification(Verification):
     # Reading blobs
 
     def _iter_blobs(self) -> Iterator[Entry]:
-        """Yield the blobs that are to be read, with their folders."""
+        """The blobs that are to be read, with their folders."""
         if not self.images:
-            yield from self.layout.iter_blobs()
-        digests = {resolve_reference(self.store, *image) for image in self.images}
-        needed: Set[Digest] = set()
-        while digests:
-            needed.update(digests)
-            blobs, children = zip(*map(self.store.needs, digests))
-            needed.update(*blobs)
-            digests = set().union(*children) - needed
-        for digest in needed:
-            yield digest, os.path.dirname(self.layout.blob_path(digest))
+            return self.layout.iter_blobs()
+        needed = [consists_of(self.store, name, resolve_reference(self.store, name, reference))
+                  for name, reference in self.images]
+        return ((digest, os.path.dirname(self.layout.blob_path(digest)))
+                for digest in set().union(*needed))
 
     def _read_blobs(self) -> None:
         """Hash every blob, in as many threads as there are processors; hashlib lets them run at
@@ -3833,34 +3826,20 @@ class StoreVerification(Verification):
             findings += [Finding("missing blob", blob, self.layout.layer_path(name, blob))
                          for blob in blobs if blob not in present]
         tags = {tag: self.layout.current_path(name, tag) for tag in self.layout.list_tags(name)}
-        for tag, digests in self._read_links(findings, tags.items()).items():
-            needs[tag] = digests
-            if digests[0] not in revisions:
-                findings.append(
-                    Finding("tag without manifest", tag, self.layout.link_in(tags[tag])))
+        targets = self._read_links(findings, tags.items())
+        needs.update(targets)
+        findings += [Finding("tag without manifest", tag, self.layout.link_in(tags[tag]))
+                     for tag, digests in targets.items() if digests[0] not in revisions]
         for tag in tags:
             # What a tag pointed to earlier may be gone; the link itself must not be damaged.
             self._read_links(findings, digest_folders(self.layout.tag_path(name, tag), "index"))
-        harmed = self._harmed_images(name, list(tags) + list(revisions), needs, findings)
+        harmed: Dict[str, Set[str]] = {finding.name: set() for finding in findings}
+        for image in itertools.chain(tags, revisions.keys() - reachable(tags, needs)):
+            for needed in reachable([image], needs).intersection(harmed):
+                harmed[needed].add(image_text(name, image))
         return {finding._replace(what=DANGLING)
                 if finding.what == LEFTOVER and harmed[finding.name] else finding:
                 harmed[finding.name] for finding in findings}
-
-    @staticmethod
-    def _harmed_images(name: str, images: List[str], needs: Dict[str, List[Digest]],
-                       findings: List[Finding]) -> Dict[str, Set[str]]:
-        """For the name in each finding, the images that can't do without it. `images` are the tags,
-        then the digests of manifests, of which only those count that no tag leads to."""
-        harmed: Dict[str, Set[str]] = {finding.name: set() for finding in findings}
-        tagged: Set[str] = set()
-        for image in images:
-            if image not in tagged:
-                reached = reachable([image], needs)
-                for needed in reached.intersection(harmed):
-                    harmed[needed].add(image_text(name, image))
-                if not isinstance(image, Digest):
-                    tagged |= reached
-        return harmed
 
     def _read_links(self, findings: List[Finding], entries: Iterable[Tuple[str, str]],
                     if_missing: str = "") -> Dict[str, List[Digest]]:
@@ -4034,7 +4013,7 @@ def read_tar_header(tar: BinaryIO, offset: int) -> Optional[tarfile.TarInfo]:
         return None
     try:
         entry = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
+    except tarfile.HeaderError:  # too short, or not what its checksum says
         problem = "damaged header at byte %d" % offset
         if len(header) < BLOCK:
             problem = "it is cut off: copy it again"
@@ -4122,8 +4101,7 @@ def read_folder(top: str) -> Dict[str, Member]:
     """The files below a directory, by name. Raises ValueError, OSError."""
     members = {}
     for folder, _, files in os.walk(top):
-        for file in files:
-            path = os.path.join(folder, file)
+        for path in (os.path.join(folder, file) for file in files):
             if os.path.islink(path):
                 raise ValueError("refused: %r is a link" % path)
             if os.path.isfile(path):
@@ -4559,20 +4537,13 @@ class Contents:
 
 # An archive as a registry
 
-class Mentions(NamedTuple):
-    """The digests that a manifest mentions."""
-
-    manifests: Set[Digest]  # its children; also its referrers, if they have no name
-    content: Set[Digest]    # all blobs and manifests that it consists of
-    subject: Optional[str]
-
 
 class Reach(NamedTuple):
     """What the names of a repository lead to."""
 
-    digests: Set[Digest]    # of everything
     manifests: Set[Digest]
-    inner: Set[Digest]      # manifests that are children or referrers of others
+    content: Set[Digest]  # all blobs and manifests that these consist of, and they themselves
+    inner: Set[Digest]    # manifests that are children or referrers of others
     referrers: Dict[str, Set[Digest]]  # by subject
 
 
@@ -4591,12 +4562,10 @@ class Archive(Contents, Registry):
         self.damaged: Dict[Digest, str] = {}   # the file with a damaged blob or range
         self._reach = functools.lru_cache(MAX_REACHES)(self._follow)
         # A hundred thousand names may lead to one large manifest.
-        self._mentions = functools.lru_cache(maxsize=None)(self._read_mentions)
+        self._kept_manifest = functools.lru_cache(maxsize=None)(self._find_manifest)
         try:
             for path in paths:
-                members = self._read_members(path, scratch, partly)
-                if members:
-                    self.add(path, members)
+                self._take_in(path, scratch, partly)
             if self.unreadable and not self.blobs:
                 path = min(self.unreadable)
                 raise ValueError(self.unreadable[path])
@@ -4607,20 +4576,21 @@ class Archive(Contents, Registry):
         except (ValueError, Invalid) as error:
             raise RegistryError("UNSUPPORTED", message="%s: %s" % (path, error))
 
-    def _read_members(self, path: str, scratch: str, partly: bool) -> Dict[str, Member]:
-        """Raises ValueError, OSError."""
-        if os.path.isdir(path):
-            return read_folder(path)
+    def _take_in(self, path: str, scratch: str, partly: bool) -> None:
+        """Add the images of a file or directory. Raises ValueError, Invalid, OSError."""
         members: Dict[str, Member] = {}
         try:
-            read_tar(path, open_tar(path, scratch), members)
+            if os.path.isdir(path):
+                members = read_folder(path)
+            else:
+                read_tar(path, open_tar(path, scratch), members)
         except ValueError as error:
             if not partly:
                 raise
             self.unreadable[path] = str(error)
-            # PARTS comes after all manifests. So if it is there, they are complete.
-            return members if PARTS in members else {}
-        return members
+            if PARTS not in members:  # it comes after all manifests: else one may be cut off
+                return
+        self.add(path, members)
 
     # What names lead to
 
@@ -4644,31 +4614,25 @@ class Archive(Contents, Registry):
             return self._read_manifest(digest)
         return None
 
-    def _read_mentions(self, digest: Digest) -> Mentions:
-        manifest = self._find_manifest(digest)
-        if not manifest:
-            return Mentions(set(), set(), None)
-        children = {child.digest for child in manifest.manifests
-                    if child.media_type in MANIFEST_TYPES}
-        return Mentions(children | self.loose.get(digest, set()),
-                          {entry.digest for entry in manifest.blobs + manifest.manifests},
-                          manifest.subject)
-
     def _follow(self, roots: FrozenSet[Digest]) -> Reach:
-        reached: Dict[Digest, Mentions] = {}
+        reach = Reach(set(), set(), set(), {})
         queue = list(roots)
         for digest in queue:  # it grows
-            if digest not in reached:
-                reached[digest] = self._mentions(digest)
-                queue.extend(reached[digest].manifests)
-        referrers: Dict[str, Set[Digest]] = {}
-        for digest, mentions in reached.items():
-            if mentions.subject:
-                referrers.setdefault(mentions.subject, set()).add(digest)
-        content = [mentions.content for mentions in reached.values()]
-        inner = [mentions.manifests for mentions in reached.values()]
-        inner += [referrers[subject] for subject in referrers.keys() & reached.keys()]
-        return Reach(set(reached).union(*content), set(reached), set().union(*inner), referrers)
+            manifest = None if digest in reach.manifests else self._kept_manifest(digest)
+            reach.manifests.add(digest)
+            if manifest:
+                inner = {child.digest for child in manifest.manifests
+                         if child.media_type in MANIFEST_TYPES}
+                inner |= self.loose.get(digest, set())
+                queue.extend(inner)
+                reach.inner.update(inner)
+                reach.content.update(part.digest for part in manifest.blobs + manifest.manifests)
+                if manifest.subject:
+                    reach.referrers.setdefault(manifest.subject, set()).add(digest)
+        reach.content.update(reach.manifests)
+        reach.inner.update(*[reach.referrers[subject] for subject
+                             in reach.referrers.keys() & reach.manifests])
+        return reach
 
     def _names_in(self, name: str) -> Dict[str, Digest]:
         """The tags and digests by which a repository's manifests are known. Raises NAME_UNKNOWN."""
@@ -4705,7 +4669,7 @@ class Archive(Contents, Registry):
 
     def open_blob(self, name: str, digest: Digest, offset: int = 0) -> Blob:
         blob = self.joined.get(digest) or self.blobs.get(digest)
-        if digest not in self._reach_of(name).digests or not blob:
+        if digest not in self._reach_of(name).content or not blob:
             raise RegistryError("BLOB_UNKNOWN", digest)
         return blob.open().rest(offset)
 
@@ -4716,12 +4680,12 @@ class Archive(Contents, Registry):
                     yield self._read_manifest(digest)
 
     def manifests(self, name: str) -> Iterator[Manifest]:
-        return filter(None, map(self._find_manifest, self._reach_of(name).manifests))
+        return filter(None, map(self._kept_manifest, self._reach_of(name).manifests))
 
     def digests(self, name: Optional[str] = None) -> Iterator[Digest]:
         present = set(self.blobs).union(self.joined, self.made)
         present.difference_update(*self.parts.ranges.values())
-        return iter(sorted(present if name is None else present & self._reach_of(name).digests))
+        return iter(sorted(present if name is None else present & self._reach_of(name).content))
 
     def is_named(self, name: str, digest: Digest) -> bool:
         return (name, digest) not in self.unnamed
@@ -4748,7 +4712,7 @@ class Archive(Contents, Registry):
         Each manifest is read for it, once."""
         roots = frozenset().union(*(references.values() for references in self.names.values()))
         needed = set(roots)
-        for manifest in filter(None, map(self._find_manifest, self._follow(roots).manifests)):
+        for manifest in filter(None, map(self._kept_manifest, self._follow(roots).manifests)):
             needed.update(blob.digest for blob in manifest.blobs if not blob.foreign)
         return needed.difference(self.digests())
 
@@ -4834,14 +4798,13 @@ def remove_parts(path: str) -> None:
     """Delete what open_part() has made for this path, or for parts of it, and a process that is
     gone has left. Raises OSError."""
     folder, name = os.path.split(os.path.realpath(path))
-    stem, extension = map(re.escape, os.path.splitext(name))
-    pattern = stem + r"(?:-\d+of\d+)?" + extension + r"\.[0-9a-f]{8}\.part"
-    for part in list_directory(folder):
-        if re.fullmatch(pattern, part):
-            # It is locked, because it is being written; or it is gone.
-            with contextlib.suppress(OSError), open(os.path.join(folder, part), "r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(file.name)
+    pattern = r"%s(?:-\d+of\d+)?%s\.[0-9a-f]{8}\.part" % tuple(
+        map(re.escape, os.path.splitext(name)))
+    for part in filter(re.compile(pattern).fullmatch, list_directory(folder)):
+        # It is locked, because it is being written; or it is gone.
+        with contextlib.suppress(OSError), open(os.path.join(folder, part), "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(file.name)
 
 
 class PlannedBlob(NamedTuple):
@@ -11899,17 +11862,14 @@ def start_thread(function: Callable[..., None], *arguments: Any) -> None:
 
 # serve
 
-def iter_tags(store: Directory) -> Iterator[Tuple[str, str, Digest]]:
-    """Yield (repository, tag, digest) of each tag."""
-    for name in store.repositories():
-        for tag in store.tags(name):
-            with contextlib.suppress(Unknown):  # deleted since, or damaged
-                yield name, tag, store.resolve(name, tag)
+def all_tags(store: Directory) -> Iterator[Tuple[str, str, Digest]]:
+    """(repository, tag, digest) of each tag."""
+    return ((name, *tag) for name in store.repositories() for tag in iter_tags(store, name))
 
 
 def example(store: Union[Archive, Directory], host: str) -> str:
     """A command that pulls the first image that there is."""
-    images = store.images() if isinstance(store, Archive) else iter_tags(store)
+    images = store.images() if isinstance(store, Archive) else all_tags(store)
     name, reference, _ = next(images, ("alpine", "latest", None))
     return "docker pull %s/%s" % (host, image_text(name, reference))
 
@@ -13157,7 +13117,7 @@ def read_lists(store: Directory, paths: Sequence[str],
     origins = {name.partition("/")[0] for name in store.repositories()} if paths else set()
     lists = [tags_listed(path, origins) for path in paths]
     for path, is_listed in () if force else zip(paths, lists):
-        if not any(is_listed(*tag) for tag in iter_tags(store)):
+        if not any(is_listed(*tag) for tag in all_tags(store)):
             raise CommandError("no tag here is named in %s, so all would go that no other list "
                                "names; if that is meant, say --force" % path)
     return (lambda *tag: any(is_listed(*tag) for is_listed in lists)) if lists else None
