@@ -449,11 +449,6 @@ def counted(number: int, noun: str) -> str:
     return "1 " + noun if number == 1 else "%d %ss" % (number, re.sub("y$", "ie", noun))
 
 
-def singular(nouns: str) -> str:
-    """The noun for one: repository for repositories, blob for blobs."""
-    return re.sub("ies$", "ys", nouns)[:-1]
-
-
 def in_units(size: float) -> str:
     """A number of bytes for people: 1.5 GiB."""
     if size < 1024:
@@ -3301,8 +3296,8 @@ NO_EXPIRY = Expiry()
 
 # By the kind of thing, the file in its folder whose mtime says when a client last pushed it, or
 # was told of it.
-DATED_BY = {"tags": os.path.join("current", "link"), "manifests": "link", "links": "link",
-            "blobs": "data"}
+DATED_BY = {"tag": os.path.join("current", "link"), "manifest": "link", "link": "link",
+            "blob": "data"}
 
 Entry = Tuple[Any, str]  # a tag or digest, and the folder that goes if it is deleted
 
@@ -3371,7 +3366,7 @@ class Sweep:
                 old = self._delete(kind, list(old))
             for (reference, _), state in old.items():
                 self._count(kind, image_text(name, reference) if name else reference,
-                            state.size if kind == "blobs" else 0)
+                            state.size if kind == "blob" else 0)
                 self.newest = max(self.newest, state.mtime)
             young += [entry for entry in batch if entry not in old]
         return young
@@ -3396,7 +3391,7 @@ class Sweep:
             waited = time.monotonic() - began
             old = self._find_old(kind, batch, opened=True)
             trash = self._move_to_trash(folder for _, folder in old)
-        if kind != "blobs":
+        if kind != "blob":
             # What leads to something is gone for good before that goes. A blob leads nowhere.
             for parent in {os.path.dirname(folder) for _, folder in old}:
                 with contextlib.suppress(FileNotFoundError):  # the whole repository is gone
@@ -3416,7 +3411,7 @@ class Sweep:
                 written, size, _ = self._look(session.path)
                 is_idle = (written or self._look(session.folder).mtime) < limit
                 if is_idle and (self.dry_run or session.expire(limit)):
-                    self._count("uploads", "%s %s" % (name, session_id), size)
+                    self._count("upload", "%s %s" % (name, session_id), size)
         for entry in list_directory(self.store.files.scratch):
             path = os.path.join(self.store.files.scratch, entry)
             # What is not trash may be about to get its final name. A `-` is in the names of locks
@@ -3463,7 +3458,7 @@ class Collection(Sweep):
         for name in self.layout.iter_repositories():
             self.collect_repository(name)
             self._sweep_empty(name)
-        self.sweep("blobs", ((digest, folder) for digest, folder in self.layout.iter_blobs()
+        self.sweep("blob", ((digest, folder) for digest, folder in self.layout.iter_blobs()
                              if key_of(digest) not in self.needed))
 
     def collect_repository(self, name: str) -> None:
@@ -3476,7 +3471,7 @@ class Collection(Sweep):
         is_readable = len(self.unread) == unread_before
         if is_readable:
             staying, going_tags = self._mark(name, nodes, tags)
-            self.sweep("tags", [(tag, self.layout.tag_path(name, tag)) for tag in going_tags], name)
+            self.sweep("tag", [(tag, self.layout.tag_path(name, tag)) for tag in going_tags], name)
             self._sweep_manifests(name, nodes, staying)
         needed = set(nodes).union(*(node.mentions for node in nodes.values()))
         self._sweep_links(name, needed, is_readable)
@@ -3583,7 +3578,7 @@ class Collection(Sweep):
             going = [(node.digest, node.folder) for key, node in nodes.items() if key not in kept]
             if not going:
                 return
-            young = self.sweep("manifests", going, name)
+            young = self.sweep("manifest", going, name)
             staying = staying.union(key_of(digest) for digest, _ in young)
             for digest, _ in set(going).difference(young):
                 del nodes[key_of(digest)]
@@ -3604,7 +3599,7 @@ class Collection(Sweep):
                 else:
                     self._need_blob(digest, folder)
 
-        for digest, folder in self.sweep("links", unneeded(), name):
+        for digest, folder in self.sweep("link", unneeded(), name):
             self._need_blob(digest, folder)
 
     def _empty_folders(self, path: str) -> List[str]:
@@ -3631,7 +3626,7 @@ class Collection(Sweep):
                     path = os.path.dirname(path)
         sync_directory(path)
         self._empty_trash(trash)
-        self._count("repositories", name)
+        self._count("repository", name)
 
     # What more could go
 
@@ -6623,13 +6618,13 @@ NO_CHOICE = Choice("")
 
 class Report:
     """What becomes of one image, counted while it is copied. `watch(report)` is called each time
-    that a counter changes, from any thread."""
+    that a counter changes, from any thread. `pin` is its name in our store, with the tag, for a
+    lock file."""
 
     def __init__(self, choice: Choice = NO_CHOICE,
-                 watch: Callable[["Report"], None] = do_nothing) -> None:
+                 watch: Callable[["Report"], None] = do_nothing, pin: str = "") -> None:
         self.choice = choice  # what messages call it, and where it was named
-        self.image, self.where = choice.image, choice.where
-        self.pin = ""  # its name in our store, with the tag, for a lock file
+        self.image, self.where, self.pin = choice.image, choice.where, pin
         self.digest: Optional[Digest] = None
         self.watch = watch
         self.mutex = threading.Lock()
@@ -12798,14 +12793,11 @@ def leave_at_once(number: int, frame: Any) -> None:
     os._exit(130)
 
 
-def prepare_copy(options: argparse.Namespace, choice: Choice, *places: Any,
-                 watch: Callable[[Report], None] = do_nothing) -> Copy:
-    """A Copy with the options of a command; `places` are those that Copy takes."""
-    check = do_nothing
-    if options.signed_by:
-        check = Signed(places[0], sum(options.signed_by, [])).check
-    return Copy(*places, platforms=options.platform, referrers=not options.no_referrers,
-                report=Report(choice, watch), strip=options.strip, check=check)
+def copy_choices(options: argparse.Namespace, source: Registry) -> Dict[str, Any]:
+    """What the options of a command say of its copies, for Copy."""
+    keys: List[PublicKey] = sum(options.signed_by, [])
+    return {"platforms": options.platform, "referrers": not options.no_referrers,
+            "strip": options.strip, "check": Signed(source, keys).check if keys else do_nothing}
 
 
 def complain_of_plan(report: Report) -> None:
@@ -12875,7 +12867,7 @@ class Transfer:
             self.told.append("%s: %s" % (image, reason))
             complain("tinyreg: " + self.told[-1])
 
-    def add(self, choice: Choice, source: Reader, name: str, reference: str,
+    def add(self, choice: Choice, source: Registry, name: str, reference: str,
             stored_name: str = "") -> Report:
         """Name one image that is to be copied; `stored_name` is its name here, if the source has
         another one. Raises NAME_INVALID; CommandError if another one would get the same name."""
@@ -12889,10 +12881,9 @@ class Transfer:
             raise CommandError("%s and %s would both become %s; copy one of them, or give them "
                                "different names with --rename"
                                % (other, stored_name, image_text(target_name, tag)))
-        self.copies.append(prepare_copy(self.options, choice, source, self.target, name, reference,
-                                        target_name, self.traffic, watch=self.progress.watch))
-        report = self.copies[-1].report
-        report.pin = image_text(stored_name, reference)
+        report = Report(choice, self.progress.watch, image_text(stored_name, reference))
+        self.copies.append(Copy(source, self.target, name, reference, target_name, self.traffic,
+                                report=report, **copy_choices(self.options, source)))
         return report
 
     def run(self) -> int:
@@ -13093,11 +13084,11 @@ def report_collection(options: argparse.Namespace, collection: Collection,
     counts = collection.counts
     if collection.doubt:
         complain("tinyreg: " + collection.doubt)
-    kinds = ["manifests", "links", "blobs", "uploads", "repositories"]
-    if counts["tags"]:
-        kinds.insert(0, "tags")
+    kinds = ["manifest", "link", "blob", "upload", "repository"]
+    if counts["tag"]:
+        kinds.insert(0, "tag")
     lines = ["%s %s; %s" % ("would remove" if options.dry_run else "removed",
-                            ", ".join(counted(counts[kind], singular(kind)) for kind in kinds),
+                            ", ".join(counted(counts[kind], kind) for kind in kinds),
                             in_units(counts["bytes"]))]
     if waiting:
         size = in_units(waiting) + " more can't be freed"
@@ -13107,7 +13098,7 @@ def report_collection(options: argparse.Namespace, collection: Collection,
                    "unreadable": collection.unread}, [] if options.quiet else lines)
     if collection.unread:
         complain("tinyreg: kept all that may belong to what can't be read (see tinyreg.py verify): "
-                 + ", ".join(collection.unread[:10]) + (" …" if collection.unread[10:] else ""))
+                 + in_one_line(collection.unread))
 
 
 def read_lists(store: Directory, paths: Sequence[str],
@@ -13136,14 +13127,14 @@ def collect(options: argparse.Namespace) -> int:
     planned: Dict[str, Optional[Digest]] = {}
 
     def note(kind: str, name: str, size: int) -> None:
-        if kind == "tags" and options.plan:
+        if kind == "tag" and options.plan:
             with contextlib.suppress(Unknown):  # somebody has just deleted it
                 planned[name] = store.resolve(*name.rsplit(":", 1))
         if options.json:
-            removed.append({"kind": singular(kind), "name": name, "size": size})
+            removed.append({"kind": kind, "name": name, "size": size})
         elif options.dry_run:
             bytes_text = "  " + counted(size, "byte") if size else ""
-            tell("%s  %s%s" % (singular(kind), name, bytes_text))
+            tell("%s  %s%s" % (kind, name, bytes_text))
 
     try:
         collection = collect_garbage(store, grace=options.grace, untagged=options.untagged,
@@ -13337,13 +13328,12 @@ def add_to_archive(options: argparse.Namespace, store: Directory, writer: Archiv
                    choice: Choice, name: str, reference: str) -> Report:
     """Copy one image of the store into what becomes an archive. Raises CommandError: an archive
     that lacks an image would only be noticed on the far side."""
+    report = Report(choice, pin=image_text(name, reference))
     try:
-        copy = prepare_copy(options, choice, store, writer, name, reference)
-        copy.report.pin = image_text(name, reference)
-        complain_of_plan(copy.plan())
-        report = copy.run()
+        copy(store, writer, name, reference, report=report, **copy_choices(options, store))
     except RegistryError as error:  # whatever it is, the message names the image
         raise CommandError("%s: %s" % (choice.image, error))
+    complain_of_plan(report)
     if report.missing:
         raise CommandError("%s: the store lacks %s; pull or push it again"
                            % (choice.image, ", ".join(report.missing)))
@@ -13367,10 +13357,8 @@ def check_output(options: argparse.Namespace) -> None:
     if options.output == "-" and (options.split or sys.stdout.isatty()):
         raise CommandError("parts, or a terminal, can't take an archive from stdout: name a file "
                            "with -o")
-    if os.path.isdir(options.output):
-        raise CommandError("-o %s is a folder; name a file in it" % options.output)
     if os.path.exists(options.output) and not os.path.isfile(options.output):
-        raise CommandError("-o %s is no file that could be replaced; write -o - > %s"
+        raise CommandError("-o %s is no file that could be replaced; name one, or write -o - > %s"
                            % (options.output, options.output))
     if options.lock and os.path.realpath(options.lock) == os.path.realpath(options.output):
         raise CommandError("--lock %s would replace the archive" % options.lock)

@@ -59,7 +59,7 @@ def test_a_fresh_store_loses_nothing_but_what_nothing_refers_to(store):
     make_old(store)
     before = set(files_below(store.layout.tree))
     gone = gc(store)
-    assert gone == {("links", "a/b@" + stray), ("blobs", stray)}
+    assert gone == {("link", "a/b@" + stray), ("blob", stray)}
     left = set(files_below(store.layout.tree))
     assert {path for path in before - left} == {path for path in before if stray.encoded in path}
     assert store.manifest("a/b", kept.digest).content == kept.content
@@ -153,7 +153,7 @@ def test_untagged_drops_what_no_tag_index_or_subject_reaches(store):
     about_signature = make_referrer(store, "app", signature, artifactType="application/z")
     make_old(store)
     gone = gc(store, untagged=True)
-    assert {what for kind, what in gone if kind == "manifests"} == {
+    assert {what for kind, what in gone if kind == "manifest"} == {
         "app@" + old.digest, "app@" + signed_old.digest}
     assert not has_blob(store, "app", b"old")
     assert [manifest.digest for manifest in store.referrers("app", new.digest)] == [signature.digest]
@@ -245,7 +245,7 @@ def test_what_was_just_uploaded_or_mounted_stays(store):
     uploaded = push_blob(store, "app", b"uploaded")
     store.mount("app", Digest.of(b"layer"), "source")
     store.delete_manifest("source", store.resolve("source", "latest"))
-    assert ("blobs", uploaded) not in gc(store, grace=HOUR)
+    assert ("blob", uploaded) not in gc(store, grace=HOUR)
     assert has_blob(store, "app", b"uploaded") and has_blob(store, "app", b"layer")
     assert not has_blob(store, "source", b"layer")
     make_old(store)
@@ -276,7 +276,7 @@ def test_a_blob_that_a_client_was_told_about_stays(start_server, tmp_path):
     for path in ("blobs/" + asked, "manifests/" + child.digest):
         assert server.ask("HEAD", "/v2/app/" + path).status == 200
     gone = gc(store, grace=HOUR, untagged=True)
-    assert gone == {("links", "app@" + other), ("blobs", other)}
+    assert gone == {("link", "app@" + other), ("blob", other)}
     assert has_blob(store, "app", b"child")
 
 
@@ -299,7 +299,7 @@ def test_sessions_that_were_idle_for_a_day_go_and_others_stay(store):
     os.unlink(broken.path)
     os.utime(broken.folder, (1, 1))
     gone = gc(store)
-    assert {what.split()[0] for kind, what in gone if kind == "uploads"} == {"app0", "app2"}
+    assert {what.split()[0] for kind, what in gone if kind == "upload"} == {"app0", "app2"}
     assert sorted(os.listdir(os.path.join(store.layout.tree, "repositories"))) == ["app1"]
 
 
@@ -311,7 +311,7 @@ def test_empty_repositories_go_and_those_below_stay(store):
         store.delete_manifest(name, store.resolve(name, "latest"))
     make_old(store)
     gone = gc(store)
-    assert {what for kind, what in gone if kind == "repositories"} == {"a", "d/e/f"}
+    assert {what for kind, what in gone if kind == "repository"} == {"a", "d/e/f"}
     assert os.listdir(os.path.join(store.layout.tree, "repositories")) == ["a"]
     assert list(store.repositories()) == ["a/b/c"]
 
@@ -426,7 +426,7 @@ def aged(store):
 def test_tags_expire_with_what_only_they_led_to(aged, how, left):
     gone = gc(aged, **dict(how, repositories=None))
     assert list(aged.tags("app")) == list(left)
-    assert {what for kind, what in gone if kind == "tags" and what.startswith("app")} == {
+    assert {what for kind, what in gone if kind == "tag" and what.startswith("app")} == {
         "app:%s" % tag for tag in "12345" if tag not in left}
     for tag in "12345":
         assert has_blob(aged, "app", b"layer " + tag.encode()) is (tag in left)
@@ -515,7 +515,7 @@ def test_a_tag_that_moves_meanwhile_stays(aged, monkeypatch):
     sweep = Collection.sweep
 
     def push_first(collection, kind, entries, name=None):
-        if kind == "tags" and not aged.lock.pushed:
+        if kind == "tag" and not aged.lock.pushed:
             aged.lock.pushed = True
             aged.put_manifest("app", manifest, ["5"])
             aged.put_manifest("app", again, ["new"])
@@ -723,7 +723,7 @@ def test_what_was_stored_while_the_clock_was_wrong_is_collected_once_it_has_aged
     make_old(store, 25 * HOUR)  # a day later
     gone = gc(store, grace=HOUR, untagged=True)
     assert not has_data(store, b"layer") and not os.path.exists(lost)
-    assert ("uploads", "app " + session.id) in gone
+    assert ("upload", "app " + session.id) in gone
 
 
 def test_a_clock_that_is_a_year_ahead_deletes_no_tag(aged):
@@ -815,7 +815,7 @@ def test_a_volume_that_only_distribution_wrote(store):
 
 # Beside pushes
 
-@pytest.mark.parametrize("when", ["manifests", "links", "blobs"])
+@pytest.mark.parametrize("when", ["manifest", "link", "blob"])
 @pytest.mark.parametrize("how", ["mount", "push", "again"])
 def test_a_push_after_the_marking(store, monkeypatch, when, how):
     """A push that comes when gc has decided what is garbage, and before it takes it away, keeps what it needs."""
@@ -863,7 +863,7 @@ def test_a_push_between_an_index_and_its_children(store, monkeypatch, when, how)
 
     def push_first(collection, kind, entries, name=None):
         entries = list(entries)
-        if kind == "manifests":
+        if kind == "manifest":
             levels.append({digest for digest, _ in entries})
             if len(levels) == when:
                 if how == "referrer":
@@ -892,7 +892,7 @@ def test_gc_does_not_go_by_what_nfs_remembers_of_a_file(store, monkeypatch):
 
     def push_first(collection, kind, entries, name=None):
         entries = list(entries)
-        if kind == "manifests":
+        if kind == "manifest":
             for _, folder in entries:
                 os.stat(os.path.join(folder, "link"))
             store.put_manifest("app", manifest, ["again"])
@@ -951,7 +951,7 @@ def test_no_acknowledged_manifest_ever_lacks_a_blob(store, tmp_path, untagged):
     def enough_was_collected():
         done = collect_garbage(store, untagged=untagged)
         assert not done.unread
-        went.append(done.counts["blobs"])
+        went.append(done.counts["blob"])
         pushed = [path.read_text().count("pushed") for path in logs]
         has_each_worked = min(pushed) > 20 and len(went) > 10 and sum(went) > 10
         has_one_failed = any(pusher.poll() is not None for pusher in pushers)

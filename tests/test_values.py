@@ -125,7 +125,6 @@ def test_split_image(text, wanted):
     (1, "repository", "1 repository")])
 def test_plurals(number, noun, words):
     assert tinyreg.counted(number, noun) == words
-    assert number < 2 or tinyreg.singular(words.split()[1]) == noun
 
 
 @pytest.mark.parametrize("text", ["a/b:1", "a/b@" + SHA256, "a/b:1@" + SHA256])
