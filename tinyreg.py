@@ -7516,6 +7516,10 @@ class Rule(NamedTuple):
             return False
         return bool(parse_glob(self.glob.replace("{user}", user)).fullmatch(name))
 
+    def example(self, user: str) -> str:
+        """The name of a repository that it may be about."""
+        return self.glob.replace("{user}", user).replace("**", "*").replace("*", "a")
+
 
 def parse_rules(content: bytes) -> List[Rule]:
     """The rules in a file; its last line is first, because the last match counts. Raises
@@ -7531,6 +7535,22 @@ def parse_rules(content: bytes) -> List[Rule]:
             raise CommandError("--rules: line %d is no rule: %r; write REPOSITORY-GLOB "
                                "USER|*|@anonymous pull|push|admin|none" % (number, text))
     return rules
+
+
+def check_rules(rules: Sequence[Rule], anonymous: int) -> None:
+    """Raises CommandError for a rule that gives users no more than --anonymous, which is this
+    level, gives everybody: it would bind nobody, without a word. If it is about all users and all
+    names it may give as much, because other rules add to it."""
+    for rule in rules if anonymous else ():
+        is_base = (rule.glob, rule.user) == ("**", "*")
+        is_limited = any(other.user == "@anonymous" and other.fits("", rule.example("a"))
+                         for other in rules)
+        if rule.user != "@anonymous" and not is_limited and rule.level + is_base <= anonymous:
+            raise CommandError(
+                "--rules: the line %s %s %s binds nobody, because --anonymous %s lets everybody do "
+                "as much there; add the line %s @anonymous none, or leave out --anonymous"
+                % (rule.glob, rule.user, LEVELS[rule.level], LEVELS[anonymous],
+                   rule.glob.replace("{user}", "*")))
 
 
 class Rules:
@@ -7561,11 +7581,10 @@ class Rules:
 
     def place_to_push(self, user: str) -> Optional[str]:
         """A glob of names under which a user may push, of a rule about this user; or None."""
-        globs = (rule.glob.replace("{user}", user) for rule in self.rules
-                 if rule.user in (user, "*"))
-        for glob in globs:
-            if self.level(user, glob.replace("**", "*").replace("*", "a")) >= NEEDED["push"]:
-                return glob
+        for rule in self.rules:
+            is_about = rule.user in (user, "*")
+            if is_about and self.level(user, rule.example(user)) >= NEEDED["push"]:
+                return rule.glob.replace("{user}", user)
         return None
 
 
@@ -7617,6 +7636,8 @@ class Access:
 
     def _load(self) -> None:
         users, rules = self.passwords.read(), parse_rules(read_settings(self.rules.path))
+        if self.users_file or self.client_ca:
+            check_rules(rules, self.rules.anonymous)
         self.passwords.users, self.rules.rules = users, rules  # both, or none
 
     def start(self, process: int) -> None:

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -191,7 +192,7 @@ def test_what_others_do_is_shown_to_nobody_without_a_name_where_there_are_users(
     (None,                  "push",  None,    [200, 202, 401]),
     ("",                    "none",  "alice", [403, 403, 403]),   # with rules, what none allows is denied
     ("",                    "pull",  "alice", [200, 403, 403]),
-    ("** alice none",       "admin", "alice", [200, 202, 404]),   # logging out must not help
+    ("** alice none\n** @anonymous admin", "none", "alice", [200, 202, 404]),   # logging out must not help
     ("team/a @anonymous push", "none", None,  [200, 202, 401]),
 ])
 def test_defaults_and_anonymous(world, rules, anonymous, user, expected):
@@ -199,6 +200,37 @@ def test_defaults_and_anonymous(world, rules, anonymous, user, expected):
     assert [world.status(access, "GET", "/v2/team/a/tags/list", user),
             world.status(access, "POST", "/v2/team/a/blobs/uploads/", user),
             world.status(access, "DELETE", "/v2/team/a/manifests/nope", user)] == expected
+
+
+@pytest.mark.parametrize("rules, anonymous, line", [
+    ("team/** alice push",             "push", "team/** alice push"),  # anybody could
+    ("** * pull",                      "push", "** * pull"),
+    ("zoo * none",                     "pull", "zoo * none"),
+    ("team/** alice pull",             "pull", "team/** alice pull"),
+    ("students/{user}/** * push",      "push", "students/{user}/** * push"),
+    ("zoo * none",                     "admin", "zoo * none"),
+    ("** * pull\nteam/** alice push", "pull", None),  # who has logged in may do more
+    ("zoo * none",                     "none", None),
+    ("** @anonymous push\nteam/** alice push", "none", None),  # as the file itself says
+])
+def test_a_rule_that_anonymous_would_make_void_is_refused(world, caplog, rules, anonymous, line):
+    if not line:
+        world.access(rules, anonymous)
+        return
+    with pytest.raises(tinyreg.CommandError) as raised:
+        world.access(rules, anonymous)
+    words = str(raised.value)
+    assert "the line " + line + " binds nobody" in words and "--anonymous " + anonymous in words
+    advice = re.search("add the line ([^,]+ none)", words).group(1)
+    access = world.access(rules + "\n" + advice, anonymous)  # with it the rule binds
+    name = line.split()[0].replace("{user}", "bob").replace("**", "a")
+    levels = {user: access.rules.level(user, name) for user in (None, "carol")}
+    assert levels[None] == 0 and levels["carol"] < 2
+    # A file that changes while the server runs is looked at in the same way.
+    running = world.access("", anonymous)
+    (world.tmp_path / "rules").write_text(rules)
+    assert world.status(running, "GET", "/v2/team/a/tags/list") == 200
+    assert "stay in force" in caplog.text and "binds nobody" in caplog.text
 
 
 @pytest.mark.parametrize("anonymous, expected", [("none", [403, 403, 403, 403]), ("pull", [200, 200, 403, 403]),
