@@ -12870,7 +12870,7 @@ class Transfer:
         self.stored_names: Dict[Tuple[str, str], str] = {}  # by the names that they get, and tags
         self.copies: List[Copy] = []
         self.failures: List[Dict[str, str]] = []
-        self.told: List[str] = []  # those of the failures that are told again at the end
+        self.told = 0  # how many of the failures were said at once
         self.files: List[Dict[str, Optional[str]]] = []  # where it comes from, and what is wrong
         self.holds: Set[Digest] = set()  # the blobs of the images that have arrived
         self.refused: Set[Tuple[str, str]] = set()  # (name, fallback_tag()) of such images
@@ -12885,8 +12885,8 @@ class Transfer:
         self.failures.append({"image": image, "error": str(reason)})
         self.progress.show("")
         if not quietly:
-            self.told.append("%s: %s" % (image, reason))
-            complain("tinyreg: " + self.told[-1])
+            self.told += 1
+            complain_of(image, reason)
 
     def add(self, choice: Choice, source: Registry, name: str, reference: str,
             stored_name: str = "") -> Report:
@@ -12944,9 +12944,8 @@ class Transfer:
             write_lock(lock, pins)
         if self.told and count > 1 and not self.options.json:
             note = ", and are not in " + lock if lock else ""
-            for line in ["tinyreg: %d of %d images failed%s:" % (len(self.told), count, note)
-                         ] + self.told:
-                complain(line)
+            complain("tinyreg: %d of %d images failed%s; it is said above why"
+                     % (self.told, count, note))
         return 1 if self.failures else 0
 
     def _iter_done(self, pool: concurrent.futures.ThreadPoolExecutor,

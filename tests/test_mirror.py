@@ -141,7 +141,8 @@ def test_images_are_planned_and_copied_at_once_and_told_of_in_their_order(there,
     done = pull(tmp_path, host + "/first:1", host + "/gone:1", host + "/second:1", "--jobs", "4", status=1)
     assert [line.partition(":1: ")[0] for line in done.stdout.splitlines()[:2]] == [host + "/first", host + "/second"]
     reason = "%s/gone:1: %s has no gone:1; check its name and tag" % (host, host)
-    assert done.stderr.splitlines() == ["tinyreg: " + reason, "tinyreg: 1 of 3 images failed:", reason]
+    assert done.stderr.splitlines() == [
+        "tinyreg: " + reason, "tinyreg: 1 of 3 images failed; it is said above why"]
 
 
 def test_a_layer_that_images_share_is_fetched_once_whoever_is_first(there, server, start_proxy, tmp_path):
@@ -234,7 +235,7 @@ def test_a_lock_has_only_what_was_copied_and_says_so(there, server, tmp_path):
     digest = make_image(there, "a", "1").digest
     done = pull(tmp_path, server.host + "/gone:1", server.host + "/a:1", "--lock", lock, status=1)
     assert lock.read_text() == "%s/a:1@%s\n" % (server.host, digest)
-    assert "tinyreg: 1 of 2 images failed, and are not in %s:" % lock in done.stderr.splitlines()
+    assert "tinyreg: 1 of 2 images failed, and are not in %s; " % lock in done.stderr
     pull(tmp_path, server.host + "/gone:1", "--lock", lock, status=1)
     assert lock.read_text()  # where nothing was copied, an older lock stays
     done = pull(tmp_path, server.host + "/a:1", "--lock", tmp_path / "missing" / "lock", status=2)

@@ -1090,7 +1090,8 @@ def test_an_image_that_fails_does_not_stop_the_others(filled, server, tmp_path):
     done = run_tinyreg("pull", gone, there, "--root", tmp_path / "back")
     assert done.returncode == 1
     reason = "%s: %s has no gone:1; check its name and tag" % (gone, server.host)
-    assert done.stderr.splitlines() == ["tinyreg: " + reason, "tinyreg: 1 of 2 images failed:", reason]
+    assert done.stderr.splitlines() == [
+        "tinyreg: " + reason, "tinyreg: 1 of 2 images failed; it is said above why"]
     assert there in done.stdout
 
 
