@@ -12042,7 +12042,8 @@ def serve(options: argparse.Namespace) -> int:
 # Images of the store
 
 
-MANY = 100  # images: so many that a pattern may match without a word
+MANY = 100       # images: so many that a pattern may match without a word …
+MOST = 10000     # … and in one repository of another registry at all
 
 
 def chosen_filter(options: argparse.Namespace) -> Filter:
@@ -13037,6 +13038,10 @@ def find_remote(options: argparse.Namespace, open_host: Callable[[str], Remote],
         image.stored_name, filter(TAG.fullmatch, open_host(host).tags(path)), pattern)
     if not tags:
         raise RegistryError("MANIFEST_UNKNOWN", message="no tag fits")
+    if len(tags) > MOST:
+        raise RegistryError("UNSUPPORTED", message="%d tags fit, and %d are the most that are "
+                            "taken; write a narrower pattern, or choose with --newest N or "
+                            "--versions RANGE" % (len(tags), MOST))
     return [image._replace(reference=tag) for tag in tags]
 
 

@@ -1095,6 +1095,24 @@ def test_an_image_that_fails_does_not_stop_the_others(filled, server, tmp_path):
     assert there in done.stdout
 
 
+def test_a_pattern_that_fits_very_many_tags_is_refused(server, filled, start_proxy, tmp_path):
+    """A list of tags is a stranger's: to plan half a million images would take days."""
+    tags = ["1.%d" % number for number in range(tinyreg.MOST + 1)]
+
+    def spoil(handler):
+        if "/tags/list" in handler.path:
+            return handler.answer(200, {}, json.dumps({"tags": tags + ["latest"]}).encode())
+
+    host = start_proxy(server.host, spoil).host
+    done = run_tinyreg("pull", host + "/demo:*", host + "/demo:late*", "--root", tmp_path / "back")
+    assert done.returncode == 1 and done.stdout.count(": sha256:") == 1
+    first, last = done.stderr.splitlines()
+    assert first.startswith("tinyreg: %s/demo:*: %d tags fit, " % (host, len(tags) + 1)) and "1 of 2" in last
+    assert "--newest N" in first and "--versions RANGE" in first
+    done = run_tinyreg("pull", host + "/demo:*", "--newest", "2", "--root", tmp_path / "back")
+    assert "2 of 2 images failed" in done.stderr  # these two, which are not there
+
+
 def test_an_image_pinned_by_tag_and_digest_keeps_its_tag_wherever_it_goes(server, tmp_path):
     """As Helm charts pin their images: gc --untagged deleted what had been pulled so."""
     there = Directory(server.root)
