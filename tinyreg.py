@@ -86,6 +86,13 @@ The rooms of this file. Each uses the rooms above it and none below:
     19 Commands      the command line
 """
 
+if __name__ == "__main__":
+    # Ctrl-C before main() can catch it, as during the imports, ends the program without a word.
+    import os
+    import sys
+    sys.excepthook = lambda kind, *error: (
+        os._exit(130) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *error))
+
 import argparse
 import base64
 import bisect

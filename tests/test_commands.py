@@ -760,6 +760,15 @@ def test_serve_is_what_it_does_without_a_command(tmp_path, arguments):
         process.stdout.close()
 
 
+@pytest.mark.parametrize("python", sorted(PYTHONS), ids=lambda version: "%d.%d" % version)
+def test_ctrl_c_during_the_imports_ends_it_without_a_word(tmp_path, python):
+    """On a slow machine they take a second. The module stands for the first of them."""
+    (tmp_path / "argparse.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run([PYTHONS[python], TINYREG, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=dict(os.environ, PYTHONPATH=str(tmp_path)))
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 def test_environment(start_server, tmp_path):
     content = json.dumps(image((b"never pushed",), b"never pushed either"))
     server = start_server(tmp_path / "one", environment={"TINYREG_SPARSE": "1", "TINYREG_ANONYMOUS": "push"})
