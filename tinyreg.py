@@ -5166,24 +5166,34 @@ def ask_helper(helper: str, host: str) -> Optional[Login]:
     return Login(user, secret, secret if user == "<token>" else None, program)
 
 
-def helper_for(document: Dict[str, Any], host: str) -> str:
-    """The credential helper that a file of logins names for this host; "" without."""
-    helpers = document.get("credHelpers") or {}
-    helper = {login_key(key): helpers[key] for key in helpers}.get(host)
-    return helper or document.get("credsStore") or ""
+class LoginFile:
+    """A file in which docker, podman and skopeo keep logins; it need not be there. Raises OSError;
+    CommandError where it is damaged."""
 
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self.document = load_json(read_file(path) or b"{}")
+            self.entries, self.helpers = (
+                {login_key(key): value
+                 for key, value in dict(self.document.get(field) or {}).items()}
+                for field in ("auths", "credHelpers"))
+        except (ValueError, TypeError) as error:
+            raise CommandError("%s is damaged: %s; mend it, or move it away" % (path, error))
 
-def find_login_in(file: str, keys: Sequence[str]) -> Optional[Login]:
-    """The Login that a file, or the helper that it names, has for the first of these keys that has
-    one. The last key is the host alone. Raises OSError, and for a damaged file
-    ValueError, TypeError or AttributeError."""
-    document = load_json(read_file(file) or b"{}")
-    entries = {login_key(key): entry for key, entry in (document.get("auths") or {}).items()}
-    helper = helper_for(document, keys[-1])
-    login = ask_helper(helper, keys[-1]) if helper else None
-    for key in keys:
-        login = login or parse_login(entries.get(key) or {}, file)
-    return login
+    def helper(self, host: str) -> str:
+        """The credential helper that it names for this host; "" without."""
+        return self.helpers.get(host) or self.document.get("credsStore") or ""
+
+    def find(self, keys: Sequence[str]) -> Optional[Login]:
+        """The Login that it, or the helper that it names, has for the first of these keys that has
+        one. The last key is the host alone. Raises ValueError, TypeError or AttributeError for a
+        damaged entry."""
+        helper = self.helper(keys[-1])
+        login = ask_helper(helper, keys[-1]) if helper else None
+        for key in keys:
+            login = login or parse_login(self.entries.get(key) or {}, self.path)
+        return login
 
 
 def find_login(host: str, path: str = "") -> Optional[Login]:
@@ -5191,29 +5201,12 @@ def find_login(host: str, path: str = "") -> Optional[Login]:
     keys = list(itertools.accumulate([host] + path.split("/"), os.path.join))[::-1]
     for file in login_files():
         try:
-            login = find_login_in(file, keys)
+            login = LoginFile(file).find(keys)
             if login:
                 return login
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, CommandError, ValueError, TypeError, AttributeError) as error:
             logger.warning("no logins read from %s: %s", file, error)
     return None
-
-
-def load_logins(file: str) -> Dict[str, Any]:
-    """The JSON of a file of logins. Raises OSError; CommandError where it is damaged."""
-    try:
-        document = load_json(read_file(file) or b"{}")
-        fields = [document.get(field) or {} for field in ("auths", "credHelpers")]
-        if not all(isinstance(field, dict) for field in fields):
-            raise ValueError("its logins are no JSON object")
-    except ValueError as error:
-        raise CommandError("%s is damaged: %s; mend it, or move it away" % (file, error))
-    return document
-
-
-def has_login(file: str, host: str) -> bool:
-    """Whether a file has an entry for this host. Raises OSError, CommandError."""
-    return any(login_key(key) == host for key in load_logins(file).get("auths") or {})
 
 
 def choose_login_file(host: str) -> str:
@@ -5223,7 +5216,7 @@ def choose_login_file(host: str) -> str:
     if os.environ.get("REGISTRY_AUTH_FILE"):
         return files[0]
     present = [file for file in files if os.path.exists(file)]
-    having = [file for file in present if has_login(file, host)]
+    having = [file for file in present if host in LoginFile(file).entries]
     return (having + present[::-1] + files[-1:])[0]
 
 
@@ -5233,7 +5226,7 @@ def replace_login(file: str, host: str, login: Optional[Login]) -> None:
     path = os.path.realpath(file)
     make_directories(os.path.dirname(path))
     with alone(path + ".lock"):
-        document = load_logins(path)
+        document = LoginFile(path).document
         entries = {key: entry for key, entry in (document.get("auths") or {}).items()
                    if login_key(key) != host}
         if login:
@@ -10292,7 +10285,8 @@ CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f
 BARE_NEWLINE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 TLS_HANDSHAKE = b"\x16"  # the first byte that a client sends when it speaks TLS
 NOTHING_YET = (BlockingIOError, socket.timeout)  # after TICK seconds; the latter from behind TLS
-CLIENT_GONE = (ClientLeft, ConnectionError, ssl.SSLError)  # SSLError: it sent what is not TLS
+CLIENT_GONE = (ClientLeft, ConnectionError, ssl.SSLError,  # SSLError: it sent what is not TLS
+               socket.timeout)
 
 # Headers that decide where a request ends, whom it is for or who sent it: one of each at most.
 SINGLE_HEADERS = ("authorization", "content-length", "content-range", "host", "transfer-encoding")
@@ -10399,11 +10393,20 @@ class Pace:
         return moved
 
 
-class RequestReader:
-    """The client's bytes, behind a buffer: the `rfile` of a Connection.
+def limit_waits(sock: socket.socket, seconds: float) -> None:
+    """Let each call of a socket that waits so long raise BlockingIOError.
 
-    A socket without data raises BlockingIOError after TICK seconds: SO_RCVTIMEO does that at one
-    system call a read, where the time-outs of Python's sockets take two."""
+    A time-out of Python's own takes another system call each time; and accept() would wait in
+    poll(), where every connection wakes the threads of all processes."""
+    sock.setblocking(True)
+    limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        sock.setsockopt(socket.SOL_SOCKET, option, limit)
+
+
+class RequestReader:
+    """The client's bytes, behind a buffer: the `rfile` of a Connection. A socket without data
+    raises NOTHING_YET after TICK seconds."""
 
     def __init__(self, sock: Any) -> None:
         self.sock = sock
@@ -10698,9 +10701,7 @@ def make_certificates(files: Files, folder: str, names: Iterable[str]) -> None:
         same_names = (read_file(server) or b"").startswith(config)
         if has_ca and same_names and is_valid(server, RENEW_DAYS):
             return
-        work = files.scratch_path()
-        os.mkdir(work, 0o700)
-        try:
+        with tempfile.TemporaryDirectory(dir=files.scratch) as work:
             serial = os.urandom(15).hex().encode()
             for name, content in (("config", config), ("index", b""), ("serial", serial)):
                 with open(os.path.join(work, name), "wb") as file:
@@ -10708,8 +10709,6 @@ def make_certificates(files: Files, folder: str, names: Iterable[str]) -> None:
             if not has_ca:
                 make_ca(files, folder, work)
             files.write(server, make_server_certificate(folder, work, config), private=True)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
 
 
 def tls_problem(certificate: str, key: Optional[str], client_ca: Optional[str]) -> str:
@@ -10823,6 +10822,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
     headers: Any  # a dict, with names in lower case
     rfile: Any
     wfile: Any
+    connection: Any
+    request_version = "HTTP/1.1"
+    counts_for = network = ""  # the client whose connection it is, for the limits
+    speaks_plain = False       # whether the client speaks HTTP to a server of HTTPS
+    certificate: Optional[str] = None  # the user named by its TLS certificate
+    sent = 0                   # bytes of the present response's body
 
     def setup(self) -> None:
         """Prepare the socket. Their buffered files would copy every byte once more, and know no
@@ -10831,16 +10836,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.client = str(find_address(self.client_address[0]))
         self.is_proxy = is_proxy(self.client, self.worker.proxies)
         self.idle_since: Optional[float] = time.monotonic()  # None while it serves a request
-        self.counts_for = ""  # the client whose connection it is, for the limits
-        self.speaks_plain = False  # whether the client speaks HTTP to a server of HTTPS
-        self.certificate: Optional[str] = None  # the user named by its TLS certificate
-        self.sent = 0  # bytes of the present response's body
-        self.connection: Any = self.request
+        self.connection = self.request
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        tick = struct.pack("ll", int(TICK), int(TICK % 1 * 1e6))
-        self.connection.setblocking(True)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
+        limit_waits(self.connection, TICK)
         self.rfile = RequestReader(self.connection)
         # The head of a response gathers here: it leaves in one write with a small body.
         self.wfile = io.BytesIO()
@@ -10864,7 +10862,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _refuse_crowd(self) -> None:
         """Say why, but not before the client has asked: Go's clients drop a response that comes
         before that."""
-        self.request_version = "HTTP/1.1"
         # The client may be no better than its neighbours.
         with contextlib.suppress(ClientLeft, RegistryError):
             if self.rfile.read_head():
@@ -10872,16 +10869,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def _start_tls(self, context: ssl.SSLContext) -> None:
         """Shake hands, unless the client speaks plain HTTP. Raises OSError, ClientLeft."""
-        first, began = None, time.monotonic()
-        while first is None:
-            with contextlib.suppress(BlockingIOError):  # nothing for TICK seconds
-                first = self.connection.recv(1, socket.MSG_PEEK)
-            if first == b"" or time.monotonic() - began > HANDSHAKE_LIMIT:
-                raise ClientLeft("no TLS handshake")
+        self.connection.settimeout(HANDSHAKE_LIMIT)
+        first = self.connection.recv(1, socket.MSG_PEEK)
+        if not first:
+            raise ClientLeft("no TLS handshake")
         self.speaks_plain = first != TLS_HANDSHAKE
         if self.speaks_plain:
-            return
-        self.connection.settimeout(HANDSHAKE_LIMIT)
+            return self.connection.setblocking(True)
         self.connection = self.rfile.sock = context.wrap_socket(
             self.connection, server_side=True, do_handshake_on_connect=False)
         try:
@@ -11164,10 +11158,7 @@ def parse_listen(text: str) -> Tuple[str, int]:
 def prepare_listener(sock: socket.socket) -> socket.socket:
     """Let a bound socket take connections, from several processes."""
     sock.listen(1024)
-    # accept() returns every second, to see whether the server stops. With a time-out of Python's
-    # own it would wait in poll(), where every connection wakes the threads of all processes.
-    sock.setblocking(True)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 0))
+    limit_waits(sock, 1)  # then accept() returns, to see whether the server stops
     return sock
 
 
@@ -11297,43 +11288,34 @@ class Crowd:
         self.room = min(MAX_ALL_CONNECTIONS, raise_file_limit() // 3)
         self.connections: Set[Connection] = set()
         self.closing: Set[Connection] = set()  # to make room; their threads have not ended yet
-        self.sizes: Dict[str, int] = collections.Counter()  # connections, by the client's network
         self.changed = threading.Condition()
 
     def count(self, connection: Connection, client: str) -> int:
         """Count a connection as this client's; returns by how many the client has too many."""
         with self.changed:
-            self._uncount(connection)
             connection.counts_for = client
+            connection.network = client_key(client)
             self.connections.add(connection)
-            self.sizes[client_key(client)] += 1
             left = self.room - len(self.connections)
             if left < self.room // 4:
                 self._close_longest_idle(connection)
             if is_this_machine(client):
                 return -left
-            return self.sizes[client_key(client)] - min(MAX_CONNECTIONS, left)
+            size = sum(other.network == connection.network for other in self.connections)
+            return size - min(MAX_CONNECTIONS, left)
 
     def _close_longest_idle(self, newest: Connection) -> None:
         idle = [other for other in self.connections - {newest} if other.idle_since]
         if idle:
             oldest = min(idle, key=lambda other: other.idle_since or 0)
             oldest.close_if_idle()
-            self._uncount(oldest)
+            self.connections.remove(oldest)
             self.closing.add(oldest)
-
-    def _uncount(self, connection: Connection) -> None:
-        if connection in self.connections:
-            client = client_key(connection.counts_for)
-            self.connections.discard(connection)
-            self.sizes[client] -= 1
-            if not self.sizes[client]:
-                del self.sizes[client]
 
     def remove(self, connection: Connection) -> None:
         """Forget a connection that has ended."""
         with self.changed:
-            self._uncount(connection)
+            self.connections.discard(connection)
             self.closing.discard(connection)
             self.changed.notify_all()
 
@@ -11404,7 +11386,7 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}
 
 
 class Supervisor:
-    """Runs each of some functions in a process of its own, and again if it dies.
+    """Runs work(0), work(1), … in processes of their own, and again if one dies.
 
     A signal ends all: SIGTERM and Ctrl-C reach the processes as SIGTERM, SIGHUP as itself; they get
     them from next_signal(). SIGHUP also calls `hang_up` in this process. A second Ctrl-C kills. The
@@ -11412,13 +11394,12 @@ class Supervisor:
     connections that nobody will serve. This process has no threads, so it can fork at any time; and
     it keeps nothing but the processes' ids, so it has nothing to lose."""
 
-    def __init__(self, functions: Sequence[Callable[[], int]],
-                 listeners: Sequence[socket.socket] = (),
-                 hang_up: Callable[[], None] = lambda: None) -> None:
-        self.functions = functions
+    def __init__(self, work: Callable[[int], int], listeners: Sequence[socket.socket],
+                 hang_up: Callable[[], None]) -> None:
+        self.work = work
         self.listeners = listeners
         self.hang_up = hang_up
-        self.running: Dict[int, Callable[[], int]] = {}  # by process id
+        self.running: Dict[int, int] = {}  # the number of its work, by process id
         self.stopping = False
         # The processes end when nobody holds the other end of this pipe any more.
         self.alive, self.lifeline = os.pipe()
@@ -11426,10 +11407,10 @@ class Supervisor:
         signal.signal(signal.SIGCHLD, lambda *anything: None)
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # from now on they wait for run()
 
-    def run(self) -> int:
+    def run(self, processes: int) -> int:
         """Returns when all processes have ended: the highest of their exit statuses."""
-        for function in self.functions:
-            self._start(function)
+        for number in range(processes):
+            self._start(number)
         status = 0
         while self.running:
             number = signal.sigwait(SIGNALS)
@@ -11448,17 +11429,17 @@ class Supervisor:
                 self._tell(signal.SIGTERM)
         return status
 
-    def _start(self, function: Callable[[], int]) -> None:
+    def _start(self, number: int) -> None:
         sys.stdout.flush()
         process = os.fork()
         if process:
-            self.running[process] = function
+            self.running[process] = number
             return
         status = 1
         try:
             os.close(self.lifeline)
             threading.Thread(target=self._watch_parent, daemon=True).start()
-            status = function()
+            status = self.work(number)
         except Exception:  # a bug: the supervisor starts another process
             logger.exception("a worker process failed")
         finally:
@@ -11481,13 +11462,15 @@ class Supervisor:
             process, status = os.waitpid(-1, os.WNOHANG)
             if not process:
                 break
-            function = self.running.pop(process, None)
-            if function and self.stopping:
+            number = self.running.pop(process, None)
+            if number is None:
+                continue  # an orphan, which came to the first process of a container
+            if self.stopping:
                 highest = max(highest, status >> 8)
-            elif function:
+            else:
                 logger.error("a worker process ended (status %d); starting another", status)
                 time.sleep(0.1)  # if it dies at once, again and again
-                self._start(function)
+                self._start(number)
         return highest
 
     def _tell(self, number: int) -> None:
@@ -12033,8 +12016,7 @@ class Service:
 def serve(options: argparse.Namespace) -> int:
     """Serve the store, or archives, until a signal ends it."""
     service = Service(options)
-    work = [functools.partial(service.work, number) for number in range(options.workers)]
-    supervisor = Supervisor(work, service.listeners, service.reopen_log)
+    supervisor = Supervisor(service.work, service.listeners, service.reopen_log)
     lines = service.banner().splitlines()
     if options.log == "json" and not options.log_file:  # who collects both reads nothing but JSON
         message = "; ".join(" ".join(line.split()) for line in lines[:-1])
@@ -12043,7 +12025,7 @@ def serve(options: argparse.Namespace) -> int:
         tell(line)
     flush_output()
     tell_systemd("READY=1")
-    return supervisor.run()
+    return supervisor.run(options.workers)
 
 
 # Images of the store
@@ -13601,7 +13583,7 @@ def log_in_to(options: argparse.Namespace) -> int:
     """Try a login at a registry, and keep it where docker or podman would."""
     host = options.host
     file = choose_login_file(host)
-    helper = helper_for(load_logins(file), host)
+    helper = LoginFile(file).helper(host)
     if helper:
         raise CommandError("%s leaves the logins for %s to docker-credential-%s, so nobody would "
                            "read one in the file; log in with: docker login %s"
@@ -13625,7 +13607,7 @@ def log_in_to(options: argparse.Namespace) -> int:
 def log_out_from(options: argparse.Namespace) -> int:
     """Remove the login for a registry from every file in which it would be read."""
     host = options.host
-    files = [file for file in login_files() if has_login(file, host)]
+    files = [file for file in login_files() if host in LoginFile(file).entries]
     for file in files:
         replace_login(file, host, None)
     login = find_login(host)
