@@ -11562,11 +11562,9 @@ def flush_output() -> None:
 def find_root(path: str) -> Optional[str]:
     """The store that is meant by a folder inside it, or by that of its docker volume; None if the
     folder is a store itself, or there is none."""
-    tree = os.path.join("docker", "registry", "v2")
-    inside = [path[:-len(end)] for end in ("/" + tree, "/docker/registry", "/docker")
-              if path.endswith(end)]
-    for root in [path] + inside + [os.path.join(path, "_data")]:
-        if os.path.isdir(os.path.join(root, tree)):
+    outside = re.sub("/docker(/registry(/v2)?)?$", "", path)
+    for root in (path, outside, os.path.join(path, "_data")):
+        if os.path.isdir(os.path.join(root, "docker", "registry", "v2")):
             return root if root != path else None
     return None
 
@@ -11580,16 +11578,14 @@ def open_store(options: argparse.Namespace, create: bool = False, renew: bool = 
     if root:
         raise CommandError("%s is no store, but %s is: write --root %s"
                            % (path, root, shlex.quote(root)))
-    names = ("sparse", "min_free", "max_blob", "shared", "quota")  # options of serve
-    settings = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    settings = {name: setting for name, setting in vars(options).items()  # those of serve
+                if name in ("sparse", "min_free", "max_blob", "shared", "quota")}
     try:
         return Directory(options.root, create=create, renew=renew, **settings)
     except OSError as error:
-        is_missing = isinstance(error, FileNotFoundError)
-        if is_missing and not create:
+        if isinstance(error, FileNotFoundError) and not create:
             raise CommandError("no registry is stored in %s; name its directory with --root" % path)
-        problem = "can't make %s: %s" if is_missing else "can't use %s as the store: %s"
-        raise CommandError((problem + "; choose another directory with --root")
+        raise CommandError("can't use %s as the store: %s; choose another directory with --root"
                            % (path, error.strerror))
 
 
@@ -11614,14 +11610,14 @@ LOCKLESS_FILE_SYSTEMS = ("fuse.rclone", "fuse.s3fs", "fuse.sshfs")
 def find_mount(path: str, table: str) -> Tuple[str, str]:
     """The type and the options of the file system that a path is on, from Linux's table of mounts
     (proc(5), mountinfo); empty texts without one."""
-    place, kind, settings = "", "", ""
-    for line in (read_file(table, -1) or b"").decode("utf-8", "replace").splitlines():
-        before, _, after = line.partition(" - ")
+    place = kind = settings = ""
+    mounts = (read_file(table, -1) or b"").decode("utf-8", "replace")
+    for mount in re.finditer(r"^(?:\S+ ){4}(\S+) .* - (\S+) \S+ (.*)$", mounts, re.MULTILINE):
         # A blank in a path is written as \\040; no other character of it matters here.
-        top = before.split(" ")[4].replace("\\040", " ")
+        top = mount.group(1).replace("\\040", " ")
         is_above = (path + "/").startswith(top.rstrip("/") + "/")
         if is_above and len(top) >= len(place):  # of two mounts at one place the later one counts
-            place, (kind, _, settings) = top, after.split(" ", 2)
+            place, kind, settings = top, mount.group(2), mount.group(3)
     return kind, settings
 
 
@@ -11634,12 +11630,10 @@ def check_mount(root: str, table: str = "/proc/self/mountinfo") -> None:
                            "lost; use NFS 4, CephFS or GlusterFS" % (root, kind))
     if not kind.startswith("nfs"):
         return
-    options = settings.split(",")
-    if "nolock" in options or any(option.startswith("local_lock=") and option != "local_lock=none"
-                                  for option in options):
+    if re.search(r"\bnolock\b|\blocal_lock=(?!none\b)", settings):
         logger.warning("%s is mounted without locks between hosts (nolock, local_lock): images "
                        "may be lost; mount it with vers=4.2,hard,actimeo=0", root)
-    if "noac" not in options and "acregmax=0" not in options:
+    if not re.search(r"\bnoac\b|\bacregmax=0\b", settings):
         logger.warning("%s is mounted with attribute caching: for a minute a host may not see what "
                        "another has stored; mount it with actimeo=0", root)
 
@@ -11817,7 +11811,7 @@ def feed_watchdog() -> None:
 
 
 def seconds_to_collection(store: Directory, every: float) -> float:
-    """How many seconds until the next garbage collection, which may be overdue."""
+    """How many seconds until the next garbage collection, which may be overdue, or never come."""
     passed = time.time() - look_at(store.layout.collected).mtime
     # A file server's clock may be ahead by a little. If the last collection lies further in the
     # future, some clock was wrong then.
@@ -11825,18 +11819,16 @@ def seconds_to_collection(store: Directory, every: float) -> float:
 
 
 def keep_up(store: Directory, every: float, grace: float) -> None:
-    """Purge idle upload sessions once an hour, and collect garbage every so many seconds (0:
-    never), until the process ends. Of several processes that share the store, one at a time
-    does it."""
+    """Purge idle upload sessions once an hour, and collect garbage every so many seconds, until
+    the process ends. Of several processes that share the store, one at a time does it."""
     while True:
         pause = UPKEEP_PERIOD
         try:
-            if every and seconds_to_collection(store, every) <= 0:
+            if seconds_to_collection(store, every) <= 0:
                 collect_garbage(store, grace=grace)
             else:
                 Collection(store).purge()
-            if every:
-                pause = min(pause, seconds_to_collection(store, every))
+            pause = min(pause, seconds_to_collection(store, every))
         except BlockingIOError:
             pass  # another process is at it
         except OSError as error:
@@ -11888,24 +11880,18 @@ def host_and_port(host: str, port: int) -> str:
     return ("[%s]:%d" if ":" in host else "%s:%d") % (host, port)
 
 
-def outer_addresses(listener: socket.socket, is_local: bool, names: Sequence[str]) -> List[str]:
-    """HOST:PORT by which clients reach a listening socket; `names` are those in its certificate."""
-    host, port = listener.getsockname()[:2]
+def outer_addresses(address: Tuple[str, int], is_local: bool, names: Sequence[str]) -> List[str]:
+    """HOST:PORT by which clients reach what listens on an address; `names` are those in its
+    certificate."""
+    host, port = address
     hosts = [host]
     if is_local and (host == "127.0.0.1" or not host.startswith("127.")):
         hosts = ["localhost"]
     elif host in EVERY_ADDRESS:
-        addresses = sorted(name for name in host_names() if re.fullmatch("[0-9.]+", name)
-                           and not name.startswith(("127.", "169.254.")))
+        addresses = sorted(name for name in host_names()
+                           if re.fullmatch(r"(?!127\.|169\.254\.)[0-9.]+", name))
         hosts = list(names) or addresses[:3] or [socket.gethostname()]
     return [host_and_port(host, port) for host in hosts]
-
-
-def listener_url(listener: socket.socket, scheme: str) -> str:
-    """What the banner says of a listening socket."""
-    host, port = listener.getsockname()[:2]
-    extent = " (every address of this machine)" if host in EVERY_ADDRESS else ""
-    return "%s://%s%s" % (scheme, host_and_port(host, port), extent)
 
 
 class Service:
@@ -11917,11 +11903,11 @@ class Service:
         start_logging(style)
         self.store, self.registry = open_registry(options)
         self.listeners = inherited_listeners() or open_listeners_at(options.listen)
-        self.is_local = all(is_this_machine(listener.getsockname()[0])
-                            for listener in self.listeners)
+        self.addresses = [listener.getsockname()[:2] for listener in self.listeners]
+        self.is_local = all(is_this_machine(host) for host, _ in self.addresses)
         self.access = open_access(options, self.store, self.is_local)
         self.tls = open_tls(options, self.store)
-        self.hosts = outer_addresses(self.listeners[0], self.is_local,
+        self.hosts = outer_addresses(self.addresses[0], self.is_local,
                                      options.tls_name if self.tls else ())
         folder = self.store.layout.own if isinstance(self.store, Directory) else None
         words = {(method, route.name): route.words
@@ -11947,7 +11933,9 @@ class Service:
         if isinstance(self.store, Directory):
             start_thread(watch_root, self.store, self.root_is_gone)
             if not self.registry.is_read_only:
-                start_thread(keep_up, self.store, self.options.gc_every, self.options.grace)
+                never = float("inf")
+                start_thread(keep_up, self.store, self.options.gc_every or never,
+                             self.options.grace)
 
     def work(self, number: int) -> int:
         """Serve in this process until SIGTERM; returns its exit status."""
@@ -11971,7 +11959,7 @@ class Service:
     def commands_to_try(self) -> List[str]:
         """A push and a pull if clients may push, else a pull of an image that is here."""
         host = self.hosts[0]
-        bound, port = self.listeners[0].getsockname()[:2]
+        bound, port = self.addresses[0]
         if not self.tls and bound in EVERY_ADDRESS:  # docker takes plain HTTP from localhost alone
             host = "localhost:%d" % port
         if self.registry.is_read_only or not self.access.takes_pushes():
@@ -11983,33 +11971,32 @@ class Service:
     def banner(self) -> str:
         """What serve says first: where it listens and stores, who may do what, what to try."""
         scheme = "https" if self.tls else "http"
-        urls = [listener_url(listener, scheme) for listener in self.listeners]
+        urls = ["%s://%s%s" % (scheme, host_and_port(host, port), " (every address of this machine)"
+                               if host in EVERY_ADDRESS else "") for host, port in self.addresses]
         reach = "whoever is on this machine" if self.is_local else "whoever can reach it"
-        access = self.access.in_words(reach, self.registry.is_read_only)
-        rows = [("listens on", ", ".join(urls)), ("stores in", self.store.root)]
-        if isinstance(self.store, Archive):
-            rows[1] = "serves", self.store.root + " (read-only)"
-            absent = self.store.lacking()
-            if absent:
-                rows.append(("lacks", "%s, of which save --have left out %d: what needs them can't "
-                             "be pulled from here; ls FILE says what does, load FILE takes it"
-                             % (counted(len(absent), "blob"),
-                                len(absent & self.store.parts.left_out))))
-        if self.tls and self.tls.ca:
-            rows.append(("CA", "/ca.crt, SHA-256 " + fingerprint(self.tls.ca)))
-        next_line = "\n" + 14 * " "
-        rows.append(("access", next_line.join(access)))
         caches = ["%s from %s://%s/%s" % (space, "http" if is_plain else "https", host, prefix)
                   for space, host, is_plain, prefix in self.options.upstream]
-        if caches:
-            rows.append(("caches", next_line.join(caches)))
-        if self.access.users_file and not self.tls and not self.is_local:
-            rows.append(("beware", "passwords cross the network in the clear; add --tls"))
-        rows.append(("try", next_line.join(self.commands_to_try())))
-        if not self.is_local:
-            rows.append(("elsewhere", " or ".join("%s://%s/use" % (scheme, host)
-                                                  for host in self.hosts) + " says what to do"))
-        lines = ["  %-10s  %s" % row for row in rows]
+        place, absent = ("stores in", self.store.root), ""
+        if isinstance(self.store, Archive):
+            place = ("serves", self.store.root + " (read-only)")
+            lacking = self.store.lacking()
+            if lacking:
+                absent = ("%s, of which save --have left out %d: what needs them can't be pulled "
+                          "from here; ls FILE says what does, load FILE takes it"
+                          % (counted(len(lacking), "blob"),
+                             len(lacking & self.store.parts.left_out)))
+        next_line = "\n" + 14 * " "
+        rows = [
+            ("listens on", ", ".join(urls)), place, ("lacks", absent),
+            ("CA", self.tls and self.tls.ca and "/ca.crt, SHA-256 " + fingerprint(self.tls.ca)),
+            ("access", next_line.join(self.access.in_words(reach, self.registry.is_read_only))),
+            ("caches", next_line.join(caches)),
+            ("beware", self.access.users_file and not self.tls and not self.is_local
+             and "passwords cross the network in the clear; add --tls"),
+            ("try", next_line.join(self.commands_to_try())),
+            ("elsewhere", not self.is_local and " or ".join(
+                "%s://%s/use" % (scheme, host) for host in self.hosts) + " says what to do")]
+        lines = ["  %-10s  %s" % row for row in rows if row[1]]
         return "\n".join(["tinyreg " + __version__] + lines + ["  Ctrl-C ends it."])
 
 
