@@ -11902,7 +11902,8 @@ class Service:
         style = "off" if options.quiet else options.log
         start_logging(style)
         self.store, self.registry = open_registry(options)
-        self.listeners = inherited_listeners() or open_listeners_at(options.listen)
+        self.listeners = inherited_listeners() or open_listeners_at(
+            options.listen or [("127.0.0.1", 5000)])
         self.addresses = [listener.getsockname()[:2] for listener in self.listeners]
         self.is_local = all(is_this_machine(host) for host, _ in self.addresses)
         self.access = open_access(options, self.store, self.is_local)
@@ -12054,18 +12055,23 @@ def leave_out(choice: Choice, reason: object, fail: Callable[[str, Any], None]) 
     (complain_of if choice.is_guess else fail)(choice.image, choice.note(reason))
 
 
-def iter_chosen(options: argparse.Namespace, choices: Iterable[Choice],
-                find: Callable[[str], Sequence[Tuple[Any, ...]]],
-                fail: Callable[[str, Any], None]) -> Iterator[Tuple[Choice, Any]]:
-    """Yield each of the choices with each image that `find` knows for its text, once, without those
-    that --exclude leaves out. An image is a tuple that begins with its repository here and its
-    reference. Calls `fail` for what is not there."""
+def iter_chosen(options: argparse.Namespace, find: Callable[[str], Sequence[Tuple[Any, ...]]],
+                fail: Callable[[str, Any], None],
+                choices: Optional[List[Choice]] = None) -> Iterator[Tuple[Choice, Any]]:
+    """Yield each of the choices, or of all that are named, with each image that `find` knows for
+    its text, once, without those that --exclude leaves out. An image is a tuple that begins with
+    its repository here and its reference.
+
+    Calls `fail` for what is not there. Raises CommandError if nothing is left: else verify would
+    read all, and the others do nothing without a word."""
     seen: Set[str] = set()  # texts, for as values a:1@DIGEST and a:2@DIGEST are equal
-    for choice in choices:
+    has_failed = False
+    for choice in named_images(options) if choices is None else choices:
         images: Sequence[Tuple[Any, ...]] = ()
         try:
             images = find(choice.image)
         except RegistryError as error:  # whatever it is, the next image may fare better
+            has_failed = has_failed or not choice.is_guess
             leave_out(choice, error, fail)
         if len(images) > MANY and not options.quiet:  # to plan them takes a while
             complain("%s fits %d images" % (choice.image, len(images)))
@@ -12074,6 +12080,8 @@ def iter_chosen(options: argparse.Namespace, choices: Iterable[Choice],
             if label not in seen and not fits_any(options.exclude, *image[:2]):
                 seen.add(label)
                 yield choice, image
+    if not seen and not has_failed:
+        raise CommandError("no image is left: all that were named are excluded, or not here")
 
 
 def find_repositories(store: Directory, text: str, is_exact: bool = False) -> List[str]:
@@ -12081,18 +12089,16 @@ def find_repositories(store: Directory, text: str, is_exact: bool = False) -> Li
 
     Unless `is_exact`, a pattern that fits none stands for names at docker.io: acme/* is what was
     pulled as acme/app."""
-    if "*" in text:
-        host, slash, path = text.partition("/")
-        if slash:  # a repository's name has no colon, but its origin may have: lab.example:5000/**
-            text = host.replace(":", "_") + slash + path
-        at_docker = "docker.io/" + (text if "/" in text else "library/" + text)
-        for pattern in [text] if is_exact or has_origin(text) else [text, at_docker]:
-            names = list(filter(parse_glob(pattern).fullmatch, store.repositories()))
-            if names:
-                return names
+    if "*" not in text:
+        with contextlib.suppress(Invalid):  # no repository can be called so; it may be a file
+            return list(filter(store.has_repository, parse_local(text)[0]))[:1]
         return []
-    with contextlib.suppress(Invalid):  # no repository can be called so; it may be a file
-        return list(filter(store.has_repository, parse_local(text)[0]))[:1]
+    # A repository's name has no colon, but its origin may have: lab.example:5000/**
+    patterns = names_to_try(re.sub("^([^/]*):([^/]*/)", r"\1_\2", text))
+    for pattern in patterns[:1] if is_exact else patterns:
+        names = list(filter(parse_glob(pattern).fullmatch, store.repositories()))
+        if names:
+            return names
     return []
 
 
@@ -12152,23 +12158,16 @@ def find_images(options: argparse.Namespace, store: Directory, text: str, is_exa
     return images
 
 
-def iter_stored(options: argparse.Namespace, store: Directory, choices: Iterable[Choice],
-                fail: Callable[[str, Any], None],
+def iter_stored(options: argparse.Namespace, store: Directory,
+                fail: Callable[[str, Any], None] = give_up,
+                choices: Optional[List[Choice]] = None,
                 is_exact: bool = False) -> Iterator[Tuple[Choice, str, str]]:
     """Yield (a Choice of it alone, repository, reference) for each image of the store that is
-    chosen, once. Calls `fail` for what is not there; a guess is left out."""
+    chosen, as iter_chosen does."""
     find = functools.partial(find_images, options, store, is_exact=is_exact)
-    for choice, image in iter_chosen(options, choices, find, fail):
+    for choice, image in iter_chosen(options, find, fail, choices):
         label = image_text(*image) if "*" in choice.image else choice.image
         yield (choice._replace(image=label),) + image
-
-
-def check_any(images: List[Any]) -> List[Any]:
-    """Some images, one at least: else verify would read all, and the others do nothing without a
-    word. Raises CommandError."""
-    if not images:
-        raise CommandError("no image is left: all that were named are excluded, or not here")
-    return images
 
 
 def list_image(registry: Reader, name: str, reference: str) -> Dict[str, Any]:
@@ -12212,11 +12211,11 @@ def list_word(options: argparse.Namespace, store: Directory, text: str) -> Itera
             yield list_image(store, name, reference)
 
 
-def list_archives(archive: Archive, store: Optional[Directory]) -> List[Dict[str, Any]]:
-    """What ls reports of the images in archives. `lacking` is how many of their blobs are absent,
-    `needs` the parts that have these; `left_out` is how many more are absent because the far side
-    was known to have them, `in_store` how many of those the store has."""
-    entries, present, parts = [], set(archive.digests()), archive.parts
+def list_archives(archive: Archive, store: Optional[Directory]) -> Iterator[Dict[str, Any]]:
+    """Yield what ls reports of each image in archives. `lacking` is how many of their blobs are
+    absent, `needs` the parts that have these; `left_out` is how many more are absent because the
+    far side was known to have them, `in_store` how many of those the store has."""
+    present, parts = set(archive.digests()), archive.parts
     for name, reference, digest in archive.images():
         entry = list_image(archive, name, reference)
         plan = Plan(archive, name, reference)
@@ -12225,16 +12224,15 @@ def list_archives(archive: Archive, store: Optional[Directory]) -> List[Dict[str
             absent = set(plan.blobs) - present
             lacking, left_out = absent - parts.left_out, absent & parts.left_out
             needed = set().union(*map(archive.needed_parts, lacking))
-            in_store = sum(os.path.exists(store.layout.blob_path(blob))
-                           for blob in left_out) if store else 0
-            entry.update(lacking=len(lacking), left_out=len(left_out), in_store=in_store,
+            in_store = [blob for blob in left_out
+                        if store and os.path.exists(store.layout.blob_path(blob))]
+            entry.update(lacking=len(lacking), left_out=len(left_out), in_store=len(in_store),
                          needs=sorted(parts.names[key][number - 1] for key, number in needed),
                          referrers=report.referrers,
                          files=list(files_in(archive, name, archive.manifest(name, digest))))
         except (Unknown, Invalid) as error:  # the row of the image says so
             entry["error"] = str(error)
-        entries.append(dict(entry, digest=digest))
-    return entries
+        yield dict(entry, digest=digest)
 
 
 def counted_kinds(referrers: Iterable[Mapping[str, str]]) -> str:
@@ -12347,7 +12345,8 @@ def list_store(options: argparse.Namespace) -> int:
     that names both a repository and a file means the repository."""
     if options.history:
         return show_history(options)
-    words, store = options.images, None
+    words = paths = options.images
+    store, items, parts = None, [], []  # type: Optional[Directory], List[Any], List[str]
     try:
         store = open_store(options, renew=False)
         if options.tags and not words:
@@ -12356,9 +12355,6 @@ def list_store(options: argparse.Namespace) -> int:
     except CommandError:  # there is no store; archives can be listed without
         if not words or not all(map(is_archive, words)):
             raise
-        paths = words
-    items: List[Any] = []
-    parts: List[str] = []
     if store and not words:
         items += store.digests() if options.digests else store.repositories()
     for word in words:
@@ -12450,7 +12446,7 @@ def plan_deletions(options: argparse.Namespace,
     moved = []
     fail = functools.partial(pass_if_gone, store, {choice.image for choice in choices
                                                    if choice.where})
-    for (text, *_), name, reference in iter_stored(options, store, choices, fail, True):
+    for (text, *_), name, reference in iter_stored(options, store, fail, choices, True):
         tag = getattr(reference, "tag", reference)
         try:
             digest = store.resolve(name, tag) if tag else Digest(reference)
@@ -12538,21 +12534,23 @@ def ask_for_password(user: str, is_new: bool) -> Optional[str]:
     return password
 
 
+def is_password(text: str, limit: int = MAX_PASSWORD) -> bool:
+    """Whether a text can be a password. Raises UnicodeError for what can't be UTF-8."""
+    return 0 < len(text.encode("utf-8")) <= limit and "\0" not in text
+
+
 def read_password(user: str, from_stdin: bool, is_new: bool = True) -> str:
     """A password from the terminal, or, without one, from a line of standard input. Raises
     CommandError."""
     limit = MAX_PASSWORD if is_new else MAX_TOKEN  # other registries take tokens as passwords
-    try:
+    # Ctrl-C and the end of the input mean that there is none.
+    with contextlib.suppress(EOFError, KeyboardInterrupt, UnicodeError):
         password = None if from_stdin else ask_for_password(user, is_new)
         if password is None:
             password = sys.stdin.buffer.readline().decode("utf-8").rstrip("\r\n")
-        size = len(password.encode("utf-8"))
-    except (EOFError, KeyboardInterrupt, UnicodeError):
-        password = None
-    if not password or size > limit or "\0" in password:
-        raise CommandError("a password has 1 to %d bytes of UTF-8; nothing was changed"
-                           % limit)
-    return password
+        if is_password(password, limit):
+            return password
+    raise CommandError("a password has 1 to %d bytes of UTF-8; nothing was changed" % limit)
 
 
 def check_user(user: str) -> None:
@@ -12568,8 +12566,8 @@ def read_users() -> List[Tuple[str, str]]:
     for number, line in enumerate(sys.stdin.buffer, 1):
         user, _, password = line.decode("utf-8", "replace").strip().partition(" ")
         password = password.strip()
-        is_right = USER.fullmatch(user) and 0 < len(password.encode("utf-8")) <= MAX_PASSWORD
-        if user and (not is_right or "\0" in password or "\ufffd" in password):
+        is_right = USER.fullmatch(user) and is_password(password) and "\ufffd" not in password
+        if user and not is_right:
             raise CommandError("line %d of the standard input is not USER PASSWORD, with a space "
                                "between them; nothing was changed" % number)
         users += [(user, password)] if user else []
@@ -12637,12 +12635,10 @@ def check_tls_name(root: str, host: str) -> None:
     """Raises CommandError if serve --tls has made the certificate, and it is not valid for
     HOST[:PORT]."""
     content = read_file(os.path.join(tls_folder(root), "server.pem")) or b""
-    match = re.search(r"^subjectAltName = (.+)$", content.decode("ascii", "replace"), re.MULTILINE)
-    if not match:
-        return
+    # It begins with the settings that it was made by, and these have subjectAltName = ...
+    names = re.findall("(?:dns|ip):([^,\\s]+)", content.decode("ascii", "replace").lower())
     name = str(find_address(host) or without_port(host).lower())
-    names = [part.partition(":")[2].lower() for part in match.group(1).split(",")]
-    if name not in names and "*." + name.partition(".")[2] not in names:
+    if names and name not in names and "*." + name.partition(".")[2] not in names:
         raise CommandError(
             "the registry's certificate is not valid for %s, so clients would refuse it: add "
             "--tls-name %s to tinyreg.py serve and start it again, or name it with --host as one "
@@ -13027,12 +13023,11 @@ def pull(options: argparse.Namespace) -> int:
     transfer = Transfer(options, open_store(options, create=True))
     open_host = functools.lru_cache(None)(functools.partial(open_remote, options, keeps_lists=True))
     find = functools.partial(find_remote, options, open_host)
-    for choice, image in iter_chosen(options, named_images(options), find, transfer.fail):
+    for choice, image in iter_chosen(options, find, transfer.fail):
         text = "%s/%s" % (image.host, image_text(image.path, image.reference))
         host, path = place_of(image, options.via)
         transfer.add(choice._replace(image=text), open_host(host), path, image.reference,
                      image.stored_name)
-    check_any(transfer.copies + transfer.failures)
     return transfer.run()
 
 
@@ -13040,9 +13035,8 @@ def push(options: argparse.Namespace) -> int:
     """Copy images from the store to another registry."""
     store = open_store(options)
     transfer = Transfer(options, open_remote(options, options.to.host))
-    for choice, *image in iter_stored(options, store, named_images(options), transfer.fail):
+    for choice, *image in iter_stored(options, store, transfer.fail):
         transfer.add(choice, store, *image)
-    check_any(transfer.copies + transfer.failures)
     return transfer.run()
 
 
@@ -13287,9 +13281,8 @@ def verify(options: argparse.Namespace) -> int:
     else:
         registry = store = open_store(options)
         if has_images:
-            images = check_any([image[1:] for image in iter_stored(
-                options, store, named_images(options),
-                lambda image, why: give_up(image, "no such file, and %s" % why))])
+            images = [image[1:] for image in iter_stored(
+                options, store, lambda image, why: give_up(image, "no such file, and %s" % why))]
         check = StoreVerification(store, progress.count, options.rate,
                                   options.repair and not options.dry_run, images)
     check.run()
@@ -13371,8 +13364,8 @@ def save(options: argparse.Namespace) -> int:
     store = open_store(options)
     writer = ArchiveWriter(digest for paths in options.have for path in paths
                            for digest in digests_in(path))
-    reports = check_any([add_to_archive(options, store, writer, *image) for image
-                         in iter_stored(options, store, named_images(options), give_up)])
+    reports = [add_to_archive(options, store, writer, *image)
+               for image in iter_stored(options, store)]
     writer.plan(options.output, None if options.no_self else read_file(__file__, -1),
                 options.split)
     files: List[Dict[str, Any]] = [{"file": path, "size": writer.size(digests)}
@@ -13618,19 +13611,12 @@ def parse_positive(text: str) -> int:
     return int(text)
 
 
-def parse_seconds(text: str) -> float:
+def parse_seconds(text: str, unit: str = "[smhd]?") -> float:
     """A time, such as 30, 30s, 5m, 24h or 7d, in seconds."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text)
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(%s)" % unit, text)
     if not match:
         raise CommandError("%r is no time: write for example 30s, 5m or 24h" % text)
     return float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
-
-
-def parse_age(text: str) -> float:
-    """A time that must have a unit, in seconds: who writes --older-than 90 means days."""
-    if re.fullmatch("[0-9.]+", text):
-        raise CommandError("%r has no unit: write for example %sd" % (text, text))
-    return parse_seconds(text)
 
 
 def parse_size(text: str) -> int:
@@ -13668,9 +13654,9 @@ PUBLIC_REGISTRIES = ("docker.io", "quay.io", "ghcr.io", "gcr.io", "registry.k8s.
 def parse_upstream(text: str) -> Tuple[str, str, bool, str]:
     """NS=URL as (NS, host, whether it speaks plain HTTP, prefix of the names there)."""
     # Others want the /v2 of the API in their URLs.
-    match = re.fullmatch(r"([^=/]+)=(?:(https?)://)?([^/@]+)(?:/v2(?=/|$))?(?:/(.*?))?/*", text)
-    if not match or not HOST.fullmatch(match.group(3)) or (
-            match.group(1) != "*" and not HOST.fullmatch(match.group(1))):
+    match = re.fullmatch(r"(\*|{0})=(?:(https?)://)?({0})(?:/v2(?=/|$))?(?:/(.*?))?/*".format(
+        HOST.pattern), text)
+    if not match:
         raise CommandError("%r is no upstream: write for example "
                            "docker.io=https://registry-1.docker.io" % text)
     space, scheme, host, prefix = match.groups()
@@ -13896,8 +13882,9 @@ class Option(NamedTuple):
 # How the value of an option is read, or which values there are: by the name of the option, or else
 # by the word that stands for its value.
 VALUES: Dict[str, Any] = {
-    "--lock": parse_new_file, "--plan": parse_new_file, "--older-than": parse_age,
-    "--retries": int, "--signed-by": read_keys,
+    "--lock": parse_new_file, "--plan": parse_new_file, "--retries": int, "--signed-by": read_keys,
+    # Who writes --older-than 90 means days.
+    "--older-than": functools.partial(parse_seconds, unit="[smhd]"),
     "CLIENT": CLIENTS, "FROM=TO": parse_rename, "GLOB": parse_glob, "GLOB=SIZE": parse_quota,
     "HOST[:PORT]": parse_login_host, "HOST[:PORT][/PREFIX]": parse_destination, "LEVEL": LEVELS,
     "N": parse_positive, "NET": parse_network, "NS=URL": parse_upstream, "RANGE": parse_versions,
@@ -14493,8 +14480,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if unknown:  # the help of the command has the options, and the parser would name its own
         parser.commands[options.command].error("unrecognized arguments: " + " ".join(unknown))
     options.arguments = words
-    if options.command == "serve":
-        options.listen = options.listen or [("127.0.0.1", 5000)]
     start_logging("command")
     try:
         try:

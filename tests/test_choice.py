@@ -519,6 +519,9 @@ def test_rm_deletes_of_a_file_only_what_it_surely_names(tmp_path, run, filled):
     file.write_text("image: team/app:latest\nnote: we keep docker.io/library/alpine:3.9\n")
     run("rm", "-f", file)
     assert tags_of(filled) == before
+    file.write_text("image: null\nnote: we keep docker.io/library/alpine:3.9\n")
+    assert "no image is left" in run("rm", "-f", file, status=1).err
+    assert tags_of(filled) == before
 
 
 def test_rm_by_digest_passes_over_a_damaged_tag(run, filled):
