@@ -6848,45 +6848,38 @@ class Plan:
                     if child.digest in self.going or child.media_type not in MANIFEST_TYPES}
             self.going[manifest.digest] = strip_index(manifest, kept, self.attestations)
 
-    def _iter_referrers(self, digest: Digest) -> Iterator[Digest]:
-        """Yield the digests of what is about a manifest: its referrers, and what cosign has tagged
-        with its digest."""
+    def _find_referrers(self, digest: Digest) -> Iterator[Tuple[Digest, str]]:
+        """Yield what is about a manifest: its referrers, with "", and what cosign has tagged with
+        its digest, with the end of that tag."""
         for referrer in self.referrer_digests(digest):
-            if referrer not in self.going and self._may_go(referrer, fallback_tag(digest)):
-                yield referrer
-                self._note_referrer(referrer)
+            if referrer not in self.going:
+                yield referrer, ""
         for suffix in COSIGN_SUFFIXES:
             tag = fallback_tag(digest) + suffix
-            if not self.source.may_have_tag(self.name, tag):
-                continue
+            if self.source.may_have_tag(self.name, tag):
+                # Most images have no such tag; or the source is Signed.
+                with contextlib.suppress(Unknown, Refused):
+                    yield self.source.resolve(self.name, tag), suffix
+
+    def _iter_referrers(self, digest: Digest) -> Iterator[Digest]:
+        """Yield the digests of what is about a manifest, and report what goes along."""
+        for referrer, suffix in self._find_referrers(digest):
+            tag = fallback_tag(digest) + suffix
             try:
-                referrer = self.source.resolve(self.name, tag)
-            except (Unknown, Refused):
-                continue  # most images have no such tag, or the source is Signed
-            if self._may_go(referrer, tag):
+                self.check(self.name, tag, referrer)
+            except Refused:
+                self.refused[referrer] = image_text(self.name, tag if suffix else referrer)
+                continue
+            if suffix:
                 self.attestations.add(referrer)
-                yield referrer
-                self._note_referrer(referrer, tag, "cosign's " + suffix)
-
-    def _may_go(self, referrer: Digest, tag: str) -> bool:
-        """Whether a manifest may go that is about another one, under this tag or one like it. Notes
-        its name if it may not."""
-        try:
-            self.check(self.name, tag, referrer)
-        except Refused:
-            is_tagged = tag.endswith(COSIGN_SUFFIXES)
-            self.refused[referrer] = image_text(self.name, tag if is_tagged else referrer)
-        return referrer not in self.refused
-
-    def _note_referrer(self, digest: Digest, tag: Optional[str] = None,
-                       kind: Optional[str] = None) -> None:
-        """Report a referrer, unless it stays behind."""
-        if digest in self.going:
-            going = self.going[digest]
-            if tag:
-                self.tags.setdefault(going.digest, []).append(tag)
-            kind = kind or going.artifact_type or "referrer"
-            self.report.referrers.append({"digest": going.digest, "type": kind})
+            yield referrer
+            if referrer in self.going:
+                going, kind = self.going[referrer], "cosign's " + suffix
+                if suffix:
+                    self.tags.setdefault(going.digest, []).append(tag)
+                else:
+                    kind = going.artifact_type or "referrer"
+                self.report.referrers.append({"digest": going.digest, "type": kind})
 
 
 class Traffic:
@@ -7004,26 +6997,20 @@ class Copy(Plan):
                                 self.tags.get(manifest.digest, ()))
         try:
             put()
-        except BlobsMissing as error:
-            if not error.details:  # only stores of ours say which
-                raise self._explain_refusal(manifest, error)
-            for digest in error.details:
-                self._put_blob(self.blobs[digest])
-            put()
-        except (Invalid, Unknown, Unsupported) as error:
-            raise self._explain_refusal(manifest, error)
-
-    def _explain_refusal(self, manifest: Manifest, error: RegistryError) -> RegistryError:
-        """The error, with advice if the manifest is an index with absent children: Distribution and
-        others take no such index."""
-        absent = {child.digest for child in manifest.manifests}.intersection(self.report.absent)
-        if not absent or error.details:
-            return error
-        return RegistryError(
-            error.code, message="%s; it seems to take an index with all its children only, and %d "
-            "of them are not here: copy them as well; or add --strip, which takes them out of the "
-            "index and so changes its digest (the images in it keep theirs)"
-            % (error.message, len(absent)))
+        except (BlobsMissing, Invalid, Unknown, Unsupported) as error:
+            if isinstance(error, BlobsMissing) and error.details:  # only stores of ours say which
+                for digest in error.details:
+                    self._put_blob(self.blobs[digest])
+                return put()
+            absent = {child.digest for child in manifest.manifests}.intersection(self.report.absent)
+            if not absent or error.details:
+                raise
+            # Distribution and others take no index with absent children.
+            raise RegistryError(
+                error.code, message="%s; it seems to take an index with all its children only, and "
+                "%d of them are not here: copy them as well; or add --strip, which takes them out "
+                "of the index and so changes its digest (the images in it keep theirs)"
+                % (error.message, len(absent)))
 
 
 def copy(*places: Any, **choices: Any) -> Report:

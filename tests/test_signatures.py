@@ -498,7 +498,7 @@ def test_no_unsigned_image_comes_along_under_a_tag_of_a_signature(store, good, t
     options = tinyreg.build_parser().parse_args(["pull", "x", "--signed-by", good.public])
     options.strip = False
     near = Directory(str(tmp_path / "near"))
-    copy = tinyreg.prepare_copy(options, tinyreg.Choice("demo"), store, near, "demo", "latest")
+    copy = tinyreg.Copy(store, near, "demo", "latest", **tinyreg.copy_choices(options, store))
     copy.plan()
     copy.run()
     assert evil.digest not in [manifest.digest for manifest in near.manifests("demo")]
