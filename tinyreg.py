@@ -742,27 +742,22 @@ class Glob:
     """A pattern over repository names: `*` stays within a component, `**` does not.
 
     A regular expression with several stars tries all ways to share the text among them. This class
-    takes one step per character, however many stars there are: it keeps the set of the parts that
-    may come next, as the bits of a number."""
+    looks at each character once for each part of the pattern."""
 
     def __init__(self, glob: str) -> None:
-        parts = [part[:2] if part[0] == "*" else part for part in re.findall(r"\*+|[^*]", glob)]
-        self.end = 1 << len(parts)
-        # Bit N of each number is about the part N.
-        self.places: Dict[str, int] = {}
-        for number, part in enumerate(parts):
-            self.places[part] = self.places.get(part, 0) | 1 << number
-        self.wide = self.places.pop("**", 0)
-        self.stars = self.places.pop("*", 0) | self.wide
+        self.parts = re.findall(r"\*+|[^*]+", glob)
 
     def fullmatch(self, text: str) -> bool:
         """Whether the pattern matches the whole text."""
-        expected = 1 | (self.stars & 1) << 1  # the parts that may come next
-        for character in text:
-            stay = expected & (self.wide if character == "/" else self.stars)
-            expected = stay | (expected & self.places.get(character, 0)) << 1
-            expected |= (expected & self.stars) << 1  # a star may stand for nothing
-        return bool(expected & self.end)
+        ends = {0}  # where in the text the parts up to here may end
+        for part in self.parts:
+            if part[0] != "*":
+                ends = {end + len(part) for end in ends if text.startswith(part, end)}
+                continue
+            for place, character in enumerate(text):
+                if place in ends and (character != "/" or part != "*"):
+                    ends.add(place + 1)
+        return len(text) in ends
 
 
 @functools.lru_cache(maxsize=10000)
@@ -1929,6 +1924,8 @@ def describe(registry: Reader, name: str, digest: Digest) -> Dict[str, Any]:
     reads = iter(range(MAX_DESCRIBED))  # at most so many manifests are read
 
     def read(child: Digest) -> Optional[Manifest]:
+        if child == digest:
+            return root  # a malformed one raises
         if next(reads, None) is None:
             return None
         manifest = find_readable(registry, name, child)
@@ -1936,15 +1933,15 @@ def describe(registry: Reader, name: str, digest: Digest) -> Dict[str, Any]:
             missing.append(child)
         return manifest
 
-    def leads_to(manifest: Manifest) -> List[Digest]:
-        # BuildKit exports its cache as an index of layers.
-        sizes.update((child.digest, child.size) for child in manifest.manifests
-                     if child.media_type not in MANIFEST_TYPES)
-        named.update((child.digest, child.platform) for child in manifest.manifests)
-        return [child for child in child_digests(manifest) if child not in sizes]
+    def children(manifest: Manifest) -> Iterator[Digest]:
+        for child in manifest.manifests:
+            named[child.digest] = child.platform
+            if child.media_type in MANIFEST_TYPES:
+                yield child.digest
+            else:  # BuildKit exports its cache as an index of layers
+                sizes[child.digest] = child.size
 
-    # The root is read once only, and a malformed one raises.
-    for manifest in itertools.chain(walk(leads_to(root), read, leads_to), [root]):
+    for manifest in walk([digest], read, children):
         sizes[manifest.digest] = len(manifest.content)
         sizes.update((blob.digest, blob.size) for blob in manifest.blobs)
         if manifest.media_type in IMAGE_TYPES:
@@ -4020,9 +4017,6 @@ def read_tar_header(tar: BinaryIO, offset: int) -> Optional[tarfile.TarInfo]:
         if len(header) < BLOCK:
             problem = "it is cut off: copy it again"
         raise ValueError(problem if offset else "not a tar file")
-    if header[257:263] != b"ustar\0":
-        # Others have times where this one has the beginning of a long name.
-        entry.name = os.fsdecode(header[:100].partition(b"\0")[0])
     entry.offset_data = offset + BLOCK
     return entry
 
@@ -4835,6 +4829,7 @@ class ArchiveWriter(Registry):
         self.manifest_by_digest: Dict[Digest, Manifest] = {}
         self.images: Set[Tuple[str, str, Digest]] = set()  # repository; tag or digest; digest
         self.files: List[PlannedFile] = []
+        self.parts: List[PlannedFile] = []            # the same, if these are parts
         self.joined: Dict[Digest, List[Digest]] = {}  # the ranges of the blobs that are cut
         self.program: Optional[bytes] = None          # tinyreg.py, to travel along
 
@@ -4897,15 +4892,10 @@ class ArchiveWriter(Registry):
                 entry["RepoTags"].append(image_text(full_name(name), reference))
         return list(images.values())
 
-    def _is_split(self) -> bool:
-        """Whether there are parts. All ranges of a blob may be the same, and so in one file."""
-        return len(self.files) > 1 or bool(self.joined)
-
     def _make_table(self) -> bytes:
         """The content of PARTS: see Parts."""
-        parts = self.files if self._is_split() else []
-        return to_json({"files": [os.path.basename(part.path) for part in parts],
-                        "joined": self.joined, "holds": [part.digests for part in parts],
+        return to_json({"files": [os.path.basename(part.path) for part in self.parts],
+                        "joined": self.joined, "holds": [part.digests for part in self.parts],
                         "left_out": sorted(self.left_out)})
 
     def _small_files(self, digests: Iterable[Digest]) -> Iterator[Tuple[str, bytes]]:
@@ -4919,7 +4909,7 @@ class ArchiveWriter(Registry):
             yield "manifest.json", to_json(images)
         for digest, manifest in sorted(self.manifest_by_digest.items()):
             yield blob_name(digest), manifest.content
-        if self.left_out or self._is_split():
+        if self.left_out or self.parts:
             yield PARTS, self._make_table()
 
     # What goes into which file
@@ -4960,12 +4950,13 @@ class ArchiveWriter(Registry):
                                 "left out (--no-self)" % least)
         self.joined = {digest: self._cut(digest, room - 2 * BLOCK)
                        for digest in digests if self._blob_size(digest) > room}
-        pieces = itertools.chain.from_iterable(
-            self.joined.get(digest, [digest]) for digest in digests)
+        pieces = [piece for digest in digests for piece in self.joined.get(digest, [digest])]
         parts = self._pack(dict.fromkeys(pieces), room)
         stem, extension = os.path.splitext(path)
-        self.files = [PlannedFile("%s-%dof%d%s" % (stem, number, len(parts), extension), part)
-                      for number, part in enumerate(parts, 1)]
+        # It may be a single one, if all ranges of a blob are the same.
+        self.files = self.parts = [
+            PlannedFile("%s-%dof%d%s" % (stem, number, len(parts), extension), part)
+            for number, part in enumerate(parts, 1)]
 
     def _cut(self, digest: Digest, step: int) -> List[Digest]:
         """Make a blob of each range of a blob; returns their digests. Raises DIGEST_INVALID,

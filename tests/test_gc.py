@@ -836,7 +836,7 @@ def test_a_push_after_the_marking(store, monkeypatch, when, how):
                     if not store.mount("other", Digest.of(content)):
                         push_blob(store, "other", content)
                 store.put_manifest("other", manifest, ["latest"])
-            elif how == "push" or when != "manifests":
+            elif how == "push" or when != "manifest":
                 make_image(store, "other", layers=(b"layer",))
             else:
                 store.put_manifest("app", manifest, ["latest"])
@@ -846,7 +846,7 @@ def test_a_push_after_the_marking(store, monkeypatch, when, how):
     monkeypatch.setattr(Collection, "sweep", push_first)
     collect_garbage(store, untagged=True)
     assert store.has_pushed
-    name = "app" if how == "again" and when == "manifests" else "other"
+    name = "app" if how == "again" and when == "manifest" else "other"
     assert store.resolve(name, "latest") == manifest.digest
     for blob in store.manifest(name, manifest.digest).blobs:
         read_blob(store, name, blob.digest)
