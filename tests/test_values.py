@@ -253,7 +253,7 @@ def test_json_that_is_nested_deeply_or_has_huge_numbers_makes_no_manifest():
 
 def test_descriptor():
     found = parse_descriptor({"mediaType": "a/b", "digest": SHA256, "size": 7, "annotations": {}})
-    assert found == ("a/b", SHA256, 7, False)
+    assert found == ("a/b", SHA256, 7, False, "")
     assert found.digest.algorithm == "sha256"
 
 
