@@ -416,7 +416,8 @@ def test_what_is_checked_is_what_is_copied(store, good, tmp_path, no_fsync):
     options = tinyreg.build_parser().parse_args(["pull", "x", "--signed-by", good.public])
     options.strip = False
     near = Directory(str(tmp_path / "near"))
-    copy = tinyreg.prepare_copy(options, tinyreg.Choice("demo"), Moving(store), near, "demo", "latest")
+    source = Moving(store)
+    copy = tinyreg.Copy(source, near, "demo", "latest", **tinyreg.copy_choices(options, source))
     copy.plan()
     copy.run()
     assert near.resolve("demo", "latest") == manifest.digest != store.resolve("demo", "latest")
