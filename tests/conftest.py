@@ -24,6 +24,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TINYREG = os.path.join(os.path.dirname(HERE), "tinyreg.py")
 sys.path.insert(0, os.path.dirname(TINYREG))
 
+# `program` needs the bytecode of tinyreg.py, also where the environment says not to write any.
+sys.dont_write_bytecode = False
 import tinyreg  # noqa: E402  what follows needs the path
 from samples import descriptor  # noqa: E402
 from tinyreg import MANIFEST_TYPES, OCI_INDEX, Digest, Directory  # noqa: E402
