@@ -41,6 +41,8 @@ no longer knows which ones are pinned.
         shared                  several hosts have this directory open; see serve --shared
         scratch/                files while they are written, folders while they are deleted, and
                                 locks of blobs that are being fetched
+        journal/                small files that are durable here before they are in place, of which
+                                a power cut may take them; read when the store is opened
         lock, lock.turnstile    pushes share this lock; deletions hold it alone
         lock.changes            eight bytes that differ after each change, for the caches of
                                 processes; not of a shared store: hosts don't share memory
@@ -236,6 +238,10 @@ MIN_FREE_SPACE = 64 << 20    # bytes; with less free space, a server says that i
 USAGE_LIFE = 5.0             # seconds that a measurement is used, or 50 times what it took
 ROOT_CHECK_PERIOD = 1.0      # seconds between two checks that the store still exists
 UPKEEP_PERIOD = 3600.0       # seconds between two searches for idle upload sessions
+
+JOURNAL_SIZE = 256 << 10     # bytes after which a journal is settled, and another one begun
+SMALL_FILE = 32 << 10        # bytes; up to this, a blob or manifest goes into the journal
+SYNCS_AT_ONCE = 8            # threads that settle a journal: the disk may sync several at a time
 
 # Observation
 MAX_LIVE = 1 << 20           # bytes of the file behind /live; then it begins anew
@@ -1070,9 +1076,9 @@ def sync(descriptor: int) -> None:
         os.fsync(descriptor)  # a network's file system has no other
 
 
-def sync_directory(path: str) -> None:
-    """Make the names in a folder durable. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync_path(path: str) -> None:
+    """Make a file's content, or the names in a folder, durable. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         sync(descriptor)
     finally:
@@ -1124,8 +1130,9 @@ def make_directory(path: str) -> None:
             os.close(above)
 
 
-def make_directories(path: str, attempts: int = 10) -> None:
-    """Make a folder and its missing parents, each durable before the next is made. Raises OSError.
+def make_directories(path: str, attempts: int = 10, durable: bool = True) -> None:
+    """Make a folder and its missing parents, each durable before the next is made; the folder too,
+    if it shall be `durable`. Raises OSError.
 
     If the folder exists, its parent is synced all the same: the process that made it may not have
     come to that yet. A parent may be deleted again before it is used, hence the attempts; their
@@ -1136,11 +1143,12 @@ def make_directories(path: str, attempts: int = 10) -> None:
         if not attempts:
             raise
         make_directories(os.path.dirname(path))
-        return make_directories(path, attempts - 1)
+        return make_directories(path, attempts - 1, durable)
     except FileExistsError:
         if not os.path.isdir(path):
             raise
-    sync_directory(os.path.dirname(path))
+    if durable:
+        sync_path(os.path.dirname(path))
 
 
 def read_file(path: str, limit: int = MAX_MANIFEST) -> Optional[bytes]:
@@ -1252,7 +1260,7 @@ class Files:
         If the file already has this content, only its mtime is renewed."""
         if not private and read_file(path, len(content) + 1) == content:
             os.utime(path)
-            return sync_directory(os.path.dirname(path))
+            return sync_path(os.path.dirname(path))
         self.fill(path, lambda write: write(content), private)
 
     def fill(self, path: str, give: Callable[[Callable[[bytes], Any]], Any],
@@ -1276,21 +1284,41 @@ class Files:
                 sync(file.fileno())
             self.publish(temporary, path)
 
-    def publish(self, temporary: str, path: str) -> None:
+    @contextlib.contextmanager
+    def staged(self, path: str, content: bytes) -> Iterator[Callable[[], None]]:
+        """Write a small file, and yield what puts it in place, which needs no more space; nothing
+        of it waits for the disk. It is deleted if it was not put there. Raises OSError.
+
+        If the file already has this content, only its mtime is renewed."""
+        if read_file(path, len(content) + 1) == content:
+            yield functools.partial(os.utime, path)
+            return
+        make_directories(os.path.dirname(path), durable=False)
+        temporary = self.scratch_path()
+        with deleted_on_error(temporary):
+            with open(temporary, "xb", buffering=0, opener=open_owned) as file:
+                if file.write(content) != len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield functools.partial(self.publish, temporary, path, durable=False)
+
+    def publish(self, temporary: str, path: str, durable: bool = True) -> None:
         """Rename a file that is written and synced to its final path, durably. Raises OSError.
 
         A file of that name is replaced. A deletion may take the folder away between the two system
-        calls; then it is made again."""
+        calls; then it is made again. If it shall not be `durable`, the folder is there already."""
         directory = os.path.dirname(path)
         while True:
-            make_directories(directory)
+            if durable:
+                make_directories(directory)
             try:
                 os.rename(temporary, path)
                 break
             except FileNotFoundError:
                 if os.path.isdir(directory) and not os.path.exists(temporary):
                     raise
-        sync_directory(directory)
+                make_directories(directory)
+        if durable:
+            sync_path(directory)
 
     def probe(self) -> None:
         """Raises OSError if nothing can be written."""
@@ -1301,7 +1329,7 @@ class Files:
     def remove(self, path: str) -> None:
         """Delete a file, or a folder with its content, at once and durably. Raises OSError."""
         trash = self.move_to_trash(path)
-        sync_directory(os.path.dirname(path))
+        sync_path(os.path.dirname(path))
         self.empty_trash(trash)
 
     def move_to_trash(self, path: str) -> str:
@@ -1430,6 +1458,202 @@ class SharedLock:
     def alone(self) -> ContextManager[None]:
         """Hold the lock alone."""
         return self._lock(fcntl.LOCK_EX)
+
+
+ENTRY_HEAD = re.compile(br"(\d{1,4}) (\d{1,7})\n")  # lengths of a path and of a content
+
+
+class JournalFile:
+    """The file of a Journal that one process appends to, locked as long as it has it open."""
+
+    def __init__(self, folder: str) -> None:
+        make_directories(folder)
+        self.path = os.path.join(folder, uuid.uuid4().hex)
+        self.file = open(self.path, "xb", buffering=0, opener=open_owned)
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+        sync_path(folder)
+        self.process = os.getpid()
+        self.users = 0    # threads whose entries are not in place yet
+        self.size = 0
+        self.durable = 0  # so many of its bytes are
+        self.syncing = threading.Lock()
+        self.failure: Optional[OSError] = None  # nothing may follow what is broken
+
+    def is_usable(self) -> bool:
+        """Whether more may be appended: this process is no child of the one that made the file, and
+        nobody has deleted it."""
+        return (not self.failure and self.size < JOURNAL_SIZE and self.process == os.getpid()
+                and os.fstat(self.file.fileno()).st_nlink > 0)
+
+    @contextlib.contextmanager
+    def _failures_kept(self) -> Iterator[None]:
+        """Let a failure be every thread's: the kernel tells of one only once."""
+        if self.failure:
+            raise self.failure
+        try:
+            yield
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def append(self, entry: bytes) -> int:
+        """Append bytes; returns where they end. Raises OSError."""
+        with self._failures_kept():
+            if self.file.write(entry) != len(entry):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.size += len(entry)
+        return self.size
+
+    def sync(self, end: int) -> None:
+        """Make the bytes before `end` durable. Threads that wait at the same time share one sync.
+        Raises OSError."""
+        with self.syncing:
+            if self.durable < end:
+                size = self.size
+                with self._failures_kept():
+                    sync(self.file.fileno())
+                self.durable = size
+
+    def close(self) -> None:
+        """Give it up, as far as it is sound. What is not durable was not acknowledged either."""
+        if self.failure:
+            with contextlib.suppress(OSError):  # the disk has failed
+                self.file.truncate(self.durable)
+        self.file.close()
+
+
+class Journal:
+    """Small files that are durable before they are in place.
+
+    Their bytes are appended to a file of this process, which is synced once, and only then put in
+    place, without waiting for the disk. A power cut may take them away from there again: who opens
+    the store next writes them anew. So a file takes one wait, where six would make it, its folder
+    and their names durable.
+
+    Only what never changes goes in, like content that lies under its digest. Thus it does not
+    matter in which order journals are read, nor what was written since; and `is_entry` can check a
+    journal that a stranger may have made.
+
+    A journal that is full is settled: its files are synced in their places, and it is deleted.
+    Before anything is deleted all are, or they would bring it back."""
+
+    def __init__(self, files: Files, folder: str, root: str, lock: SharedLock,
+                 is_entry: Callable[[str, bytes], bool]) -> None:
+        self.files = files
+        self.folder = folder
+        self.root = root
+        self.lock = lock
+        self.is_entry = is_entry
+        self.mutex = threading.Lock()  # held for moments, to change what is below
+        self.current: Optional[JournalFile] = None
+        self.settler = threading.Lock()  # held while a thread settles a full journal
+
+    def write(self, entries: Sequence[Tuple[str, bytes]]) -> None:
+        """Put small files in place, in this order; they are durable before the first one is. The
+        caller shares the lock. Raises OSError."""
+        lines = []
+        for path, content in entries:
+            place = os.fsencode(os.path.relpath(path, self.root))
+            lines += [b"%d %d\n" % (len(place), len(content)), place, content]
+        with self._used() as journal, contextlib.ExitStack() as stack:
+            # A disk that is full should say so before the journal has it.
+            places = [stack.enter_context(self.files.staged(*entry)) for entry in entries]
+            with self.mutex:
+                end = journal.append(b"".join(lines))
+            journal.sync(end)
+            for put in places:
+                put()
+
+    @contextlib.contextmanager
+    def _used(self) -> Iterator[JournalFile]:
+        """This process's journal; settled at the end, if it is full and nobody else uses it."""
+        with self.mutex:
+            if self.current is None or not self.current.is_usable():
+                self.current = JournalFile(self.folder)
+            journal = self.current
+            journal.users += 1
+        try:
+            yield journal
+        finally:
+            with self.mutex:
+                journal.users -= 1
+                if self.current is journal and not journal.is_usable():
+                    self.current = None
+                is_done = self.current is not journal and not journal.users
+            if is_done:
+                journal.close()
+            if is_done and not journal.failure and self.settler.acquire(blocking=False):
+                threading.Thread(target=self._settle_beside, args=(journal.path,),
+                                 daemon=True).start()
+            elif is_done:  # that thread is busy: wait, so that journals don't become more and more
+                self.settle(journal.path)
+
+    def _settle_beside(self, path: str) -> None:
+        """Settle a journal, in the thread for that."""
+        try:
+            with self.lock.shared(changes=False):
+                self.settle(path)
+        finally:
+            self.settler.release()
+
+    def _read(self, path: str) -> Iterator[Tuple[str, bytes]]:
+        """Yield (path, content) of a journal's whole entries: a power cut may have spoilt its end.
+        Raises OSError."""
+        journal = read_file(path) or b""
+        head = ENTRY_HEAD.match(journal)
+        while head:
+            middle = head.end() + int(head.group(1))
+            end = middle + int(head.group(2))
+            place, content = os.fsdecode(journal[head.end():middle]), journal[middle:end]
+            if end > len(journal) or not self.is_entry(place, content):
+                break
+            yield os.path.join(self.root, place), content
+            head = ENTRY_HEAD.match(journal, end)
+
+    def settle(self, path: str) -> None:
+        """Make what a journal has durable in its places, and delete it. The caller shares the
+        lock, and nobody appends to it. If the disk fails, it stays, and that is logged."""
+        places: Set[str] = set()
+        try:
+            for place, content in self._read(path):
+                if read_file(place, len(content) + 1) != content:
+                    with self.files.staged(place, content) as put:
+                        put()
+                while place != self.root and place not in places:
+                    places.add(place)
+                    place = os.path.dirname(place)
+            with concurrent.futures.ThreadPoolExecutor(SYNCS_AT_ONCE) as pool:
+                list(pool.map(sync_path, places))
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                os.unlink(path)
+            sync_path(self.folder)
+        except OSError as error:
+            logger.warning("what %s has could not be stored (%s); it stays there until the next "
+                           "start", path, error)
+
+    def settle_all(self) -> None:
+        """Settle all journals, also those of other processes. The caller holds the lock alone."""
+        for name in list_directory(self.folder):
+            self.settle(os.path.join(self.folder, name))
+        self.current = None  # its space is free when it is closed
+
+    def recover(self) -> None:
+        """Settle the journals of processes that have ended. Raises OSError."""
+        for name in list_directory(self.folder):
+            path = os.path.join(self.folder, name)
+            with contextlib.suppress(FileNotFoundError, BlockingIOError):  # it is not left behind
+                with open(path, "rb") as journal:
+                    fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    with self.lock.shared():
+                        self.settle(path)
+
+    def close(self) -> None:
+        """Settle this process's journal."""
+        with self.mutex:
+            journal, self.current = self.current, None
+        if journal and not journal.users:  # else the last of them settles it
+            with self.lock.shared(changes=False):
+                self.settle(journal.path)
 
 # -------------------------------------------------------------------------------------------------
 # 5  Registry
@@ -2206,6 +2430,11 @@ class Signed(Wrapper):
 # Garbage collection and verification are left to the room below, HTTP to the API.
 # -------------------------------------------------------------------------------------------------
 
+# Files that Layout.is_lasting() may say yes to.
+LASTING = re.compile(
+    r"(docker/registry/v2/blobs/\w{6}/\w\w/\w+/data)|docker/registry/v2/repositories/(.+)"
+    r"/_(?:layers|manifests/revisions|manifests/tags/\w[\w.-]{0,127}/index)/\w{6}/\w+/link|"
+    r"tinyreg/pinned/(.+)/_digests/\w{6}/\w+", re.ASCII)
 REFERRER_LINE = re.compile("^(%s) (%s|-)$" % (DIGEST.pattern, DIGEST.pattern), re.MULTILINE)
 
 
@@ -2265,6 +2494,7 @@ class Layout:
         self.scratch = os.path.join(self.own, "scratch")
         self.usage = os.path.join(self.own, "usage")
         self.shared = os.path.join(self.own, "shared")
+        self.journal = os.path.join(self.own, "journal")
         self.collected = os.path.join(self.own, "gc")  # locked during a run, and written at its end
 
     # Distribution's tree
@@ -2312,6 +2542,20 @@ class Layout:
     def referrers_path(self, name: str) -> str:
         """The file that remembers which manifest of a repository is about which other."""
         return os.path.join(self.own, "referrers", name, "_index")
+
+    def is_lasting(self, path: str, content: bytes) -> bool:
+        """Whether a file below ROOT may have this content, and never another: a blob, a link that
+        says what is there, a pin. (What a tag points to now is no such link.)"""
+        match = LASTING.fullmatch(path)
+        if not match:
+            return False
+        blob, link_of, pin_of = match.groups()
+        if blob:
+            return any(self.blob_path(Digest.of(content, algorithm)).endswith(path)
+                       for algorithm in ALGORITHMS)
+        text = content.decode("latin-1")
+        return bool(NAME.fullmatch(link_of or pin_of)
+                    and (DIGEST.fullmatch(text) if link_of else not content))
 
     # What is there
 
@@ -2491,15 +2735,40 @@ class Directory(Registry):
         self.files = Files(self.layout.scratch)
         self.shared = shared or os.path.exists(self.layout.shared)
         self.lock = SharedLock(os.path.join(self.layout.own, "lock"), marked=not self.shared)
+        self.journal = Journal(self.files, self.layout.journal, self.root, self.lock,
+                               self.layout.is_lasting)
+        try:
+            os.stat(self.layout.repositories)
+            self.journal.recover()
+        except OSError as error:
+            logger.warning("images that were pushed just before a power cut may be missing until "
+                           "the store is served by somebody who may write to it: %s", error)
         self.index = ReferrersIndex(self.layout, self.version)
         # {(session id, offset): the hash of all bytes before the offset}
         self.hashers: "collections.OrderedDict[Any, Any]" = collections.OrderedDict()
         self.key = os.urandom(32)  # signs the states of upload sessions; workers inherit it
 
-    # Links
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the lock alone, to delete. All that is durable is so in its place."""
+        with self.lock.alone():
+            os.stat(self.layout.repositories)  # nothing is settled where a disk is not mounted
+            self.journal.settle_all()
+            yield
 
-    def write_link(self, folder: str, digest: Digest) -> None:
-        self.files.write(self.layout.link_in(folder), digest.encode("ascii"))
+    # Small files
+
+    def _keep(self, *entries: Tuple[str, bytes]) -> None:
+        """Put small files in place, in this order, durably; they are of the kind that never
+        changes. The caller shares the lock."""
+        if not self.shared:
+            return self.journal.write(entries)
+        for path, content in entries:  # a journal is one host's
+            self.files.write(path, content)
+
+    def link(self, folder: str, digest: Digest) -> Tuple[str, bytes]:
+        """The path and content of the link in a folder."""
+        return self.layout.link_in(folder), digest.encode("ascii")
 
     def _touch_link_if_old(self, folder: str) -> bool:
         """Whether a link is there. The caller then tells a client of what the link names.
@@ -2863,19 +3132,27 @@ class Directory(Registry):
         session = self.session_of_blob(name, blob.digest)
         return look_at(self.layout.blob_path(blob.digest)).size or look_at(session.path).size
 
-    def publish_blob(self, name: str, temporary: str, digest: Digest) -> None:
-        """Rename a file whose content is checked and synced to its place among the blobs, and link
-        the repository to it.
+    def publish_blob(self, name: str, file: BinaryIO, temporary: str, digest: Digest) -> None:
+        """Bring the content of an open file, which is checked, to its place among the blobs, and
+        link the repository to it. `temporary` is the file's path.
 
         If the blob is there it is replaced: that costs nothing, and mends a damaged one. The
         folders of the link come first: on a full disk it is better that they fail than that a
         blob is left to which nothing refers."""
-        size = look_at(temporary).size
+        size = os.fstat(file.fileno()).st_size
+        path = self.layout.blob_path(digest)
+        link = self.link(self.layout.layer_path(name, digest), digest)
+        is_small = size <= SMALL_FILE and not self.shared
+        if not is_small:
+            sync(file.fileno())
         with self._within_quota(name, size, digest), self.lock.shared():
+            if is_small:
+                file.seek(0)
+                return self._keep((path, file.read(size)), link)
             os.utime(temporary)  # gc should see it as new, though its last byte may be old
-            make_directories(self.layout.layer_path(name, digest))
-            self.files.publish(temporary, self.layout.blob_path(digest))
-            self.write_link(self.layout.layer_path(name, digest), digest)
+            make_directories(os.path.dirname(link[0]), durable=self.shared)
+            self.files.publish(temporary, path)
+            self._keep(link)
 
     def mount(self, name: str, digest: Digest, source: Optional[str] = None) -> bool:
         target: Optional[Digest] = digest
@@ -2890,7 +3167,7 @@ class Directory(Registry):
                 return False
             blob.close()
             os.utime(self.layout.blob_path(target))
-            self.write_link(self.layout.layer_path(name, digest), target)
+            self._keep(self.link(self.layout.layer_path(name, digest), target))
         return True
 
     # Writing manifests
@@ -2912,24 +3189,33 @@ class Directory(Registry):
         if manifest.subject:
             mentioned.add(manifest.subject)
         size = len(manifest.content)
+        tags = list(tags)
         with self._within_quota(name, size, manifest.digest), self.lock.shared():
             # gc may have deleted some meanwhile. It leaves those whose links are touched here.
             gone = {digest for digest in mentioned if not self._touch_links(name, digest)}
             missing |= gone.intersection(sizes)
             if missing:
                 raise RegistryError("MANIFEST_BLOB_UNKNOWN", *sorted(missing))
-            self.files.write(self.layout.blob_path(manifest.digest), manifest.content)
-            self.write_link(self.layout.revision_path(name, manifest.digest), manifest.digest)
+            blob = self.layout.blob_path(manifest.digest), manifest.content
+            if size > SMALL_FILE:
+                self.files.write(*blob)
+            entries = [] if size > SMALL_FILE else [blob]
+            entries.append(self.link(self.layout.revision_path(name, manifest.digest),
+                                      manifest.digest))
+            entries += [self._trace_of_tag(name, tag, manifest.digest) for tag in tags]
+            self._keep(*entries)
             for tag in tags:
-                self._write_tag(name, tag, manifest.digest)
+                if not isinstance(tag, Digest):
+                    self.files.write(*self.link(self.layout.current_path(name, tag),
+                                                 manifest.digest))
 
-    def _write_tag(self, name: str, tag: str, digest: Digest) -> None:
-        """Let a tag point to a manifest; pin the manifest if the tag is a digest."""
+    def _trace_of_tag(self, name: str, tag: str, digest: Digest) -> Tuple[str, bytes]:
+        """The path and content of what stays if a tag moves on: the link to a manifest to which
+        it has pointed; the manifest's pin, if the tag is a digest."""
         if isinstance(tag, Digest):
-            return self.files.write(self.layout.pin_path(name, tag), b"")
-        self.write_link(os.path.join(self.layout.former_path(name, tag), digest.algorithm,
-                                     digest.encoded), digest)
-        self.write_link(self.layout.current_path(name, tag), digest)
+            return self.layout.pin_path(name, tag), b""
+        return self.link(os.path.join(self.layout.former_path(name, tag), digest.algorithm,
+                                       digest.encoded), digest)
 
     def _check_blob_or_quarantine(self, name: str, digest: Digest, sizes: Set[int],
                                   check_wanted: Callable[[], None]) -> bool:
@@ -2948,7 +3234,7 @@ class Directory(Registry):
                     return True
                 path = blob.file.name
                 logger.warning("damaged blob, put aside; push it again: %s", path)
-                with self.lock.alone():
+                with self.alone():
                     if is_at(blob.file, path):  # else a whole one has been pushed meanwhile
                         self.quarantine(path)
         except Unknown:  # as a blob; a manifest may take this place
@@ -2965,20 +3251,20 @@ class Directory(Registry):
             aside += "~"
         make_directories(os.path.dirname(aside))
         os.rename(path, aside)
-        sync_directory(os.path.dirname(aside))
-        sync_directory(os.path.dirname(path))
+        sync_path(os.path.dirname(aside))
+        sync_path(os.path.dirname(path))
         return aside
 
     # Deleting
 
     def delete_tag(self, name: str, tag: str) -> None:
-        with self.lock.alone():
+        with self.alone():
             self.resolve(name, tag)
             self.files.remove(self.layout.tag_path(name, tag))
 
     def delete_manifest(self, name: str, digest: Digest) -> None:
         revision = self.layout.revision_path(name, digest)
-        with self.lock.alone():
+        with self.alone():
             if self.layout.read_link(revision) is None:
                 raise self._unknown(name, "MANIFEST_UNKNOWN", digest)
             for tag in list(self.tags(name)):
@@ -2990,7 +3276,7 @@ class Directory(Registry):
 
     def delete_blob(self, name: str, digest: Digest) -> None:
         layer = self.layout.layer_path(name, digest)
-        with self.lock.alone():
+        with self.alone():
             if self.layout.read_link(layer) is None:
                 raise self._unknown(name, "BLOB_UNKNOWN", digest)
             self.files.remove(layer)
@@ -3131,8 +3417,7 @@ class DirectoryUpload(UploadSession):
         with self._open() as file, self._locked(file) as status:
             try:
                 self._check_digest(file, status.st_size, digest)
-                sync(file.fileno())
-                self.store.publish_blob(self.name, self.path, digest)
+                self.store.publish_blob(self.name, file, self.path, digest)
             finally:
                 self.cancel()
 
@@ -3391,7 +3676,7 @@ class Sweep:
     def _delete(self, kind: str, batch: List[Entry]) -> Dict[Entry, FileState]:
         """Delete what is still old; returns that."""
         began = time.monotonic()
-        with self.store.lock.alone():
+        with self.store.alone():
             waited = time.monotonic() - began
             old = self._find_old(kind, batch, opened=True)
             trash = self._move_to_trash(folder for _, folder in old)
@@ -3399,7 +3684,7 @@ class Sweep:
             # What leads to something is gone for good before that goes. A blob leads nowhere.
             for parent in {os.path.dirname(folder) for _, folder in old}:
                 with contextlib.suppress(FileNotFoundError):  # the whole repository is gone
-                    sync_directory(parent)
+                    sync_path(parent)
         self._empty_trash(trash)
         if waited > 0.001:
             time.sleep(waited)  # those who share the lock get as much time as they had to give
@@ -3450,7 +3735,7 @@ class Collection(Sweep):
     def run(self) -> None:
         """Raises OSError: then less was deleted than could be. Raises CommandError if the clock
         seems wrong."""
-        with self.store.lock.alone():
+        with self.store.alone():
             # This asks for the time of the file system, which may be another host's.
             os.utime(self.store.lock.path)
             self.now = os.stat(self.store.lock.path).st_mtime
@@ -3617,7 +3902,7 @@ class Collection(Sweep):
         path = self.layout.repository_path(name)
         if self.dry_run or not self._empty_folders(path):
             return
-        with self.store.lock.alone():
+        with self.store.alone():
             folders = self._empty_folders(path)
             if not folders:
                 return  # a push has come meanwhile
@@ -3628,7 +3913,7 @@ class Collection(Sweep):
                 while path != self.layout.repositories:
                     os.rmdir(path)
                     path = os.path.dirname(path)
-        sync_directory(path)
+        sync_path(path)
         self._empty_trash(trash)
         self._count("repository", name)
 
@@ -3756,7 +4041,7 @@ class StoreVerification(Verification):
     def _confirm(self, name: str, findings: Dict[Finding, Set[str]]) -> None:
         """Look again, because a deletion may have been under way; add and repair what is still
         so."""
-        with self.store.lock.alone() if self.repair else contextlib.ExitStack():
+        with self.store.alone() if self.repair else contextlib.ExitStack():
             for finding, images in self._check_repository(name).items():
                 if finding in findings and finding.what == LEFTOVER:
                     self.leftovers.append(finding.path)
@@ -3769,7 +4054,7 @@ class StoreVerification(Verification):
 
     def _move_if_same(self, path: str, state: FileState) -> None:
         """Move a damaged blob away, unless a push has replaced it since it was read."""
-        with self.store.lock.alone():
+        with self.store.alone():
             # The mtime does not count: a client's request changes it, too.
             if look_at(path)._replace(mtime=state.mtime) == state:
                 self.moved.append(self.store.quarantine(path))
@@ -5016,7 +5301,7 @@ class ArchiveWriter(Registry):
             file.flush()
             sync(file.fileno())
             os.rename(file.name, path)
-        sync_directory(os.path.dirname(path))
+        sync_path(os.path.dirname(path))
         return hasher.hexdigest()
 
     def save(self, note: Callable[[int], Any] = do_nothing) -> List[str]:
@@ -11559,7 +11844,9 @@ def open_store(options: argparse.Namespace, create: bool = False, renew: bool = 
     settings = {name: setting for name, setting in vars(options).items()  # those of serve
                 if name in ("sparse", "min_free", "max_blob", "shared", "quota")}
     try:
-        return Directory(options.root, create=create, renew=renew, **settings)
+        store = Directory(options.root, create=create, renew=renew, **settings)
+        options.at_end.callback(store.journal.close)
+        return store
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not create:
             raise CommandError("no registry is stored in %s; name its directory with --root" % path)
@@ -11933,6 +12220,8 @@ class Service:
         if cut:
             logger.warning("stopped, and cut %s that did not end within %g s (--drain)",
                            counted(cut, "transfer"), self.options.drain)
+        if isinstance(self.store, Directory):
+            self.store.journal.close()
         return 1 if self.root_is_gone.is_set() else 0
 
     def commands_to_try(self) -> List[str]:
@@ -14461,7 +14750,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     start_logging("command")
     try:
         try:
-            return options.function(options)
+            with contextlib.ExitStack() as options.at_end:
+                return options.function(options)
         finally:
             flush_output()
     except KeyboardInterrupt:

@@ -343,7 +343,7 @@ def record(root, trace):
         for tag in OLDER[1:]:
             content = json.dumps(image((b"layer zero",), annotations={"of": tag})).encode()
             did(put_manifest(client, "app", tag, content), 201, **{"app:" + tag: Digest.of(content)})
-        first = push("app", "latest", (b"layer one", b"layer two"))
+        first = push("app", "latest", (b"layer one", b"layer two" * 5000))
         push("app", "latest", (b"layer one", b"layer three"))
         did(client.ask("POST", "/v2/deep/er/blobs/uploads/?from=app&mount=" + Digest.of(b"layer one"))[0], 201,
             **{"blob deep/er " + Digest.of(b"layer one"): True})

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import PATIENCE, TINYREG, until
 from tinyreg import (
-    Files, SharedLock, alone, is_at, list_directory, make_directories, read_file, sync_directory,
+    Files, SharedLock, alone, is_at, list_directory, make_directories, read_file, sync_path,
 )
 
 
@@ -237,7 +237,7 @@ def test_macos_is_asked_to_empty_the_cache_of_the_drive(tmp_path, monkeypatch, r
     monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
     monkeypatch.setattr(fcntl, "fcntl", full_sync)
     monkeypatch.setattr(os, "fsync", lambda descriptor: made.append("fsync"))
-    sync_directory(str(tmp_path))
+    sync_path(str(tmp_path))
     assert made == calls
 
 
@@ -248,7 +248,7 @@ def test_an_error_of_the_drive_s_cache_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
     monkeypatch.setattr(fcntl, "fcntl", fail)
     with pytest.raises(OSError, match="the disk failed"):
-        sync_directory(str(tmp_path))
+        sync_path(str(tmp_path))
 
 
 def test_make_directories(tmp_path):
