@@ -12125,16 +12125,9 @@ def start_thread(function: Callable[..., None], *arguments: Any) -> None:
 
 # serve
 
-def all_tags(store: Directory) -> Iterator[Tuple[str, str, Digest]]:
+def all_tags(store: Reader) -> Iterator[Tuple[str, str, Digest]]:
     """(repository, tag, digest) of each tag."""
     return ((name, *tag) for name in store.repositories() for tag in iter_tags(store, name))
-
-
-def example(store: Union[Archive, Directory], host: str) -> str:
-    """A command that pulls the first image that there is."""
-    images = store.images() if isinstance(store, Archive) else all_tags(store)
-    name, reference, _ = next(images, ("alpine", "latest", None))
-    return "docker pull %s/%s" % (host, image_text(name, reference))
 
 
 EVERY_ADDRESS = ("::", "0.0.0.0")
@@ -12157,6 +12150,25 @@ def outer_addresses(address: Tuple[str, int], is_local: bool, names: Sequence[st
                            if re.fullmatch(r"(?!127\.|169\.254\.)[0-9.]+", name))
         hosts = list(names) or addresses[:3] or [socket.gethostname()]
     return [host_and_port(host, port) for host in hosts]
+
+
+BANNER = """\
+tinyreg {version}
+  listens on  {urls}
+store|  stores in   {root}
+archive|  serves      {root} (read-only)
+lacking|  lacks       {lacking}, of which save --have left out {left_out}: what needs them can't \
+be pulled from here; ls FILE says what does, load FILE takes it
+ca|  CA          /ca.crt, SHA-256 {ca}
+  access      {access}
+caches|  caches      {caches}
+unsafe|  beware      passwords cross the network in the clear; add --tls
+push|  try         {login}docker tag alpine {host}/alpine && docker push {host}/alpine
+push|              docker pull {host}/alpine
+pull|  try         docker pull {host}/{image}
+elsewhere|  elsewhere   {elsewhere} says what to do
+  Ctrl-C ends it.
+"""
 
 
 class Service:
@@ -12224,48 +12236,37 @@ class Service:
             self.store.journal.close()
         return 1 if self.root_is_gone.is_set() else 0
 
-    def commands_to_try(self) -> List[str]:
-        """A push and a pull if clients may push, else a pull of an image that is here."""
-        host = self.hosts[0]
-        bound, port = self.addresses[0]
-        if not self.tls and bound in EVERY_ADDRESS:  # docker takes plain HTTP from localhost alone
-            host = "localhost:%d" % port
-        if self.registry.is_read_only or not self.access.takes_pushes():
-            return [example(self.store, host)]
-        login = "docker login %s && " % host if self.access.users_file else ""
-        return ["%sdocker tag alpine %s/alpine && docker push %s/alpine" % (login, host, host),
-                "docker pull %s/alpine" % host]
-
     def banner(self) -> str:
         """What serve says first: where it listens and stores, who may do what, what to try."""
-        scheme = "https" if self.tls else "http"
-        urls = ["%s://%s%s" % (scheme, host_and_port(host, port), " (every address of this machine)"
-                               if host in EVERY_ADDRESS else "") for host, port in self.addresses]
+        store, host, scheme = self.store, self.hosts[0], "https" if self.tls else "http"
+        urls = ["%s://%s%s" % (scheme, host_and_port(*address), " (every address of this machine)"
+                               if address[0] in EVERY_ADDRESS else "")
+                for address in self.addresses]
         reach = "whoever is on this machine" if self.is_local else "whoever can reach it"
         caches = ["%s from %s://%s/%s" % (space, "http" if is_plain else "https", host, prefix)
                   for space, host, is_plain, prefix in self.options.upstream]
-        place, absent = ("stores in", self.store.root), ""
-        if isinstance(self.store, Archive):
-            place = ("serves", self.store.root + " (read-only)")
-            lacking = self.store.lacking()
-            if lacking:
-                absent = ("%s, of which save --have left out %d: what needs them can't be pulled "
-                          "from here; ls FILE says what does, load FILE takes it"
-                          % (counted(len(lacking), "blob"),
-                             len(lacking & self.store.parts.left_out)))
+        bound, port = self.addresses[0]
+        if not self.tls and bound in EVERY_ADDRESS:  # docker takes plain HTTP from localhost alone
+            host = "localhost:%d" % port
+        images, lacking, left_out = all_tags(store), set(), set()  # type: Any, Set[Any], Set[Any]
+        if isinstance(store, Archive):
+            images, lacking = store.images(), store.lacking()
+            left_out = lacking & store.parts.left_out
+        takes_pushes = not self.registry.is_read_only and self.access.takes_pushes()
+        name, reference, _ = next(images, ("alpine", "latest", None))
         next_line = "\n" + 14 * " "
-        rows = [
-            ("listens on", ", ".join(urls)), place, ("lacks", absent),
-            ("CA", self.tls and self.tls.ca and "/ca.crt, SHA-256 " + fingerprint(self.tls.ca)),
-            ("access", next_line.join(self.access.in_words(reach, self.registry.is_read_only))),
-            ("caches", next_line.join(caches)),
-            ("beware", self.access.users_file and not self.tls and not self.is_local
-             and "passwords cross the network in the clear; add --tls"),
-            ("try", next_line.join(self.commands_to_try())),
-            ("elsewhere", not self.is_local and " or ".join(
-                "%s://%s/use" % (scheme, host) for host in self.hosts) + " says what to do")]
-        lines = ["  %-10s  %s" % row for row in rows if row[1]]
-        return "\n".join(["tinyreg " + __version__] + lines + ["  Ctrl-C ends it."])
+        return "".join(render(BANNER, dict(
+            version=__version__, urls=", ".join(urls), root=store.root,
+            store=isinstance(store, Directory), archive=isinstance(store, Archive),
+            lacking=lacking and counted(len(lacking), "blob"), left_out=len(left_out),
+            ca=self.tls and self.tls.ca and fingerprint(self.tls.ca),
+            access=next_line.join(self.access.in_words(reach, self.registry.is_read_only)),
+            caches=next_line.join(caches), host=host,
+            unsafe=self.access.users_file and not self.tls and not self.is_local,
+            push=takes_pushes, pull=not takes_pushes, image=image_text(name, reference),
+            login="docker login %s && " % host if self.access.users_file else "",
+            elsewhere=not self.is_local and " or ".join(
+                "%s://%s/use" % (scheme, host) for host in self.hosts))))
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -12450,13 +12451,6 @@ def list_image(registry: Reader, name: str, reference: str) -> Dict[str, Any]:
         return dict(entry, digest=digest, error=str(error))
 
 
-def points_to(store: Directory, name: str, tag: str, digest: Digest) -> bool:
-    """Whether a tag points to a digest; one that is damaged, or is gone, does not."""
-    with contextlib.suppress(Unknown):  # that is the answer
-        return store.resolve(name, tag) == digest
-    return False
-
-
 def list_word(options: argparse.Namespace, store: Directory, text: str) -> Iterator[Any]:
     """Yield what ls reports of one word of the command line: of an image; or of all images of a
     repository, first of those that have a tag; or the digests of its blobs. Raises CommandError,
@@ -12472,7 +12466,7 @@ def list_word(options: argparse.Namespace, store: Directory, text: str) -> Itera
         return
     for name, reference in find_images(options, store, text, is_listing=True):
         tag = getattr(reference, "tag", None)  # of TAG@DIGEST; then the tag names it, if it may
-        if tag and points_to(store, name, tag, Digest(reference)):
+        if tag and (tag, Digest(reference)) in iter_tags(store, name):
             reference = tag
         if not fits_any(options.exclude, name, reference):
             yield list_image(store, name, reference)
@@ -12723,8 +12717,8 @@ def plan_deletions(options: argparse.Namespace,
         if reference not in (tag, digest):
             moved.append("%s stays: the tag points to %s" % (text, digest))
             continue
-        others = [] if tag else [other for other in store.tags(name)
-                                 if points_to(store, name, other, digest)]
+        others = [] if tag else [other for other, present in iter_tags(store, name)
+                                 if present == digest]
         for going in others + [tag or digest]:
             image = image_text(name, going) if going in others else text
             deletions.setdefault((name, going), Deletion(image, name, digest, going))
