@@ -7625,39 +7625,34 @@ def read_settings(path: Optional[str], hint: str = "") -> bytes:
 class WrongPasswords:
     """Counts the wrong passwords of each client, over all processes of a server.
 
-    It is made in shared memory before the fork. Each process writes its own row and reads all, so
-    that none waits for another. A client's place in the rows follows from its hash, which nobody
-    can foresee and all processes share. If another client has the same place, it takes the place
-    over: a count is forgotten, but nobody is locked out."""
+    It is made in shared memory before the fork, and nobody waits for it: of two processes that
+    count at the very same moment, one may be lost, which is one guess more. A client's place
+    follows from its hash, which nobody can foresee and all processes share. If another client has
+    the same place, it takes the place over: a count is forgotten, but nobody is locked out."""
 
-    def __init__(self, processes: int) -> None:
+    def __init__(self) -> None:
         # Three numbers for each place: whose it is, since when, and how many.
-        self.cells = memoryview(mmap.mmap(-1, 24 * REMEMBERED * processes)).cast("d")
-        self.process = 0
+        self.cells = memoryview(mmap.mmap(-1, 24 * REMEMBERED)).cast("d")
 
     def add(self, client: str, amount: int) -> Tuple[int, int]:
         """Add to a client's count. Returns the count, and the seconds until it ends."""
         # 0 is nobody's, and a cell has room for 53 bits.
         owner, now = hash(client) % (1 << 48) + 1, time.monotonic()
-        starts = range(owner % REMEMBERED * 3, len(self.cells), REMEMBERED * 3)
-        counts = [self.cells[start:start + 3] for start in starts]
-        own = counts[self.process]
-        if own[0] != owner or now - own[1] > FAILURE_WINDOW:
-            own[2], own[1], own[0] = 0, now, owner
-        own[2] += amount
-        valid = [(begin, number) for whose, begin, number in counts
-                 if whose == owner and now - begin <= FAILURE_WINDOW]
-        begins, numbers = zip(*valid)
-        return int(sum(numbers)), int(max(begins) + FAILURE_WINDOW - now) + 1
+        start = owner % REMEMBERED * 3
+        count = self.cells[start:start + 3]
+        if count[0] != owner or now - count[1] > FAILURE_WINDOW:
+            count[2], count[1], count[0] = 0, now, owner
+        count[2] += amount
+        return int(count[2]), int(count[1] + FAILURE_WINDOW - now) + 1
 
 
 class Passwords:
     """The users of an htpasswd file, and the check of their passwords."""
 
-    def __init__(self, path: Optional[str], processes: int) -> None:
+    def __init__(self, path: Optional[str]) -> None:
         self.path = path
         self.users: Dict[str, str] = {}
-        self.failures = WrongPasswords(processes)
+        self.failures = WrongPasswords()
         self.verified: Set[bytes] = set()  # digests of users with right passwords …
         self.secret = os.urandom(32)       # … and the key of these digests
         # Held while a password is hashed: crypt(3) needs it, and people who guess get one core.
@@ -7885,12 +7880,11 @@ class Access:
 
     def __init__(self, anonymous: str = "none", users: Optional[str] = None,
                  rules: Optional[str] = None, key: Optional[bytes] = None,
-                 only_local: bool = False, processes: int = 1,
-                 client_ca: Optional[str] = None) -> None:
+                 only_local: bool = False, client_ca: Optional[str] = None) -> None:
         self.users_file = users
         self.client_ca = client_ca  # the file of a CA whose certificates name users, too
         self.only_local = only_local
-        self.passwords = Passwords(users, processes)
+        self.passwords = Passwords(users)
         self.tokens = Tokens(key, self.passwords)
         self.rules = Rules(rules, anonymous)
         self.uploads = UploadLimit()
@@ -7902,10 +7896,6 @@ class Access:
         if self.users_file or self.client_ca:
             check_rules(rules, self.rules.anonymous)
         self.passwords.users, self.rules.rules = users, rules  # both, or none
-
-    def start(self, process: int) -> None:
-        """Begin in the process of this number, after the fork."""
-        self.passwords.failures.process = process
 
     # Who sends a request
 
@@ -9954,7 +9944,7 @@ def layer_table(registry: Registry, request: Request, name: str,
     as far as the client may pull those. Unless there is one command for each layer, nobody can
     tell which made which."""
     history = [step for step in history if isinstance(step, dict)]
-    if len([step for step in history if not step.get("empty_layer")]) != len(layers):
+    if sum(not step.get("empty_layer") for step in history) != len(layers):
         history = [{}] * len(layers)
     sharers = (registry.usage(PAGE_PATIENCE) or {}).get("shared", {})
     rest = iter(layers)
@@ -9971,7 +9961,7 @@ def layer_table(registry: Registry, request: Request, name: str,
         size = in_units(layer.size)
         others = [[link(other, other), " "] for other in sharers.get(layer.digest, ())
                   if other != name and request.allows("pull", other)]
-        others[4:] = [["…"]] if len(others) > 4 else []
+        others[4:] = others[4:] and [["…"]]
         rows.append((bar([("own", layer.size)], largest, size), size,
                      fill("<code>%s</code>", command or layer.media_type), others,
                      fill('<a href="v2/%s/blobs/%s">%s</a>', name, layer.digest,
@@ -10179,7 +10169,7 @@ def disk_page(registry: Registry, request: Request) -> Response:
         with contextlib.suppress(OSError):  # a disk that is read-only
             freed = garbage(registry.at_hand(), usage["time"])
     # Most of what gc would free has a link yet, from the repository that alone has it.
-    own = sum(pair[0] for pair in usage["repositories"].values())
+    own = sum(own for own, _ in usage["repositories"].values())
     own = max(own + unlinked - freed, 0)
     sizes = own, used - own - freed, freed, usage["total"] - free - used, free
     parts = list(zip(DISK_PARTS, sizes))
@@ -12010,7 +12000,7 @@ def open_access(options: argparse.Namespace, store: Union[Archive, Directory],
     access = Access(options.anonymous or default, options.users, options.rules,
                     token_key(key_store(options, store)) if options.users else None,
                     only_local=not options.anonymous and default == "admin",
-                    processes=options.workers, client_ca=options.tls_client_ca)
+                    client_ca=options.tls_client_ca)
     if default != "none" and any(rule.user != "@anonymous" for rule in access.rules.rules):
         raise CommandError("--rules name users, and nobody can log in: add --users FILE")
     return access
@@ -12221,7 +12211,6 @@ class Service:
         worker = Worker(self.listeners, self.registry, self.access, self.observation,
                         self.options.drain, self.tls, self.options.trusted_proxy)
         self.observation.start(number)
-        self.access.start(number)
         worker.start()
         if number == 0:
             self.start_upkeep()
