@@ -8054,19 +8054,19 @@ class Access:
     def in_words(self, reach: str, read_only: bool) -> List[str]:
         """Who may do what, in lines; `reach` names the clients that can connect."""
         most = LEVELS.index("pull" if read_only else "admin")
-        allowed, line = IN_WORDS[min(self.rules.default, most)], "%s may %s" % (
-            reach, IN_WORDS[min(self.rules.anonymous, most)])
+        allowed = IN_WORDS[min(self.rules.default, most)]
         if self.rules.path:
             allowed = "what the rules in %s say" % self.rules.path
+        guests = IN_WORDS[min(self.rules.anonymous, most)]
         if any(rule.user == "@anonymous" for rule in self.rules.rules):
-            line = "%s may %s of @anonymous" % (reach, allowed)
+            guests = allowed + " of @anonymous"
         elif self.users_file:
-            line += " without a password"
+            guests += " without a password"
         elif self.client_ca:
-            line += " without a certificate"
+            guests += " without a certificate"
         elif self.rules.anonymous < LEVELS.index("admin"):
-            line += " (change it with --anonymous)"
-        lines = [line] + ["those %s may %s" % (who, allowed) for who in (
+            guests += " (change it with --anonymous)"
+        lines = ["%s may %s" % (reach, guests)] + ["those %s may %s" % (who, allowed) for who in (
             self.users_file and "in " + self.users_file,
             self.client_ca and "with a certificate of " + self.client_ca) if who]
         if read_only:
@@ -9047,13 +9047,12 @@ PARSERS: Dict[str, Callable[[str], Any]] = {
 class Route(NamedTuple):
     """One endpoint, and all that the rest of the program knows about it.
 
-    `methods` are separated by spaces. In `path`, {name} may contain slashes; any other
-    {placeholder} is one component, and PARSERS checks it. `action` is what Access must allow.
-    `words` are for `--log explain`; `events` names the event that notifications tell of, by the
-    status of the response."""
+    `line` has the methods and the path, separated by spaces. In the path, {name} may contain
+    slashes; any other {placeholder} is one component, and PARSERS checks it. `action` is what
+    Access must allow. `words` are for `--log explain`; `events` names the event that notifications
+    tell of, by the status of the response."""
 
-    methods: str
-    path: str
+    line: str
     action: str
     handler: Callable[..., Response]
     words: str = NO_WORDS
@@ -9070,9 +9069,10 @@ def compile_routes(routes: Iterable[Route]) -> List[Tuple[Pattern, Dict[str, Rou
     dispatch tries them."""
     paths: Dict[str, Dict[str, Route]] = {}
     for route in routes:
-        pattern = route.path.replace("{name}", "(?P<name>.+?)")
+        *methods, path = route.line.split()
+        pattern = path.replace("{name}", "(?P<name>.+?)")
         pattern = re.sub(r"{(\w+)}", r"(?P<\1>[^/]+)", pattern)
-        paths.setdefault(pattern, {}).update(dict.fromkeys(route.methods.split(), route))
+        paths.setdefault(pattern, {}).update(dict.fromkeys(methods, route))
     return [(re.compile(pattern), by_method) for pattern, by_method in paths.items()]
 
 
@@ -9080,45 +9080,45 @@ def compile_routes(routes: Iterable[Route]) -> List[Tuple[Pattern, Dict[str, Rou
 PULL, PUSH, DELETE = {200: "pull", 206: "pull"}, {201: "push"}, {202: "delete"}
 
 ROUTES = compile_routes([
-    Route("GET HEAD", "/v2/?", "login", get_base,  # end-1 in distribution-spec
+    Route("GET HEAD /v2/?", "login", get_base,  # end-1 in distribution-spec
           "are you a registry? -> yes, and you may go on"),
-    Route("GET HEAD", "/v2/_catalog", "pull", get_catalog,
+    Route("GET HEAD /v2/_catalog", "pull", get_catalog,
           "which repositories are there? -> here are their names"),
-    Route("GET HEAD", TOKEN_PATH, "pull", get_token,
+    Route("GET HEAD " + TOKEN_PATH, "pull", get_token,
           "a token, please, which stands for the password for some minutes"),
-    Route("GET HEAD", "/v2/{name}/tags/list", "pull", get_tags,  # end-8
+    Route("GET HEAD /v2/{name}/tags/list", "pull", get_tags,  # end-8
           "which tags has {name}? -> here they are: names, each for one manifest"),
-    Route("GET HEAD", "/v2/{name}/referrers/{digest}", "pull", get_referrers,  # end-12
+    Route("GET HEAD /v2/{name}/referrers/{digest}", "pull", get_referrers,  # end-12
           "is anything about {reference}: a signature, an SBOM? -> here is the list; it may be "
           "empty"),
-    Route("GET", "/v2/{name}/manifests/{reference}", "pull", get_manifest,  # end-3
+    Route("GET /v2/{name}/manifests/{reference}", "pull", get_manifest,  # end-3
           "the manifest {image}, please: the list of what the image consists of "
           "-> here it is ({sent}); next come the blobs on it that the client lacks", PULL),
-    Route("HEAD", "/v2/{name}/manifests/{reference}", "pull", get_manifest,  # end-3
+    Route("HEAD /v2/{name}/manifests/{reference}", "pull", get_manifest,  # end-3
           "which manifest is {image} at the moment? -> {digest}; a client that has it stops here"),
-    Route("PUT", "/v2/{name}/manifests/{reference}", "push", put_manifest,  # end-7
+    Route("PUT /v2/{name}/manifests/{reference}", "push", put_manifest,  # end-7
           "here is the manifest of {image}; from now on let it be pulled", PUSH),
-    Route("DELETE", "/v2/{name}/manifests/{reference}", "delete", delete_manifest,  # end-9
+    Route("DELETE /v2/{name}/manifests/{reference}", "delete", delete_manifest,  # end-9
           "delete {image} -> done; the blobs stay until garbage is collected", DELETE),
-    Route("POST", "/v2/{name}/blobs/uploads/?", "push", start_upload,  # end-4, end-11
+    Route("POST /v2/{name}/blobs/uploads/?", "push", start_upload,  # end-4, end-11
           "a blob for {name} is coming -> send its bytes to the address in Location", PUSH),
-    Route("GET HEAD", "/v2/{name}/blobs/uploads/{session_id}", "push", get_upload,  # end-13
+    Route("GET HEAD /v2/{name}/blobs/uploads/{session_id}", "push", get_upload,  # end-13
           "how far is my upload to {name}? (it was cut, and shall be resumed) "
           "-> so far as Range says; go on from there"),
-    Route("PATCH", "/v2/{name}/blobs/uploads/{session_id}", "push", append_to_upload,  # end-5
+    Route("PATCH /v2/{name}/blobs/uploads/{session_id}", "push", append_to_upload,  # end-5
           "here are bytes of a blob for {name} ({received}) -> taken; more, or is that all?"),
-    Route("PUT", "/v2/{name}/blobs/uploads/{session_id}", "push", finish_upload,  # end-6
+    Route("PUT /v2/{name}/blobs/uploads/{session_id}", "push", finish_upload,  # end-6
           "that was all of the blob for {name}", PUSH),
-    Route("DELETE", "/v2/{name}/blobs/uploads/{session_id}", "push", cancel_upload,  # end-14
+    Route("DELETE /v2/{name}/blobs/uploads/{session_id}", "push", cancel_upload,  # end-14
           "forget my upload to {name} -> forgotten"),
-    Route("GET", "/v2/{name}/blobs/{digest}", "pull", get_blob,  # end-2
+    Route("GET /v2/{name}/blobs/{digest}", "pull", get_blob,  # end-2
           "the blob {reference} of {name}, please -> here it is ({sent})", PULL),
-    Route("HEAD", "/v2/{name}/blobs/{digest}", "pull", get_blob,  # end-2
+    Route("HEAD /v2/{name}/blobs/{digest}", "pull", get_blob,  # end-2
           "has {name} the blob {reference}? -> yes, so it need not be sent "
           "-> 404: no, so the client sends it"),
-    Route("DELETE", "/v2/{name}/blobs/{digest}", "delete", delete_blob,  # end-10
+    Route("DELETE /v2/{name}/blobs/{digest}", "delete", delete_blob,  # end-10
           "take the blob {reference} from {name} -> done", DELETE),
-    Route("GET HEAD", "/files/(?P<name>[^:@]+)[:@]{reference}(?P<file>(?s:.*))", "pull", get_file),
+    Route("GET HEAD /files/(?P<name>[^:@]+)[:@]{reference}(?P<file>(?s:.*))", "pull", get_file),
 ])
 
 
@@ -9147,16 +9147,16 @@ def describe_target(registry: Registry, request: Request, action: str,
     return target
 
 
-def iter_events(registry: Registry, request: Request, response: Response,
+def iter_events(registry: Registry, request: Request, headers: Dict[str, str],
                 action: str) -> Iterator[Dict[str, Any]]:
     """Yield the events of a request that has been carried out, as Distribution writes them: one for
-    each tag that it names, or a single one."""
+    each tag that it names, or a single one. `headers` are the response's."""
     reference = request.path_values.get("reference") or request.path_values.get("digest", "")
     tags, digest = [reference], ""
     if isinstance(reference, Digest):
         tags = request.query.get("tag", [""]) if action == "push" else [""]
         digest = reference
-    digest = dict(response.headers).get("Docker-Content-Digest", digest)
+    digest = headers.get("Docker-Content-Digest", digest)
     target = describe_target(registry, request, action, digest)
     user = request.who.user if request.who else None
     for tag in tags:
@@ -9178,13 +9178,13 @@ def notify(registry: Registry, request: Request, response: Response, action: str
     again."""
     if action == "push" and request.get("mount"):
         action = "mount"
-    name = request.path_values["name"]
-    queues = [queue for queue in request.observation.queues if queue.endpoint.wants(action, name)]
+    headers = dict(response.headers)
+    queues = [queue for queue in request.observation.queues
+              if queue.endpoint.wants(action, request.path_values["name"])]
     # A later part of a blob is no further pull.
-    content_range = dict(response.headers).get("Content-Range", "bytes 0-")
-    if not queues or not content_range.startswith("bytes 0-"):
+    if not queues or not headers.get("Content-Range", "bytes 0-").startswith("bytes 0-"):
         return False
-    for event in iter_events(registry, request, response, action):
+    for event in iter_events(registry, request, headers, action):
         for queue in queues:
             try:
                 queue.put(event)
@@ -9923,13 +9923,6 @@ def image_row(registry: Registry, name: str, reference: Reference,
             when(registry.pushed(name, reference)), ", ".join(sorted(kinds)), digest_text(digest))
 
 
-def image_table(caption: str, registry: Registry, name: str,
-                references: Iterable[Reference]) -> Optional[Markup]:
-    """A table of the images that these references point to."""
-    return table(caption, IMAGE_ROW, [image_row(registry, name, reference)
-                                      for reference in references])
-
-
 def platform_table(registry: Registry, name: str, index: Manifest) -> Optional[Markup]:
     """A table of the manifests of an index. BuildKit says that its attestations are for no
     platform."""
@@ -10066,8 +10059,9 @@ def tags_page(registry: Registry, request: Request, name: str) -> Response:
     digests = untagged(registry, name, MAX_PAGE_READ)
     return page(
         name, tools,
-        image_table("Tags", registry, name, tags),
-        image_table("Without a tag", registry, name, (digests or [])[:ROWS]),
+        table("Tags", IMAGE_ROW, [image_row(registry, name, tag) for tag in tags]),
+        table("Without a tag", IMAGE_ROW, [image_row(registry, name, digest)
+                                           for digest in (digests or [])[:ROWS]]),
         fill("<p>What has no tag is not looked for here, among so much; tinyreg.py ls %s lists it."
              "</p>", name) if digests is None else None,
         above=fill(CRUMBS, link("Repositories", q=request.get("q")), None))
@@ -10240,19 +10234,8 @@ def client_script(client: str, setup: ClientSetup) -> str:
 def known_origins(registry: Registry, is_listed: Callable[[str], bool] = bool) -> List[str]:
     """docker.io, and the registries from which the images of those repositories come that
     `is_listed` accepts."""
-    origins = {"docker.io"}
-    names = registry.repositories()
-    while True:
-        name = next(names, None)
-        if name is None:
-            return sorted(origins)
-        host = host_in(name)
-        if host and is_listed(name):
-            origins.add(re.sub(r"_([0-9]+)$", r":\1", host))
-            # Skip all other repositories of this host: their names sort before HOST/~. Each skip
-            # lists folders again, so a client must not cause any number of them.
-            if len(origins) < 100:
-                names = registry.repositories(host + "/~")
+    hosts = {host_in(name) for name in registry.repositories() if is_listed(name)} - {""}
+    return sorted({re.sub(r"_([0-9]+)$", r":\1", host) for host in hosts} | {"docker.io"})
 
 
 def outside_host(request: Request) -> str:
@@ -10506,19 +10489,19 @@ def handle_plain_http(request: Request) -> Response:
 
 
 ROUTES += compile_routes([
-    Route("GET HEAD", "/", "pull", get_page),
-    Route("GET HEAD", "/disk", "watch", disk_page),
-    Route("GET HEAD", "/use", "look", use_page),
-    Route("GET HEAD", "/use/{client}[.]sh", "look", use_script),
-    Route("GET HEAD", "/login", "login", log_in),
-    Route("GET HEAD", "/archive/(?P<name>[^:@]+)[:@]{reference}[.]tar", "pull", get_archive),
-    Route("GET HEAD", "/tinyreg.py", "look", get_own_source),
-    Route("GET HEAD", "/live", "watch", live_page),
-    Route("GET HEAD", "/live/events", "watch", live_events),
-    Route("GET HEAD", "/metrics", "look", get_metrics),
-    Route("GET HEAD", "/healthz", "look", get_health),
-    Route("GET HEAD", "/readyz", "look", get_readiness),
-    Route("GET HEAD", "/ca.crt", "look", get_ca),
+    Route("GET HEAD /", "pull", get_page),
+    Route("GET HEAD /disk", "watch", disk_page),
+    Route("GET HEAD /use", "look", use_page),
+    Route("GET HEAD /use/{client}[.]sh", "look", use_script),
+    Route("GET HEAD /login", "login", log_in),
+    Route("GET HEAD /archive/(?P<name>[^:@]+)[:@]{reference}[.]tar", "pull", get_archive),
+    Route("GET HEAD /tinyreg.py", "look", get_own_source),
+    Route("GET HEAD /live", "watch", live_page),
+    Route("GET HEAD /live/events", "watch", live_events),
+    Route("GET HEAD /metrics", "look", get_metrics),
+    Route("GET HEAD /healthz", "look", get_health),
+    Route("GET HEAD /readyz", "look", get_readiness),
+    Route("GET HEAD /ca.crt", "look", get_ca),
 ])
 
 # -------------------------------------------------------------------------------------------------
