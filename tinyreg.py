@@ -8221,9 +8221,8 @@ def open_log_file(path: str) -> None:
     """Make this file standard error, so that tracebacks go there as well. Raises OSError.
 
     A second call opens the path anew, after logrotate has renamed the file."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
+    with open(path, "ab", opener=functools.partial(os.open, mode=0o640)) as file:
+        os.dup2(file.fileno(), 2)
 
 
 class LogHandler(logging.Handler):
