@@ -5658,9 +5658,8 @@ class ConnectionPool:
     @staticmethod
     def _open_tunnel(proxy: str, scheme: str, host: str, port: int) -> ClientConnection:
         """A new connection through a proxy. Raises ProxyError."""
-        via = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
-        user, secret = (urllib.parse.unquote(part or "") for part in (via.username, via.password))
-        address = via.netloc.rpartition("@")[2]
+        userinfo, _, address = proxy.rpartition("://")[2].partition("/")[0].rpartition("@")
+        user, _, secret = urllib.parse.unquote(userinfo).partition(":")
         login = {"Proxy-Authorization": basic_authorization(user, secret)} if user else {}
         try:
             connection = ClientConnection(address, timeout=CONNECT_TIMEOUT)
@@ -5863,29 +5862,32 @@ def parse_challenges(header: str) -> Challenges:
             for scheme, parameters in CHALLENGE.findall(header)}
 
 
-class Token(NamedTuple):
-    """An Authorization header, and when it has to be renewed, in time.monotonic()."""
+class Token:
+    """What authorizes for one scope, if anything does: a header, and when it has to be renewed, in
+    time.monotonic(). Of several threads that need it, one asks for it at its turn."""
 
-    header: str
-    ends: float
+    header: Optional[str] = None
+    ends = 0.0
+
+    def __init__(self) -> None:
+        self.turn = threading.Lock()
 
 
 class Authenticator:
     """Answers the challenges of a registry with the login, if there is one, of the user who runs
     tinyreg: as RFC 7617 (Basic) and the token authentication of Distribution (Bearer) have it.
 
-    Keeps the tokens by scope. Of several threads that need the same one, one asks for it, and the
-    others wait for it."""
+    Keeps the tokens by scope."""
 
     def __init__(self, client: HttpClient) -> None:
         self.client = client
         self.tokens: Dict[str, Token] = {}
-        self.turns: Dict[str, threading.Lock] = {}  # by scope, held while a token is asked for
         self.challenges: Challenges = {}  # that a login has answered, without their scopes
 
-    def _log_in(self, scope: str, refused: Optional[str], challenges: Challenges) -> Token:
-        """A token for a scope ("": for no repository), other than the header that was refused.
-        Raises UNAUTHORIZED, TemporaryFailure."""
+    def _log_in(self, scope: str, refused: Optional[str],
+                challenges: Challenges) -> Tuple[str, float]:
+        """The header and the end of a token for a scope ("": for no repository), other than the
+        header that was refused. Raises UNAUTHORIZED, TemporaryFailure."""
         login = self.client.find_login(scope.split(":")[1] if scope else "")
         if "bearer" in challenges:
             request = self._token_request(challenges["bearer"], scope, login)
@@ -5897,9 +5899,9 @@ class Authenticator:
             if not isinstance(life, int) or life <= 0:
                 life = SHORT_LIFE
             if isinstance(token, str) and len(token) <= MAX_TOKEN:
-                return Token("Bearer " + token, time.monotonic() + life * 0.9)
+                return "Bearer " + token, time.monotonic() + life * 0.9
         elif "basic" in challenges and login and login.authorization != refused:
-            return Token(login.authorization, float("inf"))
+            return login.authorization, float("inf")
         raise login_error(self.client.host, login)
 
     def _token_request(self, challenge: Dict[str, str], scope: str,
@@ -5926,29 +5928,27 @@ class Authenticator:
     def find(self, scope: str) -> Optional[str]:
         """The Authorization header for a scope; None until a challenge wants one, which may be that
         for another scope. A token that is about to end is renewed."""
-        token = self.tokens.get(scope)
-        if token and time.monotonic() <= token.ends:
+        token = self.tokens.get(scope) or Token()
+        if time.monotonic() <= token.ends:
             return token.header
         with contextlib.suppress(RegistryError):  # the registry may want no token for it
             if self.challenges:
-                return self.replace(scope, token and token.header, self.challenges)
+                return self.replace(scope, token.header, self.challenges)
         return None
 
     def replace(self, scope: str, refused: Optional[str], challenges: Challenges) -> str:
         """Another Authorization header in place of one (None: none) that was refused or is about to
         end. Raises UNAUTHORIZED, TemporaryFailure."""
-        if len(self.turns) > MAX_TOKENS:
-            self.turns = {}
-        with self.turns.setdefault(scope, threading.Lock()):
-            token = self.tokens.get(scope)
-            if not token or token.header == refused:  # no other thread was faster
-                self.tokens.pop(scope, None)
-                token = self.tokens[scope] = self._log_in(scope, refused, challenges)
-                if len(self.tokens) > MAX_TOKENS:
-                    self.tokens = {scope: token}
+        if len(self.tokens) >= MAX_TOKENS:
+            self.tokens = {}
+        token = self.tokens.setdefault(scope, Token())
+        with token.turn:
+            if token.header in (None, refused):  # no other thread was faster
+                token.header, token.ends = None, 0.0
+                token.header, token.ends = self._log_in(scope, refused, challenges)
                 self.challenges = {scheme: dict(parameters, scope="")
                                    for scheme, parameters in challenges.items()}
-            return token.header
+            return str(token.header)
 
 
 # Blobs on their way
@@ -6375,22 +6375,22 @@ class Upstream(NamedTuple):
 class ArrivingBlob(Blob):
     """A blob of `size` bytes that is read while it comes into a store, by this process or another.
     Its last byte is not read before its digest has proved right. The first read calls `begin`,
-    which lets it come, and returns an Event that is set at the end. Its bytes are in the file
-    `partial` until then, and in the file `whole` afterwards."""
+    which returns the thread that lets it come. Its bytes are in the file `partial` until that ends,
+    and in the file `whole` afterwards."""
 
-    def __init__(self, begin: Callable[[], threading.Event], partial: str, whole: str,
+    def __init__(self, begin: Callable[[], threading.Thread], partial: str, whole: str,
                  size: int) -> None:
         super().__init__(None, 0, size)
         self.begin, self.partial, self.whole, self.size = begin, partial, whole, size
-        self.ended: Optional[threading.Event] = None
+        self.download: Optional[threading.Thread] = None
 
     def readinto(self, view: Any) -> int:
         """Waits for the next bytes. Raises OSError if the upstream fails."""
-        self.ended = self.ended or self.begin()
+        self.download = self.download or self.begin()
         start = self.offset + self.position
         view = view[:self.length - self.position]
         while view:
-            has_ended = self.ended.is_set()
+            has_ended = not self.download.is_alive()
             path, end = self.partial, self.size - 1
             if has_ended:
                 path, end = self.whole, self.size
@@ -6402,7 +6402,7 @@ class ArrivingBlob(Blob):
                     return count
             if has_ended:
                 raise OSError(errno.EIO, "the upstream did not send all of a blob")
-            self.ended.wait(0.01)
+            self.download.join(0.01)
         return 0
 
 
@@ -6434,7 +6434,7 @@ class PullThrough(Wrapper):
         self.upstreams = upstreams
         self.ttl = ttl
         self.ask_again: Dict[Remote, float] = {}  # when, in time.monotonic(), if one is away
-        self.downloads: Dict[Tuple[str, Digest], threading.Event] = {}  # under way, by blob
+        self.downloads: Dict[Tuple[str, Digest], threading.Thread] = {}  # under way, by blob
         self.mutex = threading.Lock()  # of the downloads
 
     def find_upstream(self, name: str) -> Tuple[Optional[Remote], str]:
@@ -6531,25 +6531,25 @@ class PullThrough(Wrapper):
         self.store.check_quota(name, size, digest)
         begin = functools.partial(self._begin_download, name, digest, size)
         if not size:  # it is empty, or the upstream does not say: then all of it comes first
-            begin().wait()
+            begin().join()
             return self.store.open_blob(name, digest, offset)
         session = self.store.session_of_blob(name, digest)
         whole = self.store.layout.blob_path(digest)
         return ArrivingBlob(begin, session.path, whole, size).rest(offset)
 
-    def _begin_download(self, name: str, digest: Digest, size: int) -> threading.Event:
+    def _begin_download(self, name: str, digest: Digest, size: int) -> threading.Thread:
         """Let a blob of this size (0: unknown) come into the store, unless it is on its way.
-        Returns an Event that is set when the download has ended, well or not."""
+        Returns the thread, which ends when the download has, well or not."""
         with self.mutex:
-            ended = self.downloads.get((name, digest))
-            if ended is None:
-                ended = threading.Event()
-                threading.Thread(target=self._download, daemon=True,
-                                 args=(name, digest, size, ended, HOPS.passed)).start()
-                self.downloads[name, digest] = ended
-            return ended
+            thread = self.downloads.get((name, digest))
+            if thread is None:
+                thread = threading.Thread(target=self._download, daemon=True,
+                                          args=(name, digest, size, HOPS.passed))
+                thread.start()
+                self.downloads[name, digest] = thread
+            return thread
 
-    def _download(self, name: str, digest: Digest, size: int, ended: threading.Event,
+    def _download(self, name: str, digest: Digest, size: int,
                   passed: Optional[List[str]]) -> None:
         HOPS.passed = passed  # those of the first request for it
         remote: Any  # it is one, since it has been asked for the size
@@ -6564,7 +6564,6 @@ class PullThrough(Wrapper):
         finally:
             with self.mutex:
                 del self.downloads[name, digest]
-            ended.set()
 
     start_upload = denied_below_upstreams(Wrapper.start_upload)
     mount = denied_below_upstreams(Wrapper.mount)
@@ -11172,9 +11171,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.send_refusal(error)
             return False
         self.request_version = "HTTP/" + version
-        wishes = [wish.strip().lower() for wish in self.headers.get("connection", "").split(",")]
-        wants_more = "keep-alive" in wishes if version == "1.0" else "close" not in wishes
-        self.close_connection = not wants_more
+        wishes = re.findall("[^ \t,]+", self.headers.get("connection", "").lower())
+        self.close_connection = "keep-alive" not in wishes if version == "1.0" else (
+            "close" in wishes)
         return True
 
     def _respond(self, keep: Callable[[bytes, Exchange], None]) -> None:
@@ -11453,26 +11452,20 @@ class Server(http.server.HTTPServer):
         self.socket.close()  # theirs, which is not bound
         self.socket = listener
         self.worker = worker
-        self.waiting = 0  # threads in get_request
-        self.mutex = threading.Lock()
+        self.waiting: Set[threading.Thread] = set()  # those in get_request
 
-    def add_thread(self) -> None:
+    def start_thread(self) -> None:
         """Start one more thread that takes connections. Raises RuntimeError if none can be had."""
-        with self.mutex:
-            self.waiting += 1
-        try:
-            threading.Thread(target=self.serve_forever, daemon=True).start()
-        except RuntimeError:
-            with self.mutex:
-                self.waiting -= 1
-            raise
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve connections, one after the other, until the worker stops or enough threads wait."""
-        while not self.worker.stopping:
+        thread = threading.current_thread()
+        while len(self.waiting) < SPARE_THREADS and not self.worker.stopping:
             self.worker.crowd.await_closing()
+            self.waiting.add(thread)
             try:
-                request, client_address = self.get_request()
+                client = self.get_request()
             except (BlockingIOError, ConnectionError):
                 continue  # nobody came for a second, or has left already
             except OSError as error:  # out of files: connections that end give theirs back
@@ -11480,20 +11473,15 @@ class Server(http.server.HTTPServer):
                     logger.error("can't accept a connection: %s", error)
                     time.sleep(0.05)
                 continue
-            self.process_request(request, client_address)
-            with self.mutex:
-                if self.waiting >= SPARE_THREADS:
-                    return
-                self.waiting += 1
+            finally:
+                self.waiting.discard(thread)
+            self.process_request(*client)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in this thread, and leave another one waiting."""
-        with self.mutex:
-            self.waiting -= 1
-            is_last = not self.waiting
         try:
-            if is_last:
-                self.add_thread()
+            if not self.waiting:
+                self.start_thread()
             self.finish_request(request, client_address)  # a Connection, which serves the client
         except Exception:  # of one client's connection; handle_error logs it
             self.handle_error(request, client_address)
@@ -11594,7 +11582,7 @@ class Worker:
         # Virtual memory: room for deeply nested JSON, where the C library's default stack is small.
         threading.stack_size(8 << 20)
         for server in self.servers:
-            server.add_thread()
+            server.start_thread()
 
     def stop(self) -> int:
         """Accept nothing more, and let running transfers end; returns how many had to be cut."""
@@ -11636,6 +11624,7 @@ class Supervisor:
         self.hang_up = hang_up
         self.running: Dict[int, int] = {}  # the number of its work, by process id
         self.stopping = False
+        self.status = 0  # the highest exit status of those that have ended
         # The processes end when nobody holds the other end of this pipe any more.
         self.alive, self.lifeline = os.pipe()
         # Where SIGCHLD is ignored, it can't be waited for.
@@ -11646,14 +11635,13 @@ class Supervisor:
         """Returns when all processes have ended: the highest of their exit statuses."""
         for number in range(processes):
             self._start(number)
-        status = 0
         while self.running:
             number = signal.sigwait(SIGNALS)
             if number == signal.SIGCHLD:
-                status = max(status, self._reap())
+                self._reap()
             elif number == signal.SIGINT and self.stopping:
                 self._tell(signal.SIGKILL)
-                status = 130
+                self.status = 130
             elif number == signal.SIGHUP:
                 self.hang_up()
                 self._tell(number)
@@ -11662,7 +11650,7 @@ class Supervisor:
                 for listener in self.listeners:
                     listener.close()
                 self._tell(signal.SIGTERM)
-        return status
+        return self.status
 
     def _start(self, number: int) -> None:
         sys.stdout.flush()
@@ -11688,11 +11676,8 @@ class Supervisor:
         os.read(self.alive, 1)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def _reap(self) -> int:
-        """Collect the processes that have ended; returns the highest exit status.
-
-        A process that ended by itself is started again."""
-        highest = 0
+    def _reap(self) -> None:
+        """Collect the processes that have ended. One that ended by itself is started again."""
         while self.running:
             process, status = os.waitpid(-1, os.WNOHANG)
             if not process:
@@ -11701,12 +11686,11 @@ class Supervisor:
             if number is None:
                 continue  # an orphan, which came to the first process of a container
             if self.stopping:
-                highest = max(highest, status >> 8)
+                self.status = max(self.status, status >> 8)
             else:
                 logger.error("a worker process ended (status %d); starting another", status)
                 time.sleep(0.1)  # if it dies at once, again and again
                 self._start(number)
-        return highest
 
     def _tell(self, number: int) -> None:
         for process in self.running:
