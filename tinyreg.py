@@ -454,7 +454,7 @@ UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\
 def harmless(text: str) -> str:
     """A stranger's text for a terminal, a log or the web page. Escapes replace the characters that
     break a line, turn its direction or move the cursor."""
-    return UNSAFE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+    return UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def counted(number: int, noun: str) -> str:
@@ -736,10 +736,10 @@ def parse_content_range(header: str) -> Tuple[int, int]:
     `bytes 0-99/*`, which regclient and older clients send. Raises RANGE_INVALID."""
     match = re.fullmatch(r"(?:bytes[ =])?[ \t]*([0-9]{1,18})-([0-9]{1,18})"
                          r"(?:/(?:[0-9]{1,18}|\*))?", header)
-    if not match or int(match.group(2)) < int(match.group(1)):
+    if not match or int(match[2]) < int(match[1]):
         raise RegistryError("RANGE_INVALID", header[:MAX_NAME],
                             message="Content-Range must be FIRST-LAST, in bytes")
-    return int(match.group(1)), int(match.group(2))
+    return int(match[1]), int(match[2])
 
 
 # Patterns over names
@@ -4278,10 +4278,10 @@ def parse_pax_records(text: bytes) -> Dict[str, str]:
     end = 0
     while end < len(text):
         match = PAX_RECORD.match(text, end)
-        end += int(match.group(1)) if match else 0
+        end += int(match[1]) if match else 0
         if not match or not match.end() < end <= len(text):
             raise ValueError("malformed pax header")
-        key, value = map(os.fsdecode, (match.group(2), text[match.end():end - 1]))
+        key, value = map(os.fsdecode, (match[2], text[match.end():end - 1]))
         if key.startswith("GNU.sparse"):
             raise ValueError("refused: it has a sparse file")
         if key == "size" and not COUNT.fullmatch(value):
@@ -4547,7 +4547,7 @@ def find_digest_in(path: str) -> Optional[Digest]:
     match = NAMED_BY_DIGEST.fullmatch(path)
     if not match:
         return None
-    encoded = match.group(1)
+    encoded = match[1]
     return Digest("%s:%s" % ("sha256" if len(encoded) == 64 else "sha512", encoded))
 
 
@@ -4632,7 +4632,7 @@ def find_tops(members: Dict[str, Member]) -> List[str]:
     below one of them belongs to it, so none lies below another."""
     tops: List[str] = []
     matches = filter(None, map(ARCHIVE_ROOT.fullmatch, members))
-    for top in sorted({match.group(1) for match in matches}):
+    for top in sorted({match[1] for match in matches}):
         is_below = tops and top.startswith(tops[-1])
         if not is_below and not DAMAGED.search(top):
             tops.append(top)
@@ -4722,7 +4722,7 @@ class Contents:
             annotations = expect(dict, entry.get("annotations") or {})
             name = find_entry_name(annotations, default, *keys)
             match = COSIGN_KIND.match(str(annotations.get("kind")))
-            kind = COSIGN_KINDS.get(match.group(1)) if match else None
+            kind = COSIGN_KINDS.get(match[1]) if match else None
             if kind == "":
                 is_first, images[name] = name not in images, digest
                 name = name or (default, "latest" if is_first else digest)
@@ -5051,7 +5051,7 @@ def find_subject(manifest: Manifest, reference: str) -> Optional[str]:
     """The digest of the manifest that this one is about. cosign has it in the tag, which is too
     short for a sha512."""
     match = FALLBACK_TAG.fullmatch(reference)
-    if manifest.subject or not match or match.group(1) != "sha256":
+    if manifest.subject or not match or match[1] != "sha256":
         return manifest.subject
     return "%s:%s" % match.groups()
 
@@ -5728,7 +5728,7 @@ def network_advice(error: Exception) -> str:
     outdated = re.search("is not yet valid|has expired", text)
     if outdated:
         return "its certificate %s; is the clock of this machine right? It says %s" % (
-            outdated.group(), local_time(time.time()))
+            outdated[0], local_time(time.time()))
     if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in text:
         reason = text.rpartition("certificate verify failed")[2].partition("(_ssl")[0]
         return "its certificate is not trusted (%s); name its CA with --ca FILE" % (
@@ -5828,7 +5828,7 @@ class HttpClient:
         failure = TemporaryFailure(code, message=message)
         seconds = re.fullmatch("[0-9]{1,9}", reply.header("Retry-After"))
         if seconds:
-            failure.wait = float(seconds.group())
+            failure.wait = float(seconds[0])
         return failure
 
     def send(self, request: ClientRequest) -> Reply:
@@ -6152,7 +6152,7 @@ class Remote(Registry):
             link = NEXT_LINK.search(reply.header("Link"))
             if link:
                 # The host in it is left out: behind a proxy it may be one that we can't reach.
-                target = urllib.parse.urlsplit(urllib.parse.urljoin(path, link.group(1)))
+                target = urllib.parse.urlsplit(urllib.parse.urljoin(path, link[1]))
                 path = "%s?%s" % (target.path, target.query)
 
     def tags(self, name: str, last: str = "") -> Iterator[str]:
@@ -6334,8 +6334,8 @@ class RemoteUpload:
         if reply.status not in (200, 204):
             return False
         match = re.fullmatch("(?:bytes=)?0-([0-9]{1,18})", reply.header("Range"))
-        if match and match.group(1) != "0":
-            self.offset = int(match.group(1)) + 1
+        if match and match[1] != "0":
+            self.offset = int(match[1]) + 1
         return True
 
     def _append(self, blob: Blob) -> None:
@@ -6653,17 +6653,17 @@ def iter_mentioned(lines: Iterable[str],
     def fill_in(text: str) -> str:
         if text.count("$") > MAX_VARIABLES:
             return text
-        return VARIABLE.sub(lambda match: values.get(match.group(1) or match.group(2))
-                            or match.group(3) or match.group(), text)
+        return VARIABLE.sub(lambda match: values.get(match[1] or match[2])
+                            or match[3] or match[0], text)
 
     for number, line in enumerate(lines, 1):
         line = re.sub(r"\s+", " ", line).rstrip()
         stage = FROM.match(line)
         if stage:
-            text = fill_in(stage.group(1))
+            text = fill_in(stage[1])
             if text.lower() not in stages:
                 yield number, text, False
-            stages.add((stage.group(2) or "").lower())
+            stages.add((stage[2] or "").lower())
         elif line.lstrip().startswith("ARG "):
             for name, _, text in (word.partition("=") for word in line.split()[1:]):
                 text = fill_in(text.strip("\"'"))
@@ -6947,7 +6947,7 @@ def is_wanted(platform: str, wishes: Sequence[str]) -> bool:
     is for no platform always is. The wish linux/arm64 means all variants of it."""
     if not wishes or platform in ("", NO_PLATFORM):
         return True
-    return any((platform + "/").startswith(wish + "/") for wish in wishes)
+    return any(begins_with(platform, wish) for wish in wishes)
 
 
 def strip_index(index: Manifest, kept: Dict[Digest, Optional[Manifest]],
@@ -7560,9 +7560,9 @@ def hash_password(password: str, setting: str) -> str:
     schemes are those of the system, and our scrypt."""
     match = SCRYPT.fullmatch(setting)
     if match and hasattr(hashlib, "scrypt"):
-        hashed = hashlib.scrypt(password.encode(), salt=base64.b64decode(match.group(2)),
+        hashed = hashlib.scrypt(password.encode(), salt=base64.b64decode(match[2]),
                                 n=1 << 14, r=8, p=1, dklen=32)
-        return match.group(1) + base64.b64encode(hashed).decode().rstrip("=")
+        return match[1] + base64.b64encode(hashed).decode().rstrip("=")
     crypt = load_crypt()
     hashed = crypt and crypt(password.encode(), setting.encode("utf-8", "surrogateescape"))
     return (hashed or b"").decode("latin-1")
@@ -10587,7 +10587,7 @@ def parse_head(head: bytes) -> RequestHead:
         field = HEADER_LINE.fullmatch(line)
         if not field:
             raise bad_request("malformed header line")
-        name, value = field.group(1).decode().lower(), field.group(2).decode("latin-1").strip(" \t")
+        name, value = field[1].decode().lower(), field[2].decode("latin-1").strip(" \t")
         if name in headers:
             if name in SINGLE_HEADERS:
                 raise bad_request("more than one %s" % name)
@@ -10747,7 +10747,7 @@ class RequestBody:
             match = CHUNK_LINE.fullmatch(self.reader.readline(MAX_CHUNK_LINE))
             if not match:
                 raise bad_request("malformed chunk")
-            size = int(match.group(1), 16)
+            size = int(match[1], 16)
             if not size:
                 break
             yield size
@@ -11383,10 +11383,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
 def parse_listen(text: str) -> Tuple[str, int]:
     """[HOST]:PORT as (host, port); no host means every address. Raises CommandError."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.%\w]+)\]|([^:\[\]]*)):([0-9]{1,5})", text)
-    if not match or int(match.group(3)) > 65535 or ".." in text or text.startswith("."):
+    if not match or int(match[3]) > 65535 or ".." in text or text.startswith("."):
         raise CommandError("%r is no address: write HOST:PORT or :PORT, for example 127.0.0.1:5000 "
                            "or :5000" % text)
-    return match.group(1) or match.group(2) or "", int(match.group(3))
+    return match[1] or match[2] or "", int(match[3])
 
 
 def prepare_listener(sock: socket.socket) -> socket.socket:
@@ -11835,10 +11835,10 @@ def find_mount(path: str, table: str) -> Tuple[str, str]:
     mounts = (read_file(table, -1) or b"").decode("utf-8", "replace")
     for mount in re.finditer(r"^(?:\S+ ){4}(\S+) .* - (\S+) \S+ (.*)$", mounts, re.MULTILINE):
         # A blank in a path is written as \\040; no other character of it matters here.
-        top = mount.group(1).replace("\\040", " ")
+        top = mount[1].replace("\\040", " ")
         is_above = (path + "/").startswith(top.rstrip("/") + "/")
         if is_above and len(top) >= len(place):  # of two mounts at one place the later one counts
-            place, kind, settings = top, mount.group(2), mount.group(3)
+            place, kind, settings = top, mount[2], mount[3]
     return kind, settings
 
 
@@ -13014,11 +13014,11 @@ def complain_of_plan(report: Report) -> None:
     """Say so if the source has another digest for the tag of TAG@DIGEST, and what stays behind
     because it is not signed."""
     for text in report.unsigned:
-        complain("tinyreg: %s: %s is left out: no key of --signed-by has signed it, and it can run"
-                 % (report.image, text))
+        complain_of(report.image, text + " is left out: no key of --signed-by has signed it, and "
+                    "it can run")
     for tag, digest in report.moved.items():
-        complain("tinyreg: %s: the tag %s has moved to %s; the digest was taken, and gets the tag "
-                 "here" % (report.image, tag, digest))
+        complain_of(report.image, "the tag %s has moved to %s; the digest was taken, and gets the "
+                    "tag here" % (tag, digest))
 
 
 class Destination(NamedTuple):
@@ -13832,7 +13832,7 @@ def parse_seconds(text: str, unit: str = "[smhd]?") -> float:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(%s)" % unit, text)
     if not match:
         raise CommandError("%r is no time: write for example 30s, 5m or 24h" % text)
-    return float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
 def parse_size(text: str) -> int:
@@ -13840,7 +13840,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kKMGT]?)(?:i?B)?", text)
     if not match:
         raise CommandError("%r is no size: write for example 700M or 3.9G" % text)
-    return int(float(match.group(1)) * 1024 ** " KMGT".index(match.group(2).upper() or " "))
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 def parse_quota(text: str) -> Quota:
@@ -14633,7 +14633,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         match = re.match("argument (--[a-z-]+)", message)
-        variable = variable_of(match.group(1)) if match else ""
+        variable = variable_of(match[1]) if match else ""
         if os.environ.get(variable):
             message += "; %s is set" % variable
         line = "%s: %s (see %s --help)" % (self.prog, message, self.prog)
