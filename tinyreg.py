@@ -12167,8 +12167,7 @@ class Service:
         if isinstance(self.store, Directory):
             start_thread(watch_root, self.store, self.root_is_gone)
             if not self.registry.is_read_only:
-                never = float("inf")
-                start_thread(keep_up, self.store, self.options.gc_every or never,
+                start_thread(keep_up, self.store, self.options.gc_every or float("inf"),
                              self.options.grace)
 
     def work(self, number: int) -> int:
@@ -12203,7 +12202,9 @@ class Service:
         bound, port = self.addresses[0]
         if not self.tls and bound in EVERY_ADDRESS:  # docker takes plain HTTP from localhost alone
             host = "localhost:%d" % port
-        images, lacking, left_out = all_tags(store), set(), set()  # type: Any, Set[Any], Set[Any]
+        images = all_tags(store)
+        lacking: Set[Digest] = set()
+        left_out: Set[Digest] = set()
         if isinstance(store, Archive):
             images, lacking = store.images(), store.lacking()
             left_out = lacking & store.parts.left_out
@@ -12562,7 +12563,9 @@ def list_store(options: argparse.Namespace) -> int:
     if options.history:
         return show_history(options)
     words = paths = options.images
-    store, items, parts = None, [], []  # type: Optional[Directory], List[Any], List[str]
+    store: Optional[Directory] = None
+    items: List[Any] = []
+    parts: List[str] = []
     try:
         store = open_store(options, renew=False)
         if options.tags and not words:
@@ -12756,8 +12759,11 @@ def is_password(text: str, limit: int = MAX_PASSWORD) -> bool:
 
 
 def read_password(user: str, from_stdin: bool, is_new: bool = True) -> str:
-    """A password from the terminal, or, without one, from a line of standard input. Raises
-    CommandError."""
+    """The password of a user from the terminal, or, without one, from a line of standard input.
+    Raises CommandError, also for what can't be a user's name."""
+    if not USER.fullmatch(user):
+        raise CommandError("%r is no user name: no spaces and no colons, and not * or @ or # first"
+                           % user)
     limit = MAX_PASSWORD if is_new else MAX_TOKEN  # other registries take tokens as passwords
     # Ctrl-C and the end of the input mean that there is none.
     with contextlib.suppress(EOFError, KeyboardInterrupt, UnicodeError):
@@ -12769,13 +12775,6 @@ def read_password(user: str, from_stdin: bool, is_new: bool = True) -> str:
     raise CommandError("a password has 1 to %d bytes of UTF-8; nothing was changed" % limit)
 
 
-def check_user(user: str) -> None:
-    """Raises CommandError for what can't be a user's name."""
-    if not USER.fullmatch(user):
-        raise CommandError("%r is no user name: no spaces and no colons, and not * or @ or # first"
-                           % user)
-
-
 def read_users() -> List[Tuple[str, str]]:
     """(user, password) from the lines of standard input. Raises CommandError."""
     users = []
@@ -12783,10 +12782,11 @@ def read_users() -> List[Tuple[str, str]]:
         user, _, password = line.decode("utf-8", "replace").strip().partition(" ")
         password = password.strip()
         is_right = USER.fullmatch(user) and is_password(password) and "\ufffd" not in password
-        if user and not is_right:
+        if is_right:
+            users.append((user, password))
+        elif user:
             raise CommandError("line %d of the standard input is not USER PASSWORD, with a space "
                                "between them; nothing was changed" % number)
-        users += [(user, password)] if user else []
     return users
 
 
@@ -12796,15 +12796,15 @@ def replace_user(file: str, user: str, hashed: Optional[bytes]) -> None:
     path = os.path.realpath(file)
     start = user.encode() + b":"
     with alone(path + ".lock"):
-        lines = re.findall(rb"[^\n]*\n|[^\n]+", read_file(path, 64 << 20) or b"")
-        others = [line for line in lines if not line.startswith(start)]
-        if not hashed and others == lines:
+        content = read_file(path, 64 << 20) or b""
+        others = re.sub(b"(?m)^" + re.escape(start) + b".*\n?", b"", content)
+        if not hashed and others == content:
             raise CommandError("there is no user %s in %s" % (user, file))
-        if others and not others[-1].endswith(b"\n"):
-            others[-1] += b"\n"
+        if others and not others.endswith(b"\n"):
+            others += b"\n"
         if hashed:
-            others.append(start + hashed + b"\n")
-        Files(os.path.dirname(path)).write(path, b"".join(others), private=True)
+            others += start + hashed + b"\n"
+        Files(os.path.dirname(path)).write(path, others, private=True)
 
 
 def passwd(options: argparse.Namespace) -> int:
@@ -12818,7 +12818,6 @@ def passwd(options: argparse.Namespace) -> int:
     else:
         if not options.user:
             raise CommandError("no user name: write tinyreg.py passwd NAME --users FILE")
-        check_user(options.user)
         password = "" if options.delete else read_password(options.user, options.stdin)
         users = [(options.user, password)]
     for user, password in users:
@@ -12879,7 +12878,6 @@ def mirror_login(options: argparse.Namespace) -> str:
     if not options.mirror or options.client not in ("docker", "containerd"):
         raise CommandError("--user is for clients docker --mirror and clients containerd --mirror; "
                            "podman sends a mirror what podman login has stored")
-    check_user(options.user)
     return basic_authorization(options.user,
                                read_password(options.user, not sys.stdin.isatty()))
 
@@ -13771,7 +13769,6 @@ def ask_user(options: argparse.Namespace) -> str:
             user = input("user name at %s: " % options.host)
     if user is None:
         raise CommandError("say who logs in: --user NAME")
-    check_user(user)
     return user
 
 
@@ -14117,6 +14114,8 @@ def read_options(text: str) -> Iterator[Option]:
                                                re.MULTILINE):
         settings: Dict[str, Any] = {"help": lines.strip() or argparse.SUPPRESS}
         settings.update(word.split("=") for word in more.split())
+        if "default" in settings:
+            settings["help"] += " (default: %(default)s)"
         if settings.get("action") == "append":
             settings["default"] = []
         if kind:
@@ -14129,7 +14128,7 @@ def read_options(text: str) -> Iterator[Option]:
 
 COMMON_OPTIONS = """\
 --root DIR
-    directory of the store (TINYREG_ROOT)
+    directory of the store (TINYREG_ROOT) (default: %(default)s)
 --quiet
     say nothing but errors
 """
@@ -14640,17 +14639,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, fitted(line, sys.stderr) + "\n")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults of the options that have one, and leaves the lines of examples alone."""
-
-    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
-        return super()._get_help_string(action) if action.default else action.help
-
-
 def build_parser() -> Parser:
     """The parser of the command line, which is made of COMMANDS."""
     parser = Parser(
-        prog="tinyreg.py", formatter_class=HelpFormatter,
+        prog="tinyreg.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="A container registry in one file.",
         epilog="examples:\n"
                "  python3 tinyreg.py                        serve ./registry on 127.0.0.1:5000\n"
@@ -14663,7 +14655,7 @@ def build_parser() -> Parser:
         first = purpose.splitlines()[0]
         command = commands.add_parser(
             name, help=first[0].lower() + first[1:].rstrip("."), description=purpose,
-            epilog="examples:\n" + examples, formatter_class=HelpFormatter)
+            epilog="examples:\n" + examples, formatter_class=argparse.RawDescriptionHelpFormatter)
         for names, settings in read_options(COMMON_OPTIONS + options):
             command.add_argument(*names, **settings)
         command.set_defaults(function=function, root=default_root())
