@@ -12318,7 +12318,7 @@ def find_repositories(store: Directory, text: str, is_exact: bool = False) -> Li
             return list(filter(store.has_repository, parse_local(text)[0]))[:1]
         return []
     # A repository's name has no colon, but its origin may have: lab.example:5000/**
-    patterns = names_to_try(re.sub("^([^/]*):([^/]*/)", r"\1_\2", text))
+    patterns = names_to_try(re.sub("^([^/:]*):([^/]*/)", r"\1_\2", text))
     for pattern in patterns[:1] if is_exact else patterns:
         names = list(filter(parse_glob(pattern).fullmatch, store.repositories()))
         if names:
@@ -14110,8 +14110,8 @@ def read_options(text: str) -> Iterator[Option]:
     """Yield the options, and the words without dashes, that a text describes. A line has the names,
     what stands for the value (a switch has none), and more arguments of argparse's add_argument().
     The lines below it are the help; what has none is not shown."""
-    for names, kind, more, lines in re.findall(r"^([-a-z ]+)([A-Z[]\S*)?(.*)\n((?: .*\n)*)", text,
-                                               re.MULTILINE):
+    for names, kind, more, lines in re.findall(
+            r"^([-a-z ]+)(?:([A-Z[]\S*)((?: .*)?))?\n((?: .*\n)*)", text, re.MULTILINE):
         settings: Dict[str, Any] = {"help": lines.strip() or argparse.SUPPRESS}
         settings.update(word.split("=") for word in more.split())
         if "default" in settings:
