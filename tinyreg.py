@@ -6862,15 +6862,18 @@ def renamed(name: str, renames: Iterable[Tuple[str, str]]) -> str:
     return name
 
 
+def name_at_origin(name: str) -> str:
+    """A repository's name as its registry has it, with a port's colon; one of our own stays."""
+    return full_name(name) if has_origin(name) else name
+
+
 def write_lock(path: Optional[str], digests: Mapping[str, Optional[Digest]]) -> None:
     """Write a line NAME:TAG@DIGEST for each image into a file, if one is named, whole or not at
-    all; a port has its colon again. Raises OSError."""
+    all. Raises OSError."""
     if not path:
         return
-    lines = set()
-    for image, digest in digests.items():
-        name = full_name(image) if has_origin(image) else image
-        lines.add("%s@%s\n" % (name.partition("@")[0], digest))
+    lines = {"%s@%s\n" % (name_at_origin(image).partition("@")[0], digest)
+             for image, digest in digests.items()}
     path = os.path.realpath(path)
     Files(os.path.dirname(path)).write(path, "".join(sorted(lines)).encode())
 
@@ -13204,24 +13207,19 @@ def open_remote(options: argparse.Namespace, host: str, keeps_lists: bool = Fals
                            % (options.ca, error.strerror or error))
 
 
-def place_of(image: Image, via: Optional[Destination]) -> Tuple[str, str]:
-    """The host from which an image is fetched, and the name of its repository there."""
-    if via and image.host == "docker.io":
-        return via.host, via.prefix + image.path
-    return image.host, image.path
-
-
 def find_remote(options: argparse.Namespace, open_host: Callable[[str], Remote],
                 text: str) -> List[Image]:
-    """The images of another registry that a text means: one, or all whose tag fits a pattern.
-    Raises RegistryError, also if no tag fits."""
+    """The images of another registry that a text means: one, or all whose tag fits a pattern; with
+    the host and the path from which they are fetched. Raises RegistryError, also if no tag fits."""
     before, _, pattern = text.rpartition(":")
-    if "*" not in pattern or "/" in pattern:  # in the latter case what precedes it is a host
-        return [parse_image(text)]
-    image = parse_image(before)
-    host, path = place_of(image, options.via)
+    is_pattern = "*" in pattern and "/" not in pattern  # else what precedes it is a host
+    image = parse_image(before if is_pattern else text)
+    if options.via and image.host == "docker.io":
+        image = image._replace(host=options.via.host, path=options.via.prefix + image.path)
+    if not is_pattern:
+        return [image]
     tags = chosen_filter(options).tags(
-        image.stored_name, filter(TAG.fullmatch, open_host(host).tags(path)), pattern)
+        image.stored_name, filter(TAG.fullmatch, open_host(image.host).tags(image.path)), pattern)
     if not tags:
         raise RegistryError("MANIFEST_UNKNOWN", message="no tag fits")
     if len(tags) > MOST:
@@ -13238,10 +13236,9 @@ def pull(options: argparse.Namespace) -> int:
     open_host = functools.lru_cache(None)(functools.partial(open_remote, options, keeps_lists=True))
     find = functools.partial(find_remote, options, open_host)
     for choice, image in iter_chosen(options, find, transfer.fail):
-        text = "%s/%s" % (image.host, image_text(image.path, image.reference))
-        host, path = place_of(image, options.via)
-        transfer.add(choice._replace(image=text), open_host(host), path, image.reference,
-                     image.stored_name)
+        text = image_text(name_at_origin(image.stored_name), image.reference)
+        transfer.add(choice._replace(image=text), open_host(image.host), image.path,
+                     image.reference, image.stored_name)
     return transfer.run()
 
 

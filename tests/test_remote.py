@@ -1165,7 +1165,7 @@ def test_what_a_registry_says_neither_moves_the_cursor_nor_ends_pull(server, sta
     assert done.returncode == 1 and is_harmless(done.stdout + done.stderr)
     assert [line.partition(": ")[0] for line in done.stdout.splitlines()[:2]] == [
         host + "/one:latest", host + "/two:latest"]
-    assert len(done.stderr.splitlines()) == 3 and len(done.stderr) < 4000 and "owned" in done.stderr
+    assert len(done.stderr.splitlines()) == 2 and len(done.stderr) < 4000 and "owned" in done.stderr
     report = json.loads(run_tinyreg("pull", "--json", "--root", tmp_path / "back", *images).stdout)
     assert [entry["referrers"][0]["type"] for entry in report["images"]] == [EVIL, EVIL]
 
