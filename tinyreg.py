@@ -1771,6 +1771,7 @@ class Reader:
 
     is_read_only = False  # clients that want to change something are refused
     is_distant = False    # to read takes a network: what is known nearer is not read from here
+    title = "the store"   # what messages call it
 
     def retry(self, action: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function that reads from here, and return what it returns. A registry behind a
@@ -2411,14 +2412,6 @@ class Signed(Wrapper):
         manifest = self.inner.manifest(name, digest)
         self.check(name, digest, digest)
         return manifest
-
-    def referrers(self, name: str, subject: Digest, last: str = "") -> Iterator[Manifest]:
-        for manifest in self.inner.referrers(name, subject, last):
-            with contextlib.suppress(Refused, Unavailable):  # nobody could read it at present
-                self.check(name, manifest.digest, manifest.digest)
-                yield manifest
-
-    referrer_digests = Reader.referrer_digests
 
 # -------------------------------------------------------------------------------------------------
 # 7  Directory
@@ -4838,7 +4831,7 @@ class Archive(Contents, Registry):
     def __init__(self, paths: Sequence[str], scratch: str = "", ranges: str = "",
                  partly: bool = False) -> None:
         super().__init__()
-        self.root = ", ".join(paths)
+        self.root = self.title = ", ".join(paths)
         self.unreadable: Dict[str, str] = {}   # what is wrong, by path
         self.damaged: Dict[Digest, str] = {}   # the file with a damaged blob or range
         self._reach = functools.lru_cache(MAX_REACHES)(self._follow)
@@ -4976,16 +4969,21 @@ class Archive(Contents, Registry):
 
     # What the commands ask of archives
 
-    def images(self) -> Iterator[Tuple[str, str, Digest]]:
-        """Yield the repository, the tag or digest, and the digest of each image.
+    def pinned(self, name: str) -> List[Digest]:
+        """The digests of a repository's images without a tag, in order: of manifests that are
+        neither a child nor a referrer of another, and have no tag elsewhere in the repository.
+        Raises NAME_UNKNOWN."""
+        references = self._names_in(name).items()
+        tagged = {digest for reference, digest in references if reference != digest}
+        # The others are under a tag, or with another image.
+        return sorted({digest for _, digest in references} - tagged - self._reach_of(name).inner)
 
-        A manifest without a tag is an image unless it is a child or referrer of another, or has a
-        tag elsewhere in the repository."""
+    def images(self) -> Iterator[Tuple[str, str, Digest]]:
+        """Yield the repository, the tag or digest, and the digest of each image."""
         for name, references in sorted(self.names.items()):
-            tagged = {digest for reference, digest in references.items() if reference != digest}
-            shown = tagged | self._reach_of(name).inner  # under a tag, or with another image
+            pinned = self.pinned(name)
             for reference, digest in sorted(references.items()):
-                if reference != digest or digest not in shown:
+                if reference != digest or digest in pinned:
                     yield name, reference, digest
 
     def lacking(self) -> Set[Digest]:
@@ -7802,14 +7800,14 @@ def check_rules(rules: Sequence[Rule], anonymous: int) -> None:
     level, gives everybody: it would bind nobody, without a word. If it is about all users and all
     names it may give as much, because other rules add to it."""
     for rule in rules if anonymous else ():
-        is_base = (rule.glob, rule.user) == ("**", "*")
         is_limited = any(other.user == "@anonymous" and other.fits("", rule.example("a"))
                          for other in rules)
-        if rule.user != "@anonymous" and not is_limited and rule.level + is_base <= anonymous:
+        least = rule.level + (rule[:2] == ("**", "*"))
+        if rule.user != "@anonymous" and not is_limited and least <= anonymous:
             raise CommandError(
                 "--rules: the line %s %s %s binds nobody, because --anonymous %s lets everybody do "
                 "as much there; add the line %s @anonymous none, or leave out --anonymous"
-                % (rule.glob, rule.user, LEVELS[rule.level], LEVELS[anonymous],
+                % (*rule[:2], LEVELS[rule.level], LEVELS[anonymous],
                    rule.glob.replace("{user}", "*")))
 
 
@@ -10314,12 +10312,14 @@ def download_headers(content_type: str, file: str) -> List[Tuple[str, str]]:
     return [("Content-Type", content_type), ("Content-Disposition", "attachment; filename=" + file)]
 
 
-def plan_archive(registry: Registry, name: str, reference: Reference,
-                 **choices: Any) -> ArchiveWriter:
-    """What get_archive() sends; `choices` are those of Plan. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN,
+def plan_archive(registry: Registry, source: Registry, name: str,
+                 reference: Reference) -> ArchiveWriter:
+    """What get_archive() sends of a source: of the registry, or of what is at hand. Referrers that
+    the registry refuses stay behind. Raises NAME_UNKNOWN, MANIFEST_UNKNOWN,
     BLOB_UNKNOWN; UNAVAILABLE if an upstream is away."""
     writer = ArchiveWriter()
-    report = copy(registry, writer, name, reference, **choices)
+    report = copy(source, writer, name, reference,
+                  check=lambda name, tag, digest: find_readable(registry, name, digest))
     if report.missing:
         raise RegistryError("BLOB_UNKNOWN", *report.missing)
     writer.plan()
@@ -10331,14 +10331,13 @@ def get_archive(registry: Registry, request: Request, name: str, reference: Refe
     and tinyreg.py load read. Its blobs are read while they are sent. Raises NAME_UNKNOWN,
     MANIFEST_UNKNOWN, BLOB_UNKNOWN."""
     try:
-        writer = plan_archive(registry, name, reference)
+        writer = plan_archive(registry, registry, name, reference)
     except Unavailable as error:
         # While an upstream is away, what is here is served: of an index, what was pulled of it. But
         # not without the rules that are around the store, as that of --signed-by.
         registry.manifest(name, resolve_reference(registry, name, reference))
         try:
-            writer = plan_archive(registry.at_hand(), name, reference,
-                                  check=lambda name, tag, digest: registry.manifest(name, digest))
+            writer = plan_archive(registry, registry.at_hand(), name, reference)
         except Unknown:
             raise error
     (_, blobs), = writer.files
@@ -12311,7 +12310,7 @@ def iter_chosen(options: argparse.Namespace, find: Callable[[str], Sequence[Tupl
         raise CommandError("no image is left: all that were named are excluded, or not here")
 
 
-def find_repositories(store: Directory, text: str, is_exact: bool = False) -> List[str]:
+def find_repositories(store: Reader, text: str, is_exact: bool = False) -> List[str]:
     """The repositories that fit a pattern, or the one that is called so here or at its origin.
 
     Unless `is_exact`, a pattern that fits none stands for names at docker.io: acme/* is what was
@@ -12334,8 +12333,18 @@ def present_of(registry: Reader, names: List[str]) -> List[str]:
     return list(filter(registry.has_repository, names)) or names
 
 
-def find_image(store: Directory, text: str, is_exact: bool = False) -> Tuple[str, str]:
-    """The repository and the reference of an image in the store.
+def has_image(store: Union[Archive, Directory], name: str, reference: Reference) -> bool:
+    """Whether there is such an image, damaged or not."""
+    if isinstance(store, Archive):
+        return reference in itertools.chain(*store.names.get(name, {}).items())
+    is_digest = isinstance(reference, Digest)
+    path: Any = store.layout.revision_path if is_digest else store.layout.tag_path
+    return os.path.isdir(path(name, reference))
+
+
+def find_image(store: Union[Archive, Directory], text: str,
+               is_exact: bool = False) -> Tuple[str, str]:
+    """The repository and the reference of an image in the store, or in archives.
 
     The image is called by its name here, or by the one at its origin: team/app means
     docker.io/team/app if there is no repository team/app, and alpine:3.19 means
@@ -12344,28 +12353,26 @@ def find_image(store: Directory, text: str, is_exact: bool = False) -> Tuple[str
     MANIFEST_INVALID, DIGEST_INVALID, MANIFEST_UNKNOWN."""
     names, given = parse_local(text)
     reference = given or "latest"
-    is_digest = isinstance(reference, Digest)
-    path: Any = store.layout.revision_path if is_digest else store.layout.tag_path
     present = present_of(store, names)
     # Anyone may own team/app at docker.io, but library/alpine is Docker's.
     if is_exact or "/" in present[0]:
         del present[1:]
     for name in present:
-        if os.path.isdir(path(name, reference)):
+        if has_image(store, name, reference):
             return name, reference
     others = ""
     with contextlib.suppress(Unknown):  # there is no such repository
         tags, more = take_page(store.tags(present[0]), 5)
         if tags:
             others = ", but as %s%s" % (", ".join(tags), " and more" if more else "")
-    raise RegistryError("MANIFEST_UNKNOWN", message="not in the store as %s%s; `tinyreg.py ls` "
-                        "shows what is, and `tinyreg.py pull` fetches more"
-                        % (image_text(present[0], reference), others))
+    raise RegistryError("MANIFEST_UNKNOWN", message="not in %s as %s%s; `tinyreg.py ls` shows "
+                        "what is, and `tinyreg.py pull` fetches more"
+                        % (store.title, image_text(present[0], reference), others))
 
 
-def find_images(options: argparse.Namespace, store: Directory, text: str, is_exact: bool = False,
-                is_listing: bool = False) -> List[Tuple[str, str]]:
-    """The repository and the reference of each image in the store that a text means: of one, as
+def find_images(options: argparse.Namespace, store: Union[Archive, Directory], text: str,
+                is_exact: bool = False, is_listing: bool = False) -> List[Tuple[str, str]]:
+    """The repository and the reference of each image there that a text means: of one, as
     find_image() has it; with * of all that fit it, without a tag also of those that were pulled by
     their digest. For ls a name without a tag means all of a repository, also what has no tag.
     Raises CommandError if nothing fits."""
@@ -12380,17 +12387,17 @@ def find_images(options: argparse.Namespace, store: Directory, text: str, is_exa
             references += (untagged(store, name) if is_listing else store.pinned(name)) or ()
         images += [(name, reference) for reference in references]
     if not images:
-        raise CommandError("%s fits no image in the store; `tinyreg.py ls --tags` shows what is "
-                           "there" % text)
+        raise CommandError("%s fits no image in %s; `tinyreg.py ls --tags` shows what is there"
+                           % (text, store.title))
     return images
 
 
-def iter_stored(options: argparse.Namespace, store: Directory,
+def iter_stored(options: argparse.Namespace, store: Union[Archive, Directory],
                 fail: Callable[[str, Any], None] = give_up,
                 choices: Optional[List[Choice]] = None,
                 is_exact: bool = False) -> Iterator[Tuple[Choice, str, str]]:
-    """Yield (a Choice of it alone, repository, reference) for each image of the store that is
-    chosen, as iter_chosen does."""
+    """Yield (a Choice of it alone, repository, reference) for each image there that is chosen, as
+    iter_chosen does."""
     find = functools.partial(find_images, options, store, is_exact=is_exact)
     for choice, image in iter_chosen(options, find, fail, choices):
         label = image_text(*image) if "*" in choice.image else choice.image
@@ -13662,25 +13669,27 @@ WANTED = ("# lacking here; for the next archive, where it was saved: tinyreg.py 
 
 def load(options: argparse.Namespace) -> int:
     """Copy the images of archives into the store, or to another registry."""
-    if not any(map(is_archive, options.archives)):
-        os.stat(options.archives[0])  # raises the error: a wrong name makes no store
+    archives = list(filter(is_archive, options.images))
+    if not archives:
+        os.stat(options.images[0])  # raises the error: a wrong name makes no store
+    options.images = [word for word in options.images if word not in archives]
     scratch, ranges = tempfile.gettempdir(), ""
     if options.to:
         target: Registry = open_remote(options, options.to.host)
     else:
         store = target = open_store(options, create=True)
         scratch, ranges = store.files.scratch, os.path.join(store.layout.own, "ranges")
-    archive = Archive(options.archives, scratch, ranges, partly=True)
+    archive = Archive(archives, scratch, ranges, partly=True)
+    if not archive.names:
+        raise CommandError("no images in " + archive.root)
     present = set(archive.digests())
     transfer, reports = Transfer(options, target), []
-    for name, reference, digest in archive.images():
-        report = transfer.add(Choice(image_text(name, reference)), archive, name, reference)
-        report.missing += {digest} - present
+    choices = None if options.images or options.file else [Choice("**")]
+    for choice, *image in iter_stored(options, archive, transfer.fail, choices):
+        report = transfer.add(choice, archive, *image)
+        report.missing += {resolve_reference(archive, *image)} - present
         reports.append(report)
-    if not reports:
-        raise CommandError("no images in " + archive.root)
-    transfer.files = [{"file": path, "error": archive.unreadable.get(path)}
-                      for path in options.archives]
+    transfer.files = [{"file": path, "error": archive.unreadable.get(path)} for path in archives]
     status = transfer.run()
     if options.want:
         lines: List[str] = sorted(lacking_digests(reports))
@@ -13724,17 +13733,10 @@ def add(options: argparse.Namespace) -> int:
 
 def get(options: argparse.Namespace) -> int:
     """Write out the files of an artifact."""
-    names, reference = parse_local(options.image)
-    if options.archives:
-        registry: Registry = Archive(options.archives, tempfile.gettempdir())
-        name = present_of(registry, names)[0]
-    else:
-        registry = open_store(options)
-        name, reference = find_image(registry, options.image)
-    try:
-        digest = resolve_reference(registry, name, reference or "latest")
-    except Unknown:
-        raise CommandError("%s is not there; `tinyreg.py ls ARCHIVE` shows what is" % options.image)
+    registry = (Archive(options.archives, tempfile.gettempdir()) if options.archives
+                else open_store(options))
+    name, reference = find_image(registry, options.image)
+    digest = resolve_reference(registry, name, reference)
     files = files_in(registry, name, registry.manifest(name, digest))
     if not files:
         raise CommandError("%s holds no files: it is an image for containers, or an index"
@@ -14379,21 +14381,22 @@ images IMAGE nargs=*
   tinyreg.py load images.tar
   tinyreg.py load rke2-images.linux-amd64.tar.zst
   tinyreg.py load images-*.tar --want want.txt
+  tinyreg.py load images.tar alpine:3.19 'team/**'
   tinyreg.py load images.tar --json > receipt.json     # for save --have
   tinyreg.py load images.tar --to registry.lab:5000
   tinyreg.py load images.tar --signed-by cosign.pub
   docker save alpine | tinyreg.py load -
   gpg -d images.tar.gpg | tinyreg.py load -
 """, """\
-archives FILE nargs=+
+images FILE|IMAGE nargs=+
     an OCI image layout or what docker save wrote, as tar, .tar.gz (or .zst, .xz, .bz2) or
     directory; a haul of hauler, a package of zarf, a flat image cache of Talos; a registry's
-    data directory; - is stdin
+    data directory; - is stdin; what is no file names images: only these are taken
 --want FILE
     write the digests that are missing into this file
 --to HOST[:PORT][/PREFIX]
     put them into this registry, not into the store
-""" + AS_JSON + COPY_OPTIONS + STRIP + RENAME + REMOTE_OPTIONS),
+""" + IMAGE_OPTIONS + COPY_OPTIONS + STRIP + RENAME + REMOTE_OPTIONS),
     Command(
         "add", add, """\
 Store files, or Helm charts, beside the images, as oras and helm push them.

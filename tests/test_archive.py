@@ -382,6 +382,60 @@ def test_an_image_that_is_not_there(store, tmp_path):
     assert done.returncode == 1 and "nothing:1: not in the store" in done.stderr and not (tmp_path / "x.tar").exists()
 
 
+# One image out of many
+
+@pytest.fixture
+def many(store, tmp_path):
+    """An archive with five images; its file."""
+    names = [("docker.io/library/alpine", "3.18"), ("docker.io/library/alpine", "3.19"), ("team/app", "1"),
+             ("team/web", "1")]
+    for name, tag in names:
+        make_image(store, name, tag, layers=(name.encode(), tag.encode()))
+    digest = make_image(store, "team/app", None, layers=(b"untagged",)).digest
+    make_referrer(store, "team/web", store.manifest("team/web", store.resolve("team/web", "1")))
+    words = ["%s:%s" % image for image in names] + ["team/app@" + digest]
+    assert run_tinyreg("save", "--root", store.root, "-o", tmp_path / "many.tar", *words).returncode == 0
+    return tmp_path / "many.tar"
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["alpine:3.19"], ["docker.io/library/alpine:3.19"]),  # as save takes it
+    (["team/**"], ["team/app:1", "team/app@", "team/web:1"]),
+    (["team/app:1", "docker.io/**"], ["docker.io/library/alpine:3.18", "docker.io/library/alpine:3.19", "team/app:1"]),
+    (["team/*:1", "--exclude", "team/web:*"], ["team/app:1"]),
+    (["--exclude", "docker.io/**"], ["team/app:1", "team/app@", "team/web:1"]),
+    (["alpine:*", "--newest", "1"], ["docker.io/library/alpine:3.19"]),
+    (["--newest", "1"], ["docker.io/library/alpine:3.19", "team/app:1", "team/web:1"]),
+    (["-f", "list.txt"], ["docker.io/library/alpine:3.18"]),
+    (["-f", "images.lock"], ["docker.io/library/alpine:3.19"]),
+])
+def test_load_takes_the_images_that_are_named_and_their_blobs_alone(store, far, many, tmp_path, words, expected):
+    (tmp_path / "list.txt").write_text("alpine:3.18  # the old one\n")
+    digest = store.resolve("docker.io/library/alpine", "3.19")
+    (tmp_path / "images.lock").write_text("docker.io/library/alpine:3.19@%s\n" % digest)
+    done = run_tinyreg("load", many, *words, "--root", far.root, cwd=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    present = [(name, tag) for name in far.repositories() for tag in [*far.tags(name), *far.pinned(name)]]
+    assert [("%s@" if ":" in tag else "%s:" + tag) % name for name, tag in present] == expected
+    wanted = set()
+    for name, reference in present:
+        plan = tinyreg.Plan(store, name, reference)
+        plan.plan()
+        wanted |= set(plan.blobs) | set(plan.manifests)
+    assert set(far.digests()) == wanted
+
+
+def test_load_says_which_named_image_an_archive_lacks(far, many):
+    done = run_tinyreg("load", many, "team/app:2", "team/web:1", "--root", far.root)
+    assert done.returncode == 1 and "team/app:2: not in %s as team/app:2, but as 1; " % many in done.stderr
+    assert list(far.repositories()) == ["team/web"]
+    for words, reason in ((["nobody/**"], "nobody/** fits no image in "), (["--exclude", "**"], "no image is left"),
+                          ([many.with_name("meny.tar")], "meny.tar: ")):
+        done = run_tinyreg("load", many, *words, "--root", far.root)
+        assert done.returncode == 1 and reason in done.stderr and len(done.stderr.splitlines()) == 1
+    assert list(far.repositories()) == ["team/web"]
+
+
 # Differences
 
 def test_only_what_the_far_side_lacks_travels(store, far, save, load, tmp_path):
