@@ -6750,7 +6750,7 @@ def version_key(tag: str) -> Any:
 
 
 # After > or < or the like a word in which is a digit.
-BOUND = re.compile(r"(?:^|,)\s*(>=?|<=?) ?([\w.+-]*?[0-9][\w.+-]*)\s*(?=,|$)")
+BOUND = re.compile(r"(?:^|,)\s*(>=?|<=?) ?(?=[^0-9,]*[0-9])([\w.+-]+)\s*(?=,|$)")
 COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 

@@ -517,7 +517,7 @@ ATTACKS = {
     "CACHE_ENTRY": [("manifests/", "a", ""), ("manifests/", "a/", ""), ("manifests/", "_/", "\n/"),
                     ("manifests/a/", "digest/", ""), ("manifests/a/a/digest/sha256-", HEX, "x/")],
     "PAX_RECORD": [(b"9 ", b"a", b""), (b"", b"9", b""), (b"", b"9 a", b"")],
-    "CHART_YAML": [(b"./", b"a", b"/Chart.yaml\n"), (b"", b"/", b""), (b"", b"/Chart.yaml", b"")],
+    "CHART_YAML": [("./", "a", "/Chart.yaml\n"), ("", "/", ""), ("", "/Chart.yaml", "")],
     "CHART_FIELD": [("name: ", "a", "\n "), ("name: ", "a ", "\n "), ("name:", " ", ""), ("name: a", " ", "#\n "),
                     ("", "name: a\n", " "), ("name: a", "\n", ""), ("name: a #", "#", "\n "), ("name: \"", "a", "\n"),
                     ("", "name: '", ""), ("name: a", " #", "\n "), ("", "\n", "")],
