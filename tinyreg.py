@@ -13360,62 +13360,58 @@ def collect(options: argparse.Namespace) -> int:
     return 0
 
 
-class ArchiveVerification(Verification):
-    """The verification of an archive: every blob of each of its files is read, and all that images
-    need is looked for. What was left out on purpose (save --have) is no damage."""
-
-    def __init__(self, archive: Archive, paths: List[str],
-                 progress: Callable[[int, int], None] = do_nothing) -> None:
-        super().__init__(progress)
-        self.archive, self.paths = archive, paths
-
-    def run(self) -> None:
-        """Raises OSError."""
-        archive = self.archive
-        for path, problem in archive.unreadable.items():
-            self.add(Finding("unreadable archive", problem, path))
-        for path in self.paths:
-            # What can't be opened by itself is among the unreadable ones.
-            with contextlib.suppress(Unsupported):
-                self._read_blobs(path, Archive([path], partly=True).blobs)
-        # Whether whole parts belong to one blob shows only where all of them are at hand.
-        self._read_blobs(archive.root, {
-            digest: blob for digest, blob in archive.joined.items()
-            if self.damaged.keys().isdisjoint(archive.parts.ranges[digest])})
-        for name, reference, _ in archive.images():
-            self._check_image(name, reference)
-
-    def _read_blobs(self, path: str, blobs: Mapping[Digest, Union[Member, JoinedBlob]]) -> None:
-        # Links give one file many names; it is read once.
-        read = functools.lru_cache(maxsize=None)(read_digest)
-        for digest, member in blobs.items():
-            try:
-                is_intact = read(member, digest.algorithm) == digest
-            except OSError:  # a medium that can't be read is damaged as well
-                is_intact = False
-            if not is_intact:
-                self.add_damage(digest, path)
-            self.count(member.length, 1)
-
-    def _check_image(self, name: str, reference: Union[str, Digest]) -> None:
-        image, archive = image_text(name, reference), self.archive
-        plan = Plan(archive, name, reference)
+def read_blobs(check: Verification, path: str,
+               blobs: Mapping[Digest, Union[Member, JoinedBlob]]) -> None:
+    """Read all blobs of an archive."""
+    # Links give one file many names; it is read once.
+    read = functools.lru_cache(maxsize=None)(read_digest)
+    for digest, member in blobs.items():
         try:
-            plan.plan()
-        except (Unknown, Invalid) as error:  # the plan has got as far as it could
-            self.add(Finding("unreadable image", str(error), archive.root), image)
-        parts, damaged = archive.parts, self.damaged
-        for digest in plan.blobs:
-            for piece in damaged.keys() & {digest}.union(parts.ranges.get(digest, ())):
-                self.add(damaged[piece], image)
-        absent = set(plan.blobs).difference(archive.blobs, archive.joined)
-        self.left_out |= absent & parts.left_out
-        for digest in absent - parts.left_out:
-            needed = archive.needed_parts(digest) - parts.given
-            lacks = [("part %d of %d was not given" % (number, len(parts.names[key])),
-                      parts.names[key][number - 1]) for key, number in needed]
-            for problem in lacks or [("missing blob", digest)]:
-                self.add(Finding(*problem, archive.root), image)
+            is_intact = read(member, digest.algorithm) == digest
+        except OSError:  # a medium that can't be read is damaged as well
+            is_intact = False
+        if not is_intact:
+            check.add_damage(digest, path)
+        check.count(member.length, 1)
+
+
+def look_for_needed(check: Verification, archive: Archive, name: str,
+                    reference: Union[str, Digest]) -> None:
+    """Add what an image in an archive lacks. What was left out on purpose (save --have) is no
+    damage."""
+    image, parts, plan = image_text(name, reference), archive.parts, Plan(archive, name, reference)
+    try:
+        plan.plan()
+    except (Unknown, Invalid) as error:  # the plan has got as far as it could
+        check.add(Finding("unreadable image", str(error), archive.root), image)
+    for digest in plan.blobs:
+        for piece in check.damaged.keys() & {digest}.union(parts.ranges.get(digest, ())):
+            check.add(check.damaged[piece], image)
+    absent = set(plan.blobs).difference(archive.blobs, archive.joined)
+    check.left_out |= absent & parts.left_out
+    for digest in absent - parts.left_out:
+        needed = archive.needed_parts(digest) - parts.given
+        lacks = [("part %d of %d was not given" % (number, len(parts.names[key])),
+                  parts.names[key][number - 1]) for key, number in needed]
+        for problem in lacks or [("missing blob", digest)]:
+            check.add(Finding(*problem, archive.root), image)
+
+
+def verify_archive(check: Verification, archive: Archive, paths: Sequence[str]) -> None:
+    """Read every blob in each of the files of an archive, and look for all that its images need.
+    Raises OSError."""
+    for path, problem in archive.unreadable.items():
+        check.add(Finding("unreadable archive", problem, path))
+    for path in paths:
+        # What can't be opened by itself is among the unreadable ones.
+        with contextlib.suppress(Unsupported):
+            read_blobs(check, path, Archive([path], partly=True).blobs)
+    # Whether whole parts belong to one blob shows only where all of them are at hand.
+    read_blobs(check, archive.root, {
+        digest: blob for digest, blob in archive.joined.items()
+        if check.damaged.keys().isdisjoint(archive.parts.ranges[digest])})
+    for name, reference, _ in archive.images():
+        look_for_needed(check, archive, name, reference)
 
 
 def verdict_on(check: Verification) -> str:
@@ -13490,12 +13486,12 @@ def verify(options: argparse.Namespace) -> int:
     logger.setLevel(logging.ERROR)  # what it would warn of is in the report
     progress = Progress(options)
     signal.signal(signal.SIGINT, leave_at_once)  # threads would go on reading
-    check: Verification
     registry: Registry
     images: List[Tuple[str, str]] = []
     if archives:
         registry = Archive(archives, partly=True)
-        check = ArchiveVerification(registry, archives, progress.count)
+        check = Verification(progress.count)
+        verify_archive(check, registry, archives)
     else:
         registry = store = open_store(options)
         if has_images:
@@ -13503,7 +13499,7 @@ def verify(options: argparse.Namespace) -> int:
                 options, store, lambda image, why: give_up(image, "no such file, and %s" % why))]
         check = StoreVerification(store, progress.count, options.rate,
                                   options.repair and not options.dry_run, images)
-    check.run()
+        check.run()
     if options.signed_by:
         check.unsigned = list(dict.fromkeys(
             iter_unsigned(registry, sum(options.signed_by, []), images)))

@@ -1428,8 +1428,8 @@ def test_a_file_with_many_names_is_read_once(tmp_path, monkeypatch):
     read, copy_bytes = [], tinyreg.copy_bytes
     monkeypatch.setattr("tinyreg.copy_bytes", lambda blob, *rest: read.append(blob.length) or copy_bytes(blob, *rest))
     paths = [make_tar(tmp_path / "linked.tar", members)]
-    check = tinyreg.ArchiveVerification(Archive(paths), paths)
-    check.run()
+    check = tinyreg.Verification()
+    tinyreg.verify_archive(check, Archive(paths), paths)
     assert read.count(len(LARGE)) == 1 and len(check.damaged) == 1000
     read.clear()
     Archive([make_tar(tmp_path / "docker.tar", docker)])
