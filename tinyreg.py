@@ -2050,14 +2050,12 @@ class ReadOnly(Wrapper):
         self.inner.check_ready(False)
 
 
-def refused(name: str) -> Callable[..., Any]:
-    """A method of ReadOnly that raises DENIED."""
-    def refuse(self: ReadOnly, *arguments: Any, **named: Any) -> None:
-        raise RegistryError("DENIED", message="this registry is read-only at present")
-    return refuse
+def refuse(self: ReadOnly, *arguments: Any, **named: Any) -> None:
+    """What ReadOnly has for every method that writes. Raises DENIED."""
+    raise RegistryError("DENIED", message="this registry is read-only at present")
 
 
-define_all(ReadOnly, Writer, refused)
+define_all(ReadOnly, Writer, lambda name: refuse)
 
 
 class ImmutableTags(Wrapper):
@@ -3965,7 +3963,7 @@ class Finding(NamedTuple):
 
 class Verification:
     """One reading of everything, in a store or in archives, and what came of it. `progress(blobs,
-    bytes)` is called now and then; `rate` limits the reading to so many bytes a second."""
+    bytes)` is called for each block; `rate` limits the reading to so many bytes a second."""
 
     def __init__(self, progress: Callable[[int, int], None] = do_nothing, rate: int = 0) -> None:
         self.progress = progress
@@ -3979,16 +3977,13 @@ class Verification:
         self.moved: List[str] = []          # where damaged files are now
         self.unsigned: List[str] = []       # images that no key of --signed-by has signed
         self.mutex = threading.Lock()
-        self.last_progress = time.monotonic()
 
     def count(self, size: int, blobs: int = 0) -> None:
         """Count what has been read. Any thread may call it; it waits if reading is too fast."""
         with self.mutex:
             self.blobs += blobs
             self.bytes += size
-            if time.monotonic() - self.last_progress > 0.5:
-                self.last_progress = time.monotonic()
-                self.progress(self.blobs, self.bytes)
+            self.progress(self.blobs, self.bytes)
         self.rate.wait(size)
 
     def add(self, finding: Finding, *images: str) -> None:
@@ -4620,16 +4615,21 @@ class Parts:
         return joined
 
 
-def find_tops(members: Dict[str, Member]) -> List[str]:
-    """The folders with images, "" for all of the archive, else with a slash at the end. What lies
-    below one of them belongs to it, so none lies below another."""
-    tops: List[str] = []
-    matches = filter(None, map(ARCHIVE_ROOT.fullmatch, members))
-    for top in sorted({match[1] for match in matches}):
-        is_below = tops and top.startswith(tops[-1])
-        if not is_below and not DAMAGED.search(top):
-            tops.append(top)
-    return tops
+def folders_with_images(members: Dict[str, Member]) -> Dict[str, Dict[str, Member]]:
+    """The folders with images, "" for all of the archive, else with a slash at the end; and of each
+    the files below it, by their names there. All below a folder belongs to it, so no folder lies
+    below another."""
+    tops = {match[1] for match in map(ARCHIVE_ROOT.fullmatch, members) if match}
+    folders: Dict[str, Dict[str, Member]] = {}
+    top = None
+    for name in sorted(tops.union(members)):  # a folder comes right before what lies below it
+        if top is not None and name.startswith(top):
+            if name in members:
+                folders[top][name[len(top):]] = members[name]
+        elif name in tops and not DAMAGED.search(name):
+            top = name
+            folders[top] = {}
+    return folders
 
 
 class Contents:
@@ -4652,24 +4652,18 @@ class Contents:
 
     def add(self, path: str, members: Dict[str, Member]) -> None:
         """Take in the images of a file or directory. Raises ValueError, Invalid, OSError."""
-        tops = find_tops(members)
-        if not tops:
+        folders = folders_with_images(members)
+        if not folders:
             advice = "to store it as a file, use tinyreg.py add"
             if "repositories" in members:
                 advice = "load it with docker, and save it with a newer one"
             raise ValueError("no images in it: no index.json, no manifest.json, no docker/registry"
                              "/v2; " + advice)
-        folders: Dict[str, Dict[str, Member]] = {top: {} for top in tops}
-        for name in sorted(members):
-            # Of all tops, only the last one that sorts before a name can be its beginning.
-            top = tops[bisect.bisect(tops, name) - 1]
-            if name.startswith(top):
-                folders[top][name[len(top):]] = members[name]
         for top, inner in folders.items():
             folder = top.rstrip("/")
             if not folder and os.path.isdir(path):
                 folder = os.path.basename(os.path.abspath(path))
-            default = default_name(path if len(tops) == 1 else folder)
+            default = default_name(path if len(folders) == 1 else folder)
             self.add_blobs(inner)
             if "index.json" in inner:
                 self._add_layout(inner, default, *[BASE_NAME] * ("zarf.yaml" in members))
@@ -12951,15 +12945,22 @@ class Progress:
             self.show("")
             complain(line)
 
+    def is_due(self) -> bool:
+        """Whether to draw the line: on a terminal, and about ten times a second."""
+        is_due = self.is_moving and time.monotonic() >= self.next_time
+        if is_due:
+            self.next_time = time.monotonic() + 0.1
+        return is_due
+
     def count(self, blobs: int, size: int) -> None:
-        """Show how much was read."""
-        self.show("%s, %s read" % (counted(blobs, "blob"), in_units(size)))
+        """Show how much was read. Verification calls this, in any thread."""
+        if self.is_due():
+            self.show("%s, %s read" % (counted(blobs, "blob"), in_units(size)))
 
     def watch(self, report: Report) -> None:
-        """Show how far an image is, about ten times a second. Report calls this, in any thread."""
-        if not self.is_moving or time.monotonic() < self.next_time:
+        """Show how far an image is. Report calls this, in any thread."""
+        if not self.is_due():
             return
-        self.next_time = time.monotonic() + 0.1
         share = report.moved_bytes() / max(report.total_bytes, 1)
         bar = ("#" * int(share * 20)).ljust(20, "-")
         self.show("%s [%s] %d %%, in total %s of %s" % (
