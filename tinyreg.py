@@ -5320,7 +5320,7 @@ MAX_REFUSAL = 1 << 20        # bytes of the body of a refusal, which may say why
 REFUSAL_LIMIT = 5.0          # … and the seconds that we wait for it
 MAX_PAGES = 1000             # pages of a list of tags or referrers …
 MAX_TAG_PAGES = 10           # … those of a list of tags that is read to save other requests …
-MAX_LIST = 64 << 20          # … their bytes …
+MAX_LIST = 64 << 20          # … their bytes, and the memory for their entries …
 LIST_LIMIT = 300.0           # … and seconds for all of them: a broken registry's list never ends
 CONNECT_TIMEOUT = 15.0       # seconds to reach another registry
 REMOTE_TIMEOUT = 60.0        # seconds to wait for its bytes, as MovingStream counts them …
@@ -6133,13 +6133,13 @@ class Remote(Registry):
                                                        "not end" % (self.host, field, name))
             pages.add(path)
             reply = self.call("GET", name, path)
-            size += len(reply.content)
             entries = None
             with contextlib.suppress(ValueError):  # no JSON, so no list
                 entries = load_json(reply.content).get(field) or []
             if not isinstance(entries, list):
                 raise RegistryError("UNSUPPORTED", message="%s answered with no list of %s"
                                                            % (self.host, field))
+            size += len(reply.content) + 64 * len(entries)  # a short tag takes so much as a str
             yield from entries
             link = NEXT_LINK.search(reply.header("Link"))
             if link:

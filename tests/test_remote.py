@@ -854,6 +854,21 @@ def test_a_list_that_does_not_end_is_given_up(start_proxy, monkeypatch, field, l
     assert len(proxy.seen) == 20
 
 
+def test_a_list_of_tags_is_given_up_before_it_takes_much_memory(start_proxy, monkeypatch):
+    """A tag of three letters is six bytes of a page, and ten times as much in memory."""
+    monkeypatch.setattr(tinyreg, "MAX_LIST", 1 << 20)
+    body = json.dumps({"tags": ["abc"] * 1000}).encode()
+
+    def spoil(handler):
+        link = '<%s?last=%d>; rel="next"' % (handler.path.partition("?")[0], len(handler.server.seen))
+        return handler.answer(200, {"Link": link}, body)
+
+    proxy = start_proxy(None, spoil)
+    with pytest.raises(RegistryError, match="sends a list of the tags of demo that does not end"):
+        list(Remote(proxy.host).tags("demo"))
+    assert len(proxy.seen) * 1000 * sys.getsizeof("abc") < 2 << 20
+
+
 @pytest.fixture
 def drip():
     """A function that lets a Handler send a byte every now and then, until the test ends; `begun` is an Event."""
