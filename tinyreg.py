@@ -14284,30 +14284,27 @@ Logins are those of tinyreg.py login, docker login and podman login. HTTPS_PROXY
 NO_PROXY in the environment are honoured."""
 
 
-class Command(NamedTuple):
-    """A subcommand, and what its --help says."""
-
-    name: str
-    run: Callable[[argparse.Namespace], int]
-    purpose: str  # its first line is what the list of all commands shows
-    examples: str
-    options: str = ""
-
-
-COMMANDS = [
-    Command(
-        "serve", serve, """\
+# By its name what runs a command, and its help: the first line is what the list of commands shows.
+# The options are as read_options() has them.
+COMMANDS: Dict[str, Tuple[Callable[[argparse.Namespace], int], str]] = {
+    "serve": (serve, """\
 Serve the store to clients that push and pull (what tinyreg.py does without a command).
 Each option is a variable in the environment, too: --log-file is TINYREG_LOG_FILE.
-Where an option may be repeated, spaces separate the values.""", """\
+Where an option may be repeated, spaces separate the values.
+
+examples:
   tinyreg.py serve
   tinyreg.py serve --root /srv/registry --listen :5000 --anonymous push
   tinyreg.py serve --listen :5000 --tls --users users --rules rules
   tinyreg.py serve --listen :5000 --upstream '*=http://centre.lab:5000'
   tinyreg.py serve /media/usb/images.tar
-""", SERVE_OPTIONS),
-    Command(
-        "pull", pull, "Copy images from their registries into the store." + REMOTE_NOTES, """\
+
+options:
+""" + SERVE_OPTIONS),
+    "pull": (pull, """\
+Copy images from their registries into the store.""" + REMOTE_NOTES + """
+
+examples:
   tinyreg.py pull alpine:3.19 quay.io/prometheus/prometheus:v2.53.0
   tinyreg.py pull -f images.txt --platform linux/amd64 --dry-run
   tinyreg.py pull 'alpine:3.*' --newest 3
@@ -14315,51 +14312,65 @@ Where an option may be repeated, spaces separate the values.""", """\
   helm template CHART | tinyreg.py pull -f -
   tinyreg.py pull -f images.txt --lock images.lock
   tinyreg.py pull -f images.lock --via harbor.lab/proxy-docker
-""", """\
+
+options:
 images IMAGE nargs=*
     as docker pull takes it; * may stand in a tag
 --via HOST[:PORT][/PREFIX]
     fetch docker.io's images from this mirror of it; they keep their names
 """ + IMAGE_OPTIONS + COPY_OPTIONS + RENAME + REMOTE_OPTIONS),
-    Command(
-        "push", push, "Copy images from the store to another registry." + REMOTE_NOTES, """\
+    "push": (push, """\
+Copy images from the store to another registry.""" + REMOTE_NOTES + """
+
+examples:
   tinyreg.py push alpine:3.19 --to lab.example:5000
   tinyreg.py push -f images.txt --to lab.example/mirror
   tinyreg.py push alpine:3.19 --to harbor.lab/mirror --platform linux/amd64 --strip
   tinyreg.py push -f images.txt --to lab.example --rename docker.io=hub --rate 2M
-""", """\
+
+options:
 images IMAGE nargs=*
     as pull took it, or as ls shows it; * may stand in the name and the tag
 --to HOST[:PORT][/PREFIX] required=yes
     the registry, and what its repositories' names begin with
 """ + IMAGE_OPTIONS + COPY_OPTIONS + STRIP + RENAME + REMOTE_OPTIONS),
-    Command(
-        "login", log_in_to, """\
+    "login": (log_in_to, """\
 Try a login at another registry, and keep it for pull, push and load.
 It is kept where docker login keeps it, or podman login if only that was used, so these use it, too:
 in $REGISTRY_AUTH_FILE, ~/.docker/config.json or containers/auth.json. There it is base64, which is
-no encryption. HTTPS_PROXY, HTTP_PROXY and NO_PROXY in the environment are honoured.""", """\
+no encryption. HTTPS_PROXY, HTTP_PROXY and NO_PROXY in the environment are honoured.
+
+examples:
   tinyreg.py login registry.lab:5000
   tinyreg.py login quay.io --user ci --stdin < ci-password
   tinyreg.py login docker.io --user alice
-""", LOGIN_HOST + """\
+
+options:
+""" + LOGIN_HOST + """\
 --user NAME
     who logs in (default: the terminal is asked)
 --stdin
     read the password from a line on standard input
 """ + CONNECTION_OPTIONS),
-    Command(
-        "logout", log_out_from, "Remove the login for another registry.", """\
+    "logout": (log_out_from, """\
+Remove the login for another registry.
+
+examples:
   tinyreg.py logout registry.lab:5000
-""", LOGIN_HOST),
-    Command(
-        "save", save, "Write images of the store into an archive.", """\
+
+options:
+""" + LOGIN_HOST),
+    "save": (save, """\
+Write images of the store into an archive.
+
+examples:
   tinyreg.py save alpine nginx:1.25 -o images.tar
   tinyreg.py save '**' -o images.tar
   tinyreg.py save -f images.txt -o images.tar --have have.txt --split 3900M
   tinyreg.py save alpine -o - | ssh HOST docker load
   tinyreg.py save alpine -o - | gpg -c > images.tar.gpg
-""", """\
+
+options:
 images IMAGE nargs=*
     NAME[:TAG] or NAME@DIGEST; * stands for a part of a component or tag, ** for anything
 -o --output FILE required=yes
@@ -14373,8 +14384,10 @@ images IMAGE nargs=*
 --split SIZE
     write parts of at most this size, for example 3900M for a FAT32 stick (default: one file)
 """ + IMAGE_OPTIONS + COPY_OPTIONS + STRIP),
-    Command(
-        "load", load, "Put the images of archives into the store.", """\
+    "load": (load, """\
+Put the images of archives into the store.
+
+examples:
   tinyreg.py load images.tar
   tinyreg.py load rke2-images.linux-amd64.tar.zst
   tinyreg.py load images-*.tar --want want.txt
@@ -14384,7 +14397,8 @@ images IMAGE nargs=*
   tinyreg.py load images.tar --signed-by cosign.pub
   docker save alpine | tinyreg.py load -
   gpg -d images.tar.gpg | tinyreg.py load -
-""", """\
+
+options:
 images FILE|IMAGE nargs=+
     an OCI image layout or what docker save wrote, as tar, .tar.gz (or .zst, .xz, .bz2) or
     directory; a haul of hauler, a package of zarf, a flat image cache of Talos; a registry's
@@ -14394,16 +14408,18 @@ images FILE|IMAGE nargs=+
 --to HOST[:PORT][/PREFIX]
     put them into this registry, not into the store
 """ + IMAGE_OPTIONS + COPY_OPTIONS + STRIP + RENAME + REMOTE_OPTIONS),
-    Command(
-        "add", add, """\
+    "add": (add, """\
 Store files, or Helm charts, beside the images, as oras and helm push them.
 What is stored goes through save, load, pull and push, and oras, helm, skopeo and curl
 (/files/NAME:TAG/FILE) get it. The same files always make the same digest. A chart's config has the
 fields of Chart.yaml that are one text; maintainers, dependencies and other lists are in the chart
-alone, which is where helm reads them.""", """\
+alone, which is where helm reads them.
+
+examples:
   tinyreg.py add install.sh rke2.tar.gz --to rke2/files:v1.34
   tinyreg.py add web-1.2.3.tgz --to charts     # is charts/web:1.2.3
-""", """\
+
+options:
 files FILE nargs=+
     what to store, under its name without folders; a single .tgz that holds a Chart.yaml is
     stored as a chart, with FILE.prov if that is there
@@ -14412,12 +14428,15 @@ files FILE nargs=+
     say; without TAG each FILE is a chart and becomes NAME/CHART:VERSION, a + in the version as
     _
 """),
-    Command(
-        "get", get, "Write out the files of an artifact: what add, oras or helm have stored.", """\
+    "get": (get, """\
+Write out the files of an artifact: what add, oras or helm have stored.
+
+examples:
   tinyreg.py get rke2/files:v1.34 -o /opt/rke2
   tinyreg.py get charts/web:1.2.3
   tinyreg.py get charts/web:1.2.3 --from images.tar
-""", """\
+
+options:
 image IMAGE
     NAME[:TAG] or NAME@DIGEST
 -o --output DIR default=.
@@ -14427,14 +14446,17 @@ image IMAGE
 --from ARCHIVE action=append dest=archives
     read it from this archive, not from the store; may be repeated
 """),
-    Command(
-        "ls", list_store, "List repositories, images, or what archives hold.", """\
+    "ls": (list_store, """\
+List repositories, images, or what archives hold.
+
+examples:
   tinyreg.py ls
   tinyreg.py ls alpine quay.io/a/b:1.0 'team/**'
   tinyreg.py ls images.tar
   tinyreg.py ls --history alpine:3.19
   tinyreg.py ls --digests > have.txt
-""", """\
+
+options:
 images IMAGE nargs=*
     list the tags of NAME, or NAME:TAG, or what is in an archive, with sizes, platforms and (in
     the store) times of pushes
@@ -14445,13 +14467,15 @@ images IMAGE nargs=*
 --digests
     list every blob held instead
 """ + AS_JSON + CHOICE),
-    Command(
-        "tag", set_tag,
-        "Give an image of the store one more tag, or take a tag's last move back.", """\
+    "tag": (set_tag, """\
+Give an image of the store one more tag, or take a tag's last move back.
+
+examples:
   tinyreg.py tag alpine:3.19 alpine:stable
   tinyreg.py tag ci/app@sha256:0123... team/app:1.0
   tinyreg.py tag --undo team/app:1.0
-""", """\
+
+options:
 image IMAGE
     NAME:TAG or NAME@DIGEST; with --undo the tag
 tag NAME:TAG nargs=?
@@ -14460,12 +14484,15 @@ tag NAME:TAG nargs=?
 --undo
     let the tag point to what it pointed to before; a second time takes that back
 """),
-    Command(
-        "rm", remove, "Delete tags and manifests.", """\
+    "rm": (remove, """\
+Delete tags and manifests.
+
+examples:
   tinyreg.py rm alpine:3.19
   tinyreg.py rm alpine@sha256:0123...
   tinyreg.py rm 'student*/**' --dry-run
-""", """\
+
+options:
 images IMAGE nargs=*
     NAME:TAG deletes the tag; NAME@DIGEST deletes the manifest and every tag that points to it;
     with * all that fits
@@ -14475,14 +14502,17 @@ images IMAGE nargs=*
     delete also more than %d images, every name (**), or what --newest takes (it is gc --keep
     that lets the newest stay)
 """ % MANY + IMAGE_OPTIONS),
-    Command(
-        "gc", collect, "Delete what nothing refers to; safe beside a running server.", """\
+    "gc": (collect, """\
+Delete what nothing refers to; safe beside a running server.
+
+examples:
   tinyreg.py gc --dry-run
   tinyreg.py gc
   tinyreg.py gc --untagged --grace 7d
   tinyreg.py gc --keep 10 --older-than 90d --repositories 'team/**' --dry-run
   tinyreg.py gc --only images.txt --plan going.txt
-""", """\
+
+options:
 --untagged
     also delete manifests that no tag leads to, itself or over an index or a subject
 --keep N
@@ -14509,13 +14539,16 @@ images IMAGE nargs=*
 --dry-run
     only list what would go, with its size
 """ % GRACE_HOURS + AS_JSON),
-    Command(
-        "verify", verify, "Read everything again; name what is damaged, and what it harms.", """\
+    "verify": (verify, """\
+Read everything again; name what is damaged, and what it harms.
+
+examples:
   tinyreg.py verify --rate 50M
   tinyreg.py verify --repair
   tinyreg.py verify alpine:3.19 'team/**'
   tinyreg.py verify /media/stick/images-*.tar --signed-by cosign.pub
-""", """\
+
+options:
 images IMAGE|FILE nargs=*
     re-read these images of the store, or archives (default: the whole store)
 --rate SIZE default=0
@@ -14525,14 +14558,17 @@ images IMAGE|FILE nargs=*
 --dry-run
     with --repair: only list what would be moved
 """ + SIGNED_BY + IMAGE_OPTIONS),
-    Command(
-        "passwd", passwd, "Set the password of a user of a registry that has --users.", """\
+    "passwd": (passwd, """\
+Set the password of a user of a registry that has --users.
+
+examples:
   tinyreg.py passwd alice --users /etc/tinyreg/users
   tinyreg.py passwd ci --users /etc/tinyreg/users --stdin < ci-password
   tinyreg.py passwd --users /etc/tinyreg/users --stdin < class.txt
   tinyreg.py passwd alice --users /etc/tinyreg/users --delete
   tinyreg.py passwd --list --users /etc/tinyreg/users
-""", """\
+
+options:
 user USER nargs=?
     letters, digits and most else, but no colon and no space
 --users FILE required=yes
@@ -14545,13 +14581,16 @@ user USER nargs=?
 --delete
     remove the user
 """),
-    Command(
-        "clients", clients, "Print shell scripts that make clients trust the registry.", """\
+    "clients": (clients, """\
+Print shell scripts that make clients trust the registry.
+
+examples:
   tinyreg.py clients docker --host registry.lab:5000
   tinyreg.py clients containerd --mirror | ssh root@node sh
   tinyreg.py clients containerd --mirror --user node < password > setup.sh
   tinyreg.py clients docker --install
-""", """\
+
+options:
 client CLIENT nargs=?
     one of %(choices)s
 --host HOST:PORT
@@ -14572,16 +14611,19 @@ client CLIENT nargs=?
 --plain-http
     the registry has no TLS
 """),
-    Command(
-        "help", print_help, "Print what is needed at night, without the README.", """\
+    "help": (print_help, """\
+Print what is needed at night, without the README.
+
+examples:
   tinyreg.py help
   tinyreg.py help disk-full
   tinyreg.py help systemd > /etc/systemd/system/tinyreg.service
-""", """\
+
+options:
 topic TOPIC nargs=?
     one of %(choices)s
 """),
-]
+}
 
 
 def variable_of(option: str) -> str:
@@ -14648,7 +14690,8 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version="tinyreg " + __version__)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
     parser.commands = commands.choices
-    for name, function, purpose, examples, options in COMMANDS:
+    for name, (function, text) in COMMANDS.items():
+        purpose, examples, options = re.split("\n\n(?:examples|options):\n", text)
         first = purpose.splitlines()[0]
         command = commands.add_parser(
             name, help=first[0].lower() + first[1:].rstrip("."), description=purpose,
