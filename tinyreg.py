@@ -6908,7 +6908,7 @@ class Report:
         self.absent: List[Digest] = []
         # {digest of an index that lost such children: digest of what took its place}
         self.stripped: Dict[Digest, Digest] = {}
-        # blobs that the source should have, and lacks
+        # what the source should have, and lacks: blobs, or the image's own manifest
         self.missing: List[Digest] = []
         # what is about the image, can run, and stays behind because no key has signed it
         self.unsigned: List[str] = []
@@ -7056,6 +7056,7 @@ class Plan:
             manifest = self.read_manifest(digest)
         except Unknown:
             if digest == self.root:
+                self.report.missing.append(digest)
                 raise
             return None
         self.free_memory -= len(manifest.content) + MANIFEST_COST
@@ -13679,21 +13680,18 @@ def load(options: argparse.Namespace) -> int:
     archive = Archive(archives, scratch, ranges, partly=True)
     if not archive.names:
         raise CommandError("no images in " + archive.root)
-    present = set(archive.digests())
-    transfer, reports = Transfer(options, target), []
+    transfer = Transfer(options, target)
     choices = None if options.images or options.file else [Choice("**")]
-    for choice, *image in iter_stored(options, archive, transfer.fail, choices):
-        report = transfer.add(choice, archive, *image)
-        report.missing += {resolve_reference(archive, *image)} - present
-        reports.append(report)
+    reports = [transfer.add(choice, archive, *image) for choice, *image
+               in iter_stored(options, archive, transfer.fail, choices)]
     transfer.files = [{"file": path, "error": archive.unreadable.get(path)} for path in archives]
     status = transfer.run()
     if options.want:
         lines: List[str] = sorted(lacking_digests(reports))
         with open(options.want, "w") as file:
             file.writelines(line + "\n" for line in ([WANTED] if lines else []) + lines)
-    if not options.dry_run and isinstance(target, Directory):
-        keep_ranges(target, archive)
+    if not options.dry_run and not options.to:
+        keep_ranges(store, archive)
     problems = list(iter_archive_problems(archive, reports))
     if not options.dry_run:
         problems += iter_part_lines(archive, reports, are_kept=not options.to)
