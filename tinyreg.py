@@ -5787,11 +5787,9 @@ class HttpClient:
 
     def describe(self, error: Exception) -> str:
         """One line about a failure of the network, with what to do."""
-        advice = network_advice(error)
-        if not advice:
-            advice = reason_of(error)
-            advice += "; if it speaks HTTPS, leave out --plain-http" if self.plain_http else ""
-        return "can't reach %s: %s" % (self.host, advice)
+        hint = "; if it speaks HTTPS, leave out --plain-http" if self.plain_http else ""
+        return "can't reach %s: %s" % (self.host,
+                                       network_advice(error) or reason_of(error) + hint)
 
     def refusal(self, reply: Reply, image: str = "") -> RegistryError:
         """The error for a reply whose status nobody wants, to a question about an image (NAME,
@@ -10721,9 +10719,6 @@ class RequestReader:
         if poll.poll(0):
             raise ClientLeft("left before the response")
 
-    def close(self) -> None:
-        """Nothing to close: the socket is the Connection's."""
-
 
 class RequestBody:
     """The body of a request, of a known length or in chunks (None). `finished` is set once its end
@@ -10841,23 +10836,19 @@ def host_names() -> Set[str]:
             if re.fullmatch(r"[0-9A-Za-z_.:-]+", text) and not text.startswith("fe80:")}
 
 
-def is_ip(text: str) -> bool:
-    """Whether a text is an IP address, and nothing else."""
-    try:
-        return bool(ipaddress.ip_address(text))
-    except ValueError:
-        return False
-
-
 def alternative_names(names: Iterable[str]) -> str:
     """These names and addresses in the form of subjectAltName. Raises CommandError."""
     entries = []
     for name in sorted(names):
-        is_address = ":" in name or re.fullmatch("[0-9.]+", name)
-        if not re.fullmatch(r"[0-9A-Za-z_.:*-]+", name) or is_address and not is_ip(name):
+        kind, pattern = "IP", "[0-9A-Fa-f.:]+"  # without the scope that ipaddress takes
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            kind, pattern = "DNS", "(?![0-9.]+$)[0-9A-Za-z_.*-]+"
+        if not re.fullmatch(pattern, name):
             raise CommandError("%r is no name or address to make a certificate for; write it "
                                "without scheme and port: registry.lab" % name)
-        entries.append(("IP:" if is_address else "DNS:") + name)
+        entries.append("%s:%s" % (kind, name))
     return ",".join(entries)
 
 
