@@ -11046,10 +11046,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
     wfile: Any
     connection: Any
     request_version = "HTTP/1.1"
-    counts_for = network = ""  # the client whose connection it is, for the limits
-    speaks_plain = False       # whether the client speaks HTTP to a server of HTTPS
+    network = ""          # that of the client whose connection it is, for the limits
+    speaks_plain = False  # whether the client speaks HTTP to a server of HTTPS
     certificate: Optional[str] = None  # the user named by its TLS certificate
-    sent = 0                   # bytes of the present response's body
+    sent = 0              # bytes of the present response's body
 
     def setup(self) -> None:
         """Prepare the socket. Their buffered files would copy every byte once more, and know no
@@ -11191,9 +11191,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         body = RequestBody(self.rfile,
                            None if is_chunked else int(self.headers.get("content-length", 0)),
                            self.handle_expect_100 if waits else None)
-        tls, client = self.worker.tls, self.client
-        if "x-forwarded-for" in self.headers:
-            client = client_behind(client, self.headers["x-forwarded-for"], self.worker.proxies)
+        tls, forwarded = self.worker.tls, self.headers.get("x-forwarded-for", "")
+        client = client_behind(self.client, forwarded, self.worker.proxies)
         request = Request(self.command, self.path, self.headers, body, client,
                           "https" if tls else "http", self.certificate, tls.ca if tls else None,
                           self.request_version[-3:])
@@ -11207,7 +11206,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if self.speaks_plain:
             return handle_plain_http(request)
         client = request.client
-        if client != self.counts_for and self.worker.crowd.count(self, client) > 0:
+        if client_key(client) != self.network and self.worker.crowd.count(self, client) > 0:
             return Response.of_error(too_many_connections(client))
         response = for_people(
             request, dispatch(self.worker.registry, self.worker.access, request))
@@ -11504,7 +11503,6 @@ class Crowd:
     def count(self, connection: Connection, client: str) -> int:
         """Count a connection as this client's; returns by how many the client has too many."""
         with self.changed:
-            connection.counts_for = client
             connection.network = client_key(client)
             self.connections.add(connection)
             left = self.room - len(self.connections)
