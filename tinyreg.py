@@ -11687,11 +11687,8 @@ class Supervisor:
 def next_signal() -> int:
     """Wait in a supervised process for SIGTERM or SIGHUP; returns which.
 
-    Ctrl-C reaches this process too, and is ignored here: the supervisor acts on it."""
-    while True:
-        number = signal.sigwait(SIGNALS)
-        if number in (signal.SIGTERM, signal.SIGHUP):
-            return number
+    Ctrl-C reaches this process too, where nobody waits for it: the supervisor acts on it."""
+    return signal.sigwait({signal.SIGTERM, signal.SIGHUP})
 
 # -------------------------------------------------------------------------------------------------
 # 19  Commands
