@@ -313,6 +313,22 @@ class Server:
         self.start()
 
 
+# The files of tests that take longest, the longest first. They come before all others, so that in the end no worker
+# is left alone with one of them.
+LONGEST = ["cluster", "readme", "crash", "clients", "hosts", "first_hour", "commands", "archive", "remote", "server",
+           "tls", "login", "signatures", "mirror", "distribution", "carry", "copy", "page", "gc", "workers"]
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist would begin with the files that have the most tests
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of one file stay together, in their order."""
+    rank = {"test_%s.py" % name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 @pytest.fixture(autouse=True)
 def same_process():
     """What a command or a request that ran in this process has set for its process, or thread, is undone."""
