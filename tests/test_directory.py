@@ -16,7 +16,7 @@ import threading
 import pytest
 
 import tinyreg
-from conftest import TINYREG
+from conftest import PATIENCE, TINYREG
 from samples import (CONFIG, descriptor, image, index, make_image, make_referrer, push_blob,
                      read_blob, to_bytes, to_manifest)
 from test_files import STEPS, Tracer
@@ -1088,7 +1088,7 @@ def test_the_same_blob_from_many(store, root):
     def push(number):
         session = store.start_upload("repository%d" % (number % 2))
         session.append(io.BytesIO(content))
-        barrier.wait(30)
+        barrier.wait(PATIENCE)
         session.commit(Digest.of(content))
         digests.append(read_blob(store, "repository%d" % (number % 2), Digest.of(content)))
 

@@ -516,7 +516,7 @@ def test_a_tag_that_moves_meanwhile_stays(aged, monkeypatch):
     sweep = Collection.sweep
 
     def push_first(collection, kind, entries, name=None):
-        if kind == "tag" and not aged.lock.pushed:
+        if (kind, name) == ("tag", "app") and not aged.lock.pushed:
             aged.lock.pushed = True
             aged.put_manifest("app", manifest, ["5"])
             aged.put_manifest("app", again, ["new"])

@@ -146,9 +146,9 @@ def test_an_endpoint_that_hangs_slows_nothing_and_hinders_no_other(start_server,
         push(server, "warm", "up")
         push(server, "lab/app", *["t%d" % number for number in range(20)])
         until(lambda: "t19" in hook.tags())
-        text = server.ask("GET", "/metrics").text
-        assert 'tinyreg_notifications_waiting{endpoint="%s"} 0\n' % Endpoint(hook.url).shown in text
-        assert 'tinyreg_notifications_waiting{endpoint="%s"} 25\n' % Endpoint(stuck.url).shown in text
+        waiting = ['tinyreg_notifications_waiting{endpoint="%s"} %d\n' % (Endpoint(url).shown, number)
+                   for url, number in ((hook.url, 0), (stuck.url, 25))]
+        until(lambda: all(line in server.ask("GET", "/metrics").text for line in waiting), what="the metrics")
     finally:
         stuck.close()
 

@@ -205,7 +205,7 @@ def test_it_serves_on_sockets_that_systemd_opened(tmp_path, family, host):
         assert ask(url, "GET", "/v2/")[0] == 200  # waits in the socket's queue until it serves
         process.terminate()
         assert url in process.stdout.read()  # the banner
-        assert process.wait(timeout=30) == 0
+        assert process.wait(PATIENCE) == 0
     finally:
         process.kill()
         process.wait()
