@@ -6828,14 +6828,16 @@ def tags_listed(path: str, origins: AbstractSet[str]) -> Callable[[str, str, Dig
 # Names on the way, and pins
 
 
+RENAMING = re.compile("(%s)/*=(%s)?/*" % (NAME.pattern, NAME.pattern))
+
+
 def parse_rename(text: str) -> Tuple[str, str]:
     """FROM=TO, with which names of repositories begin; hosts may have ports. Without TO the
     beginning is left out. Raises CommandError."""
-    sides = [side.rstrip("/").partition("/") for side in text.split("=")]
-    old, *new = [origin_of(host) + slash + path for host, slash, path in sides]
-    if len(new) != 1 or not NAME.fullmatch(old) or new[0] and not NAME.fullmatch(new[0]):
+    match = RENAMING.fullmatch(re.sub("(^|=)[^=/]*", lambda host: origin_of(host[0]), text))
+    if not match:
         raise CommandError("%r is no FROM=TO; write for example docker.io/library=base" % text)
-    return old, new[0]
+    return match[1], match[2] or ""
 
 
 def begins_with(name: str, beginning: str) -> bool:
@@ -7363,13 +7365,11 @@ def files_in(registry: Reader, name: str, manifest: Manifest) -> Dict[str, Descr
             continue
         if annotations.get("io.deis.oras.content.unpack") == "true":
             title += ".tar.gz"
-        problem = ""
-        if {"", ".", ".."}.intersection(title.split("/")) or harmless(title) != title:
-            problem = "refused, for it may lead out of the folder, or can't be shown"
-        elif files.setdefault(title, blob).digest != blob.digest:
-            problem = "two files have one name"
-        if problem:
-            raise RegistryError("MANIFEST_INVALID", title[:MAX_NAME], message=problem)
+        is_bad = {"", ".", ".."}.intersection(title.split("/")) or harmless(title) != title
+        if is_bad or files.setdefault(title, blob).digest != blob.digest:
+            raise RegistryError("MANIFEST_INVALID", title[:MAX_NAME], message=(
+                "refused, for it may lead out of the folder, or can't be shown" if is_bad
+                else "two files have one name"))
     return files
 
 
