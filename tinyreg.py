@@ -11696,7 +11696,7 @@ def next_signal() -> int:
 # The command line. A command is a function from the parsed options to the exit status: 0 done, 1
 # failed or damage found, 2 wrong command line. It prints what it reports on stdout, with --json in
 # a shape that programs may rely on; what went wrong is one line on stderr that says what to do.
-# Options and help texts are the tables at the end; all else about images is in the rooms above.
+# Options and help are texts at the end; all else about images is in the rooms above.
 # -------------------------------------------------------------------------------------------------
 
 
@@ -14630,15 +14630,16 @@ def with_environment(words: List[str], fail: Callable[[str], None]) -> List[str]
     named = {word.partition("=")[0] for word in words}
     added = []
     for variable, text in os.environ.items():
-        (name, *_), settings = VARIABLES.get(variable, Option([""], {}))
-        action = settings.get("action")
-        if not settings:
+        if variable not in VARIABLES:
             if variable.startswith("TINYREG_") and not re.search(
                     "_SERVICE_(HOST|PORT)|_PORT_[0-9]|_PORT=[a-z]+:", variable + "=" + text):
                 fail("%s is set, but there is no such option" % variable)
-        elif not text or name in named:
-            pass
-        elif action != "store_true":
+            continue
+        (name, *_), settings = VARIABLES[variable]
+        action = settings.get("action")
+        if not text or name in named:
+            continue
+        if action != "store_true":
             values = text.split() if action == "append" else [text]
             added += ["%s=%s" % (name, value) for value in values]
         elif text.lower() in YES:
