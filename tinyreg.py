@@ -1984,6 +1984,15 @@ def resolve_reference(registry: Reader, name: str, reference: Reference) -> Dige
     return reference if isinstance(reference, Digest) else registry.resolve(name, reference)
 
 
+def delete_reference(registry: Writer, name: str, reference: Reference) -> None:
+    """Delete a tag, or a manifest with all tags that point to it. Raises NAME_UNKNOWN,
+    MANIFEST_UNKNOWN."""
+    if isinstance(reference, Digest):
+        registry.delete_manifest(name, reference)
+    else:
+        registry.delete_tag(name, reference)
+
+
 def iter_tags(registry: Reader, name: str) -> Iterator[Tuple[str, Digest]]:
     """Yield each tag of a repository and the digest that it points to. Raises NAME_UNKNOWN."""
     for tag in registry.tags(name):
@@ -8856,10 +8865,7 @@ def delete_manifest(registry: Registry, request: Request, name: str,
                     reference: Reference) -> Response:
     """Delete a tag, or a manifest with all tags that point to it (end-9). Raises NAME_UNKNOWN,
     MANIFEST_UNKNOWN."""
-    if isinstance(reference, Digest):
-        registry.delete_manifest(name, reference)
-    else:
-        registry.delete_tag(name, reference)
+    delete_reference(registry, name, reference)
     return Response(202)
 
 
@@ -12710,12 +12716,8 @@ def remove(options: argparse.Namespace) -> int:
                 if present != digest:  # pushed again since it was planned
                     moved.append("%s stays: the tag points to %s" % (image, present))
                     continue
-                if options.dry_run:
-                    pass
-                elif isinstance(reference, Digest):
-                    store.delete_manifest(name, reference)
-                else:
-                    store.delete_tag(name, reference)
+                if not options.dry_run:
+                    delete_reference(store, name, reference)
             done.append(deletion)
     finally:
         report = {"deleted": [deletion.image for deletion in done],
