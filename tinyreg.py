@@ -4441,10 +4441,7 @@ def unpack(blocks: Iterable[bytes], scratch: str) -> BinaryIO:
 
 
 def unpack_by_command(program: str, source: BinaryIO, scratch: str) -> BinaryIO:
-    """What the program makes of a compressed file or pipe. Raises ValueError, OSError."""
-    if not source.seekable():  # what was read to recognize it is gone from the pipe
-        source = unpack(iter_blocks(source), scratch)
-    os.lseek(source.fileno(), 0, os.SEEK_SET)
+    """What the program makes of a compressed file. Raises ValueError, OSError."""
     try:
         limit = ["-M%d" % MAX_UNPACKER] * (program == "xz")
         process: Any = subprocess.Popen([program, "-dc"] + limit, stdin=source,
@@ -4465,12 +4462,15 @@ def open_tar(path: str, scratch: str = "") -> BinaryIO:
 
     Raises ValueError, OSError."""
     is_stdin = path == "-" and scratch
-    source = open(0 if is_stdin else path, "rb", closefd=not is_stdin)
-    packed = find_compression(source.peek(8))
-    if packed and not scratch:
-        raise ValueError("it is compressed with %s; decompress it first" % packed)
+    source: BinaryIO = open(0 if is_stdin else path, "rb", closefd=not is_stdin)
+    if scratch and not source.seekable():  # a pipe
+        source = unpack(iter_blocks(source), scratch)
+    packed = find_compression(os.pread(source.fileno(), 8, 0))
     if not packed:
-        return unpack(iter_blocks(source), scratch) if is_stdin else source
+        return source
+    if not scratch:
+        raise ValueError("it is compressed with %s; decompress it first" % packed)
+    source.seek(0)
     try:
         module = importlib.import_module(DECOMPRESSORS[packed])
     except ImportError:

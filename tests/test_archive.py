@@ -16,6 +16,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 
 import pytest
@@ -1517,6 +1518,19 @@ def test_airgap_images_are_listed_and_loaded_as_they_come(tmp_path, far, compres
     plain = Archive([str(tmp_path / "k3s.tar")])
     assert far.resolve(NAME, "1") == far.resolve("lab.example_5000/x", "2") == plain.resolve(NAME, "1")
     assert os.listdir(far.layout.scratch) == []
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_archive_comes_from_a_pipe_that_has_a_name(store, far, save, load, tmp_path, packed):
+    """As the shell makes one of <(gpg -d images.tar.gpg)."""
+    make_image(store, NAME, "1")
+    content, pipe = open(save("demo:1"), "rb").read(), str(tmp_path / "pipe")
+    os.mkfifo(pipe)
+    writer = subprocess.Popen(["cp", "/dev/stdin", pipe], stdin=subprocess.PIPE)
+    threading.Thread(target=writer.communicate, args=(gzip.compress(content) if packed else content,),
+                     daemon=True).start()
+    done = load(pipe)
+    assert (done.returncode, done.stderr) == (0, "") and same(store, far)
 
 
 @pytest.mark.parametrize("program", sorted(tinyreg.DECOMPRESSORS))
