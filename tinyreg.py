@@ -10121,8 +10121,8 @@ def get_page(registry: Registry, request: Request) -> Response:
             return tags_page(registry, request, name)
         return image_page(registry, request, name, parse_reference(reference))
     except Unknown:
-        log_in = request.access.users_file and Markup(OR_LOG_IN)
-        return page("Not here", fill(NOT_HERE, log_in), status=404)
+        advice = request.access.users_file and Markup(OR_LOG_IN)
+        return page("Not here", fill(NOT_HERE, advice), status=404)
 
 
 # Disk use
