@@ -13622,30 +13622,29 @@ def keep_ranges(store: Directory, archive: Archive) -> None:
                 store.files.fill(path, functools.partial(copy_bytes, blob, member.length))
 
 
-def iter_part_lines(archive: Archive, reports: List[Report], are_kept: bool) -> Iterator[str]:
-    """Yield a line for each split archive of which more parts are needed. `are_kept` is whether
-    the ranges of its blobs are kept until the next load."""
-    needed = set().union(*[archive.needed_parts(digest, are_kept)
-                           for digest in lacking_digests(reports)])
+def iter_problems(options: argparse.Namespace, archive: Archive,
+                  reports: List[Report]) -> Iterator[str]:
+    """Yield what is wrong with archives, and what to do: a line for each file that is damaged, and
+    for each split archive of which more parts are needed."""
+    lacking = lacking_digests(reports)
+    for entry in sorted(archive.unreadable.items()):
+        yield "%s: %s" % entry
+    for path in sorted(set(archive.damaged.values())):
+        yield "%s is damaged: copy it again; what is intact in it was taken" % path
+    if lacking & archive.parts.left_out:
+        yield ("what --have said is here was left out on purpose, and is not here: save again "
+               "with --have of what `ls --digests` says now")
+    if options.dry_run:
+        return
+    advice = " (load all at once: another registry keeps no pieces of a blob)" if options.to else ""
+    needed = set().union(*[archive.needed_parts(digest, not options.to) for digest in lacking])
     complete = sum(report.complete for report in reports)
-    advice = "" if are_kept else " (load all at once: another registry keeps no pieces of a blob)"
     for key, names in archive.parts.names.items():
         missing = part_numbers(needed, key)
         taken = parts_in_words(part_numbers(archive.parts.given - needed, key), names)
         if missing:
             yield "%s taken; %d of %d images complete; still needed: %s%s" % (
                 taken, complete, len(reports), missing, advice)
-
-
-def iter_archive_problems(archive: Archive, reports: List[Report]) -> Iterator[str]:
-    """Yield what is wrong with archives, a line for each file that is damaged, and what to do."""
-    for entry in sorted(archive.unreadable.items()):
-        yield "%s: %s" % entry
-    for path in sorted(set(archive.damaged.values())):
-        yield "%s is damaged: copy it again; what is intact in it was taken" % path
-    if lacking_digests(reports) & archive.parts.left_out:
-        yield ("what --have said is here was left out on purpose, and is not here: save again "
-               "with --have of what `ls --digests` says now")
 
 
 # A list without it, given to save --have, would leave out what is wanted.
@@ -13680,9 +13679,7 @@ def load(options: argparse.Namespace) -> int:
             file.writelines(line + "\n" for line in ([WANTED] if lines else []) + lines)
     if not options.dry_run and not options.to:
         keep_ranges(store, archive)
-    problems = list(iter_archive_problems(archive, reports))
-    if not options.dry_run:
-        problems += iter_part_lines(archive, reports, are_kept=not options.to)
+    problems = list(iter_problems(options, archive, reports))
     for line in problems:
         complain("tinyreg: " + line)
     return 1 if problems else status
