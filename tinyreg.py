@@ -13669,8 +13669,9 @@ def load(options: argparse.Namespace) -> int:
         raise CommandError("no images in " + archive.root)
     transfer = Transfer(options, target)
     choices = None if options.images or options.file else [Choice("**")]
-    reports = [transfer.add(choice, archive, *image) for choice, *image
-               in iter_stored(options, archive, transfer.fail, choices)]
+    reports = [transfer.add(choice, archive, *image) for choice, *image in iter_stored(
+        options, archive, lambda image, why: transfer.fail(image, "no such file, and %s" % why),
+        choices)]
     transfer.files = [{"file": path, "error": archive.unreadable.get(path)} for path in archives]
     status = transfer.run()
     if options.want:
