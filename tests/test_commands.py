@@ -580,11 +580,11 @@ def test_tag_on_a_disk_that_is_full_sets_no_tag_before_its_image_is_there(store,
     store.put_manifest("a", both, ["1"])
     publish, left = tinyreg.Files.publish, [0]
 
-    def fail_later(files, temporary, path):
+    def fail_later(files, temporary, path, **how):
         left[0] -= 1
         if left[0] < 0:
             raise OSError(errno.ENOSPC, "No space left on device", path)
-        publish(files, temporary, path)
+        publish(files, temporary, path, **how)
 
     monkeypatch.setattr(tinyreg.Files, "publish", fail_later)
     for written in range(20):

@@ -488,6 +488,8 @@ ATTACKS = {
     "ENTRY_HEAD": [(b"", b"9", b"\n"), (b"1 ", b"9", b"")],
     "LASTING": [(LAYERS + "sha256/ab/", "a", "/"), (TAGS, "a/_layers/", "x"), (TAGS, "/", "_"),
                 (TAGS + "a/_manifests/tags/", "a", "/"), ("tinyreg/pinned/", "a/_digests/", ""), (TAGS, "a/_", "")],
+    "RENAMING": [("", "a", ""), ("a", "/", "x"), ("", "a/", "="), ("a=", "/", "x"), ("a=", "a/", "A"),
+                 ("a/=", "a.", "")],
     "FALLBACK_TAG": [("sha256-" + HEX, ".", "\n"), ("", "sha256-", "")],
     "BOUND": [("", ">", ""), (">=", "1", ";"), ("<", " ", "")],
     "IMAGE_KEY": [("", " ", ""), ("", ", ", ""), (",", " ", ""), ("", "-", ""), ("", "image:", ""),
