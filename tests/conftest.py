@@ -30,6 +30,14 @@ import tinyreg  # noqa: E402  what follows needs the path
 from samples import descriptor  # noqa: E402
 from tinyreg import MANIFEST_TYPES, OCI_INDEX, Digest, Directory  # noqa: E402
 
+# Where the tests' stores are, if there is such a place: no test pulls the plug, so none needs a disk to wait for.
+# It has room for the large images of two workers, and programs may be run from it.
+MEMORY = "/dev/shm"
+if os.path.isdir(MEMORY):
+    room = os.statvfs(MEMORY)
+    if room.f_bavail * room.f_frsize >= 4 << 30 and not room.f_flag & (os.ST_RDONLY | os.ST_NOEXEC):
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
+
 # Seconds until a test gives up waiting for something. Large, so that a busy machine fails no test;
 # what comes is never waited for longer than it takes.
 PATIENCE = 60
