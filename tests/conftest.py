@@ -30,17 +30,25 @@ import tinyreg  # noqa: E402  what follows needs the path
 from samples import descriptor  # noqa: E402
 from tinyreg import MANIFEST_TYPES, OCI_INDEX, Digest, Directory  # noqa: E402
 
-# Where the tests' stores are, if there is such a place: no test pulls the plug, so none needs a disk to wait for.
-# It has room for the large images of two workers, and programs may be run from it.
-MEMORY = "/dev/shm"
-if os.path.isdir(MEMORY):
-    room = os.statvfs(MEMORY)
-    if room.f_bavail * room.f_frsize >= 4 << 30 and not room.f_flag & (os.ST_RDONLY | os.ST_NOEXEC):
-        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
-
 # Seconds until a test gives up waiting for something. Large, so that a busy machine fails no test;
 # what comes is never waited for longer than it takes.
 PATIENCE = 60
+
+
+def memory():
+    """A folder in memory, if there is one that programs run from, with room for two workers' large images; or None."""
+    path = "/dev/shm"
+    if os.path.isdir(path):
+        disk = os.statvfs(path)
+        if disk.f_bavail * disk.f_frsize >= 4 << 30 and not disk.f_flag & (os.ST_RDONLY | os.ST_NOEXEC):
+            return path
+    return None
+
+
+# What tests write is there: none of them pulls the plug, so none needs to wait for a disk.
+MEMORY = memory()
+if MEMORY:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
 
 
 def found_pythons():

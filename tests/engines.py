@@ -1,7 +1,7 @@
 """Real clients for the tests: a Docker engine, a containerd, and roots for podman, buildah and skopeo, all private.
 
-Everything they write lies in one folder below /tmp (short, because of Unix sockets' names), and is gone when the
-session of tests ends. Nothing of the machine's own engines, storage or configuration is used.
+Everything they write lies in folders with short paths (because of Unix sockets' names), and is gone when the session
+of tests ends. Nothing of the machine's own engines, storage or configuration is used.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ import tempfile
 
 import pytest
 
-from conftest import until
+from conftest import MEMORY, until
 
 IN_CI = os.environ.get("CI") == "true"
 BUSYBOX = next((path for path in ("/usr/bin/busybox", "/bin/busybox") if os.path.exists(path)), None)
-LARGE = 100 << 20  # bytes of files in the large root filesystem
+LARGE = 48 << 20  # bytes of files in the large root filesystem
 
 # How the configuration of an nginx begins that keeps all of its files in one folder.
 NGINX_BEGIN = """
@@ -71,9 +71,9 @@ def unmount_below(folder):
 
 
 @contextlib.contextmanager
-def private_folder(name):
+def private_folder(name, place=MEMORY or "/tmp"):
     """A folder with a short path; at the end nothing is mounted in it, and it is gone."""
-    folder = tempfile.mkdtemp(prefix="tinyreg-%s-" % name, dir="/tmp")
+    folder = tempfile.mkdtemp(prefix="tinyreg-%s-" % name, dir=place)
     try:
         yield folder
     finally:
@@ -303,5 +303,5 @@ def large_root():
 
 @pytest.fixture(params=["small", "large"])
 def image_root(request):
-    """Each test with it runs twice: with busybox alone, and with a hundred megabytes beside it."""
+    """Each test with it runs twice: with busybox alone, and with many megabytes beside it."""
     return request.getfixturevalue(request.param + "_root")

@@ -240,7 +240,7 @@ def cluster(request):
     with open("/tmp/tinyreg-cluster.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for is_last in (False, True):  # on a busy machine a daemon may be too late for another
-            with private_folder("cluster") as folder:
+            with private_folder("cluster", "/tmp") as folder:  # they want the attributes of a disk
                 cluster = request.param(folder)
                 try:
                     try:
