@@ -331,8 +331,8 @@ class Server:
 
 # The files of tests that take longest, the longest first. They come before all others, so that in the end no worker
 # is left alone with one of them.
-LONGEST = ["cluster", "readme", "crash", "clients", "hosts", "first_hour", "commands", "archive", "remote", "server",
-           "tls", "login", "signatures", "mirror", "distribution", "carry", "copy", "page", "gc", "workers"]
+LONGEST = ["cluster", "readme", "archive", "remote", "commands", "clients", "crash", "hosts", "mirror", "first_hour",
+           "login", "gc", "carry", "distribution", "tls", "signatures", "copy", "server", "workers", "full_disk"]
 
 
 def pytest_configure(config):
