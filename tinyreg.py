@@ -1118,6 +1118,13 @@ def sync_path(path: str) -> None:
         sync(descriptor)
 
 
+def sync_present(paths: Iterable[str]) -> None:
+    """Make files and folders durable, if they are there. Raises OSError."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):  # another program has deleted it
+            sync_path(path)
+
+
 # Held while root makes a folder: a thread that makes one inside it finds it given away.
 making_directory = threading.Lock()
 
@@ -1300,11 +1307,16 @@ class Files:
             self.publish(temporary, path)
 
     @contextlib.contextmanager
-    def staged(self, path: str, content: bytes) -> Iterator[Callable[[], None]]:
-        """Write a small file, and yield what puts it in place, which needs no more space; nothing
-        of it waits for the disk. It is deleted if it was not put there. Raises OSError.
+    def staged(self, path: str, content: bytes, ready: str = "") -> Iterator[Callable[[], None]]:
+        """Write a small file, unless the path `ready` has it, and yield what puts it in place,
+        which needs no more space; nothing of it waits for the disk. What was written is deleted if
+        it was not put there. Raises OSError.
 
         If the file already has this content, only its mtime is renewed."""
+        if ready:
+            make_directories(os.path.dirname(path), durable=False)
+            yield functools.partial(self.publish, ready, path, durable=False)
+            return
         if read_file(path, len(content) + 1) == content:
             yield functools.partial(os.utime, path)
             return
@@ -1475,6 +1487,15 @@ class SharedLock:
         return self._lock(fcntl.LOCK_EX)
 
 
+class SmallFile(NamedTuple):
+    """What a journal takes: where a file is to be, its content and, if that is in a file of the
+    store already, the path of that file, which is moved."""
+
+    path: str
+    content: bytes
+    ready: str = ""
+
+
 ENTRY_HEAD = re.compile(br"(\d{1,4}) (\d{1,7})\n")  # lengths of a path and of a content
 
 
@@ -1488,6 +1509,7 @@ class JournalFile:
         fcntl.flock(self.file, fcntl.LOCK_EX)
         sync_path(folder)
         self.process = os.getpid()
+        self.paths: Set[str] = set()  # of its files
         self.users = 0    # threads whose entries are not in place yet
         self.size = 0
         self.durable = 0  # so many of its bytes are
@@ -1560,22 +1582,23 @@ class Journal:
         self.current: Optional[JournalFile] = None
         self.settler = threading.Lock()  # held while a thread settles a full journal
 
-    def write(self, entries: Sequence[Tuple[str, bytes]]) -> None:
-        """Put small files in place, in this order; they are durable before the first one is. The
-        caller shares the lock. Raises OSError."""
+    def write(self, files: Sequence[SmallFile]) -> None:
+        """Put files in place, in this order; they are durable before the first one is. The caller
+        shares the lock. Raises OSError."""
         lines = []
-        for path, content in entries:
-            place = os.fsencode(path[len(self.root):])
-            lines += [b"%d %d\n" % (len(place), len(content)), place, content]
+        for file in files:
+            place = os.fsencode(file.path[len(self.root):])
+            lines += [b"%d %d\n" % (len(place), len(file.content)), place, file.content]
         with contextlib.ExitStack() as stack:
             # A disk that is full should say so before the journal has it.
-            places = [stack.enter_context(self.files.staged(*entry)) for entry in entries]
-            with self._durable(b"".join(lines)):
+            places = [stack.enter_context(self.files.staged(*file)) for file in files]
+            with self._durable(b"".join(lines)) as journal:
                 for put in places:
                     put()
+                journal.paths.update(file.path for file in files)
 
     @contextlib.contextmanager
-    def _durable(self, entry: bytes) -> Iterator[None]:
+    def _durable(self, entry: bytes) -> Iterator[JournalFile]:
         """Have bytes in this process's journal during the block, which puts them in place. If the
         journal is full, and nobody else uses it, it is settled then."""
         with self.mutex:
@@ -1586,7 +1609,7 @@ class Journal:
             end = journal.append(entry)
         try:
             journal.sync(end)
-            yield
+            yield journal
         finally:
             with self.mutex:
                 journal.users -= 1
@@ -1596,16 +1619,15 @@ class Journal:
             if is_done:
                 journal.close()
             if is_done and not journal.failure and self.settler.acquire(blocking=False):
-                threading.Thread(target=self._settle_beside, args=(journal.path,),
-                                 daemon=True).start()
+                threading.Thread(target=self._settle_beside, args=(journal,), daemon=True).start()
             elif is_done:  # that thread is busy: wait, so that journals don't become more and more
-                self.settle(journal.path)
+                self.settle(journal.path, journal.paths)
 
-    def _settle_beside(self, path: str) -> None:
+    def _settle_beside(self, journal: JournalFile) -> None:
         """Settle a journal, in the thread for that."""
         try:
             with self.lock.shared(changes=False):
-                self.settle(path)
+                self.settle(journal.path, journal.paths)
         finally:
             self.settler.release()
 
@@ -1623,21 +1645,26 @@ class Journal:
             yield os.path.join(self.root, place), content
             head = ENTRY_HEAD.match(journal, end)
 
-    def settle(self, path: str) -> None:
-        """Make what a journal has durable in its places, and delete it. The caller shares the
-        lock, and nobody appends to it. If the disk fails, it stays, and that is logged."""
+    def _restored(self, path: str) -> Iterator[str]:
+        """Put in place what a journal has, where it is not; yields its paths. Raises OSError."""
+        for place, content in self._read(path):
+            if read_file(place, len(content) + 1) != content:
+                with self.files.staged(place, content) as put:
+                    put()
+            yield place
+
+    def settle(self, path: str, paths: Iterable[str]) -> None:
+        """Make the files of a journal durable, which are at these paths, and delete it. The caller
+        shares the lock, and nobody appends to it. If that fails, it stays, and that is logged."""
         places: Set[str] = set()
         try:
-            for place, content in self._read(path):
-                if read_file(place, len(content) + 1) != content:
-                    with self.files.staged(place, content) as put:
-                        put()
+            for place in paths:
                 while len(place) > len(self.root) and place not in places:
                     places.add(place)
                     place = os.path.dirname(place)
             parts = [list(places)[number::SYNCS_AT_ONCE] for number in range(SYNCS_AT_ONCE)]
             with concurrent.futures.ThreadPoolExecutor(SYNCS_AT_ONCE) as pool:
-                list(pool.map(lambda part: list(map(sync_path, part)), parts))
+                list(pool.map(sync_present, parts))
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 os.unlink(path)
             sync_path(self.folder)
@@ -1645,24 +1672,37 @@ class Journal:
             logger.warning("what %s has could not be stored (%s); it stays there until the next "
                            "start", path, error)
 
-    def settle_all(self) -> None:
-        """Settle all journals, also those of other processes. The caller holds the lock alone."""
+    def _iter_journals(self) -> Iterator[Tuple[str, bool]]:
+        """Yield the path of each journal, and whether the process that wrote it has ended. Raises
+        OSError."""
         for name in list_directory(self.folder):
-            self.settle(os.path.join(self.folder, name))
-        if self.current:
-            self.current.close()  # only then its space is free
-            self.current = None
+            path = os.path.join(self.folder, name)
+            with contextlib.suppress(FileNotFoundError):  # settled meanwhile
+                # NFS locks alone only what is open for writing.
+                with open(path, "r+b" if os.access(path, os.W_OK) else "rb") as journal:
+                    has_ended = True
+                    try:
+                        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        has_ended = False
+                    yield path, has_ended
 
     def recover(self) -> None:
         """Settle the journals of processes that have ended. Raises OSError."""
-        for name in list_directory(self.folder):
-            path = os.path.join(self.folder, name)
-            with contextlib.suppress(FileNotFoundError, BlockingIOError):  # it is not left behind
-                # NFS locks alone only what is open for writing.
-                with open(path, "r+b" if os.access(path, os.W_OK) else "rb") as journal:
-                    fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    with self.lock.shared():
-                        self.settle(path)
+        for path, has_ended in self._iter_journals():
+            if has_ended:
+                with self.lock.shared():
+                    self.settle(path, self._restored(path))
+
+    def settle_all(self) -> None:
+        """Settle all journals, also those of other processes. The caller holds the lock alone.
+        Raises OSError."""
+        for path, has_ended in self._iter_journals():
+            # What a living process has put in place may be damaged since: verify should see that.
+            self.settle(path, self._restored(path) if has_ended else dict(self._read(path)))
+        if self.current:
+            self.current.close()  # only then its space is free
+            self.current = None
 
     def close(self) -> None:
         """Settle this process's journal."""
@@ -1671,7 +1711,7 @@ class Journal:
         if journal and not journal.users:  # else the last of them settles it
             journal.close()
             with self.lock.shared(changes=False):
-                self.settle(journal.path)
+                self.settle(journal.path, journal.paths)
 
 # -------------------------------------------------------------------------------------------------
 # 5  Registry
@@ -2776,17 +2816,17 @@ class Directory(Registry):
 
     # Small files
 
-    def _keep(self, *entries: Tuple[str, bytes]) -> None:
-        """Put small files in place, in this order, durably; they are of the kind that never
-        changes. The caller shares the lock."""
+    def _keep(self, *files: SmallFile) -> None:
+        """Put files in place, in this order, durably; they are of the kind that never changes. The
+        caller shares the lock."""
         if not self.shared:
-            return self.journal.write(entries)
-        for path, content in entries:  # a journal is one host's
-            self.files.write(path, content)
+            return self.journal.write(files)
+        for file in files:  # a journal is one host's
+            self.files.write(file.path, file.content)
 
-    def link(self, folder: str, digest: Digest) -> Tuple[str, bytes]:
-        """The path and content of the link in a folder."""
-        return self.layout.link_in(folder), digest.encode("ascii")
+    def link(self, folder: str, digest: Digest) -> SmallFile:
+        """The link in a folder."""
+        return SmallFile(self.layout.link_in(folder), digest.encode("ascii"))
 
     def _touch_link_if_old(self, folder: str) -> bool:
         """Whether a link is there. The caller then tells a client of what the link names.
@@ -3164,11 +3204,11 @@ class Directory(Registry):
         if not is_small:
             sync(file.fileno())
         with self._within_quota(name, size, digest), self.lock.shared():
+            os.utime(temporary)  # gc should see it as new, though its last byte may be old
             if is_small:
                 file.seek(0)
-                return self._keep((path, file.read(size)), link)
-            os.utime(temporary)  # gc should see it as new, though its last byte may be old
-            make_directories(os.path.dirname(link[0]), durable=self.shared)
+                return self._keep(SmallFile(path, file.read(size), temporary), link)
+            make_directories(os.path.dirname(link.path), durable=self.shared)
             self.files.publish(temporary, path)
             self._keep(link)
 
@@ -3214,26 +3254,26 @@ class Directory(Registry):
             missing |= gone.intersection(sizes)
             if missing:
                 raise RegistryError("MANIFEST_BLOB_UNKNOWN", *sorted(missing))
-            blob = self.layout.blob_path(manifest.digest), manifest.content
+            blob = SmallFile(self.layout.blob_path(manifest.digest), manifest.content)
+            files = [self.link(self.layout.revision_path(name, manifest.digest), manifest.digest)]
+            files += [self._trace_of_tag(name, tag, manifest.digest) for tag in tags]
             if size > SMALL_FILE:
-                self.files.write(*blob)
-            entries = [] if size > SMALL_FILE else [blob]
-            entries.append(self.link(self.layout.revision_path(name, manifest.digest),
-                                      manifest.digest))
-            entries += [self._trace_of_tag(name, tag, manifest.digest) for tag in tags]
-            self._keep(*entries)
+                self.files.write(blob.path, blob.content)
+            else:
+                files.insert(0, blob)
+            self._keep(*files)
             if tags:  # what the folder has is durable, or in the journal
                 make_directories(self.layout.repository_path(name))
             for tag in tags:
                 if not isinstance(tag, Digest):
-                    self.files.write(*self.link(self.layout.current_path(name, tag),
-                                                 manifest.digest))
+                    current = self.link(self.layout.current_path(name, tag), manifest.digest)
+                    self.files.write(current.path, current.content)
 
-    def _trace_of_tag(self, name: str, tag: str, digest: Digest) -> Tuple[str, bytes]:
-        """The path and content of what stays if a tag moves on: the link to a manifest to which
-        it has pointed; the manifest's pin, if the tag is a digest."""
+    def _trace_of_tag(self, name: str, tag: str, digest: Digest) -> SmallFile:
+        """What stays if a tag moves on: the link to a manifest to which it has pointed; the
+        manifest's pin, if the tag is a digest."""
         if isinstance(tag, Digest):
-            return self.layout.pin_path(name, tag), b""
+            return SmallFile(self.layout.pin_path(name, tag), b"")
         return self.link(os.path.join(self.layout.former_path(name, tag), digest.algorithm,
                                        digest.encoded), digest)
 
@@ -3332,12 +3372,12 @@ class DirectoryUpload(UploadSession):
             # what a journal writes makes it so.
             make_directories(self.store.layout.repository_path(self.name),
                              durable=self.store.shared)
-            for folder in (os.path.dirname(self.folder), self.folder):
-                with contextlib.suppress(FileExistsError):  # of another session
-                    make_directory(folder)
-            with open(os.path.join(self.folder, "startedat"), "w", opener=open_owned) as file:
-                file.write(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-            open(self.path, "xb", opener=open_owned).close()
+            make_directories(self.folder, durable=False)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            with descriptor_of(os.path.join(self.folder, "startedat"), flags) as file:
+                os.write(file, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()).encode())
+            with descriptor_of(self.path, flags):
+                pass
         self.store.keep_hasher(self, hashlib.new(algorithm))
 
     def resume(self) -> bool:
@@ -3397,7 +3437,8 @@ class DirectoryUpload(UploadSession):
             # Another process may have begun the upload; then sha256 is a good guess.
             unused = None if self.offset else hashlib.sha256()
             hasher = self.store.hashers.pop((self.id, self.offset), unused)
-            buffer, more = memoryview(bytearray(MAX_UPLOAD_READ)), True
+            size = min(getattr(body, "left", 0) or MAX_UPLOAD_READ, MAX_UPLOAD_READ)
+            buffer, more = memoryview(bytearray(size)), True
             while more:
                 filled = 0
                 try:

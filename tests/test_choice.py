@@ -438,7 +438,6 @@ def test_rm_deletes_nothing_if_one_of_the_images_is_not_there(run, filled):
 
 def test_verify_reads_the_images_that_are_named(tmp_path, run, filled):
     def damage(name, tag):
-        filled.journal.close()  # it would mend it
         manifest = filled.manifest(name, filled.resolve(name, tag))
         path = filled.layout.blob_path(manifest.blobs[-1].digest)
         with open(path, "r+b") as file:

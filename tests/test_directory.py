@@ -566,7 +566,6 @@ def test_damaged_tag_link(store, root, caplog, how):
 @pytest.mark.parametrize("how", LINK_DAMAGE)
 def test_damaged_revision_link(store, root, caplog, how):
     manifest = make_image(store, "a", "latest")
-    store.journal.close()
     damage(root / TREE / link("a", REVISIONS, manifest.digest), how)
     assert refusal(store.manifest, "a", manifest.digest) == "MANIFEST_UNKNOWN"
     assert refusal(store.delete_manifest, "a", manifest.digest) == "MANIFEST_UNKNOWN"
