@@ -3437,7 +3437,8 @@ class DirectoryUpload(UploadSession):
             # Another process may have begun the upload; then sha256 is a good guess.
             unused = None if self.offset else hashlib.sha256()
             hasher = self.store.hashers.pop((self.id, self.offset), unused)
-            size = min(getattr(body, "left", 0) or MAX_UPLOAD_READ, MAX_UPLOAD_READ)
+            # One byte more than a body says that it has, so that one that has more shows.
+            size = min((getattr(body, "left", 0) or MAX_UPLOAD_READ) + 1, MAX_UPLOAD_READ)
             buffer, more = memoryview(bytearray(size)), True
             while more:
                 filled = 0
@@ -12262,13 +12263,13 @@ class Service:
         bound, port = self.addresses[0]
         if not self.tls and bound in EVERY_ADDRESS:  # docker takes plain HTTP from localhost alone
             host = "localhost:%d" % port
-        images = all_tags(store)
+        takes_pushes = not self.registry.is_read_only and self.access.takes_pushes()
+        images = iter(()) if takes_pushes else all_tags(store)
         lacking: Set[Digest] = set()
         left_out: Set[Digest] = set()
         if isinstance(store, Archive):
             images, lacking = store.images(), store.lacking()
             left_out = lacking & store.parts.left_out
-        takes_pushes = not self.registry.is_read_only and self.access.takes_pushes()
         name, reference, _ = next(images, ("alpine", "latest", None))
         next_line = "\n" + 14 * " "
         return "".join(render(BANNER, dict(
