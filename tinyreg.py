@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """tinyreg: a container registry in one file, for machines that no network reaches.
 
-It needs Python 3.6 or newer and nothing else, and runs on Linux, macOS and the BSDs:
+It needs Python 3.6 or newer and nothing else. It is tested on Linux, and written for macOS and the
+BSDs, too, where nobody has tested it:
 
     python3 tinyreg.py                          serve ./registry on http://127.0.0.1:5000
     python3 tinyreg.py serve --listen :5000     serve it to the network: anyone may pull
