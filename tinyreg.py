@@ -242,7 +242,7 @@ UPKEEP_PERIOD = 3600.0       # seconds between two searches for idle upload sess
 
 JOURNAL_SIZE = 256 << 10     # bytes after which a journal is settled, and another one begun
 SMALL_FILE = 32 << 10        # bytes; up to this, a blob or manifest goes into the journal
-SYNCS_AT_ONCE = 8            # threads that settle a journal: the disk may sync several at a time
+SYNCS_AT_ONCE = 32           # threads that settle a journal: the disk may sync several at a time
 
 # Observation
 MAX_LIVE = 1 << 20           # bytes of the file behind /live; then it begins anew
@@ -1267,6 +1267,11 @@ def deleted_on_error(path: str) -> Iterator[None]:
         raise
 
 
+def give(content: bytes, write: Callable[[bytes], Any]) -> None:
+    """For Files.fill(): write one content."""
+    write(content)
+
+
 class Files:
     """Durable writes and deletions, by way of a scratch folder on the same file system."""
 
@@ -1284,7 +1289,7 @@ class Files:
         if not private and read_file(path, len(content) + 1) == content:
             os.utime(path)
             return sync_path(os.path.dirname(path))
-        self.fill(path, lambda write: write(content), private)
+        self.fill(path, functools.partial(give, content), private)
 
     def fill(self, path: str, give: Callable[[Callable[[bytes], Any]], Any],
              private: bool = False) -> None:
@@ -1503,11 +1508,13 @@ ENTRY_HEAD = re.compile(br"(\d{1,4}) (\d{1,7})\n")  # lengths of a path and of a
 class JournalFile:
     """The file of a Journal that one process appends to, locked as long as it has it open."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, temporary: str) -> None:
         make_directories(folder)
         self.path = os.path.join(folder, uuid.uuid4().hex)
-        self.file = open(self.path, "xb", buffering=0, opener=open_owned)
-        fcntl.flock(self.file, fcntl.LOCK_EX)
+        with deleted_on_error(temporary):
+            self.file = open(temporary, "xb", buffering=0, opener=open_owned)
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+            os.rename(temporary, self.path)  # who sees it sees that it is locked
         sync_path(folder)
         self.process = os.getpid()
         self.paths: Set[str] = set()  # of its files
@@ -1525,13 +1532,14 @@ class JournalFile:
 
     def append(self, entry: bytes) -> int:
         """Append bytes; returns where they end. If that fails, sync() says so."""
-        self.size += len(entry)
+        end = self.size + len(entry)
         try:
             if self.file.write(entry) != len(entry):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.size = end  # not before: another thread may be about to sync what it counts
         except OSError as error:
             self.failure = error
-        return self.size
+        return end
 
     def sync(self, end: int) -> None:
         """Make the bytes before `end` durable. Threads that wait at the same time share one sync,
@@ -1594,17 +1602,17 @@ class Journal:
             # A disk that is full should say so before the journal has it.
             places = [stack.enter_context(self.files.staged(*file)) for file in files]
             with self._durable(b"".join(lines)) as journal:
+                journal.paths.update(file.path for file in files)
                 for put in places:
                     put()
-                journal.paths.update(file.path for file in files)
 
     @contextlib.contextmanager
     def _durable(self, entry: bytes) -> Iterator[JournalFile]:
         """Have bytes in this process's journal during the block, which puts them in place. If the
         journal is full, and nobody else uses it, it is settled then."""
         with self.mutex:
-            while self.current is None or not self.current.is_usable():
-                self.current = JournalFile(self.folder)  # which recover() may have deleted by now
+            if self.current is None or not self.current.is_usable():
+                self.current = JournalFile(self.folder, self.files.scratch_path())
             journal = self.current
             journal.users += 1
             end = journal.append(entry)
@@ -1620,14 +1628,19 @@ class Journal:
             if is_done:
                 journal.close()
             if is_done and not journal.failure and self.settler.acquire(blocking=False):
-                threading.Thread(target=self._settle_beside, args=(journal,), daemon=True).start()
+                try:
+                    threading.Thread(target=self._settle_beside, args=(journal,),
+                                     daemon=True).start()
+                except RuntimeError:  # there may be no more threads
+                    self.settler.release()
             elif is_done:  # that thread is busy: wait, so that journals don't become more and more
                 self.settle(journal.path, journal.paths)
 
     def _settle_beside(self, journal: JournalFile) -> None:
         """Settle a journal, in the thread for that."""
         try:
-            with self.lock.shared(changes=False):
+            # The store may be gone. Then nothing can be done, and others say so.
+            with contextlib.suppress(OSError), self.lock.shared(changes=False):
                 self.settle(journal.path, journal.paths)
         finally:
             self.settler.release()
@@ -1647,29 +1660,41 @@ class Journal:
             head = ENTRY_HEAD.match(journal, end)
 
     def _restored(self, path: str) -> Iterator[str]:
-        """Put in place what a journal has, where it is not; yields its paths. Raises OSError."""
+        """Put in place what a journal has; yields its paths. Raises OSError.
+
+        What is there already is written anew: after a failed sync the kernel may show bytes that
+        it has not written. Only a full disk must do with what it has."""
         for place, content in self._read(path):
-            if read_file(place, len(content) + 1) != content:
-                with self.files.staged(place, content) as put:
-                    put()
+            if os.path.islink(os.path.dirname(place)):
+                continue  # no store of ours has one there; it may lead anywhere
+            try:
+                self.files.fill(place, functools.partial(give, content))
+            except OSError as error:
+                is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                if not is_full or read_file(place, len(content) + 1) != content:
+                    raise
             yield place
 
-    def settle(self, path: str, paths: Iterable[str]) -> None:
-        """Make the files of a journal durable, which are at these paths, and delete it. The caller
-        shares the lock, and nobody appends to it. If that fails, it stays, and that is logged."""
+    def _settle(self, path: str, paths: Iterable[str]) -> None:
+        """Make the files of a journal durable, which are at these paths, and delete it. Nobody
+        appends to it. Raises OSError; RuntimeError if there may be no more threads."""
         places: Set[str] = set()
+        for place in paths:
+            while len(place) > len(self.root) and place not in places:
+                places.add(place)
+                place = os.path.dirname(place)
+        parts = [list(places)[number::SYNCS_AT_ONCE] for number in range(SYNCS_AT_ONCE)]
+        with concurrent.futures.ThreadPoolExecutor(SYNCS_AT_ONCE) as pool:
+            list(pool.map(sync_present, parts))
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            os.unlink(path)
+        sync_path(self.folder)
+
+    def settle(self, path: str, paths: Iterable[str]) -> None:
+        """The same for who shares the lock: if it fails, that is logged, and the journal stays."""
         try:
-            for place in paths:
-                while len(place) > len(self.root) and place not in places:
-                    places.add(place)
-                    place = os.path.dirname(place)
-            parts = [list(places)[number::SYNCS_AT_ONCE] for number in range(SYNCS_AT_ONCE)]
-            with concurrent.futures.ThreadPoolExecutor(SYNCS_AT_ONCE) as pool:
-                list(pool.map(sync_present, parts))
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
-                os.unlink(path)
-            sync_path(self.folder)
-        except OSError as error:
+            self._settle(path, paths)
+        except (OSError, RuntimeError) as error:
             logger.warning("what %s has could not be stored (%s); it stays there until the next "
                            "start", path, error)
 
@@ -1678,7 +1703,9 @@ class Journal:
         OSError."""
         for name in list_directory(self.folder):
             path = os.path.join(self.folder, name)
-            with contextlib.suppress(FileNotFoundError):  # settled meanwhile
+            if not os.path.isfile(path):
+                continue  # settled meanwhile, or nothing of ours
+            with contextlib.suppress(FileNotFoundError):  # settled just now
                 # NFS locks alone only what is open for writing.
                 with open(path, "r+b" if os.access(path, os.W_OK) else "rb") as journal:
                     has_ended = True
@@ -1690,17 +1717,19 @@ class Journal:
 
     def recover(self) -> None:
         """Settle the journals of processes that have ended. Raises OSError."""
-        for path, has_ended in self._iter_journals():
-            if has_ended:
-                with self.lock.shared():
-                    self.settle(path, self._restored(path))
+        if list_directory(self.folder):
+            with self.lock.shared():  # before they are tried, or a deletion would think they live
+                for path, has_ended in self._iter_journals():
+                    if has_ended:
+                        self.settle(path, self._restored(path))
 
     def settle_all(self) -> None:
         """Settle all journals, also those of other processes. The caller holds the lock alone.
-        Raises OSError."""
+        Raises OSError: then nothing may be deleted, or it might come back."""
         for path, has_ended in self._iter_journals():
             # What a living process has put in place may be damaged since: verify should see that.
-            self.settle(path, self._restored(path) if has_ended else dict(self._read(path)))
+            self._settle(path, self._restored(path) if has_ended else dict(self._read(path)))
+        sync_present([self.folder])  # who has deleted one may not have come to that
         if self.current:
             self.current.close()  # only then its space is free
             self.current = None
@@ -1711,7 +1740,7 @@ class Journal:
             journal, self.current = self.current, None
         if journal and not journal.users:  # else the last of them settles it
             journal.close()
-            with self.lock.shared(changes=False):
+            with contextlib.suppress(OSError), self.lock.shared(changes=False):  # it is gone
                 self.settle(journal.path, journal.paths)
 
 # -------------------------------------------------------------------------------------------------
@@ -2796,16 +2825,22 @@ class Directory(Registry):
         self.lock = SharedLock(os.path.join(self.layout.own, "lock"), marked=not self.shared)
         self.journal = Journal(self.files, self.layout.journal, self.root, self.lock,
                                self.layout.is_lasting)
-        try:
-            os.stat(self.layout.repositories)
-            self.journal.recover()
-        except OSError as error:
-            logger.warning("images that were pushed just before a power cut may be missing until "
-                           "the store is served by somebody who may write to it: %s", error)
+        self.recover()
         self.index = ReferrersIndex(self.layout, self.version)
         # {(session id, offset): the hash of all bytes before the offset}
         self.hashers: "collections.OrderedDict[Any, Any]" = collections.OrderedDict()
         self.key = os.urandom(32)  # signs the states of upload sessions; workers inherit it
+
+    def recover(self) -> None:
+        """Bring in what processes that were killed have left in journals."""
+        try:
+            os.stat(self.layout.repositories)  # not where a disk is not mounted
+            self.journal.recover()
+        except PermissionError:
+            pass  # whose store it is, who may write, does it
+        except OSError as error:
+            logger.warning("images that were pushed just before a power cut may be missing until "
+                           "the store is served by somebody who may write to it: %s", error)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -3263,8 +3298,11 @@ class Directory(Registry):
             else:
                 files.insert(0, blob)
             self._keep(*files)
-            if tags:  # what the folder has is durable, or in the journal
-                make_directories(self.layout.repository_path(name))
+            # What the folders have is durable, or in the journal; their names may not be.
+            folder = self.layout.repository_path(name)
+            while tags and folder != self.layout.repositories:
+                make_directories(folder)
+                folder = os.path.dirname(folder)
             for tag in tags:
                 if not isinstance(tag, Digest):
                     current = self.link(self.layout.current_path(name, tag), manifest.digest)
@@ -4888,6 +4926,14 @@ class Contents:
 # An archive as a registry
 
 
+class Mentions(NamedTuple):
+    """The digests that a manifest mentions: an archive keeps them, not the manifest."""
+
+    inner: Set[Digest]    # its children; also its referrers, if they have no name
+    content: Set[Digest]  # all blobs and manifests that it consists of
+    subject: Optional[str]
+
+
 class Reach(NamedTuple):
     """What the names of a repository lead to."""
 
@@ -4912,7 +4958,7 @@ class Archive(Contents, Registry):
         self.damaged: Dict[Digest, str] = {}   # the file with a damaged blob or range
         self._reach = functools.lru_cache(MAX_REACHES)(self._follow)
         # A hundred thousand names may lead to one large manifest.
-        self._kept_manifest = functools.lru_cache(maxsize=None)(self._find_manifest)
+        self._mentions = functools.lru_cache(maxsize=None)(self._read_mentions)
         try:
             for path in paths:
                 self._take_in(path, scratch, partly)
@@ -4964,21 +5010,27 @@ class Archive(Contents, Registry):
             return self._read_manifest(digest)
         return None
 
+    def _read_mentions(self, digest: Digest) -> Optional[Mentions]:
+        manifest = self._find_manifest(digest)
+        if not manifest:
+            return None
+        inner = {child.digest for child in manifest.manifests if child.media_type in MANIFEST_TYPES}
+        return Mentions(inner | self.loose.get(digest, set()),
+                        {part.digest for part in manifest.blobs + manifest.manifests},
+                        manifest.subject)
+
     def _follow(self, roots: FrozenSet[Digest]) -> Reach:
         reach = Reach(set(), set(), set(), {})
         queue = list(roots)
         for digest in queue:  # it grows
-            manifest = None if digest in reach.manifests else self._kept_manifest(digest)
+            mentions = None if digest in reach.manifests else self._mentions(digest)
             reach.manifests.add(digest)
-            if manifest:
-                inner = {child.digest for child in manifest.manifests
-                         if child.media_type in MANIFEST_TYPES}
-                inner |= self.loose.get(digest, set())
-                queue.extend(inner)
-                reach.inner.update(inner)
-                reach.content.update(part.digest for part in manifest.blobs + manifest.manifests)
-                if manifest.subject:
-                    reach.referrers.setdefault(manifest.subject, set()).add(digest)
+            if mentions:
+                queue.extend(mentions.inner)
+                reach.inner.update(mentions.inner)
+                reach.content.update(mentions.content)
+                if mentions.subject:
+                    reach.referrers.setdefault(mentions.subject, set()).add(digest)
         reach.content.update(reach.manifests)
         reach.inner.update(*[reach.referrers[subject] for subject
                              in reach.referrers.keys() & reach.manifests])
@@ -5030,7 +5082,7 @@ class Archive(Contents, Registry):
                     yield self._read_manifest(digest)
 
     def manifests(self, name: str) -> Iterator[Manifest]:
-        return filter(None, map(self._kept_manifest, self._reach_of(name).manifests))
+        return filter(None, map(self._find_manifest, self._reach_of(name).manifests))
 
     def digests(self, name: Optional[str] = None) -> Iterator[Digest]:
         present = set(self.blobs).union(self.joined, self.made)
@@ -5045,6 +5097,11 @@ class Archive(Contents, Registry):
 
     # What the commands ask of archives
 
+    def holds(self, name: str, reference: Reference) -> bool:
+        """Whether a repository has a tag, or a manifest that its names lead to."""
+        names = self.names.get(name, {})
+        return reference in names or bool(names) and reference in self._reach_of(name).manifests
+
     def pinned(self, name: str) -> List[Digest]:
         """The digests of a repository's images without a tag, in order: of manifests that are
         neither a child nor a referrer of another, and have no tag elsewhere in the repository.
@@ -5057,7 +5114,7 @@ class Archive(Contents, Registry):
     def images(self) -> Iterator[Tuple[str, str, Digest]]:
         """Yield the repository, the tag or digest, and the digest of each image."""
         for name, references in sorted(self.names.items()):
-            pinned = self.pinned(name)
+            pinned = set(self.pinned(name))
             for reference, digest in sorted(references.items()):
                 if reference != digest or digest in pinned:
                     yield name, reference, digest
@@ -5067,7 +5124,7 @@ class Archive(Contents, Registry):
         Each manifest is read for it, once."""
         roots = frozenset().union(*(references.values() for references in self.names.values()))
         needed = set(roots)
-        for manifest in filter(None, map(self._kept_manifest, self._follow(roots).manifests)):
+        for manifest in filter(None, map(self._find_manifest, self._follow(roots).manifests)):
             needed.update(blob.digest for blob in manifest.blobs if not blob.foreign)
         return needed.difference(self.digests())
 
@@ -7702,17 +7759,19 @@ class WrongPasswords:
 
     It is made in shared memory before the fork, and nobody waits for it: of two processes that
     count at the very same moment, one may be lost, which is one guess more. A client's place
-    follows from its hash, which nobody can foresee and all processes share. If another client has
+    follows from a keyed hash, which nobody can foresee. If another client has
     the same place, it takes the place over: a count is forgotten, but nobody is locked out."""
 
     def __init__(self) -> None:
         # Three numbers for each place: whose it is, since when, and how many.
         self.cells = memoryview(mmap.mmap(-1, 24 * REMEMBERED)).cast("d")
+        self.key = os.urandom(16)
 
     def add(self, client: str, amount: int) -> Tuple[int, int]:
         """Add to a client's count. Returns the count, and the seconds until it ends."""
         # 0 is nobody's, and a cell has room for 53 bits.
-        owner, now = hash(client) % (1 << 48) + 1, time.monotonic()
+        digest = hashlib.blake2b(client.encode(), digest_size=6, key=self.key).digest()
+        owner, now = int.from_bytes(digest, "big") + 1, time.monotonic()
         start = owner % REMEMBERED * 3
         count = self.cells[start:start + 3]
         if count[0] != owner or now - count[1] > FAILURE_WINDOW:
@@ -12239,6 +12298,8 @@ class Service:
                         self.options.drain, self.tls, self.options.trusted_proxy)
         self.observation.start(number)
         worker.start()
+        if isinstance(self.store, Directory):
+            self.store.recover()  # this process may replace one that was killed
         if number == 0:
             self.start_upkeep()
         while next_signal() != signal.SIGTERM:
@@ -12359,7 +12420,7 @@ def iter_chosen(options: argparse.Namespace, find: Callable[[str], Sequence[Tupl
         except RegistryError as error:  # whatever it is, the next image may fare better
             has_failed = has_failed or not choice.is_guess
             leave_out(choice, error, fail)
-        if len(images) > MANY and not options.quiet:  # to plan them takes a while
+        if len(images) > MANY and choices is None and not options.quiet:  # that takes a while
             complain("%s fits %d images" % (choice.image, len(images)))
         for image in images:
             label = image_text(*image[:2])
@@ -12395,9 +12456,9 @@ def present_of(registry: Reader, names: List[str]) -> List[str]:
 
 def has_image(store: Union[Archive, Directory], name: str, reference: Reference) -> bool:
     """Whether there is such an image, damaged or not."""
-    if isinstance(store, Archive):
-        return reference in itertools.chain(*store.names.get(name, {}).items())
     is_digest = isinstance(reference, Digest)
+    if isinstance(store, Archive):
+        return store.holds(name, reference)
     path: Any = store.layout.revision_path if is_digest else store.layout.tag_path
     return os.path.isdir(path(name, reference))
 
@@ -12425,9 +12486,11 @@ def find_image(store: Union[Archive, Directory], text: str,
         tags, more = take_page(store.tags(present[0]), 5)
         if tags:
             others = ", but as %s%s" % (", ".join(tags), " and more" if more else "")
-    raise RegistryError("MANIFEST_UNKNOWN", message="not in %s as %s%s; `tinyreg.py ls` shows "
-                        "what is, and `tinyreg.py pull` fetches more"
-                        % (store.title, image_text(present[0], reference), others))
+    advice = "`tinyreg.py ls` shows what is, and `tinyreg.py pull` fetches more"
+    if isinstance(store, Archive):
+        advice = "`tinyreg.py ls ARCHIVE` shows what is"
+    raise RegistryError("MANIFEST_UNKNOWN", message="not in %s as %s%s; %s" % (
+        store.title, image_text(present[0], reference), others, advice))
 
 
 def find_images(options: argparse.Namespace, store: Union[Archive, Directory], text: str,
@@ -12447,8 +12510,8 @@ def find_images(options: argparse.Namespace, store: Union[Archive, Directory], t
             references += (untagged(store, name) if is_listing else store.pinned(name)) or ()
         images += [(name, reference) for reference in references]
     if not images:
-        raise CommandError("%s fits no image in %s; `tinyreg.py ls --tags` shows what is there"
-                           % (text, store.title))
+        raise CommandError("%s fits no image in %s; `tinyreg.py ls %s` shows what is there" % (
+            text, store.title, "ARCHIVE" if isinstance(store, Archive) else "--tags"))
     return images
 
 
@@ -13881,7 +13944,8 @@ def parse_seconds(text: str, unit: str = "[smhd]?") -> float:
     """A time, such as 30, 30s, 5m, 24h or 7d, in seconds."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(%s)" % unit, text)
     if not match:
-        raise CommandError("%r is no time: write for example 30s, 5m or 24h" % text)
+        raise CommandError("%r is no time with a unit: write for example 30s, 5m, 24h or 90d"
+                           % text)
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 

@@ -76,7 +76,7 @@ def tinyreg_does(store, capsys):
 def added(store, files, tinyreg_does):
     """The files in the store, as rke2/files:v1."""
     status, output, errors = tinyreg_does("add", *files, "--to", "rke2/files:v1")
-    assert (status, errors) == (0, "")
+    assert status == 1 and "not in" not in errors, errors  # it is found, and has no file with a name
     assert output == "rke2/files:v1 is %s\n" % store.resolve("rke2/files", "v1")
     return store.manifest("rke2/files", store.resolve("rke2/files", "v1"))
 
@@ -425,6 +425,11 @@ def test_an_artifact_goes_through_archives_and_is_served_and_read_from_them(
     assert tinyreg_does("get", "rke2/files:v1", "--from", archive, "-o", out)[0] == 0
     assert tinyreg_does("get", "charts/web:1.2.3_lab.1", "--from", archive, "-o", out)[0] == 0
     assert in_folder(out) == dict(FILES, **{os.path.basename(chart): CHART})
+    referrer, = Archive([str(archive)]).referrers("rke2/files", added.digest)  # which has no name
+    status, _, errors = tinyreg_does("get", "rke2/files@" + referrer.digest, "--from", archive, "-o", tmp_path / "sbom")
+    assert status == 1 and "not in" not in errors, errors  # it is found, and has no file with a name
+    status, _, errors = tinyreg_does("get", "rke2/files:none", "--from", archive, "-o", out)
+    assert status == 1 and "ls ARCHIVE" in errors
     assert ask_files(Archive([str(archive)]), "rke2/files:v1/install.sh").body == FILES["install.sh"]
     assert tinyreg.main(["load", "--root", far.root, str(archive)]) == 0
     assert far.resolve("rke2/files", "v1") == added.digest and len(list(far.referrers("rke2/files", added.digest))) == 1

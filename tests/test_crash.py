@@ -347,6 +347,8 @@ def record(root, trace):
         did(client.ask("POST", "/v2/deep/er/blobs/uploads/?from=app&mount=" + Digest.of(b"layer one"))[0], 201,
             **{"blob deep/er " + Digest.of(b"layer one"): True})
         push("deep/er", "v1", (b"layer one",))
+        did(client.ask("POST", "/v2/nest/blobs/uploads/")[0], 202)  # a repository above another
+        push("nest/er", "v1", (b"layer one",))
         push("app", "gone", (b"layer four",))
         did(client.ask("DELETE", "/v2/app/manifests/gone")[0], 202, **{"app:gone": None})
         did(client.ask("DELETE", "/v2/app/manifests/" + first)[0], 202)
@@ -395,7 +397,8 @@ def test_a_power_cut_after_each_operation(tmp_path, no_fsync):
             except (AssertionError, RegistryError) as error:
                 pytest.fail("%s: %r" % (where, error))
     assert len(seen) > 300
-    assert "app:older" in now and set(check_store(Directory(copy))) == {("app", "latest"), ("deep/er", "v1")}
+    assert "app:older" in now and set(check_store(Directory(copy))) == {("app", "latest"), ("deep/er", "v1"),
+                                                                              ("nest/er", "v1")}
 
 
 def check_promises(store, now, after, collecting):

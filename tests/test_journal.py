@@ -270,3 +270,142 @@ def test_how_often_a_small_image_waits_for_the_disk(tmp_path):
             os.kill(int(children.read()), signal.SIGTERM)  # strace itself would wait for it
         server.communicate(timeout=60)
     assert counts[-1] <= 14, counts
+
+
+def test_what_is_appended_beside_a_sync_waits_for_one_of_its_own(store, monkeypatch):
+    """A sync covers what was written before it began, and not what was about to be."""
+    push_blob(store, "app", b"before")
+    journal, stopped, go_on, unsynced = store.journal.current, threading.Event(), threading.Event(), []
+    file = journal.file
+
+    class Slow:
+        """Stops before it writes the first time."""
+        def write(self, entry):
+            if not stopped.is_set():
+                stopped.set()
+                assert go_on.wait(60)
+            unsynced.append(entry)
+            return file.write(entry)
+
+        def __getattr__(self, name):
+            return getattr(file, name)
+
+    def sync(descriptor, sync=tinyreg.sync):
+        if os.path.dirname(os.readlink("/proc/self/fd/%d" % descriptor)) == store.layout.journal:
+            unsynced.clear()
+        sync(descriptor)
+    monkeypatch.setattr(journal, "file", Slow())
+    monkeypatch.setattr(tinyreg, "sync", sync)
+    end = journal.size
+    thread = threading.Thread(target=push_blob, args=(store, "app", b"slow"))
+    thread.start()
+    assert stopped.wait(60)
+    journal.sync(end + 1)  # as another thread, whose entry would be there
+    go_on.set()
+    thread.join()
+    assert unsynced == []
+
+
+def fail_sync_of(monkeypatch, fails):
+    """Let the sync of each file for whose path `fails` is true fail once; returns the inodes of these files.
+    The kernel tells of such a failure once, and shows the bytes all the same."""
+    failed = set()
+
+    def sync(descriptor, sync=tinyreg.sync):
+        inode = os.fstat(descriptor).st_ino
+        if inode not in failed and fails(os.readlink("/proc/self/fd/%d" % descriptor)):
+            failed.add(inode)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(descriptor)
+    monkeypatch.setattr(tinyreg, "sync", sync)
+    return failed
+
+
+def test_nothing_is_deleted_while_a_journal_could_bring_it_back(store, monkeypatch):
+    manifest = make_image(store, "app", "latest")
+    failed = fail_sync_of(monkeypatch, lambda path: path.endswith("/data") and not failed)
+    with pytest.raises(OSError):
+        store.delete_manifest("app", manifest.digest)
+    assert store.resolve("app", "latest") == manifest.digest
+    store.delete_manifest("app", manifest.digest)
+    with pytest.raises(RegistryError):
+        Directory(store.root).manifest("app", manifest.digest)
+
+
+def test_gc_takes_nothing_while_a_full_disk_keeps_a_journal_from_being_read_back(store, monkeypatch):
+    large = os.urandom(100000)
+    manifest = make_image(store, "app", "latest", layers=(large,))
+    ended(store)
+    lose(store, store.layout.repository_path("app", "_manifests", "revisions"),
+         store.layout.repository_path("app", "_layers"))
+    os.utime(store.layout.blob_path(Digest.of(large)), (1, 1))
+    with monkeypatch.context() as full:
+        def fill(files, path, content, private=False):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        full.setattr(tinyreg.Files, "fill", fill)
+        opened = Directory(store.root)
+        with pytest.raises(OSError):
+            tinyreg.collect_garbage(opened, grace=3600)
+    again = Directory(store.root)
+    assert again.manifest("app", manifest.digest).content == manifest.content
+    again.open_blob("app", Digest.of(large)).close()
+
+
+def test_what_replaced_a_blob_is_synced_though_its_push_failed(store, monkeypatch):
+    push_blob(store, "app", b"blob")
+    store.journal.close()
+    path = store.layout.blob_path(Digest.of(b"blob"))
+    with monkeypatch.context() as failing:
+        def publish(files, temporary, target, durable=True, publish=tinyreg.Files.publish):
+            if target.endswith("/link"):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            publish(files, temporary, target, durable)
+        failing.setattr(tinyreg.Files, "publish", publish)
+        with pytest.raises(OSError):
+            push_blob(store, "other", b"blob")
+    synced = set()
+    monkeypatch.setattr(tinyreg, "sync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    store.journal.close()
+    assert os.stat(path).st_ino in synced
+
+
+def test_a_file_whose_sync_has_failed_is_written_anew(store, monkeypatch):
+    push_blob(store, "app", b"blob")
+    path = store.layout.blob_path(Digest.of(b"blob"))
+    failed = fail_sync_of(monkeypatch, lambda name: name == path and not failed)
+    store.journal.close()
+    assert journals(store)
+    again = Directory(store.root)
+    assert journals(store) == [] and os.stat(path).st_ino not in failed
+    again.open_blob("app", Digest.of(b"blob")).close()
+
+
+def test_a_deletion_waits_until_a_journal_is_gone_for_good(store, monkeypatch):
+    """Whoever deleted it may have been killed before its folder was synced."""
+    manifest = make_image(store, "app", "latest")
+    store.journal.close()
+    synced = []
+
+    def sync_path(path, sync_path=tinyreg.sync_path):
+        synced.append(path)
+        sync_path(path)
+    monkeypatch.setattr(tinyreg, "sync_path", sync_path)
+    Directory(store.root).delete_manifest("app", manifest.digest)
+    assert store.layout.journal in synced
+
+
+def test_a_stranger_s_links_and_odd_files_lead_nowhere(store, tmp_path):
+    evil, target = b"* * * * * root id\n", tmp_path / "cron.d"
+    target.mkdir()
+    make_image(store, "app", "latest")
+    path = store.layout.blob_path(Digest.of(evil))
+    os.makedirs(os.path.dirname(os.path.dirname(path)))
+    os.symlink(str(target), os.path.dirname(path))
+    place = os.path.relpath(path, store.root).encode()
+    with open(os.path.join(store.layout.journal, "a" * 32), "wb") as file:
+        file.write(b"%d %d\n%s%s" % (len(place), len(evil), place, evil))
+    os.mkdir(os.path.join(store.layout.journal, "folder"))
+    os.mkfifo(os.path.join(store.layout.journal, "fifo"))
+    assert run_tinyreg("ls", "--root", store.root).returncode == 0
+    assert run_tinyreg("rm", "app:latest", "--root", store.root).returncode == 0
+    assert os.listdir(str(target)) == [] and not list(store.tags("app"))
