@@ -12420,7 +12420,8 @@ def iter_chosen(options: argparse.Namespace, find: Callable[[str], Sequence[Tupl
         except RegistryError as error:  # whatever it is, the next image may fare better
             has_failed = has_failed or not choice.is_guess
             leave_out(choice, error, fail)
-        if len(images) > MANY and choices is None and not options.quiet:  # that takes a while
+        is_written = options.images or options.file  # load without a choice takes all
+        if len(images) > MANY and is_written and not options.quiet:  # to plan them takes a while
             complain("%s fits %d images" % (choice.image, len(images)))
         for image in images:
             label = image_text(*image[:2])
