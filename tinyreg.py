@@ -239,7 +239,6 @@ MIN_FREE_SPACE = 64 << 20    # bytes; with less free space, a server says that i
 USAGE_LIFE = 5.0             # seconds that a measurement is used, or 50 times what it took
 ROOT_CHECK_PERIOD = 1.0      # seconds between two checks that the store still exists
 UPKEEP_PERIOD = 3600.0       # seconds between two searches for idle upload sessions
-
 JOURNAL_SIZE = 256 << 10     # bytes after which a journal is settled, and another one begun
 SMALL_FILE = 32 << 10        # bytes; up to this, a blob or manifest goes into the journal
 SYNCS_AT_ONCE = 32           # threads that settle a journal: the disk may sync several at a time
@@ -1340,9 +1339,9 @@ class Files:
         A file of that name is replaced. A deletion may take the folder away between the two system
         calls; then it is made again. If it shall not be `durable`, the folder is there already."""
         directory = os.path.dirname(path)
+        if durable:
+            make_directories(directory)
         while True:
-            if durable:
-                make_directories(directory)
             try:
                 os.rename(temporary, path)
                 break
@@ -1651,8 +1650,8 @@ class Journal:
         journal = read_file(path) or b""
         head = ENTRY_HEAD.match(journal)
         while head:
-            middle = head.end() + int(head.group(1))
-            end = middle + int(head.group(2))
+            middle = head.end() + int(head[1])
+            end = middle + int(head[2])
             place, content = os.fsdecode(journal[head.end():middle]), journal[middle:end]
             if end > len(journal) or not self.is_entry(place, content):
                 break
@@ -2852,13 +2851,21 @@ class Directory(Registry):
 
     # Small files
 
+    def _is_for_journal(self, size: int) -> bool:
+        """Whether a file of this size goes through the journal, which is one host's."""
+        return size <= SMALL_FILE and not self.shared
+
     def _keep(self, *files: SmallFile) -> None:
-        """Put files in place, in this order, durably; they are of the kind that never changes. The
-        caller shares the lock."""
-        if not self.shared:
-            return self.journal.write(files)
-        for file in files:  # a journal is one host's
-            self.files.write(file.path, file.content)
+        """Put files in place, durably and in this order, but those first that are not for the
+        journal. They are of the kind that never changes. The caller shares the lock."""
+        small = []
+        for file in files:
+            if self._is_for_journal(len(file.content)):
+                small.append(file)
+            else:
+                self.files.write(file.path, file.content)
+        if small:
+            self.journal.write(small)
 
     def link(self, folder: str, digest: Digest) -> SmallFile:
         """The link in a folder."""
@@ -3236,7 +3243,7 @@ class Directory(Registry):
         size = os.fstat(file.fileno()).st_size
         path = self.layout.blob_path(digest)
         link = self.link(self.layout.layer_path(name, digest), digest)
-        is_small = size <= SMALL_FILE and not self.shared
+        is_small = self._is_for_journal(size)
         if not is_small:
             sync(file.fileno())
         with self._within_quota(name, size, digest), self.lock.shared():
@@ -3290,14 +3297,9 @@ class Directory(Registry):
             missing |= gone.intersection(sizes)
             if missing:
                 raise RegistryError("MANIFEST_BLOB_UNKNOWN", *sorted(missing))
-            blob = SmallFile(self.layout.blob_path(manifest.digest), manifest.content)
-            files = [self.link(self.layout.revision_path(name, manifest.digest), manifest.digest)]
-            files += [self._trace_of_tag(name, tag, manifest.digest) for tag in tags]
-            if size > SMALL_FILE:
-                self.files.write(blob.path, blob.content)
-            else:
-                files.insert(0, blob)
-            self._keep(*files)
+            self._keep(SmallFile(self.layout.blob_path(manifest.digest), manifest.content),
+                       self.link(self.layout.revision_path(name, manifest.digest), manifest.digest),
+                       *[self._trace_of_tag(name, tag, manifest.digest) for tag in tags])
             # What the folders have is durable, or in the journal; their names may not be.
             folder = self.layout.repository_path(name)
             while tags and folder != self.layout.repositories:
@@ -3407,10 +3409,10 @@ class DirectoryUpload(UploadSession):
         self.store.check_room()
         self.store.check_quota(self.name, 1)
         with self.store.lock.shared(changes=False):  # gc takes empty repositories away
-            # Links will be below this folder, so it has to be durable. The session has not, and
-            # what a journal writes makes it so.
-            make_directories(self.store.layout.repository_path(self.name),
-                             durable=self.store.shared)
+            if self.store.shared:
+                # Links will be below this folder, so it has to be durable, whichever host has made
+                # it. A journal does without; and the session need not be.
+                make_directories(self.store.layout.repository_path(self.name))
             make_directories(self.folder, durable=False)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
             with descriptor_of(os.path.join(self.folder, "startedat"), flags) as file:
