@@ -2080,9 +2080,11 @@ def delete_reference(registry: Writer, name: str, reference: Reference) -> None:
         registry.delete_tag(name, reference)
 
 
-def iter_tags(registry: Reader, name: str) -> Iterator[Tuple[str, Digest]]:
-    """Yield each tag of a repository and the digest that it points to. Raises NAME_UNKNOWN."""
-    for tag in registry.tags(name):
+def iter_tags(registry: Reader, name: str,
+              is_meant: Callable[[str], bool] = bool) -> Iterator[Tuple[str, Digest]]:
+    """Yield each tag of a repository that is meant, and the digest that it points to. Raises
+    NAME_UNKNOWN."""
+    for tag in filter(is_meant, registry.tags(name)):
         with contextlib.suppress(Unknown):  # it was just deleted, or its link is damaged
             yield tag, registry.resolve(name, tag)
 
@@ -2197,8 +2199,9 @@ class ImmutableTags(Wrapper):
     def _check_unneeded(self, name: str, digest: Digest) -> None:
         """Raises DENIED if an immutable tag leads to this manifest or blob."""
         with contextlib.suppress(Unknown):  # the repository has no manifest
-            for tag, root in iter_tags(self.here, name):
-                if self.is_immutable(name, tag) and digest in consists_of(self.here, name, root):
+            is_immutable = functools.partial(self.is_immutable, name)
+            for tag, root in iter_tags(self.here, name, is_immutable):
+                if digest in consists_of(self.here, name, root):
                     raise RegistryError("DENIED", message="the tag %s needs it, and is not to "
                                         "change (--immutable-tags)" % tag)
 
@@ -7320,6 +7323,8 @@ class Copy(Plan):
         super().clear()
         self.present: Set[Digest] = set()  # manifests that the target has, if it is nearer
         self.ask_source = functools.lru_cache(maxsize=None)(super().referrer_digests)
+        self.ask_target = functools.lru_cache(maxsize=None)(
+            lambda digest: self.target.referrer_digests(self.target_name, digest))
 
     def read_manifest(self, digest: Digest) -> Manifest:
         """From the target, if it has the manifest and is nearer: Docker Hub counts reads."""
@@ -7335,10 +7340,9 @@ class Copy(Plan):
         """From the source. If the target is nearer, and has the image and all that is about it,
         what is about the children that it has is read there: who signs a child signs the index as
         well, and so a rerun costs one request instead of one for each child."""
-        ask_target = functools.partial(self.target.referrer_digests, self.target_name)
         if (digest != self.root and {digest, self.root} <= self.present
-                and set(self.ask_source(self.root)).issubset(ask_target(self.root))):
-            return ask_target(digest)
+                and set(self.ask_source(self.root)).issubset(self.ask_target(self.root))):
+            return self.ask_target(digest)
         return self.ask_source(digest)
 
     def measure(self) -> Dict[Digest, int]:
@@ -7936,10 +7940,10 @@ def check_rules(rules: Sequence[Rule], anonymous: int) -> None:
     level, gives everybody: it would bind nobody, without a word. If it is about all users and all
     names it may give as much, because other rules add to it."""
     for rule in rules if anonymous else ():
-        is_limited = any(other.user == "@anonymous" and other.fits("", rule.example("a"))
-                         for other in rules)
         least = rule.level + (rule[:2] == ("**", "*"))
-        if rule.user != "@anonymous" and not is_limited and least <= anonymous:
+        if rule.user != "@anonymous" and least <= anonymous and not any(
+                other.user == "@anonymous" and other.fits("", rule.example("a"))
+                for other in rules):
             raise CommandError(
                 "--rules: the line %s %s %s binds nobody, because --anonymous %s lets everybody do "
                 "as much there; add the line %s @anonymous none, or leave out --anonymous"
@@ -7964,8 +7968,8 @@ class Rules:
         """What a user, or a client without one, may do in a repository; or, without a name, what
         it may do in some, as far as that is known without asking for each."""
         if name is None:
-            levels = [rule.level for rule in self.rules if rule.user == "@anonymous"]
-            return NEEDED["*"] if user else max(levels + [self.anonymous])
+            return NEEDED["*"] if user else max([self.anonymous] + [
+                rule.level for rule in self.rules if rule.user == "@anonymous"])
         names = (user, "*") if user else ("@anonymous",)
         default = self.default if user else self.anonymous
         levels = (rule.level for rule in self.rules
@@ -10366,7 +10370,8 @@ def client_script(client: str, setup: ClientSetup) -> str:
 def known_origins(registry: Registry, is_listed: Callable[[str], bool] = bool) -> List[str]:
     """docker.io, and the registries from which the images of those repositories come that
     `is_listed` accepts."""
-    hosts = {host_in(name) for name in registry.repositories() if is_listed(name)} - {""}
+    hosts = {host for host, names in itertools.groupby(registry.repositories(), host_in)
+             if host and any(map(is_listed, names))}
     return sorted({re.sub(r"_([0-9]+)$", r":\1", host) for host in hosts} | {"docker.io"})
 
 
@@ -12558,7 +12563,7 @@ def list_word(options: argparse.Namespace, store: Directory, text: str) -> Itera
         return
     for name, reference in find_images(options, store, text, is_listing=True):
         tag = getattr(reference, "tag", None)  # of TAG@DIGEST; then the tag names it, if it may
-        if tag and (tag, Digest(reference)) in iter_tags(store, name):
+        if tag and (tag, Digest(reference)) in iter_tags(store, name, tag.__eq__):
             reference = tag
         if not fits_any(options.exclude, name, reference):
             yield list_image(store, name, reference)
