@@ -37,11 +37,11 @@ no longer knows which ones are pinned.
                 revisions/sha256/abcd…/link     says that it has this manifest
                 tags/TAG/current/link           the digest that the tag stands for
                 tags/TAG/index/sha256/abcd…/link    each digest that it has stood for
-            _uploads/UUID/data, startedat   an upload session
     ROOT/tinyreg/
         shared                  several hosts have this directory open; see serve --shared
         scratch/                files while they are written, folders while they are deleted, and
                                 locks of blobs that are being fetched
+        uploads/NAME/_UUID      an upload session: the bytes that have come so far
         journal/                small files that are durable here before they are in place, of which
                                 a power cut may take them; read when the store is opened
         lock, lock.turnstile    pushes share this lock; deletions hold it alone
@@ -1149,13 +1149,14 @@ def make_directory(path: str) -> None:
             os.close(above)
 
 
-def make_directories(path: str, attempts: int = 10, durable: bool = True) -> None:
+def make_directories(path: str, attempts: int = 10, durable: bool = True) -> bool:
     """Make a folder and its missing parents, each durable before the next is made; the folder too,
-    if it shall be `durable`. Raises OSError.
+    if it shall be `durable`. Returns whether the folder is new. Raises OSError.
 
     If the folder exists, its parent is synced all the same: the process that made it may not have
     come to that yet. A parent may be deleted again before it is used, hence the attempts; their
     number is limited, because /proc answers "no such directory" for ever."""
+    is_new = True
     try:
         make_directory(path)
     except FileNotFoundError:
@@ -1166,8 +1167,21 @@ def make_directories(path: str, attempts: int = 10, durable: bool = True) -> Non
     except FileExistsError:
         if not os.path.isdir(path):
             raise
+        is_new = False
     if durable:
         sync_path(os.path.dirname(path))
+    return is_new
+
+
+def make_file(path: str) -> None:
+    """Make an empty file, and the folders above it, which somebody may delete as long as they are
+    empty. Raises OSError."""
+    while True:
+        try:
+            with descriptor_of(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL):
+                return
+        except FileNotFoundError:
+            make_directories(os.path.dirname(path), durable=False)
 
 
 def read_file(path: str, limit: int = MAX_MANIFEST) -> Optional[bytes]:
@@ -1180,17 +1194,6 @@ def read_file(path: str, limit: int = MAX_MANIFEST) -> Optional[bytes]:
             return os.read(descriptor, limit)
     except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def is_at(file: BinaryIO, path: str) -> bool:
-    """Whether this path still names the open file. Raises OSError.
-
-    The path is opened, not only looked up: NFS may remember an earlier file of that name."""
-    try:
-        with descriptor_of(path) as present:
-            return os.path.sameopenfile(present, file.fileno())
-    except FileNotFoundError:
-        return False
 
 
 class FileState(NamedTuple):
@@ -1215,6 +1218,11 @@ def look_at(path: str, opened: bool = False) -> FileState:
         return FileState(status.st_mtime, status.st_size, status.st_ino)
     except (FileNotFoundError, NotADirectoryError):
         return FileState(0.0, 0, 0)
+
+
+def is_at(file: BinaryIO, path: str) -> bool:
+    """Whether this path still names the open file. Raises OSError."""
+    return look_at(path, opened=True).inode == os.fstat(file.fileno()).st_ino
 
 
 def list_directory(path: str) -> List[str]:
@@ -1279,7 +1287,7 @@ class Files:
 
     def scratch_path(self) -> str:
         """A path in the scratch folder that nobody else uses."""
-        return os.path.join(self.scratch, uuid.uuid4().hex)
+        return "%s/%s" % (self.scratch, os.urandom(16).hex())
 
     def write(self, path: str, content: bytes, private: bool = False) -> None:
         """Put a small file in place, as fill() does. Raises OSError.
@@ -1318,14 +1326,13 @@ class Files:
         it was not put there. Raises OSError.
 
         If the file already has this content, only its mtime is renewed."""
+        is_new = make_directories(os.path.dirname(path), durable=False)
         if ready:
-            make_directories(os.path.dirname(path), durable=False)
             yield functools.partial(self.publish, ready, path, durable=False)
             return
-        if read_file(path, len(content) + 1) == content:
+        if not is_new and read_file(path, len(content) + 1) == content:
             yield functools.partial(os.utime, path)
             return
-        make_directories(os.path.dirname(path), durable=False)
         temporary = self.scratch_path()
         with deleted_on_error(temporary):
             with descriptor_of(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
@@ -2582,6 +2589,7 @@ class Layout:
         self.own = os.path.join(self.root, "tinyreg")
         self.repositories = os.path.join(self.tree, "repositories")
         self.scratch = os.path.join(self.own, "scratch")
+        self.uploads = os.path.join(self.own, "uploads")
         self.usage = os.path.join(self.own, "usage")
         self.shared = os.path.join(self.own, "shared")
         self.journal = os.path.join(self.own, "journal")
@@ -2590,11 +2598,11 @@ class Layout:
     # Distribution's tree
 
     def blob_path(self, digest: Digest) -> str:
-        return os.path.join(self.tree, "blobs", digest.algorithm, digest.encoded[:2],
-                            digest.encoded, "data")
+        encoded = digest.encoded
+        return "%s/blobs/%s/%s/%s/data" % (self.tree, digest.algorithm, encoded[:2], encoded)
 
     def repository_path(self, name: str, *parts: str) -> str:
-        return os.path.join(self.repositories, name, *parts)
+        return "/".join((self.repositories, name) + parts)
 
     def layer_path(self, name: str, digest: Digest) -> str:
         """The folder whose link says that a repository has a blob."""
@@ -2610,17 +2618,23 @@ class Layout:
 
     def current_path(self, name: str, tag: str) -> str:
         """The folder whose link says what a tag points to now."""
-        return os.path.join(self.tag_path(name, tag), "current")
+        return self.tag_path(name, tag) + "/current"
 
     def former_path(self, name: str, tag: str) -> str:
         """The folder with a digest's folder for each manifest that a tag has pointed to."""
-        return os.path.join(self.tag_path(name, tag), "index")
+        return self.tag_path(name, tag) + "/index"
 
-    def uploads_path(self, name: str) -> str:
-        """The folder of upload sessions: each is a folder whose name is the session's id."""
-        return self.repository_path(name, "_uploads")
+    def foreign_upload_path(self, name: str, session_id: str) -> str:
+        """The bytes of an upload session that Distribution has begun, or an earlier tinyreg. Beside
+        them are the time when it began, and what only Distribution can read."""
+        return self.repository_path(name, "_uploads", session_id, "data")
 
     # Our own folder
+
+    def upload_path(self, name: str, session_id: str) -> str:
+        """The bytes of an upload session. Distribution has a folder and two files for one; to make
+        and delete these takes longer than all else of a small blob."""
+        return "%s/%s/_%s" % (self.uploads, name, session_id)
 
     def pins_path(self, name: str) -> str:
         """The folder with an empty file for each manifest that was pulled or loaded by digest."""
@@ -2659,6 +2673,18 @@ class Layout:
                 yield os.path.relpath(folder, self.repositories)
             children[:] = [child for child in children if not child.startswith("_")]
 
+    def iter_uploads(self, below: str = "") -> Iterator[Tuple[str, str, str]]:
+        """Yield (repository, session id, path of its bytes) for each upload session: of a name and
+        all below it, or of all. Raises OSError."""
+        for folder, _, files in os.walk(os.path.join(self.uploads, below),
+                                        onerror=raise_unless_gone):
+            for file in files:
+                name = os.path.relpath(folder, self.uploads)
+                yield name, file[1:], os.path.join(folder, file)
+        for name in self.iter_repositories(below):
+            for session_id in list_directory(self.repository_path(name, "_uploads")):
+                yield name, session_id, self.foreign_upload_path(name, session_id)
+
     def iter_blobs(self) -> Iterator[Tuple[Digest, str]]:
         """Yield (digest, folder) for each blob. Raises OSError."""
         return digest_folders(self.tree, "blobs", shards=True)
@@ -2683,7 +2709,7 @@ class Layout:
     @staticmethod
     def link_in(folder: str) -> str:
         """The path of the link in a folder of a blob, a manifest or a tag."""
-        return os.path.join(folder, "link")
+        return folder + "/link"
 
     def read_link(self, folder: str) -> Optional[Digest]:
         """The digest that a folder's link names; None if it is missing or damaged, which is
@@ -3093,14 +3119,13 @@ class Directory(Registry):
         repositories: {name: [bytes that it alone has, bytes that it shares with others]};
         shared: {digest: the first five repositories} of blobs that several have."""
         began, start = time.time(), time.monotonic()
-        sizes, uploads = {}, 0
+        sizes = {}
         owners: Dict[Digest, List[str]] = {}
         for digest, folder in self.layout.iter_blobs():
             with contextlib.suppress(OSError):  # deleted meanwhile, or its disk fails
                 sizes[digest] = os.stat(os.path.join(folder, "data")).st_size
         repositories = {name: [0, 0] for name in self.repositories()}
         for name in repositories:
-            uploads += len(list_directory(self.layout.uploads_path(name)))
             for digest in self.layout.linked(name):
                 owners.setdefault(digest, []).append(name)
         shared = {digest: names for digest, names in owners.items() if len(names) > 1}
@@ -3111,7 +3136,7 @@ class Directory(Registry):
         return {"time": began, "took": time.monotonic() - start,
                 "blobs": len(sizes), "bytes": sum(sizes.values()),
                 "unlinked": sum(sizes[digest] for digest in sizes.keys() - owners),
-                "uploads": uploads, "repositories": repositories,
+                "uploads": sum(1 for _ in self.layout.iter_uploads()), "repositories": repositories,
                 "free": self.free_space(), "total": disk.f_blocks * disk.f_frsize,
                 "shared": {digest: names[:6] for digest, names in shared.items()}}
 
@@ -3149,12 +3174,9 @@ class Directory(Registry):
         room = float("inf")
         for account, limit in self._quota_limits(name):
             linked: Set[Digest] = set()
-            waiting = 0
             for repository in self.layout.iter_repositories(account):
                 linked |= self.layout.linked(repository)
-                uploads = self.layout.uploads_path(repository)
-                waiting += sum(look_at(os.path.join(uploads, session_id, "data")).size
-                               for session_id in list_directory(uploads))
+            waiting = sum(look_at(path).size for _, _, path in self.layout.iter_uploads(account))
             used = sum(look_at(self.layout.blob_path(other)).size for other in linked)
             over = "over the quota: %s has %s of %s (--quota), and " % (
                 account, in_units(used), in_units(limit))
@@ -3189,7 +3211,9 @@ class Directory(Registry):
     def find_upload(self, name: str, session_id: str) -> "DirectoryUpload":
         session = DirectoryUpload(self, name, session_id)
         if not session.resume():
-            raise session.unknown()
+            session.path = self.layout.foreign_upload_path(name, session_id)
+            if not session.resume():
+                raise session.unknown()
         return session
 
     def has_upload(self, name: str, session_id: str) -> bool:
@@ -3236,14 +3260,14 @@ class Directory(Registry):
         session = self.session_of_blob(name, blob.digest)
         return look_at(self.layout.blob_path(blob.digest)).size or look_at(session.path).size
 
-    def publish_blob(self, name: str, file: BinaryIO, temporary: str, digest: Digest) -> None:
-        """Bring the content of an open file, which is checked, to its place among the blobs, and
-        link the repository to it. `temporary` is the file's path.
+    def publish_blob(self, name: str, file: BinaryIO, size: int, temporary: str,
+                     digest: Digest) -> None:
+        """Bring the content of an open file of this size, which is checked, to its place among the
+        blobs, and link the repository to it. `temporary` is the file's path.
 
         If the blob is there it is replaced: that costs nothing, and mends a damaged one. The
         folders of the link come first: on a full disk it is better that they fail than that a
         blob is left to which nothing refers."""
-        size = os.fstat(file.fileno()).st_size
         path = self.layout.blob_path(digest)
         link = self.link(self.layout.layer_path(name, digest), digest)
         is_small = self._is_for_journal(size)
@@ -3251,6 +3275,10 @@ class Directory(Registry):
             sync(file.fileno())
         with self._within_quota(name, size, digest), self.lock.shared():
             os.utime(temporary)  # gc should see it as new, though its last byte may be old
+            if self.shared:
+                # Links will be below this folder, so it has to be durable, whichever host has made
+                # it. A journal does without.
+                make_directories(self.layout.repository_path(name))
             if is_small:
                 file.seek(0)
                 return self._keep(SmallFile(path, file.read(size), temporary), link)
@@ -3387,7 +3415,7 @@ class Directory(Registry):
 
 
 class DirectoryUpload(UploadSession):
-    """An upload session: the file _uploads/ID/data, whose size is the offset.
+    """An upload session: a file whose size is the offset.
 
     Two requests may write to one session at once: a client has lost its connection and comes
     back, and the server has not noticed yet. So each block is written under a lock on the file,
@@ -3402,26 +3430,15 @@ class DirectoryUpload(UploadSession):
         self.store = store
         self.name = name
         self.id = session_id
-        self.folder = os.path.join(store.layout.uploads_path(name), session_id)
-        self.path = os.path.join(self.folder, "data")
+        self.path = store.layout.upload_path(name, session_id)
         self.room = 0.0  # so many bytes its quota allows
 
     def begin(self, algorithm: str) -> None:
-        """Make the session's files. Raises UNAVAILABLE, OSError."""
+        """Make the session's file, which need not be durable. Raises UNAVAILABLE, OSError."""
         self.offset, self.state = 0, ""
         self.store.check_room()
         self.store.check_quota(self.name, 1)
-        with self.store.lock.shared(changes=False):  # gc takes empty repositories away
-            if self.store.shared:
-                # Links will be below this folder, so it has to be durable, whichever host has made
-                # it. A journal does without; and the session need not be.
-                make_directories(self.store.layout.repository_path(self.name))
-            make_directories(self.folder, durable=False)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            with descriptor_of(os.path.join(self.folder, "startedat"), flags) as file:
-                os.write(file, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()).encode())
-            with descriptor_of(self.path, flags):
-                pass
+        make_file(self.path)
         self.store.keep_hasher(self, hashlib.new(algorithm))
 
     def resume(self) -> bool:
@@ -3445,39 +3462,44 @@ class DirectoryUpload(UploadSession):
         return "%d-%s" % (size, hmac.new(self.store.key, text.encode(), "sha256").hexdigest())
 
     def _open(self) -> BinaryIO:
-        """Open the session's file. Raises BLOB_UPLOAD_UNKNOWN; UNAVAILABLE if it is shorter than
-        the client's state says: a network's file system may show what was a second ago."""
+        """Open the session's file. Raises BLOB_UPLOAD_UNKNOWN."""
         try:
-            file = open(self.path, "r+b", buffering=0)
+            return open(self.path, "r+b", buffering=0)
         except FileNotFoundError:
             raise self.unknown()
-        if os.fstat(file.fileno()).st_size < int(self.state.partition("-")[0] or 0):
-            file.close()
+
+    def _check_size(self, size: int) -> None:
+        """Raises UNAVAILABLE if the session's file is shorter than the client's state says: a
+        network's file system may show what was a second ago."""
+        if size < int(self.state.partition("-")[0] or 0):
             raise RegistryError("UNAVAILABLE", headers=[("Retry-After", "1")], message="the "
                                 "registry's network disk does not show all of this upload yet")
-        return file
 
     @contextlib.contextmanager
     def _locked(self, file: BinaryIO) -> Iterator[os.stat_result]:
-        """Hold the lock on the session's open file; yields the file's status. Raises
+        """Hold the lock on the session's open file; yields the file's status. Raises UNAVAILABLE;
         BLOB_UPLOAD_UNKNOWN if the file has become a blob, or is gone."""
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
-            if not is_at(file, self.path):
+            status = os.fstat(file.fileno())
+            if look_at(self.path, opened=self.store.shared).inode != status.st_ino:
                 raise self.unknown()
-            yield os.fstat(file.fileno())
+            self._check_size(status.st_size)
+            yield status
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)
 
     def append(self, body: Any, start: Optional[int] = None) -> None:
+        if getattr(body, "is_empty", False) and start is None:  # docker ends an upload so
+            self.store.check_quota(self.name, self.offset)
+            return
         with self._open() as file:
             self.offset = file.seek(0, os.SEEK_END)
+            self._check_size(self.offset)
             if start not in (None, self.offset):
                 raise self._misplaced()
             # Of a request with a length it is known before its first byte is read.
             self.room = self.store.check_quota(self.name, self.offset + getattr(body, "left", 0))
-            if getattr(body, "is_empty", False):  # docker ends an upload so
-                return
             # Another process may have begun the upload; then sha256 is a good guess.
             unused = None if self.offset else hashlib.sha256()
             hasher = self.store.hashers.pop((self.id, self.offset), unused)
@@ -3527,7 +3549,7 @@ class DirectoryUpload(UploadSession):
         with self._open() as file, self._locked(file) as status:
             try:
                 self._check_digest(file, status.st_size, digest)
-                self.store.publish_blob(self.name, file, self.path, digest)
+                self.store.publish_blob(self.name, file, status.st_size, self.path, digest)
             finally:
                 self.cancel()
 
@@ -3543,13 +3565,11 @@ class DirectoryUpload(UploadSession):
                 "wanted": digest, "size": size, "got": "%s:%s" % (hasher.name, hasher.hexdigest())})
 
     def cancel(self) -> None:
-        try:
-            for name in ("data", "startedat"):
-                with contextlib.suppress(FileNotFoundError):  # it has become a blob
-                    os.unlink(os.path.join(self.folder, name))
-            os.rmdir(self.folder)
-        except OSError:  # of another version of Distribution, or gone
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.path == self.store.layout.upload_path(self.name, self.id):
+            with contextlib.suppress(FileNotFoundError):  # it has become a blob
+                os.unlink(self.path)
+        else:
+            shutil.rmtree(os.path.dirname(self.path), ignore_errors=True)
 
     def expire(self, limit: float) -> bool:
         """Forget the session unless somebody has written to it after this Unix time; whether it is
@@ -3810,13 +3830,17 @@ class Sweep:
         """Delete upload sessions that nobody has written to for a day, and what crashes have left
         in the scratch folder. Raises OSError."""
         limit = self.now - UPLOAD_IDLE
-        for name in self.layout.iter_repositories():
-            for session_id in list_directory(self.layout.uploads_path(name)):
-                session = DirectoryUpload(self.store, name, session_id)
-                written, size, _ = self._look(session.path)
-                is_idle = (written or self._look(session.folder).mtime) < limit
-                if is_idle and (self.dry_run or session.expire(limit)):
-                    self._count("upload", "%s %s" % (name, session_id), size)
+        for name, session_id, path in self.layout.iter_uploads():
+            session = DirectoryUpload(self.store, name, session_id)
+            session.path = path
+            written, size, _ = self._look(path)
+            is_idle = (written or self._look(os.path.dirname(path)).mtime) < limit
+            if is_idle and (self.dry_run or session.expire(limit)):
+                self._count("upload", "%s %s" % (name, session_id), size)
+        if not self.dry_run:
+            for folder, _, _ in os.walk(self.layout.uploads, topdown=False):
+                with contextlib.suppress(OSError):  # it has sessions
+                    os.rmdir(folder)
         for entry in list_directory(self.store.files.scratch):
             path = os.path.join(self.store.files.scratch, entry)
             # What is not trash may be about to get its final name. A `-` is in the names of locks

@@ -224,7 +224,7 @@ def test_skopeo_pushes_again_after_kill_9(server, api, skopeo, layout, large_roo
     made, name = "dir:%s" % (tmp_path / "made"), "docker://%s/cut:1" % server.host
     skopeo("copy", "--dest-decompress", layout(large_root), made)  # so that it compresses while it pushes: that is slow
     command = [*skopeo.command, "copy", "--dest-tls-verify=false", made, name]
-    uploads = os.path.join(server.root, "docker/registry/v2/repositories/cut/_uploads/*/data")
+    uploads = os.path.join(server.root, "tinyreg/uploads/cut/_*")
     with subprocess.Popen(command, env=dict(os.environ, **skopeo.environment), stdout=subprocess.DEVNULL,
                           stderr=subprocess.DEVNULL) as first:
         until(lambda: any(os.path.getsize(path) for path in glob.glob(uploads)), what="an upload", process=first)

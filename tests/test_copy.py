@@ -266,7 +266,7 @@ def test_missing_blobs_are_listed_and_the_tag_is_not_set(source, target):
     report = copy(source, target, NAME, "latest")
     assert report.missing == [lost]
     assert holdings(target)[1] == {}
-    assert not os.listdir(os.path.join(target.layout.repository_path(NAME), "_uploads"))
+    assert not list(target.layout.iter_uploads())
     assert amd64.digest in set(target.digests(NAME)) and arm64.digest not in set(target.digests(NAME))
 
 

@@ -145,8 +145,7 @@ def test_max_blob(start_server):
     assert push(server, "app", b"x" * MEGABYTE)[0] == 201
     status, body = push(server, "app", b"x" * (MEGABYTE + 1))
     assert status == 413 and b"up to 1048576 bytes" in body
-    uploads = os.path.join(server.root, "docker/registry/v2/repositories/app/_uploads")
-    assert os.listdir(uploads) == []
+    assert os.listdir(os.path.join(server.root, "tinyreg/uploads/app")) == []
 
 
 @pytest.mark.parametrize("size", ["", "G", "-1G", "10X", "1e3"])
@@ -169,7 +168,7 @@ def test_a_limit_on_the_size_of_files(start_server):
     server = start_limited(start_server, resource.RLIMIT_FSIZE, 2 * MEGABYTE)
     status, body = push(server, "app", b"x" * (3 * MEGABYTE))
     assert status == 507 and b"larger than a file may be" in body
-    assert os.listdir(os.path.join(server.root, "docker/registry/v2/repositories/app/_uploads")) == []
+    assert os.listdir(os.path.join(server.root, "tinyreg/uploads/app")) == []
     assert push(server, "app", b"x" * MEGABYTE)[0] == 201
 
 
@@ -333,8 +332,9 @@ def test_what_comes_at_once_through_several_processes_does_not_exceed_the_quota(
 def test_uploads_that_never_end_do_not_fill_the_disk(start_server):
     """One that was cut leaves room for the next; many of them don't, and ending one gives room."""
     server = start_server(None, "--quota", "students/*=10K", "--workers", "2")
-    targets = [ask(server, "POST", "/v2/students/alice/n%d/blobs/uploads/" % number).headers["Location"]
-               for number in range(4)]
+    begun = [ask(server, "POST", "/v2/students/alice/n%d/blobs/uploads/" % number) for number in range(4)]
+    assert [answer.status for answer in begun] == [202] * 4, (begun, server.log())
+    targets = [answer.headers["Location"] for answer in begun]
     answers = [ask(server, "PATCH", target, os.urandom(9 * KILOBYTE)) for target in targets[:3]]
     assert [answer.status for answer in answers] == [202] * 3
     for method, path in (("POST", "/v2/students/alice/x/blobs/uploads/"), ("PATCH", targets[3])):

@@ -1,5 +1,6 @@
 """Garbage collection: what goes, what stays, and that pushes beside it lose nothing."""
 
+import concurrent.futures
 import fcntl
 import io
 import json
@@ -8,7 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+import uuid
 
 import pytest
 
@@ -295,12 +298,31 @@ def test_sessions_that_were_idle_for_a_day_go_and_others_stay(store):
         session.append(io.BytesIO(b"half"))
         then = time.time() - hours * HOUR
         os.utime(session.path, (then, then))
-    broken = store.start_upload("app2")
-    os.unlink(broken.path)
-    os.utime(broken.folder, (1, 1))
+    broken = os.path.dirname(store.layout.foreign_upload_path("app2", str(uuid.uuid4())))  # of Distribution
+    os.makedirs(broken)
+    os.utime(broken, (1, 1))
     gone = gc(store)
     assert {what.split()[0] for kind, what in gone if kind == "upload"} == {"app0", "app2"}
-    assert sorted(os.listdir(os.path.join(store.layout.tree, "repositories"))) == ["app1"]
+    assert sorted(name for name, _, _ in store.layout.iter_uploads()) == ["app1"]
+    assert os.listdir(store.layout.uploads) == ["app1"]
+    assert os.listdir(store.layout.repositories) == []
+
+
+def test_uploads_begin_while_their_empty_folders_are_deleted(store):
+    stop = threading.Event()
+
+    def collect():
+        while not stop.is_set():
+            gc(store)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(collect)
+        try:
+            for number in range(300):
+                store.start_upload("deep/down/app").cancel()
+        finally:
+            stop.set()
+        running.result()
 
 
 def test_empty_repositories_go_and_those_below_stay(store):

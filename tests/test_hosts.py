@@ -8,6 +8,7 @@ import ctypes
 import fcntl
 import gzip
 import http.server
+import io
 import itertools
 import json
 import os
@@ -21,7 +22,7 @@ import uuid
 import pytest
 from conftest import TINYREG, Answer, Client, by_digest, run_tinyreg, until
 from engines import NGINX_BEGIN, private_folder, require, require_root, run, unavailable
-from samples import CONFIG, image, make_image, push_blob, to_manifest
+from samples import CONFIG, image, make_image, to_manifest
 from tinyreg import (MANIFEST_TYPES, OCI_INDEX, CommandError, Digest, Directory, Endpoint, EventQueue, Layout, Metrics,
                      check_mount, collect_garbage, token_key)
 
@@ -275,7 +276,7 @@ def test_a_session_that_is_not_seen_whole_yet_blames_nobody_and_stays(server):
     location = server.ask("POST", "/v2/app/blobs/uploads/").headers["Location"]
     location = server.ask("PATCH", location, b"hello").headers["Location"]
     path, _, _ = location.partition("?")
-    data = os.path.join(Layout(server.root).uploads_path("app"), path.rpartition("/")[2], "data")
+    data = Layout(server.root).upload_path("app", path.rpartition("/")[2])
     os.truncate(data, 2)
     end = "&digest=" + Digest.of(b"hello!")
     for method, query, headers in (("PATCH", "", {"content_range": "5-5"}), ("PUT", end, {}),
@@ -338,7 +339,10 @@ def test_locks_are_of_files_that_are_opened_as_nfs_wants(tmp_path, monkeypatch):
     store = Directory(str(tmp_path / "registry"), shared=True)
     manifest = make_image(store, "app", "1")
     digest = Digest.of(b"put")
-    with store.open_blob("app", push_blob(store, "app", b"put")) as blob:
+    session = store.start_upload("app")
+    session.append(io.BytesIO(b"put"))
+    session.commit(digest)
+    with store.open_blob("app", digest) as blob:
         Directory(str(tmp_path / "other")).put_blob("app", digest, lambda offset: blob)
     store.usage()
     token_key(store)
@@ -350,8 +354,8 @@ def test_locks_are_of_files_that_are_opened_as_nfs_wants(tmp_path, monkeypatch):
         queue.deliver()
     store.delete_manifest("app", manifest.digest)
     collect_garbage(store)
-    alone = {"lock", "gc", "data", store.session_of_blob("app", digest).id, "token.key.lock", endpoint.key + ".sender",
-             endpoint.key + ".lock"}
+    alone = {"lock", "gc", os.path.basename(session.path), store.session_of_blob("app", digest).id, "token.key.lock",
+             endpoint.key + ".sender", endpoint.key + ".lock"}
     assert {(name, fcntl.LOCK_EX) for name in alone} | {("lock", fcntl.LOCK_SH)} <= taken
     assert not os.path.exists(os.path.join(store.layout.own, "lock.changes"))
 
