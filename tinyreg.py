@@ -8447,6 +8447,7 @@ sent_bytes_total counter Bytes of answers' bodies
 cache_hits_total counter Answers given from memory
 events_dropped_total counter Notifications lost because an endpoint's queue was full
 watchers gauge Browsers that look at /live
+connections gauge Connections of clients
 notifications_waiting gauge Notifications not yet delivered, by endpoint
 store_bytes gauge Bytes of all blobs
 store_blobs gauge Blobs and manifests stored
@@ -8471,7 +8472,7 @@ class Metrics:
 
     def __init__(self, routes: Iterable[Tuple[str, str]], processes: int = 1) -> None:
         names = ["received_bytes_total", "sent_bytes_total", "cache_hits_total",
-                 "events_dropped_total", "watchers"]
+                 "events_dropped_total", "watchers", "connections"]
         self.blocks = {}  # {(method, route): the first of its cells}
         for method, route in sorted(set(routes)) + [("other", "none")]:
             self.blocks[method, route] = len(names)
@@ -8489,8 +8490,9 @@ class Metrics:
     def start(self, process: int) -> None:
         """Count in the row of this process from now on."""
         self.row = process * len(self.cells)
-        # Browsers that watched through a worker before us have lost their connections.
-        self.numbers[self.row + self.cells["watchers"]] = 0
+        # The clients of a worker before us have lost their connections.
+        for name in ("watchers", "connections"):
+            self.numbers[self.row + self.cells[name]] = 0
 
     def add(self, name: str, amount: int = 1) -> None:
         """Add to a cell."""
@@ -8500,6 +8502,11 @@ class Metrics:
     def total(self, name: str) -> float:
         """The sum of a cell over all processes."""
         return sum(self.numbers[self.cells[name]::len(self.cells)])
+
+    def excess(self, name: str) -> float:
+        """By how much this process's cell is above the lowest of all processes."""
+        cell = self.cells[name]
+        return self.numbers[self.row + cell] - min(self.numbers[cell::len(self.cells)])
 
     def count(self, exchange: Exchange, cached: bool = False) -> None:
         """Add one exchange; `cached` says that its response came from memory."""
@@ -11637,6 +11644,10 @@ class Server(http.server.HTTPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve connections, one after the other, until the worker stops or enough threads wait."""
         thread = threading.current_thread()
+        if self.worker.observation.metrics.excess("connections"):
+            # Of many clients that come at once the fastest process would get most; but its threads
+            # would wait for each other, which takes more time than this.
+            time.sleep(0.002)
         while len(self.waiting) < SPARE_THREADS and not self.worker.stopping:
             self.worker.crowd.await_closing()
             self.waiting.add(thread)
@@ -11655,6 +11666,8 @@ class Server(http.server.HTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in this thread, and leave another one waiting."""
+        metrics = self.worker.observation.metrics
+        metrics.add("connections")
         try:
             if not self.waiting:
                 self.start_thread()
@@ -11662,6 +11675,7 @@ class Server(http.server.HTTPServer):
         except Exception:  # of one client's connection; handle_error logs it
             self.handle_error(request, client_address)
         finally:
+            metrics.add("connections", -1)
             self.close_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:

@@ -368,6 +368,16 @@ def test_the_file_behind_live_stays_small(tmp_path, monkeypatch):
 
 # Metrics
 
+def test_a_process_knows_how_much_more_it_has_than_the_one_with_least():
+    metrics = Metrics([], processes=3)
+    for process, connections in enumerate((2, 5, 3)):
+        metrics.start(process)
+        metrics.add("connections", connections)
+    assert metrics.excess("connections") == 1
+    metrics.row = 0
+    assert metrics.excess("connections") == 0
+
+
 def test_prometheus_reads_the_metrics_and_they_are_true(start_server, store):
     make_image(store, "lab/app", "v1", (b"x" * 1000,))
     server = start_server(None, "--workers", "2")

@@ -14,7 +14,7 @@ import threading
 import urllib.parse
 
 import pytest
-from conftest import PATIENCE, TINYREG, ask, free_port, open_url, run_tinyreg, until, workers_of
+from conftest import PATIENCE, TINYREG, Client, ask, free_port, open_url, run_tinyreg, until, workers_of
 from engines import NGINX_BEGIN, own_address
 from samples import CONFIG, image, index, make_image, push_blob, read_blob, to_manifest
 
@@ -147,6 +147,25 @@ def test_a_worker_that_was_killed_has_no_watchers(start_server):
         os.kill(worker, signal.SIGKILL)
         until(lambda: set(workers_of(server)) - {worker})
     assert "tinyreg_watchers 0\n" in server.ask("GET", "/metrics").text
+
+
+def test_connections_are_counted_until_they_end_or_their_worker_is_killed(start_server):
+    server = start_server(None, "--workers", "1")
+
+    def count():
+        return re.search("^tinyreg_connections (.+)$", server.ask("GET", "/metrics").text, re.M).group(1)
+
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(server)) for _ in range(3)]
+        for client in clients:
+            client.ask("GET", "/v2/")
+        until(lambda: count() == "4")  # the one that asks is the fourth
+        clients[0].close()
+        until(lambda: count() == "3")
+        worker, = workers_of(server)
+        os.kill(worker, signal.SIGKILL)
+        until(lambda: set(workers_of(server)) - {worker})
+    until(lambda: count() == "1")
 
 
 def test_counts_survive_the_death_of_a_worker(start_server):
