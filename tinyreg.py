@@ -241,7 +241,7 @@ ROOT_CHECK_PERIOD = 1.0      # seconds between two checks that the store still e
 UPKEEP_PERIOD = 3600.0       # seconds between two searches for idle upload sessions
 JOURNAL_SIZE = 256 << 10     # bytes after which a journal is settled, and another one begun
 SMALL_FILE = 32 << 10        # bytes; up to this, a blob or manifest goes into the journal
-SYNCS_AT_ONCE = 32           # threads that settle a journal: the disk may sync several at a time
+SYNCS_AT_ONCE = 32           # threads that settle a journal on a slow disk, which may sync many
 
 # Observation
 MAX_LIVE = 1 << 20           # bytes of the file behind /live; then it begins anew
@@ -1116,20 +1116,15 @@ class descriptor_of:
 
 def sync_path(path: str) -> None:
     """Make a file's content, or the names in a folder, durable. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with descriptor_of(path) as descriptor:
         sync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_present(paths: Iterable[str]) -> None:
     """Make files and folders durable, if they are there. Raises OSError."""
     for path in paths:
-        try:
+        with contextlib.suppress(FileNotFoundError):  # another program has deleted it
             sync_path(path)
-        except FileNotFoundError:
-            pass  # another program has deleted it
 
 
 def sync_together(paths: Sequence[str]) -> None:
@@ -1138,7 +1133,7 @@ def sync_together(paths: Sequence[str]) -> None:
     first, rest = paths[:8], paths[8:]
     began = time.monotonic()
     sync_present(first)
-    if time.monotonic() - began < len(first) * 0.001:
+    if not rest or time.monotonic() - began < len(first) * 0.001:
         return sync_present(rest)  # where a disk does not wait, threads wait for each other
     parts = [rest[number::SYNCS_AT_ONCE] for number in range(SYNCS_AT_ONCE)]
     with concurrent.futures.ThreadPoolExecutor(SYNCS_AT_ONCE) as pool:
@@ -1191,17 +1186,6 @@ def make_directories(path: str, attempts: int = 10, durable: bool = True) -> boo
     if durable:
         sync_path(os.path.dirname(path))
     return is_new
-
-
-def make_file(path: str) -> None:
-    """Make an empty file, and the folders above it, which somebody may delete as long as they are
-    empty. Raises OSError."""
-    while True:
-        try:
-            with descriptor_of(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL):
-                return
-        except FileNotFoundError:
-            make_directories(os.path.dirname(path), durable=False)
 
 
 def read_file(path: str, limit: int = MAX_MANIFEST) -> Optional[bytes]:
@@ -2697,8 +2681,9 @@ class Layout:
         for folder, _, files in os.walk(os.path.join(self.uploads, below),
                                         onerror=raise_unless_gone):
             for file in files:
-                name = os.path.relpath(folder, self.uploads)
-                yield name, file[1:], os.path.join(folder, file)
+                if file.startswith("_"):  # NFS leaves others of what was deleted while it was open
+                    name = os.path.relpath(folder, self.uploads)
+                    yield name, file[1:], os.path.join(folder, file)
         for name in self.iter_repositories(below):
             for session_id in list_directory(self.repository_path(name, "_uploads")):
                 yield name, session_id, self.foreign_upload_path(name, session_id)
@@ -3451,12 +3436,21 @@ class DirectoryUpload(UploadSession):
         self.path = store.layout.upload_path(name, session_id)
         self.room = 0.0  # so many bytes its quota allows
 
+    def _make_file(self) -> None:
+        with descriptor_of(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL):
+            pass
+
     def begin(self, algorithm: str) -> None:
         """Make the session's file, which need not be durable. Raises UNAVAILABLE, OSError."""
         self.offset, self.state = 0, ""
         self.store.check_room()
         self.store.check_quota(self.name, 1)
-        make_file(self.path)
+        try:
+            self._make_file()
+        except FileNotFoundError:  # it is the repository's first
+            with self.store.lock.shared(changes=False):  # gc deletes empty folders
+                make_directories(os.path.dirname(self.path), durable=False)
+                self._make_file()
         self.store.keep_hasher(self, hashlib.new(algorithm))
 
     def resume(self) -> bool:
@@ -3856,9 +3850,10 @@ class Sweep:
             if is_idle and (self.dry_run or session.expire(limit)):
                 self._count("upload", "%s %s" % (name, session_id), size)
         if not self.dry_run:
-            for folder, _, _ in os.walk(self.layout.uploads, topdown=False):
-                with contextlib.suppress(OSError):  # it has sessions
-                    os.rmdir(folder)
+            with self.store.lock.alone():
+                for folder, _, _ in os.walk(self.layout.uploads, topdown=False):
+                    with contextlib.suppress(OSError):  # it has sessions
+                        os.rmdir(folder)
         for entry in list_directory(self.store.files.scratch):
             path = os.path.join(self.store.files.scratch, entry)
             # What is not trash may be about to get its final name. A `-` is in the names of locks

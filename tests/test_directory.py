@@ -871,6 +871,15 @@ def test_an_upload_goes_on_in_another_process(store, root, algorithm):
     assert refusal(store.find_upload, "a", session.id) == "BLOB_UPLOAD_UNKNOWN"
 
 
+def test_no_upload_makes_a_store_anew_where_its_disk_was_mounted(store, root):
+    make_image(store, "a")
+    os.rename(str(root), str(root) + "-elsewhere")
+    os.mkdir(str(root))
+    with pytest.raises(FileNotFoundError):
+        store.start_upload("a")
+    assert os.listdir(str(root)) == []
+
+
 def test_an_upload_that_distribution_began(store, root):
     session_id = "0198a7b4-1c0e-7000-8000-0123456789ab"
     folder = root / TREE / "repositories/a/_uploads" / session_id

@@ -1,6 +1,5 @@
 """Garbage collection: what goes, what stays, and that pushes beside it lose nothing."""
 
-import concurrent.futures
 import fcntl
 import io
 import json
@@ -9,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import uuid
 
@@ -301,28 +299,49 @@ def test_sessions_that_were_idle_for_a_day_go_and_others_stay(store):
     broken = os.path.dirname(store.layout.foreign_upload_path("app2", str(uuid.uuid4())))  # of Distribution
     os.makedirs(broken)
     os.utime(broken, (1, 1))
+    for name, hours in (("app25", 25), ("app23", 23)):
+        path = store.layout.foreign_upload_path(name, str(uuid.uuid4()))
+        os.makedirs(os.path.dirname(path))
+        with open(path, "wb") as file:
+            file.write(b"half")
+        os.utime(path, (time.time() - hours * HOUR,) * 2)
+    for folder in (store.layout.uploads, os.path.join(store.layout.uploads, "app1")):
+        with open(os.path.join(folder, ".nfs0001"), "wb"):  # what NFS leaves; no session
+            os.utime(os.path.join(folder, ".nfs0001"), (1, 1))
     gone = gc(store)
-    assert {what.split()[0] for kind, what in gone if kind == "upload"} == {"app0", "app2"}
-    assert sorted(name for name, _, _ in store.layout.iter_uploads()) == ["app1"]
-    assert os.listdir(store.layout.uploads) == ["app1"]
-    assert os.listdir(store.layout.repositories) == []
+    assert {what.split()[0] for kind, what in gone if kind == "upload"} == {"app0", "app2", "app25"}
+    assert sorted(name for name, _, _ in store.layout.iter_uploads()) == ["app1", "app23"]
+    assert sorted(os.listdir(store.layout.uploads)) == [".nfs0001", "app1"]
+    assert os.listdir(store.layout.repositories) == ["app23"]
 
 
-def test_uploads_begin_while_their_empty_folders_are_deleted(store):
-    stop = threading.Event()
+def test_folders_of_uploads_are_made_while_gc_can_not_delete_them(store, monkeypatch):
+    def is_locked(how):
+        with open(store.lock.path, "r+b") as lock:
+            try:
+                fcntl.flock(lock, how | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
-    def collect():
-        while not stop.is_set():
-            gc(store)
+    def begins(function, how):
+        def call(path, *more, **settings):
+            if path.startswith(store.layout.uploads + "/"):
+                held.append(is_locked(how))
+            return function(path, *more, **settings)
+        return call
 
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        running = pool.submit(collect)
-        try:
-            for number in range(300):
-                store.start_upload("deep/down/app").cancel()
-        finally:
-            stop.set()
-        running.result()
+    held = []
+    monkeypatch.setattr(tinyreg, "make_directories", begins(tinyreg.make_directories, fcntl.LOCK_EX))
+    monkeypatch.setattr(os, "rmdir", begins(os.rmdir, fcntl.LOCK_SH))
+    session = store.start_upload("deep/down/app")
+    gc(store)
+    session.append(io.BytesIO(b"half"))
+    session.cancel()
+    gc(store)
+    assert not os.path.exists(store.layout.uploads)
+    store.start_upload("deep/down/app")
+    assert len(held) >= 5 and all(held)
 
 
 def test_empty_repositories_go_and_those_below_stay(store):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -409,3 +410,26 @@ def test_a_stranger_s_links_and_odd_files_lead_nowhere(store, tmp_path):
     assert run_tinyreg("ls", "--root", store.root).returncode == 0
     assert run_tinyreg("rm", "app:latest", "--root", store.root).returncode == 0
     assert os.listdir(str(target)) == [] and not list(store.tags("app"))
+
+
+@pytest.mark.parametrize("wait", [0, 0.002])
+def test_a_journal_is_settled_whole_on_a_fast_and_on_a_slow_disk(store, monkeypatch, wait):
+    """Several threads do it on the latter only."""
+    contents, synced, threads = [b"%d" % number for number in range(5)], set(), set()
+    for content in contents:
+        push_blob(store, "app", content)
+
+    def sync(descriptor, sync=tinyreg.sync):
+        time.sleep(wait)
+        synced.add(os.readlink("/proc/self/fd/%d" % descriptor))
+        threads.add(threading.get_ident())
+        sync(descriptor)
+
+    monkeypatch.setattr(tinyreg, "sync", sync)
+    store.journal.close()
+    assert journals(store) == []
+    if wait:
+        assert len(threads) > 1
+    for digest in map(Digest.of, contents):
+        for path in (store.layout.blob_path(digest), store.layout.link_in(store.layout.layer_path("app", digest))):
+            assert {path, os.path.dirname(path)} <= synced
