@@ -2686,7 +2686,8 @@ class Layout:
                     yield name, file[1:], os.path.join(folder, file)
         for name in self.iter_repositories(below):
             for session_id in list_directory(self.repository_path(name, "_uploads")):
-                yield name, session_id, self.foreign_upload_path(name, session_id)
+                if SESSION_ID.fullmatch(session_id):
+                    yield name, session_id, self.foreign_upload_path(name, session_id)
 
     def iter_blobs(self) -> Iterator[Tuple[Digest, str]]:
         """Yield (digest, folder) for each blob. Raises OSError."""
@@ -3233,9 +3234,12 @@ class Directory(Registry):
 
     def session_of_blob(self, name: str, digest: Digest) -> "DirectoryUpload":
         """The upload session by which put_blob() stores a blob; every process takes this one. It
-        may not have begun."""
-        session_id = str(uuid.uuid5(uuid.NAMESPACE_URL, name + "@" + digest))
-        return DirectoryUpload(self, name, session_id)
+        may not have begun.
+
+        Its id is none that a client can send. Who wrote to it could let it begin again with other
+        bytes, and prove them with the state of those before."""
+        session_id = uuid.uuid5(uuid.NAMESPACE_URL, name + "@" + digest)
+        return DirectoryUpload(self, name, "download-%s" % session_id)
 
     def put_blob(self, name: str, digest: Digest, open_from: Callable[[int], Blob]) -> None:
         session = self.session_of_blob(name, digest)
@@ -3503,6 +3507,7 @@ class DirectoryUpload(UploadSession):
 
     def append(self, body: Any, start: Optional[int] = None) -> None:
         if getattr(body, "is_empty", False) and start is None:  # docker ends an upload so
+            self._check_size(self.offset)
             self.store.check_quota(self.name, self.offset)
             return
         with self._open() as file:
@@ -3551,7 +3556,7 @@ class DirectoryUpload(UploadSession):
                 # A full disk needs the space more than the client needs half a blob.
                 full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
                 if isinstance(error, RegistryError) or error.errno in full:
-                    self.cancel()
+                    self._forget()
                 raise
 
     def commit(self, digest: Digest) -> None:
@@ -3563,7 +3568,7 @@ class DirectoryUpload(UploadSession):
                 self._check_digest(file, status.st_size, digest)
                 self.store.publish_blob(self.name, file, status.st_size, self.path, digest)
             finally:
-                self.cancel()
+                self._forget()
 
     def _check_digest(self, file: BinaryIO, size: int, digest: Digest) -> None:
         hasher = self.store.hashers.pop((self.id, size), None)
@@ -3577,11 +3582,16 @@ class DirectoryUpload(UploadSession):
                 "wanted": digest, "size": size, "got": "%s:%s" % (hasher.name, hasher.hexdigest())})
 
     def cancel(self) -> None:
-        if self.path == self.store.layout.upload_path(self.name, self.id):
-            with contextlib.suppress(FileNotFoundError):  # it has become a blob
-                os.unlink(self.path)
-        else:
-            shutil.rmtree(os.path.dirname(self.path), ignore_errors=True)
+        with contextlib.suppress(Unknown):  # it has become a blob, or is gone
+            with self._open() as file, self._locked(file):  # not while it becomes one
+                self._forget()
+
+    def _forget(self) -> None:
+        """Delete the session's file, if it is still there. The caller has its lock."""
+        if self.path == self.store.layout.foreign_upload_path(self.name, self.id):
+            return shutil.rmtree(os.path.dirname(self.path), ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # it has become a blob
+            os.unlink(self.path)
 
     def expire(self, limit: float) -> bool:
         """Forget the session unless somebody has written to it after this Unix time; whether it is
@@ -3590,11 +3600,11 @@ class DirectoryUpload(UploadSession):
             with self._open() as file, self._locked(file) as status:
                 if status.st_mtime >= limit:
                     return False
-                self.cancel()
+                self._forget()
         except Unknown:  # it has become a blob, or a crash came before its first byte
             if os.path.exists(self.path):
                 return False
-            self.cancel()
+            self._forget()
         return True
 
 # -------------------------------------------------------------------------------------------------
@@ -8290,7 +8300,7 @@ def without_secrets(target: str) -> str:
     """A request's target for the log. The value of a query parameter that no handler reads is left
     out, because it may be a token."""
     target = origin_form(target)
-    return SECRET_PARAMETER.sub(r"\1***", target) if "?" in target else target
+    return SECRET_PARAMETER.sub(r"\1***", target) if "?" in target or "&" in target else target
 
 
 def timestamp(moment: Optional[float] = None) -> str:

@@ -4,6 +4,7 @@ import errno
 import io
 import itertools
 import json
+import os
 import re
 import urllib.parse
 
@@ -698,6 +699,18 @@ def test_a_location_can_t_be_forged(call, store):
         assert (answer.status, answer.code) == (400, "DIGEST_INVALID")
         assert call("GET", "/v2/a/b/blobs/" + claimed).status == 404
     check_created(call, Client(worker)("PUT", by_digest(other, claimed)), claimed, b"9876543210")
+
+
+def test_the_session_of_a_download_is_no_clients(call, store):
+    """Its id can be computed, and comes again: the state of what it had would prove other bytes."""
+    digest = Digest.of(b"content")
+    session = store.session_of_blob("app", digest)
+    session.begin("sha256")
+    for method in ("GET", "PATCH", "PUT", "DELETE"):
+        for session_id in (session.id, session.id.partition("-")[2]):
+            answer = call(method, "/v2/app/blobs/uploads/%s?digest=%s" % (session_id, digest), b"content")
+            assert (answer.status, answer.code) == (404, "BLOB_UPLOAD_UNKNOWN")
+    assert os.path.getsize(session.path) == 0
 
 
 def test_no_state_brings_headers_of_its_own(call):

@@ -941,6 +941,26 @@ def test_cancel(store, root):
     assert tree_of(root) == {}
 
 
+@pytest.mark.parametrize("size", [10, 200000])
+def test_an_upload_that_is_cancelled_while_it_becomes_a_blob(store, monkeypatch, size):
+    session = store.start_upload("a")
+    session.append(io.BytesIO(b"x" * size))
+    rename, threads = os.rename, []
+
+    def cancel_and_rename(path, *to):
+        if path == session.path:
+            threads.append(threading.Thread(target=store.find_upload("a", session.id).cancel))
+            threads[0].start()
+            threads[0].join(0.1)
+        rename(path, *to)
+
+    monkeypatch.setattr(os, "rename", cancel_and_rename)
+    session.commit(Digest.of(b"x" * size))
+    threads[0].join()
+    assert read_blob(store, "a", Digest.of(b"x" * size)) == b"x" * size
+    assert not list(store.layout.iter_uploads())
+
+
 def test_a_session_belongs_to_its_repository(store):
     session = store.start_upload("a")
     make_image(store, "b")

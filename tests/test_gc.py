@@ -305,7 +305,8 @@ def test_sessions_that_were_idle_for_a_day_go_and_others_stay(store):
         with open(path, "wb") as file:
             file.write(b"half")
         os.utime(path, (time.time() - hours * HOUR,) * 2)
-    for folder in (store.layout.uploads, os.path.join(store.layout.uploads, "app1")):
+    for folder in (store.layout.uploads, os.path.join(store.layout.uploads, "app1"),
+                   store.layout.repository_path("app23", "_uploads")):
         with open(os.path.join(folder, ".nfs0001"), "wb"):  # what NFS leaves; no session
             os.utime(os.path.join(folder, ".nfs0001"), (1, 1))
     gone = gc(store)

@@ -92,6 +92,7 @@ def test_secrets_stay_out_of_every_log(start_server, style):
     ("/v2/?n=1&&secret", "/v2/?n=1&&***"),
     ("http://user:word@host/v2/", "/v2/"),
     ("/v2/?next=x&nn=y", "/v2/?next=***&nn=***"),
+    ("/v2/&token=x", "/v2/&token=***"),
 ])
 def test_only_known_parameters_show_their_values(target, shown):
     assert without_secrets(target) == shown
