@@ -41,7 +41,8 @@ no longer knows which ones are pinned.
         shared                  several hosts have this directory open; see serve --shared
         scratch/                files while they are written, folders while they are deleted, and
                                 locks of blobs that are being fetched
-        uploads/NAME/_UUID      an upload session: the bytes that have come so far
+        uploads/NAME/_UUID, _download-UUID  the bytes that have come so far of an upload, and of a
+                                blob that is fetched from another registry
         journal/                small files that are durable here before they are in place, of which
                                 a power cut may take them; read when the store is opened
         lock, lock.turnstile    pushes share this lock; deletions hold it alone
