@@ -2584,7 +2584,7 @@ class Quota(NamedTuple):
 class Layout:
     """Where everything lies below ROOT: the paths and links of Distribution's tree, and our own
     folder beside it. The folder of a blob, a manifest or a tag has a file `link` in it, whose
-    content is a digest."""
+    content is a digest. (A push makes a hundred of these paths, too many for os.path.join().)"""
 
     def __init__(self, root: str) -> None:
         self.root = os.path.abspath(root)
@@ -2676,16 +2676,18 @@ class Layout:
                 yield os.path.relpath(folder, self.repositories)
             children[:] = [child for child in children if not child.startswith("_")]
 
-    def iter_uploads(self, below: str = "") -> Iterator[Tuple[str, str, str]]:
+    def iter_uploads(self, below: str = "", repositories: Optional[Iterable[str]] = None
+                     ) -> Iterator[Tuple[str, str, str]]:
         """Yield (repository, session id, path of its bytes) for each upload session: of a name and
-        all below it, or of all. Raises OSError."""
+        all below it, or of all. `repositories` are the same, if the caller has listed them; they
+        may have sessions that Distribution began. Raises OSError."""
         for folder, _, files in os.walk(os.path.join(self.uploads, below),
                                         onerror=raise_unless_gone):
             for file in files:
                 if file.startswith("_"):  # NFS leaves others of what was deleted while it was open
                     name = os.path.relpath(folder, self.uploads)
                     yield name, file[1:], os.path.join(folder, file)
-        for name in self.iter_repositories(below):
+        for name in self.iter_repositories(below) if repositories is None else repositories:
             for session_id in list_directory(self.repository_path(name, "_uploads")):
                 if SESSION_ID.fullmatch(session_id):
                     yield name, session_id, self.foreign_upload_path(name, session_id)
@@ -3137,11 +3139,12 @@ class Directory(Registry):
         for digest, names in owners.items():
             for name in names:
                 repositories[name][digest in shared] += sizes.get(digest, 0)
+        uploads = sum(1 for _ in self.layout.iter_uploads(repositories=repositories))
         disk = os.statvfs(self.root)
         return {"time": began, "took": time.monotonic() - start,
                 "blobs": len(sizes), "bytes": sum(sizes.values()),
                 "unlinked": sum(sizes[digest] for digest in sizes.keys() - owners),
-                "uploads": sum(1 for _ in self.layout.iter_uploads()), "repositories": repositories,
+                "uploads": uploads, "repositories": repositories,
                 "free": self.free_space(), "total": disk.f_blocks * disk.f_frsize,
                 "shared": {digest: names[:6] for digest, names in shared.items()}}
 
@@ -3178,10 +3181,12 @@ class Directory(Registry):
         room as the account. So without a digest, for an upload, the answer is good for some MiB."""
         room = float("inf")
         for account, limit in self._quota_limits(name):
+            repositories = list(self.layout.iter_repositories(account))
             linked: Set[Digest] = set()
-            for repository in self.layout.iter_repositories(account):
+            for repository in repositories:
                 linked |= self.layout.linked(repository)
-            waiting = sum(look_at(path).size for _, _, path in self.layout.iter_uploads(account))
+            uploads = self.layout.iter_uploads(account, repositories)
+            waiting = sum(look_at(path).size for _, _, path in uploads)
             used = sum(look_at(self.layout.blob_path(other)).size for other in linked)
             over = "over the quota: %s has %s of %s (--quota), and " % (
                 account, in_units(used), in_units(limit))
@@ -3216,7 +3221,8 @@ class Directory(Registry):
     def find_upload(self, name: str, session_id: str) -> "DirectoryUpload":
         session = DirectoryUpload(self, name, session_id)
         if not session.resume():
-            session.path = self.layout.foreign_upload_path(name, session_id)
+            path = self.layout.foreign_upload_path(name, session_id)
+            session = DirectoryUpload(self, name, session_id, path)
             if not session.resume():
                 raise session.unknown()
         return session
@@ -3268,10 +3274,9 @@ class Directory(Registry):
         session = self.session_of_blob(name, blob.digest)
         return look_at(self.layout.blob_path(blob.digest)).size or look_at(session.path).size
 
-    def publish_blob(self, name: str, file: BinaryIO, size: int, temporary: str,
-                     digest: Digest) -> None:
-        """Bring the content of an open file of this size, which is checked, to its place among the
-        blobs, and link the repository to it. `temporary` is the file's path.
+    def publish_blob(self, name: str, file: BinaryIO, size: int, digest: Digest) -> None:
+        """Bring an open file of this size, whose content is checked, to its place among the blobs,
+        and link the repository to it.
 
         If the blob is there it is replaced: that costs nothing, and mends a damaged one. The
         folders of the link come first: on a full disk it is better that they fail than that a
@@ -3282,16 +3287,16 @@ class Directory(Registry):
         if not is_small:
             sync(file.fileno())
         with self._within_quota(name, size, digest), self.lock.shared():
-            os.utime(temporary)  # gc should see it as new, though its last byte may be old
+            os.utime(file.name)  # gc should see it as new, though its last byte may be old
             if self.shared:
                 # Links will be below this folder, so it has to be durable, whichever host has made
                 # it. A journal does without.
                 make_directories(self.layout.repository_path(name))
             if is_small:
                 file.seek(0)
-                return self._keep(SmallFile(path, file.read(size), temporary), link)
+                return self._keep(SmallFile(path, file.read(size), file.name), link)
             make_directories(os.path.dirname(link.path), durable=self.shared)
-            self.files.publish(temporary, path)
+            self.files.publish(file.name, path)
             self._keep(link)
 
     def mount(self, name: str, digest: Digest, source: Optional[str] = None) -> bool:
@@ -3434,11 +3439,11 @@ class DirectoryUpload(UploadSession):
     bytes so far. The client carries it to the process that commits, which then need not read the
     file again."""
 
-    def __init__(self, store: Directory, name: str, session_id: str) -> None:
+    def __init__(self, store: Directory, name: str, session_id: str, path: str = "") -> None:
         self.store = store
         self.name = name
         self.id = session_id
-        self.path = store.layout.upload_path(name, session_id)
+        self.path = path or store.layout.upload_path(name, session_id)
         self.room = 0.0  # so many bytes its quota allows
 
     def _make_file(self) -> None:
@@ -3567,7 +3572,7 @@ class DirectoryUpload(UploadSession):
         with self._open() as file, self._locked(file) as status:
             try:
                 self._check_digest(file, status.st_size, digest)
-                self.store.publish_blob(self.name, file, status.st_size, self.path, digest)
+                self.store.publish_blob(self.name, file, status.st_size, digest)
             finally:
                 self._forget()
 
@@ -3854,8 +3859,7 @@ class Sweep:
         in the scratch folder. Raises OSError."""
         limit = self.now - UPLOAD_IDLE
         for name, session_id, path in self.layout.iter_uploads():
-            session = DirectoryUpload(self.store, name, session_id)
-            session.path = path
+            session = DirectoryUpload(self.store, name, session_id, path)
             written, size, _ = self._look(path)
             is_idle = (written or self._look(os.path.dirname(path)).mtime) < limit
             if is_idle and (self.dry_run or session.expire(limit)):
